@@ -1,0 +1,342 @@
+"""What a run is: frozen dataclasses, and the presets of the paper. Imports no torch, so `--help` is quick."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import UsageError
+
+Schedule = Literal["linear", "cosine", "quad", "const", "jsd"]
+Prediction = Literal["eps", "x0", "xprev", "v"]
+Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
+Loss = Literal["simple", "vlb", "hybrid", "min_snr"]
+Method = Literal["ancestral", "ddim"]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The network. Defaults are the paper's CIFAR-10 model."""
+
+    image_size: int = 32
+    """Height and width of the images, pixels; divisible by 2^(levels - 1)."""
+    image_channels: int = 3
+    """1 for grey, 3 for colour."""
+    width: int = 128
+    """Channels of the first level."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level, in widths; every level but the last ends in a downsampling by 2."""
+    blocks: int = 2
+    """Residual blocks of a level on the way down; one more on the way up."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Image sizes at which every residual block is followed by attention; the middle always has it."""
+    dropout: float = 0.1
+    """Dropout probability between the second SiLU and the second convolution of a residual block."""
+    groups: int = 32
+    """Groups of each GroupNorm; divides every level's channels."""
+    num_classes: int = 0
+    """Class-conditioning: number of labels, 0 for none."""
+    label_dropout: float = 0.0
+    """Fraction of training labels replaced by "no label", which classifier-free guidance needs."""
+    learned_variance: bool = False
+    """A second half of output channels for the variance; follows the diffusion's variance."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "image_size", "image_channels", "width", "blocks", "groups")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UsageError(f"multipliers must be one or more positive integers; got {self.multipliers}")
+        if self.width % 2 or self.width < 4:
+            raise UsageError(f"width must be even and at least 4 (the time embedding halves it); got {self.width}")
+        divisor = 2 ** (len(self.multipliers) - 1)
+        if self.image_size % divisor:
+            raise UsageError(
+                f"image_size must be divisible by {divisor} for {len(self.multipliers)} levels; got {self.image_size}"
+            )
+        for multiplier in self.multipliers:
+            if self.width * multiplier % self.groups:
+                raise UsageError(
+                    f"groups must divide every level's channels; {self.groups} does not divide {self.width * multiplier}"
+                )
+        _require_range(self, "dropout", 0.0, 1.0)
+        _require_range(self, "label_dropout", 0.0, 1.0)
+        if self.num_classes < 0:
+            raise UsageError(f"num_classes must be 0 or more; got {self.num_classes}")
+        if self.label_dropout > 0 and self.num_classes == 0:
+            raise UsageError("label_dropout needs num_classes > 0")
+        too_large = {
+            "image_size": (self.image_size, 4096),
+            "image_channels": (self.image_channels, 64),
+            "width": (self.width, 4096),
+            "blocks": (self.blocks, 64),
+            "levels": (len(self.multipliers), 12),
+            "the largest multiplier": (max(self.multipliers), 64),
+            "num_classes": (self.num_classes, 1_000_000),
+        }
+        for name, (value, limit) in too_large.items():
+            if value > limit:
+                raise UsageError(f"{name} must be at most {limit}; got {value}")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The forward process, what the network predicts, and the loss."""
+
+    timesteps: int = 1000
+    """T, the number of diffusion steps."""
+    schedule: Schedule = "linear"
+    """How beta_t grows with t."""
+    beta_start: float = 1e-4
+    """beta of the first step (linear and quad)."""
+    beta_end: float = 0.02
+    """beta of the last step (linear, quad and const)."""
+    prediction: Prediction = "eps"
+    """The network's output: the noise, x_0, the posterior mean of x_{t-1}, or v."""
+    variance: Variance = "fixedlarge"
+    """Variance of p(x_{t-1} | x_t): beta_t, the posterior's, or learned (directly or between the two)."""
+    loss: Loss = "simple"
+    """L_simple, the variational bound, hybrid (simple + hybrid_weight * T * bound) or min-SNR weighting."""
+    hybrid_weight: float = 1e-3
+    """Weight of the bound, summed over T steps, in the hybrid loss."""
+    min_snr_gamma: float = 5.0
+    """Largest signal-to-noise ratio that min-SNR weighting counts."""
+    clip: bool = True
+    """Clip the x_0 prediction to [-1, 1] when sampling."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.timesteps <= 100_000:
+            raise UsageError(f"timesteps must be in 1..100000; got {self.timesteps}")
+        if not 0 < self.beta_start < 1 or not 0 < self.beta_end < 1:
+            raise UsageError(f"beta_start and beta_end must be in (0, 1); got {self.beta_start}, {self.beta_end}")
+        for name in ("schedule", "prediction", "variance", "loss"):
+            _require_choice(self, name)
+        if self.loss == "hybrid" and not self.variance.startswith("learned"):
+            raise UsageError(f"loss hybrid trains a learned variance; variance is {self.variance}")
+        if self.variance.startswith("learned") and self.loss in ("simple", "min_snr"):
+            raise UsageError(f"variance {self.variance} gets no gradient from loss {self.loss}; use hybrid or vlb")
+        if self.loss == "min_snr" and self.prediction == "xprev":
+            raise UsageError("min_snr weighting is defined for predictions eps, x0 and v, not xprev")
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network has 2C output channels."""
+        return self.variance.startswith("learned")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation. Defaults are the paper's for CIFAR-10."""
+
+    steps: int = 800_000
+    """Optimizer steps of the whole run."""
+    batch: int = 128
+    """Images per optimizer step."""
+    accumulate: int = 1
+    """Micro-batches that a batch is split into, to fit memory; the result is that of the whole batch."""
+    lr: float = 2e-4
+    """Adam's learning rate after warm-up."""
+    warmup: int = 5000
+    """Steps of linear warm-up."""
+    decay: Literal["none", "cosine"] = "none"
+    """Learning rate after warm-up: constant, or a cosine to zero at the last step."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.9999
+    """Decay of the exponential moving average of the weights, from the first step, without a ramp."""
+    flip: bool = True
+    """Mirror half of the images, at random."""
+    mode: Literal["standard", "paper"] = "standard"
+    """paper: details of the released code where today's habits differ (docs/paper.md)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the network under autocast; weights, diffusion and loss stay float32."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    seed: int = 0
+    """Names the run's randomness: weights, data order, t, noise, dropout."""
+    log_every: int = 50
+    """Steps between lines in the log."""
+    save_every: int = 5000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    patience: int = 3
+    """Steps in a row with a NaN or infinite loss after which the run stops."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience")
+        _require_positive(self, "lr", "clip")
+        for name in ("mode", "precision", "decay"):
+            _require_choice(self, name)
+        if self.warmup < 0:
+            raise UsageError(f"warmup must be 0 or more; got {self.warmup}")
+        _require_range(self, "ema", 0.0, 1.0)
+        if self.batch % self.accumulate:
+            raise UsageError(f"accumulate must divide batch; {self.accumulate} does not divide {self.batch}")
+        if self.mode == "paper" and self.batch % 8:
+            raise UsageError(f"mode paper clips each of 8 shards of a batch; 8 does not divide batch {self.batch}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How a run draws its samples, and what `python -m fastddpm.sample` does unless told otherwise."""
+
+    method: Method = "ancestral"
+    """Ancestral sampling (Algorithm 2 of the paper) or DDIM."""
+    steps: int = 1000
+    """Steps of the chain; fewer than T are spread evenly, both ends included."""
+    eta: float = 0.0
+    """DDIM's noise: 0 deterministic, 1 that of ancestral sampling."""
+    guidance: float = 1.0
+    """Classifier-free guidance: 1 none, more for samples closer to their class."""
+    count: int = 64
+    """Images in the sample grid."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps")
+        _require_choice(self, "method")
+        _require_range(self, "eta", 0.0, 1.0, closed=True)
+        if self.count < 0:
+            raise UsageError(f"count must be 0 or more; got {self.count}")
+        if self.guidance < 0:
+            raise UsageError(f"guidance must be 0 or more; got {self.guidance}")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A complete, consistent configuration."""
+
+    name: str
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        if self.unet.learned_variance != self.diffusion.learned_variance:
+            raise UsageError(
+                f"variance {self.diffusion.variance} needs learned_variance={self.diffusion.learned_variance} "
+                f"in the network; got {self.unet.learned_variance}"
+            )
+        if self.sample.steps > self.diffusion.timesteps:
+            raise UsageError(
+                f"sample steps must be at most timesteps, {self.diffusion.timesteps}; got {self.sample.steps}"
+            )
+        if self.sample.guidance != 1.0 and self.unet.label_dropout == 0:
+            raise UsageError("guidance needs a network trained with label_dropout > 0")
+
+
+# Section 4 and appendix B of the paper, and its released code, for everything but mnist.
+_256 = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
+_TRAIN_256 = dict(batch=64, lr=2e-5)
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("cifar10"),
+        Preset(
+            "celebahq256",
+            UNetConfig(**_256),
+            DiffusionConfig(variance="fixedsmall"),
+            TrainConfig(**_TRAIN_256, steps=500_000),
+        ),
+        Preset(
+            "lsun256",
+            UNetConfig(**_256),
+            DiffusionConfig(variance="fixedsmall"),
+            TrainConfig(**_TRAIN_256, steps=1_200_000),
+        ),
+        Preset(
+            "lsun256-large",
+            UNetConfig(**_256, width=192),
+            DiffusionConfig(variance="fixedsmall"),
+            TrainConfig(**_TRAIN_256, steps=1_150_000, flip=False),
+        ),
+        # Small enough for two CPU cores: the same network and sampler, on 16x16 digits.
+        Preset(
+            "mnist",
+            UNetConfig(image_size=16, image_channels=1, width=32, multipliers=(1, 2), blocks=1, dropout=0.0, groups=8),
+            DiffusionConfig(),
+            TrainConfig(steps=1000, batch=32, lr=1e-3, warmup=50, ema=0.99, flip=False),
+            SampleConfig(),
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`; `UsageError` lists the names when there is none."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def to_dict(value: Any) -> Any:
+    """A configuration as plain dictionaries and lists, for JSON."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_dict(cls: type, data: Any, where: str = "configuration") -> Any:
+    """The inverse of `to_dict`; `UsageError` names any field that is unknown, or of the wrong type."""
+    if not isinstance(data, dict):
+        raise UsageError(f"{where} must be an object; got {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise UsageError(f"{where} has no field {unknown[0]!r}; it has {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Lines "field: old -> new" for each field in which two configurations of one type differ."""
+    lines = []
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            lines += difference(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            lines.append(f"{prefix}{f.name}: {a} -> {b}")
+    return lines
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where} must be a list; got {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_parse(item, element, where) for element in value)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if origin is Literal:
+        return value  # the dataclass checks its own choices
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UsageError(f"{where} must be {hint.__name__}; got {value!r}")
+    return value
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise UsageError(f"{name} must be positive; got {value}")
+
+
+def _require_range(config: Any, name: str, low: float, high: float, *, closed: bool = False) -> None:
+    value = getattr(config, name)
+    if not (low <= value < high or (closed and value == high)):
+        raise UsageError(f"{name} must be in [{low}, {high}{']' if closed else ')'}; got {value}")
+
+
+def _require_choice(config: Any, name: str) -> None:
+    choices = typing.get_args(typing.get_type_hints(type(config))[name])
+    value = getattr(config, name)
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

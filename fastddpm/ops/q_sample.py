@@ -1,0 +1,62 @@
+"""q_sample: x_t and eps of the forward process from images, in one pass."""
+
+import torch
+from torch import Tensor
+
+from .random_normal import check_counter
+from .registry import register
+
+
+def q_sample(
+    x0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    images: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    *,
+    flip: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (equation 4), and eps; both float32 (N, C, H, W).
+
+    `x0`: uint8, scaled to v / 127.5 - 1 here, or floats in [-1, 1] already. `t`: int64 (N,) in 0..T-1.
+    `table`: float32 (T, 2), the two square roots. `flip`: bool (N,), mirror left to right. eps is drawn
+    from (seed, images, step), as in `random_normal`, unless `noise` (N, C, H, W) is given.
+    Never differentiable. Raises ValueError for other shapes or dtypes.
+    """
+    if x0.ndim != 4 or not (x0.dtype == torch.uint8 or x0.dtype.is_floating_point):
+        raise ValueError(f"q_sample: x0 must be uint8 or floating (N, C, H, W); got {x0.dtype} {tuple(x0.shape)}")
+    if t.shape != x0.shape[:1] or t.dtype != torch.int64:
+        raise ValueError(f"q_sample: t must be int64 ({x0.shape[0]},); got {t.dtype} {tuple(t.shape)}")
+    if table.ndim != 2 or table.shape[1] != 2 or table.dtype != torch.float32:
+        raise ValueError(f"q_sample: table must be float32 (T, 2); got {table.dtype} {tuple(table.shape)}")
+    if flip is not None and (flip.shape != x0.shape[:1] or flip.dtype != torch.bool):
+        raise ValueError(f"q_sample: flip must be bool ({x0.shape[0]},); got {flip.dtype} {tuple(flip.shape)}")
+    if noise is not None and noise.shape != x0.shape:
+        raise ValueError(f"q_sample: noise must be {tuple(x0.shape)} like x0; got {tuple(noise.shape)}")
+    check_counter("q_sample", images, seed, step)
+    if images.shape != t.shape:
+        raise ValueError(f"q_sample: images must be ({x0.shape[0]},); got {tuple(images.shape)}")
+    return torch.ops.fastddpm.q_sample(x0, t, table, flip, noise, images, seed, step)
+
+
+def _fake(
+    x0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    flip: Tensor | None,
+    noise: Tensor | None,
+    images: Tensor,
+    seed: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return x0.new_empty(x0.shape, dtype=torch.float32), x0.new_empty(x0.shape, dtype=torch.float32)
+
+
+register(
+    "q_sample",
+    "(Tensor x0, Tensor t, Tensor table, Tensor? flip, Tensor? noise, Tensor images, Tensor seed, Tensor step)"
+    " -> (Tensor, Tensor)",
+    _fake,
+)

@@ -1,0 +1,1 @@
+"""Single-head attention over the tokens of one feature map."""

@@ -1,0 +1,1 @@
+"""GroupNorm with what surrounds it in a residual block: concatenation, time embedding, SiLU, dropout."""

@@ -1,0 +1,26 @@
+"""Counter-based random numbers: Philox4x32-10 and how a counter names a draw.
+
+Every random number of the project is a pure function of
+
+    (seed, step, image, stream, block)
+
+`seed` is the 64-bit key; the four 32-bit counter words are
+
+    c0 = block    which group of four 32-bit outputs within one image
+    c1 = image    which image: its seed when sampling, its place in the global batch when training
+    c2 = step     training step, or diffusion timestep when sampling
+    c3 = stream   what the number is for (`STREAM_*`); dropout adds its layer above the low byte
+
+so a draw does not depend on batch size, process count, device or restart.
+Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+STREAM_INITIAL = 0  # x_T
+STREAM_REVERSE = 1  # z of a reverse step
+STREAM_FORWARD = 2  # eps of q(x_t | x_0)
+STREAM_TIMESTEP = 3  # t of a training example
+STREAM_FLIP = 4  # horizontal flips
+STREAM_LABEL = 5  # labels dropped for classifier-free guidance
+STREAM_ORDER = 6  # data order; step is the epoch, image the example's index
+STREAM_BOUND = 7  # eps of the variational bound's terms
+STREAM_DROPOUT = 8  # dropout masks; stream = STREAM_DROPOUT + 256 * layer

@@ -1,0 +1,53 @@
+"""Philox4x32-10 in PyTorch operators: runs on any device, compiles, and needs no build."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .reference import KEY_INCREMENTS, MULTIPLIERS, ROUNDS
+
+_MASK = 0xFFFFFFFF
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four int64 tensors holding uint32 values, one for each broadcast counter (c0, c1, c2, c3).
+
+    Counter words are int64 tensors of which the low 32 bits count; `seed` is an int64 tensor that
+    broadcasts against them. Equal bit for bit to `reference.philox`.
+    """
+    x0, x1, x2, x3 = (c & _MASK for c in (c0, c1, c2, c3))
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(ROUNDS):
+        # int64 products wrap modulo 2^64, so their bits are those of the unsigned product.
+        p0, p1 = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]
+        x0, x1, x2, x3 = (
+            ((p1 >> 32) & _MASK) ^ x1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ x3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & _MASK, (k1 + KEY_INCREMENTS[1]) & _MASK
+    return torch.broadcast_tensors(x0, x1, x2, x3)  # type: ignore[return-value]
+
+
+def per_image_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> tuple[Tensor, ...]:
+    """The four output words for blocks 0..num_blocks-1 of each image: int64, each (N, num_blocks).
+
+    `images` is int64 (N,); `seed` and `step` are int64 scalars (0-d), or (N,) for one value per image.
+    """
+    block = torch.arange(num_blocks, device=images.device).unsqueeze(0)
+    stream_word = torch.full((1, 1), stream, dtype=torch.int64, device=images.device)
+    return philox(block, images.unsqueeze(1), step.reshape(-1, 1), stream_word, seed.reshape(-1, 1))
+
+
+def normals(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    """`num` standard normals per image, float32 (N, num): Box-Muller in float64, rounded once."""
+    words = per_image_words((num + 3) // 4, images, seed, step, stream)
+    w0, w1, w2, w3 = (w.to(torch.float64) for w in words)
+    values = []
+    for radius_word, angle_word in ((w0, w1), (w2, w3)):
+        radius = torch.sqrt(-2.0 * torch.log(radius_word * 2.0**-32 + 2.0**-33))
+        angle = angle_word * (2.0 * math.pi * 2.0**-32)
+        values += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(values, dim=-1).reshape(len(images), -1)[:, :num].to(torch.float32)

@@ -1,0 +1,1 @@
+"""Standard normal images from the counter-based generator."""
