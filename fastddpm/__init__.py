@@ -14,7 +14,7 @@ _HOMES = {
     "Sampler": ".sampler",
     "UNet": ".unet",
     "load": ".model",
-    "preset": ".config",
+    "preset": ".presets",
     "interchange": None,
     "ops": None,
 }

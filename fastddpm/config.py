@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, and the presets of the paper. Imports no torch, so `--help` is quick."""
+"""What a run is, as frozen dataclasses. Imports no torch, so `--help` is quick."""
 
 import dataclasses
 import types
@@ -13,6 +13,26 @@ Prediction = Literal["eps", "x0", "xprev", "v"]
 Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
 Loss = Literal["simple", "vlb", "hybrid", "min_snr"]
 Method = Literal["ancestral", "ddim"]
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise UsageError(f"{name} must be positive; got {value}")
+
+
+def _require_range(config: Any, name: str, low: float, high: float, *, closed: bool = False) -> None:
+    value = getattr(config, name)
+    if not (low <= value < high or (closed and value == high)):
+        raise UsageError(f"{name} must be in [{low}, {high}{']' if closed else ')'}; got {value}")
+
+
+def _require_choice(config: Any, name: str) -> None:
+    choices = typing.get_args(typing.get_type_hints(type(config))[name])
+    value = getattr(config, name)
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +76,7 @@ class UNetConfig:
         for multiplier in self.multipliers:
             if self.width * multiplier % self.groups:
                 raise UsageError(
-                    f"groups must divide every level's channels; {self.groups} does not divide {self.width * multiplier}"
+                    f"groups must divide each level's channels; {self.groups} does not divide {self.width * multiplier}"
                 )
         _require_range(self, "dropout", 0.0, 1.0)
         _require_range(self, "label_dropout", 0.0, 1.0)
@@ -104,8 +124,8 @@ class DiffusionConfig:
     """Clip the x_0 prediction to [-1, 1] when sampling."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.timesteps <= 100_000:
-            raise UsageError(f"timesteps must be in 1..100000; got {self.timesteps}")
+        if not 2 <= self.timesteps <= 100_000:
+            raise UsageError(f"timesteps must be in 2..100000; got {self.timesteps}")
         if not 0 < self.beta_start < 1 or not 0 < self.beta_end < 1:
             raise UsageError(f"beta_start and beta_end must be in (0, 1); got {self.beta_start}, {self.beta_end}")
         for name in ("schedule", "prediction", "variance", "loss"):
@@ -225,50 +245,6 @@ class Preset:
             raise UsageError("guidance needs a network trained with label_dropout > 0")
 
 
-# Section 4 and appendix B of the paper, and its released code, for everything but mnist.
-_256 = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
-_TRAIN_256 = dict(batch=64, lr=2e-5)
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset("cifar10"),
-        Preset(
-            "celebahq256",
-            UNetConfig(**_256),
-            DiffusionConfig(variance="fixedsmall"),
-            TrainConfig(**_TRAIN_256, steps=500_000),
-        ),
-        Preset(
-            "lsun256",
-            UNetConfig(**_256),
-            DiffusionConfig(variance="fixedsmall"),
-            TrainConfig(**_TRAIN_256, steps=1_200_000),
-        ),
-        Preset(
-            "lsun256-large",
-            UNetConfig(**_256, width=192),
-            DiffusionConfig(variance="fixedsmall"),
-            TrainConfig(**_TRAIN_256, steps=1_150_000, flip=False),
-        ),
-        # Small enough for two CPU cores: the same network and sampler, on 16x16 digits.
-        Preset(
-            "mnist",
-            UNetConfig(image_size=16, image_channels=1, width=32, multipliers=(1, 2), blocks=1, dropout=0.0, groups=8),
-            DiffusionConfig(),
-            TrainConfig(steps=1000, batch=32, lr=1e-3, warmup=50, ema=0.99, flip=False),
-            SampleConfig(),
-        ),
-    )
-}
-
-
-def preset(name: str) -> Preset:
-    """The preset called `name`; `UsageError` lists the names when there is none."""
-    if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
 def to_dict(value: Any) -> Any:
     """A configuration as plain dictionaries and lists, for JSON."""
     if dataclasses.is_dataclass(value):
@@ -320,23 +296,3 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if type(value) is not hint:
         raise UsageError(f"{where} must be {hint.__name__}; got {value!r}")
     return value
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not value > 0:
-            raise UsageError(f"{name} must be positive; got {value}")
-
-
-def _require_range(config: Any, name: str, low: float, high: float, *, closed: bool = False) -> None:
-    value = getattr(config, name)
-    if not (low <= value < high or (closed and value == high)):
-        raise UsageError(f"{name} must be in [{low}, {high}{']' if closed else ')'}; got {value}")
-
-
-def _require_choice(config: Any, name: str) -> None:
-    choices = typing.get_args(typing.get_type_hints(type(config))[name])
-    value = getattr(config, name)
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

@@ -16,7 +16,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """
     if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
-            f"attention: q, k, v must be (N, L, C) of one shape; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"attention: q, k, v must be (N, L, C), all alike; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
         raise ValueError(f"attention: q, k, v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")

@@ -125,7 +125,9 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.groups, _, skip, temb, scale, shift, ctx.silu, ctx.dropout, images, seed, step, ctx.layer = inputs
+    x, weight, bias, ctx.groups, _, skip, temb, scale, shift, ctx.silu, ctx.dropout, images, seed, step, ctx.layer = (
+        inputs
+    )
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, mean, rstd, skip, temb, scale, shift, images, seed, step)
     ctx.mark_non_differentiable(mean, rstd)

@@ -31,6 +31,4 @@ def _fake(shape: Sequence[int], images: Tensor, seed: Tensor, step: Tensor, stre
     return images.new_empty((images.shape[0], *shape), dtype=torch.float32)
 
 
-register(
-    "random_normal", "(SymInt[] shape, Tensor images, Tensor seed, Tensor step, int stream) -> Tensor", _fake
-)
+register("random_normal", "(SymInt[] shape, Tensor images, Tensor seed, Tensor step, int stream) -> Tensor", _fake)

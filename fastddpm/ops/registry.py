@@ -27,7 +27,5 @@ def register(name: str, schema: str, fake: Callable[..., Any], *, operation: str
     torch.library.register_fake(f"fastddpm::{name}", fake, lib=_library)
 
 
-def register_gradient(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> None:
+def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     torch.library.register_autograd(f"fastddpm::{name}", backward, setup_context=setup_context, lib=_library)

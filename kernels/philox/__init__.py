@@ -18,9 +18,6 @@ Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 STREAM_INITIAL = 0  # x_T
 STREAM_REVERSE = 1  # z of a reverse step
 STREAM_FORWARD = 2  # eps of q(x_t | x_0)
-STREAM_TIMESTEP = 3  # t of a training example
-STREAM_FLIP = 4  # horizontal flips
-STREAM_LABEL = 5  # labels dropped for classifier-free guidance
-STREAM_ORDER = 6  # data order; step is the epoch, image the example's index
-STREAM_BOUND = 7  # eps of the variational bound's terms
+STREAM_EXAMPLE = 3  # a training example's t, flip and dropped label
+STREAM_ORDER = 4  # data order; step is the epoch, image the example's index
 STREAM_DROPOUT = 8  # dropout masks; stream = STREAM_DROPOUT + 256 * layer

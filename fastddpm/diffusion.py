@@ -1,0 +1,227 @@
+"""The diffusion process: its constants, q, p and the training losses. Equation numbers are the paper's.
+
+Timesteps are those of the released code, t = 0..T-1: t = 0 has been diffused once (the paper's t is one
+more). Constants are computed in float64 and rounded once; x_t, predictions and losses are float32 whatever
+the network computes in, because a bfloat16 alpha_bar adds no noise at all for t = 0..9.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddpm.config import DiffusionConfig
+from fastddpm.kernels.q_sample.reference import scale_images
+from fastddpm.noise import NoiseKey, draw_examples
+from fastddpm.ops import q_sample
+from fastddpm.schedules import betas
+
+from . import likelihood
+
+Network = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A diagonal Gaussian over images: mean and log-variance, float32, broadcastable to (N, C, H, W)."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+
+class Diffusion:
+    """The forward process, the reverse process's parameterization, and the losses of one configuration.
+
+    The float64 tables (T,), index t: `betas`, `alpha_bar` (the product of 1 - beta, eq. 4),
+    `alpha_bar_prev`, `posterior_variance` (eq. 7), `posterior_log_variance` (its t = 0 entry, log 0, is
+    replaced by that of t = 1), `posterior_x0` and `posterior_xt` (the mean's coefficients, eq. 7),
+    `model_log_variance` (the fixed one of p; for learned_range the upper end).
+    """
+
+    def __init__(self, config: DiffusionConfig | None = None) -> None:
+        self.config = config or DiffusionConfig()
+        self.timesteps = self.config.timesteps
+        self.betas = betas(self.config)
+        self.alpha_bar = np.cumprod(1.0 - self.betas)
+        self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
+        self.posterior_variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        self.posterior_log_variance = np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
+        self.posterior_x0 = self.betas * np.sqrt(self.alpha_bar_prev) / (1 - self.alpha_bar)
+        self.posterior_xt = (1 - self.alpha_bar_prev) * np.sqrt(1 - self.betas) / (1 - self.alpha_bar)
+        if self.config.variance == "fixedsmall":
+            self.model_log_variance = self.posterior_log_variance
+        else:
+            # t = 0 takes the posterior's first value: beta_0 would cost bits in the decoder's likelihood.
+            self.model_log_variance = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+
+    @cached_property
+    def snr(self) -> np.ndarray:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64 (T,)."""
+        return self.alpha_bar / (1 - self.alpha_bar)
+
+    # q: the forward process
+
+    def q_sample(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        key: NoiseKey | None = None,
+        *,
+        flip: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x_t and eps (eq. 4), float32: `fastddpm.ops.q_sample` with this process's table.
+
+        `x0`: uint8 or floats in [-1, 1], (N, C, H, W). `t`: int64 (N,). eps comes from `key`, or is `noise`.
+        """
+        if key is None:
+            key = NoiseKey.draw(len(x0), x0.device)
+        table = self._table("forward", np.stack([np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)], 1), x0.device)
+        return q_sample(x0, t, table, key.images, key.seed, key.step, flip=flip, noise=noise)
+
+    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
+        """q(x_{t-1} | x_t, x_0), equations 6 and 7."""
+        mean = self.at("posterior_x0", t) * x0 + self.at("posterior_xt", t) * x_t
+        return Gaussian(mean, self.at("posterior_log_variance", t))
+
+    # p: the reverse process
+
+    def predict_x0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that the network's first C output channels imply; not clipped."""
+        from_x, from_out = self.x0_coefficients()
+        a = self._table("x0_from_x", from_x, x_t.device)[t].reshape(-1, 1, 1, 1)
+        b = self._table("x0_from_out", from_out, x_t.device)[t].reshape(-1, 1, 1, 1)
+        return a * x_t + b * self._prediction(out, x_t)
+
+    def x0_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+        """(a, b), float64 (T,) each, with x_0 = a x_t + b out for the configured prediction."""
+        signal, sigma = np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)
+        if self.config.prediction == "eps":
+            return 1 / signal, -sigma / signal
+        if self.config.prediction == "v":
+            return signal, -sigma
+        if self.config.prediction == "xprev":
+            return -self.posterior_xt / self.posterior_x0, 1 / self.posterior_x0
+        return np.zeros_like(signal), np.ones_like(signal)
+
+    def p(self, out: Tensor, x_t: Tensor, t: Tensor, *, clip: bool | None = None) -> tuple[Gaussian, Tensor]:
+        """p(x_{t-1} | x_t) from the network's output, and the x_0 prediction behind it.
+
+        `clip`: bound the x_0 prediction to [-1, 1] first; the configuration's choice unless given. A network
+        that predicts x_{t-1} gives the mean directly, clipped or not, as in the released code.
+        """
+        x0 = self.predict_x0(out, x_t, t)
+        if self.config.clip if clip is None else clip:
+            x0 = x0.clamp(-1, 1)
+        if self.config.prediction == "xprev":
+            mean = self._prediction(out, x_t)
+        else:
+            mean = self.q_posterior(x0, x_t, t).mean
+        return Gaussian(mean, self._log_variance(out, x_t, t)), x0
+
+    def _log_variance(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        if not self.config.learned_variance:
+            return self.at("model_log_variance", t)
+        raw = out[:, x_t.shape[1] :].to(torch.float32)
+        if self.config.variance == "learned":
+            return raw
+        low, high = self.at("posterior_log_variance", t), self.at("model_log_variance", t)
+        return low + (high - low) * (raw + 1) / 2
+
+    # losses
+
+    def loss(
+        self,
+        unet: Network,
+        images: Tensor,
+        key: NoiseKey,
+        *,
+        label: Tensor | None = None,
+        flip: bool = False,
+        null_label: int | None = None,
+        label_dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The training loss of each image, float32 (N,), and its t (N,); everything drawn from `key`.
+
+        `images`: uint8 or floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,),
+        replaced by `null_label` for a fraction `label_dropout`. simple: equation 14, a mean over C, H, W.
+        vlb: the bound's term at t in bits per dimension, not times T (the released code's scale).
+        hybrid: simple + hybrid_weight T vlb, the bound seeing a detached mean (Nichol and Dhariwal 2021).
+        min_snr: simple weighted by min(SNR, gamma) in terms of the x_0 error (Hang et al. 2023).
+        """
+        draws = draw_examples(key, self.timesteps, label_dropout)
+        flips = draws.flip if flip else None
+        if self.config.prediction == "eps" and self.config.loss in ("simple", "min_snr"):
+            x0 = None
+            x_t, eps = self.q_sample(images, draws.t, key, flip=flips)
+        else:
+            x0 = scale_images(images, flips)
+            x_t, eps = self.q_sample(x0, draws.t, key)
+        if label is not None and null_label is not None:
+            label = torch.where(draws.drop_label, torch.full_like(label, null_label), label)
+        out = unet(x_t, draws.t, label, key)
+        return self.loss_terms(out, x_t, draws.t, eps, x0), draws.t
+
+    def loss_terms(self, out: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, x0: Tensor | None) -> Tensor:
+        """The configured loss of each image, (N,), for a network output; x0 may be None where eps suffices."""
+        config = self.config
+        if config.loss == "vlb":
+            assert x0 is not None
+            return likelihood.bound_term(self, out, x0, x_t, t, clip=False)
+        target = self._target(x_t, t, eps, x0)
+        simple = (self._prediction(out, x_t) - target).square().mean((1, 2, 3))
+        if config.loss == "min_snr":
+            return simple * self.at("min_snr_weight", t).flatten()
+        if config.loss == "hybrid":
+            assert x0 is not None
+            channels = x_t.shape[1]
+            frozen_mean = torch.cat([out[:, :channels].detach(), out[:, channels:]], dim=1)
+            bound = likelihood.bound_term(self, frozen_mean, x0, x_t, t, clip=False)
+            return simple + config.hybrid_weight * self.timesteps * bound
+        return simple
+
+    def _target(self, x_t: Tensor, t: Tensor, eps: Tensor, x0: Tensor | None) -> Tensor:
+        if self.config.prediction == "eps":
+            return eps
+        assert x0 is not None
+        if self.config.prediction == "x0":
+            return x0
+        if self.config.prediction == "xprev":
+            return self.q_posterior(x0, x_t, t).mean
+        return self.at("sqrt_alpha_bar", t) * eps - self.at("sqrt_one_minus_alpha_bar", t) * x0
+
+    @cached_property
+    def sqrt_alpha_bar(self) -> np.ndarray:
+        """The signal's scale in x_t, float64 (T,)."""
+        return np.sqrt(self.alpha_bar)
+
+    @cached_property
+    def sqrt_one_minus_alpha_bar(self) -> np.ndarray:
+        """The noise's scale in x_t, float64 (T,)."""
+        return np.sqrt(1 - self.alpha_bar)
+
+    @cached_property
+    def min_snr_weight(self) -> np.ndarray:
+        """min(SNR, gamma), the weight of the x_0 error, divided by what turns that into the prediction's error."""
+        weight = np.minimum(self.snr, self.config.min_snr_gamma)
+        return {"eps": weight / self.snr, "x0": weight, "v": weight / (self.snr + 1)}[self.config.prediction]
+
+    # tables on the device
+
+    def at(self, name: str, t: Tensor) -> Tensor:
+        """The float64 table `name` at each t, rounded to float32, (N, 1, 1, 1) on t's device."""
+        return self._table(name, getattr(self, name), t.device)[t].reshape(-1, 1, 1, 1)
+
+    def _table(self, name: str, values: np.ndarray, device: torch.device) -> Tensor:
+        slot = (name, device)
+        if slot not in self._tables:
+            self._tables[slot] = torch.tensor(values, dtype=torch.float32, device=device)
+        return self._tables[slot]
+
+    @staticmethod
+    def _prediction(out: Tensor, x_t: Tensor) -> Tensor:
+        return out[:, : x_t.shape[1]].to(torch.float32)

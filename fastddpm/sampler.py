@@ -1,0 +1,177 @@
+"""The reverse process run to the end: ancestral sampling (Algorithm 2 of the paper) and DDIM."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastddpm.diffusion import Diffusion
+from fastddpm.errors import UsageError
+from fastddpm.kernels.philox import STREAM_INITIAL
+from fastddpm.kernels.reverse_step import COLUMNS
+from fastddpm.noise import image_seeds
+from fastddpm.ops import random_normal, reverse_step
+from fastddpm.unet import UNet
+
+Callback = Callable[[int, int, Tensor, Tensor], None]
+
+
+def spread_timesteps(timesteps: int, steps: int) -> np.ndarray:
+    """`steps` of 0..timesteps-1, descending, evenly spread with both ends included; int64 (steps,)."""
+    if not 1 <= steps <= timesteps:
+        raise UsageError(f"steps must be in 1..{timesteps}; got {steps}")
+    return np.round(np.linspace(timesteps - 1, 0, steps)).astype(np.int64)
+
+
+def coefficient_table(diffusion: Diffusion, timesteps: np.ndarray, method: str, eta: float) -> np.ndarray:
+    """The rows that `reverse_step` reads, float64 (S, 8), for descending `timesteps` (S,).
+
+    Between t and the next timestep t' the process is the original one with beta = 1 - alpha_bar_t /
+    alpha_bar_t' (alpha_bar = 1 behind the last). Ancestral: equation 7 with that beta. DDIM: equation 12 of
+    Song et al. 2021, eps taken from the clipped x_0.
+    """
+    config = diffusion.config
+    alpha_bar = diffusion.alpha_bar[timesteps]
+    alpha_bar_prev = np.append(diffusion.alpha_bar[timesteps[1:]], 1.0)
+    beta = 1 - alpha_bar / alpha_bar_prev
+    posterior_variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+
+    table = np.zeros((len(timesteps), COLUMNS))
+    from_x, from_out = diffusion.x0_coefficients()
+    table[:, 0], table[:, 1] = from_x[timesteps], from_out[timesteps]
+    if method == "ddim":
+        sigma = eta * np.sqrt(posterior_variance)
+        direction = np.sqrt(np.maximum(1 - alpha_bar_prev - sigma**2, 0.0) / (1 - alpha_bar))
+        table[:, 2] = np.sqrt(alpha_bar_prev) - direction * np.sqrt(alpha_bar)
+        table[:, 3] = direction
+    else:
+        table[:, 2] = beta * np.sqrt(alpha_bar_prev) / (1 - alpha_bar)
+        table[:, 3] = (1 - alpha_bar_prev) * np.sqrt(1 - beta) / (1 - alpha_bar)
+        if config.prediction == "xprev":
+            # The network gives the mean itself, but only of the very next timestep.
+            single = np.append(timesteps[1:], -1) == timesteps - 1
+            table[single, 2:4], table[single, 4] = 0.0, 1.0
+        if config.learned_variance:
+            sigma = np.ones_like(beta)
+            table[:, 6] = np.log(np.maximum(posterior_variance, 1e-20))
+            table[:, 7] = np.log(beta)
+        else:
+            sigma = np.sqrt(posterior_variance if config.variance == "fixedsmall" else beta)
+    sigma[-1] = 0.0
+    table[:, 5] = sigma
+    return table
+
+
+class Sampler:
+    """Draws images from a network: `Sampler(unet, diffusion, steps=250).sample(range(64))`.
+
+    `steps` of the T timesteps are taken, spread evenly with both ends included; `timesteps` names them one
+    by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in [0, 1]. `guidance`: scale of
+    classifier-free guidance, 1 for none. `seed`: 64-bit key shared by all images of this sampler.
+    Raises `UsageError` for values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        diffusion: Diffusion,
+        steps: int = 1000,
+        method: str = "ancestral",
+        eta: float = 0.0,
+        *,
+        guidance: float = 1.0,
+        seed: int = 0,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        if method not in ("ancestral", "ddim"):
+            raise UsageError(f"method must be ancestral or ddim; got {method!r}")
+        if not 0 <= eta <= 1:
+            raise UsageError(f"eta must be in [0, 1]; got {eta}")
+        self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
+        if timesteps is None:
+            self.timesteps = spread_timesteps(diffusion.timesteps, steps)
+        else:
+            self.timesteps = np.asarray(timesteps, dtype=np.int64)
+            if len(self.timesteps) == 0 or (np.diff(self.timesteps) >= 0).any():
+                raise UsageError("timesteps must descend, one or more of them")
+            if self.timesteps[0] >= diffusion.timesteps or self.timesteps[-1] < 0:
+                raise UsageError(f"timesteps must be in 0..{diffusion.timesteps - 1}")
+        self.table = coefficient_table(diffusion, self.timesteps, method, eta)
+        if guidance != 1 and getattr(unet, "null_label", None) is None:
+            raise UsageError("guidance needs a network trained with label_dropout > 0")
+
+    @property
+    def steps(self) -> int:
+        """Number of network evaluations a chain takes."""
+        return len(self.timesteps)
+
+    def sample(
+        self, seeds: Sequence[int], labels: Sequence[int] | None = None, callback: Callback | None = None
+    ) -> Tensor:
+        """Images, float32 (N, C, H, W) in [-1, 1], one for each seed.
+
+        An image depends on its seed (0..2^32-1), its label and the sampler, not on the rest of the batch.
+        `labels`: 0..num_classes-1, (N,); seed modulo num_classes when the network wants labels and none are
+        given. `callback(i, t, x_t, x0)` sees each step's state after it, and the x_0 prediction it was made
+        from; both are overwritten by the next step. Raises `UsageError` for seeds or labels out of range.
+        """
+        device = next(self.unet.parameters()).device
+        images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
+        label = self._labels(images, labels)
+        config = self.unet.config
+        shape = (config.image_channels, config.image_size, config.image_size)
+        table = torch.tensor(self.table, dtype=torch.float32, device=device)
+        timesteps = torch.tensor(self.timesteps, device=device)
+        seed = torch.tensor(self.seed, dtype=torch.int64, device=device)
+        index = torch.zeros((), dtype=torch.int64, device=device)
+        variance = self.diffusion.config.variance
+        learned = variance if self.method == "ancestral" and self.diffusion.config.learned_variance else "fixed"
+        clip = 1.0 if self.diffusion.config.clip else 0.0
+
+        with torch.no_grad(), _evaluating(self.unet):
+            x = random_normal(shape, images, seed, torch.zeros_like(seed), STREAM_INITIAL)
+            x0 = torch.empty_like(x) if callback else None
+            for i, t in enumerate(self.timesteps.tolist()):
+                out = self._predict(x, timesteps[i].expand(len(x)), label)
+                reverse_step(x, out, table, timesteps, index, images, seed, clip=clip, variance=learned, x0=x0)
+                index += 1
+                if callback:
+                    assert x0 is not None
+                    callback(i, t, x, x0)
+            return x.clamp_(-1, 1)
+
+    def _predict(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        if self.guidance == 1:
+            return self.unet(x, t, label)
+        assert label is not None
+        none = torch.full_like(label, self.unet.null_label)
+        both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, none]))
+        conditional, unconditional = both.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def _labels(self, images: Tensor, labels: Sequence[int] | None) -> Tensor | None:
+        num_classes = self.unet.config.num_classes
+        if not num_classes:
+            if labels is not None:
+                raise UsageError("this network was trained without classes; leave labels out")
+            return None
+        if labels is None:
+            return images % num_classes
+        if len(labels) != len(images):
+            raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(images)} seeds")
+        wrong = [label for label in labels if not 0 <= label < num_classes]
+        if wrong:
+            raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
+        return torch.tensor(list(labels), dtype=torch.int64, device=images.device)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

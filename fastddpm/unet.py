@@ -1,0 +1,267 @@
+"""The paper's U-Net: residual blocks with time embedding, attention at chosen resolutions.
+
+Follows the released code in every constant: GroupNorm eps 1e-6, convolutions padded as TensorFlow's SAME
+(downsampling pads right and bottom only), sinusoids sin before cos with divisor half - 1, one attention
+head of the full width, skips concatenated behind the features, biases zero, weights Xavier-uniform with
+gain 1e-5 where a residual branch or the network ends.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastddpm.config import UNetConfig
+from fastddpm.noise import NoiseKey
+from fastddpm.ops import attention, group_norm_silu
+
+GROUP_NORM_EPS = 1e-6
+NEAR_ZERO_GAIN = 1e-5  # variance scale 1e-10 in the released code, where it says 0
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """[sin(t f_i), cos(t f_i)], float32 (N, width), f_i = 10000^(-i / (half - 1)), i = 0..half - 1."""
+    half = width // 2
+    # In float64 and rounded once: at t = 999 a float32 frequency would move the phase by 1e-4.
+    exponent = torch.arange(half, dtype=torch.float64, device=t.device) * (-math.log(10000.0) / (half - 1))
+    angle = t.to(torch.float64).unsqueeze(1) * torch.exp(exponent)
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1).to(torch.float32)
+
+
+def _initialise(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
+    nn.init.xavier_uniform_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, gain: float = 1.0, *, stride: int = 1) -> nn.Conv2d:
+    padding = kernel // 2 if stride == 1 else 0
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding)
+    _initialise(layer, gain)
+    return layer
+
+
+def _linear(in_features: int, out_features: int, gain: float = 1.0) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    _initialise(layer, gain)
+    return layer
+
+
+class GroupNormSiLU(nn.Module):
+    """dropout(silu(group_norm(concat(x, skip) + temb))); each part but the norm is optional."""
+
+    def __init__(self, channels: int, groups: int, *, silu: bool = True, dropout: float = 0.0, layer: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.groups, self.silu, self.dropout, self.layer = groups, silu, dropout, layer
+
+    def forward(
+        self, x: Tensor, *, skip: Tensor | None = None, temb: Tensor | None = None, key: NoiseKey | None = None
+    ) -> Tensor:
+        if not (self.training and self.dropout > 0):
+            return group_norm_silu(
+                x, self.weight, self.bias, self.groups, GROUP_NORM_EPS, skip=skip, temb=temb, silu=self.silu
+            )
+        if key is None:
+            key = NoiseKey.draw(len(x), x.device)
+        return group_norm_silu(
+            x, self.weight, self.bias, self.groups, GROUP_NORM_EPS, skip=skip, temb=temb, silu=self.silu,
+            dropout=self.dropout, images=key.images, seed=key.seed, step=key.step, layer=self.layer,
+        )  # fmt: skip
+
+
+class ResBlock(nn.Module):
+    """conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb)))) + shortcut(x), x = concat(h, skip).
+
+    The concatenation is never made here: the norm reads both inputs, and the 1x1 shortcut is split in two.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, time_channels: int, config: UNetConfig, layer: int, skip: int = 0
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNormSiLU(in_channels + skip, config.groups)
+        self.conv1 = _conv(in_channels + skip, out_channels, 3)
+        self.temb_proj = _linear(time_channels, out_channels)
+        self.norm2 = GroupNormSiLU(out_channels, config.groups, dropout=config.dropout, layer=layer)
+        self.conv2 = _conv(out_channels, out_channels, 3, NEAR_ZERO_GAIN)
+        self.shortcut = _conv(in_channels + skip, out_channels, 1) if in_channels + skip != out_channels else None
+
+    def forward(self, h: Tensor, activated_temb: Tensor, skip: Tensor | None, key: NoiseKey | None) -> Tensor:
+        """`h` (N, C1, H, W), `activated_temb` silu of the time embedding (N, 4 width), `skip` (N, C2, H, W)."""
+        residual = self.conv1(self.norm1(h, skip=skip))
+        residual = self.conv2(self.norm2(residual, temb=self.temb_proj(activated_temb), key=key))
+        if skip is None:
+            return residual + (h if self.shortcut is None else self.shortcut(h))
+        assert self.shortcut is not None  # a concatenation is always wider than its block
+        weight_h, weight_skip = self.shortcut.weight.split([h.shape[1], skip.shape[1]], dim=1)
+        return residual + F.conv2d(h, weight_h, self.shortcut.bias) + F.conv2d(skip, weight_skip)
+
+
+class AttnBlock(nn.Module):
+    """x + proj(attention(q, k, v)), q, k, v linear in group_norm(x); one head over all pixels."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = GroupNormSiLU(channels, groups, silu=False)
+        self.q, self.k, self.v = (_linear(channels, channels) for _ in range(3))
+        self.proj = _linear(channels, channels, NEAR_ZERO_GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
+        out = self.proj(attention(self.q(tokens), self.k(tokens), self.v(tokens)))
+        return x + out.reshape(n, height, width, c).permute(0, 3, 1, 2)
+
+
+class Down(nn.Module):
+    """3x3 convolution with stride 2, padded by one at the right and bottom: TensorFlow's SAME for even sizes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution of one path: residual blocks, each followed by attention where the level has it."""
+
+    def __init__(self, blocks: list[ResBlock], attentions: list[AttnBlock], resample: Down | Up | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        self.resample = resample
+
+    def attend(self, index: int, h: Tensor) -> Tensor:
+        return self.attentions[index](h) if len(self.attentions) else h
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, time_channels: int, config: UNetConfig, layer: int) -> None:
+        super().__init__()
+        self.block1 = ResBlock(channels, channels, time_channels, config, layer)
+        self.attention = AttnBlock(channels, config.groups)
+        self.block2 = ResBlock(channels, channels, time_channels, config, layer + 1)
+
+    def forward(self, h: Tensor, activated_temb: Tensor, key: NoiseKey | None) -> Tensor:
+        return self.block2(self.attention(self.block1(h, activated_temb, None, key)), activated_temb, None, key)
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t), or whatever the diffusion lets the network predict.
+
+    `unet(x_t, t)` or `unet(x_t, t, label)`: x_t floating (N, C, H, W) of the configured size, t int64 (N,)
+    in 0..T-1, label int64 (N,) in 0..num_classes-1, or num_classes for "no label" when the network was
+    configured with label_dropout. In training mode dropout masks are a function of `noise_key`, or of a key
+    drawn from torch's default generator. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance.
+    Raises ValueError for other shapes, and for a label that is missing or not wanted.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, time_channels = config.width, 4 * config.width
+        self.time1 = _linear(width, time_channels)
+        self.time2 = _linear(time_channels, time_channels)
+        self.label: nn.Embedding | None = None
+        if config.num_classes:
+            self.label = nn.Embedding(config.num_classes + (config.label_dropout > 0), time_channels)
+        self.conv_in = _conv(config.image_channels, width, 3)
+
+        channels, size, layer = width, config.image_size, 0
+        skips = [channels]
+        down = []
+        for i, multiplier in enumerate(config.multipliers):
+            last = i == len(config.multipliers) - 1
+            blocks, attentions = [], []
+            for _ in range(config.blocks):
+                blocks.append(ResBlock(channels, width * multiplier, time_channels, config, layer))
+                channels, layer = width * multiplier, layer + 1
+                if size in config.attention_resolutions:
+                    attentions.append(AttnBlock(channels, config.groups))
+                skips.append(channels)
+            down.append(Level(blocks, attentions, None if last else Down(channels)))
+            if not last:
+                skips.append(channels)
+                size //= 2
+        self.down = nn.ModuleList(down)
+
+        self.mid = Middle(channels, time_channels, config, layer)
+        layer += 2
+
+        up = []
+        for i, multiplier in reversed(list(enumerate(config.multipliers))):
+            blocks, attentions = [], []
+            for _ in range(config.blocks + 1):
+                blocks.append(ResBlock(channels, width * multiplier, time_channels, config, layer, skips.pop()))
+                channels, layer = width * multiplier, layer + 1
+                if size in config.attention_resolutions:
+                    attentions.append(AttnBlock(channels, config.groups))
+            up.append(Level(blocks, attentions, None if i == 0 else Up(channels)))
+            size *= 2
+        self.up = nn.ModuleList(up)
+
+        self.norm_out = GroupNormSiLU(channels, config.groups)
+        self.conv_out = _conv(channels, config.image_channels * (1 + config.learned_variance), 3, NEAR_ZERO_GAIN)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no label", or None when the network has none."""
+        return self.config.num_classes if self.config.label_dropout > 0 else None
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, noise_key: NoiseKey | None = None) -> Tensor:
+        self._check(x_t, t, label)
+        if self.training and self.config.dropout > 0 and noise_key is None:
+            noise_key = NoiseKey.draw(len(x_t), x_t.device)
+        temb = self.time2(F.silu(self.time1(timestep_embedding(t, self.config.width).to(self.time1.weight.dtype))))
+        if self.label is not None:
+            temb = temb + self.label(label)
+        temb = F.silu(temb)  # every residual block takes the activated embedding
+
+        h = self.conv_in(x_t)
+        skips = [h]
+        for level in self.down:
+            for i, block in enumerate(level.blocks):
+                h = level.attend(i, block(h, temb, None, noise_key))
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+        h = self.mid(h, temb, noise_key)
+        for level in self.up:
+            for i, block in enumerate(level.blocks):
+                h = level.attend(i, block(h, temb, skips.pop(), noise_key))
+            if level.resample is not None:
+                h = level.resample(h)
+        return self.conv_out(self.norm_out(h))
+
+    def _check(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> None:
+        config = self.config
+        expected = (config.image_channels, config.image_size, config.image_size)
+        if x_t.ndim != 4 or x_t.shape[1:] != expected:
+            raise ValueError(f"UNet: x_t must be (N, {', '.join(map(str, expected))}); got {tuple(x_t.shape)}")
+        if t.shape != x_t.shape[:1] or t.dtype.is_floating_point:
+            raise ValueError(f"UNet: t must be integer ({x_t.shape[0]},); got {t.dtype} {tuple(t.shape)}")
+        if (label is None) != (config.num_classes == 0):
+            raise ValueError(
+                "UNet: this network takes no label" if label is not None else "UNet: this network needs a label"
+            )
+        if label is not None and label.shape != t.shape:
+            raise ValueError(f"UNet: label must be integer ({x_t.shape[0]},); got {tuple(label.shape)}")
