@@ -4,7 +4,9 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Suppress
 
 from .errors import UsageError
 
@@ -59,7 +61,7 @@ class UNetConfig:
     """Class-conditioning: number of labels, 0 for none."""
     label_dropout: float = 0.0
     """Fraction of training labels replaced by "no label", which classifier-free guidance needs."""
-    learned_variance: bool = False
+    learned_variance: Annotated[bool, Suppress] = False
     """A second half of output channels for the variance; follows the diffusion's variance."""
 
     def __post_init__(self) -> None:
@@ -120,7 +122,7 @@ class DiffusionConfig:
     """Weight of the bound, summed over T steps, in the hybrid loss."""
     min_snr_gamma: float = 5.0
     """Largest signal-to-noise ratio that min-SNR weighting counts."""
-    clip: bool = True
+    clip_x0: bool = True
     """Clip the x_0 prediction to [-1, 1] when sampling."""
 
     def __post_init__(self) -> None:
@@ -159,7 +161,7 @@ class TrainConfig:
     """Steps of linear warm-up."""
     decay: Literal["none", "cosine"] = "none"
     """Learning rate after warm-up: constant, or a cosine to zero at the last step."""
-    clip: float = 1.0
+    clip_gradient: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.9999
     """Decay of the exponential moving average of the weights, from the first step, without a ramp."""
@@ -184,7 +186,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience")
-        _require_positive(self, "lr", "clip")
+        _require_positive(self, "lr", "clip_gradient")
         for name in ("mode", "precision", "decay"):
             _require_choice(self, name)
         if self.warmup < 0:
@@ -194,6 +196,8 @@ class TrainConfig:
             raise UsageError(f"accumulate must divide batch; {self.accumulate} does not divide {self.batch}")
         if self.mode == "paper" and self.batch % 8:
             raise UsageError(f"mode paper clips each of 8 shards of a batch; 8 does not divide batch {self.batch}")
+        if self.mode == "paper" and self.accumulate != 1:
+            raise UsageError("mode paper takes its batch in 8 shards already; leave accumulate at 1")
 
 
 @dataclass(frozen=True)
@@ -202,8 +206,8 @@ class SampleConfig:
 
     method: Method = "ancestral"
     """Ancestral sampling (Algorithm 2 of the paper) or DDIM."""
-    steps: int = 1000
-    """Steps of the chain; fewer than T are spread evenly, both ends included."""
+    steps: int | None = None
+    """Steps of the chain: all T unless given; fewer are spread evenly, both ends included."""
     eta: float = 0.0
     """DDIM's noise: 0 deterministic, 1 that of ancestral sampling."""
     guidance: float = 1.0
@@ -212,7 +216,8 @@ class SampleConfig:
     """Images in the sample grid."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "steps")
+        if self.steps is not None:
+            _require_positive(self, "steps")
         _require_choice(self, "method")
         _require_range(self, "eta", 0.0, 1.0, closed=True)
         if self.count < 0:
@@ -237,7 +242,7 @@ class Preset:
                 f"variance {self.diffusion.variance} needs learned_variance={self.diffusion.learned_variance} "
                 f"in the network; got {self.unet.learned_variance}"
             )
-        if self.sample.steps > self.diffusion.timesteps:
+        if self.sample.steps is not None and self.sample.steps > self.diffusion.timesteps:
             raise UsageError(
                 f"sample steps must be at most timesteps, {self.diffusion.timesteps}; got {self.sample.steps}"
             )
@@ -260,6 +265,10 @@ def from_dict(cls: type, data: Any, where: str = "configuration") -> Any:
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise UsageError(f"{where} has no field {unknown[0]!r}; it has {', '.join(fields)}")
+    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in data]
+    if missing:
+        raise UsageError(f"{where} lacks the field {missing[0]!r}")
     hints = typing.get_type_hints(cls)
     return cls(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in data.items()})
 

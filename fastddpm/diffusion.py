@@ -115,7 +115,7 @@ class Diffusion:
         that predicts x_{t-1} gives the mean directly, clipped or not, as in the released code.
         """
         x0 = self.predict_x0(out, x_t, t)
-        if self.config.clip if clip is None else clip:
+        if self.config.clip_x0 if clip is None else clip:
             x0 = x0.clamp(-1, 1)
         if self.config.prediction == "xprev":
             mean = self._prediction(out, x_t)

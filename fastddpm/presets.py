@@ -30,13 +30,34 @@ PRESETS: dict[str, Preset] = {
             DiffusionConfig(variance="fixedsmall"),
             TrainConfig(**_TRAIN_256, steps=1_150_000, flip=False),
         ),
-        # Small enough for two CPU cores: the same network and sampler, on 16x16 digits.
+        # Small enough for two CPU cores: the same network and process, on 16x16 digits. What differs from the
+        # paper is what a thousand small steps need: v instead of eps and a cosine schedule, which learn faster at
+        # this size, classes with guidance, and a learning rate that falls to zero instead of a long average.
         Preset(
             "mnist",
-            UNetConfig(image_size=16, image_channels=1, width=32, multipliers=(1, 2), blocks=1, dropout=0.0, groups=8),
-            DiffusionConfig(),
-            TrainConfig(steps=1000, batch=32, lr=1e-3, warmup=50, ema=0.99, flip=False),
-            SampleConfig(),
+            UNetConfig(
+                image_size=16,
+                image_channels=1,
+                width=32,
+                multipliers=(1, 2),
+                blocks=1,
+                dropout=0.0,
+                groups=8,
+                num_classes=10,
+                label_dropout=0.1,
+            ),
+            DiffusionConfig(schedule="cosine", prediction="v"),
+            TrainConfig(
+                steps=1300,
+                batch=16,
+                lr=2e-3,
+                warmup=50,
+                decay="cosine",
+                ema=0.99,
+                flip=False,
+                save_every=500,
+            ),
+            SampleConfig(steps=250, guidance=2.0),
         ),
     )
 }

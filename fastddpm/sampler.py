@@ -67,8 +67,8 @@ def coefficient_table(diffusion: Diffusion, timesteps: np.ndarray, method: str, 
 class Sampler:
     """Draws images from a network: `Sampler(unet, diffusion, steps=250).sample(range(64))`.
 
-    `steps` of the T timesteps are taken, spread evenly with both ends included; `timesteps` names them one
-    by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in [0, 1]. `guidance`: scale of
+    `steps` of the T timesteps are taken, all of them unless given, spread evenly with both ends included;
+    `timesteps` names them one by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in [0, 1]. `guidance`: scale of
     classifier-free guidance, 1 for none. `seed`: 64-bit key shared by all images of this sampler.
     Raises `UsageError` for values outside these ranges.
     """
@@ -77,7 +77,7 @@ class Sampler:
         self,
         unet: UNet,
         diffusion: Diffusion,
-        steps: int = 1000,
+        steps: int | None = None,
         method: str = "ancestral",
         eta: float = 0.0,
         *,
@@ -91,7 +91,7 @@ class Sampler:
             raise UsageError(f"eta must be in [0, 1]; got {eta}")
         self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
         if timesteps is None:
-            self.timesteps = spread_timesteps(diffusion.timesteps, steps)
+            self.timesteps = spread_timesteps(diffusion.timesteps, steps or diffusion.timesteps)
         else:
             self.timesteps = np.asarray(timesteps, dtype=np.int64)
             if len(self.timesteps) == 0 or (np.diff(self.timesteps) >= 0).any():
@@ -128,7 +128,7 @@ class Sampler:
         index = torch.zeros((), dtype=torch.int64, device=device)
         variance = self.diffusion.config.variance
         learned = variance if self.method == "ancestral" and self.diffusion.config.learned_variance else "fixed"
-        clip = 1.0 if self.diffusion.config.clip else 0.0
+        clip = 1.0 if self.diffusion.config.clip_x0 else 0.0
 
         with torch.no_grad(), _evaluating(self.unet):
             x = random_normal(shape, images, seed, torch.zeros_like(seed), STREAM_INITIAL)

@@ -41,6 +41,8 @@ def group_norm_silu(
         if images is None or seed is None or step is None:
             raise ValueError("group_norm_silu: dropout needs images, seed and step, from which its mask is drawn")
         check_counter("group_norm_silu", images, seed, step)
+        if images.shape != x.shape[:1]:
+            raise ValueError(f"group_norm_silu: images must be ({x.shape[0]},); got {tuple(images.shape)}")
     return torch.ops.fastddpm.group_norm_silu(
         x, weight, bias, groups, eps, skip, temb, scale, shift, silu, dropout, images, seed, step, layer
     )[0]

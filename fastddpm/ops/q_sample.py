@@ -38,7 +38,8 @@ def q_sample(
     check_counter("q_sample", images, seed, step)
     if images.shape != t.shape:
         raise ValueError(f"q_sample: images must be ({x0.shape[0]},); got {tuple(images.shape)}")
-    return torch.ops.fastddpm.q_sample(x0, t, table, flip, noise, images, seed, step)
+    with torch.no_grad():
+        return torch.ops.fastddpm.q_sample(x0, t, table, flip, noise, images, seed, step)
 
 
 def _fake(

@@ -52,9 +52,12 @@ def reverse_step(
         if value is not None and (value.shape != x.shape or value.dtype != torch.float32):
             raise ValueError(f"reverse_step: {name} must be float32 {tuple(x.shape)}; got {tuple(value.shape)}")
     check_counter("reverse_step", images, seed, index)
-    torch.ops.fastddpm.reverse_step(
-        x, out, table, timesteps, index, images, seed, float(clip), VARIANCES[variance], noise, x0
-    )
+    if images.shape != x.shape[:1]:
+        raise ValueError(f"reverse_step: images must be ({n},); got {tuple(images.shape)}")
+    with torch.no_grad():
+        torch.ops.fastddpm.reverse_step(
+            x, out, table, timesteps, index, images, seed, float(clip), VARIANCES[variance], noise, x0
+        )
     return x
 
 

@@ -19,7 +19,7 @@ def dropout_scale(shape: torch.Size, p: float, images: Tensor, seed: Tensor, ste
     num = c * h * w
     words = per_image_words((num + 7) // 8, images, seed, step, STREAM_DROPOUT + 256 * layer)
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    kept = halves.reshape(n, -1)[:, :num].reshape(n, h, w, c) >= threshold
+    kept = halves.flatten(1)[:, :num].reshape(n, h, w, c) >= threshold
     return (kept.to(torch.float32) * (65536.0 / (65536 - threshold))).permute(0, 3, 1, 2)
 
 
@@ -72,10 +72,10 @@ def forward(
     dtype = _compute_dtype(x.dtype)
     h = _input(x, skip, temb, dtype)
     n, c = h.shape[:2]
-    mean = h.mean((2, 3)).reshape(n, groups, -1).mean(2)
+    mean = h.mean((2, 3)).reshape(n, groups, c // groups).mean(2)
     # Two passes: E[x^2] - E[x]^2 loses all digits when the mean is large against the deviation.
     centred = h - _per_channel(mean, c)
-    variance = centred.square().mean((2, 3)).reshape(n, groups, -1).mean(2)
+    variance = centred.square().mean((2, 3)).reshape(n, groups, c // groups).mean(2)
     rstd = torch.rsqrt(variance + eps)
     gain, offset = _affine(weight, bias, scale, shift, dtype)
     y = torch.addcmul(offset[:, :, None, None], centred, gain[:, :, None, None] * _per_channel(rstd, c))
@@ -127,14 +127,15 @@ def backward(
     pixels_per_group = h.shape[2] * h.shape[3] * (c // groups)
 
     def group_mean(sums: Tensor) -> Tensor:
-        return _per_channel((sums * gain).reshape(len(h), groups, -1).sum(2) / pixels_per_group, c)
+        return _per_channel((sums * gain).reshape(len(h), groups, c // groups).sum(2) / pixels_per_group, c)
 
     u_mean, ux_mean = group_mean(grad_offset), group_mean(grad_gain)
     grad_h = torch.addcmul(g * gain[:, :, None, None] - u_mean, x_hat, ux_mean, value=-1).mul_(rstd_c)
 
-    absent = x.new_empty(0)
-    grad_temb = absent if temb is None else grad_h.sum((2, 3)).to(temb.dtype)
-    grad_scale = grad_shift = absent
+    # One empty tensor each: the outputs of an operator must not share memory.
+    grad_skip, grad_temb, grad_scale, grad_shift = (x.new_empty(0) for _ in range(4))
+    if temb is not None:
+        grad_temb = grad_h.sum((2, 3)).to(temb.dtype)
     if scale is not None and shift is not None:
         w, b, factor = weight.to(dtype), bias.to(dtype), 1 + scale.to(dtype)
         grad_scale = (grad_gain * w + grad_offset * b).to(scale.dtype)
@@ -144,7 +145,7 @@ def backward(
 
     memory_format = _memory_format(x)
     if skip is None:
-        grad_x, grad_skip = grad_h.to(x.dtype, memory_format=memory_format), absent
+        grad_x = grad_h.to(x.dtype, memory_format=memory_format)
     else:
         split = grad_h.to(x.dtype).split([x.shape[1], skip.shape[1]], dim=1)
         grad_x, grad_skip = (part.clone(memory_format=memory_format) for part in split)

@@ -50,4 +50,4 @@ def normals(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -
         radius = torch.sqrt(-2.0 * torch.log(radius_word * 2.0**-32 + 2.0**-33))
         angle = angle_word * (2.0 * math.pi * 2.0**-32)
         values += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(values, dim=-1).reshape(len(images), -1)[:, :num].to(torch.float32)
+    return torch.stack(values, dim=-1).flatten(1)[:, :num].to(torch.float32)

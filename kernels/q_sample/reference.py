@@ -1,5 +1,7 @@
 """q(x_t | x_0), equation 4 of the paper: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def forward(
     """x_t and eps, float32 (N, C, H, W); `table` is float32 (T, 2): sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)."""
     x0 = scale_images(x0, flip)
     if noise is None:
-        eps = normals(x0[0].numel(), images, seed, step, STREAM_FORWARD).reshape(x0.shape)
+        eps = normals(math.prod(x0.shape[1:]), images, seed, step, STREAM_FORWARD).reshape(x0.shape)
     else:
         eps = noise.to(torch.float32, copy=True)
     signal, sigma = table[t].unbind(-1)

@@ -1,5 +1,7 @@
 """p(x_{t-1} | x_t) (Algorithm 2 of the paper) and the DDIM update, driven by a coefficient table."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def forward(
 
     if noise is None:
         step = timesteps.index_select(0, index.reshape(1))
-        noise = normals(x[0].numel(), images, seed, step, STREAM_REVERSE).reshape(x.shape)
+        noise = normals(math.prod(x.shape[1:]), images, seed, step, STREAM_REVERSE).reshape(x.shape)
     sigma = row[5]
     if variance != FIXED:
         log_var = out[:, x.shape[1] :].to(torch.float32)

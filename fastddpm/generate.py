@@ -1,0 +1,89 @@
+"""Sampling with pictures: batches, progress, grids, animations. What the two commands share."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fastddpm.config import Preset
+from fastddpm.diffusion import Diffusion
+from fastddpm.figures import grid, save_animation, save_png, to_uint8
+from fastddpm.runlog import Meter
+from fastddpm.sampler import Sampler
+from fastddpm.unet import UNet
+
+ANIMATION_FRAMES = 40
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Finished images of one batch: their seeds and uint8 (N, C, H, W)."""
+
+    seeds: Sequence[int]
+    images: np.ndarray
+
+
+class FrameRecorder:
+    """Keeps some of a chain's x_0 predictions as grids: the frames of an animation."""
+
+    def __init__(self, steps: int, images: int) -> None:
+        self._chosen = set(np.linspace(0, steps - 1, min(steps, ANIMATION_FRAMES)).round().astype(int).tolist())
+        self._images = images
+        self.frames: list[Image.Image] = []
+
+    def __call__(self, i: int, t: int, x_t: Tensor, x0: Tensor) -> None:
+        if i in self._chosen:
+            self.frames.append(grid(to_uint8(x0[: self._images])))
+
+
+def sample_batches(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
+    *,
+    batch: int = 64,
+    recorder: FrameRecorder | None = None,
+) -> Iterator[Batch]:
+    """The images of `seeds`, batch by batch, with progress in images/s; `recorder` watches the first batch."""
+    with Meter("sampling", len(seeds) * sampler.steps, "image steps") as meter:
+        for start in range(0, len(seeds), batch):
+            part = seeds[start : start + batch]
+
+            def callback(i: int, t: int, x_t: Tensor, x0: Tensor, start: int = start, size: int = len(part)) -> None:
+                if recorder is not None and start == 0:
+                    recorder(i, t, x_t, x0)
+                meter.update(start * sampler.steps + size * (i + 1), f"{meter.rate / sampler.steps:.2f} images/s")
+
+            part_labels = None if labels is None else labels[start : start + batch]
+            yield Batch(part, to_uint8(sampler.sample(part, part_labels, callback)))
+
+
+def save_run_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: Path) -> list[Path]:
+    """Draw the run's closing samples (seeds 0, 1, ..): samples.png, samples.npz and denoising.gif in `run`."""
+    config = preset.sample
+    if config.count == 0:
+        return []
+    sampler = Sampler(unet, diffusion, config.steps, config.method, config.eta, guidance=config.guidance)
+    recorder = FrameRecorder(sampler.steps, config.count)
+    seeds = range(config.count)
+    images = np.concatenate([b.images for b in sample_batches(sampler, seeds, recorder=recorder)])
+    return save_pictures(images, seeds, recorder.frames, run)
+
+
+def save_pictures(
+    images: np.ndarray, seeds: Sequence[int], frames: Sequence[Image.Image], directory: Path
+) -> list[Path]:
+    """Write the grid, the arrays and, given frames, the animation; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / "samples.png", directory / "samples.npz"]
+    save_png(grid(images), paths[0])
+    temporary = directory / ".samples.tmp.npz"
+    np.savez_compressed(temporary, images=images, seeds=np.asarray(seeds, dtype=np.int64))
+    temporary.replace(paths[1])
+    if frames:
+        paths.append(directory / "denoising.gif")
+        save_animation(frames, paths[-1])
+    return paths

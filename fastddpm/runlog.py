@@ -1,0 +1,98 @@
+"""What a run tells: a line of JSON for each logged step, and progress for whoever watches."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class JsonLines:
+    """An append-only log.jsonl; on resume, lines behind the checkpoint's step are dropped first."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        self.path = path
+        if resume_step is not None and path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record and hand it to the operating system at once."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # half a line, from a run that was killed
+
+
+class Meter:
+    """Progress of a known amount of work: a bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(
+        self, title: str, total: int, unit: str, *, done: int = 0, seconds_between_lines: float = 10.0
+    ) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._pause = seconds_between_lines
+        self._start, self._first = time.monotonic(), done
+        self._last_line = self._start
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[note]}"), TextColumn("left"), TimeRemainingColumn(), console=console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> "Meter":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the meter began."""
+        return (self.done - self._first) / max(1e-9, time.monotonic() - self._start)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that `done` units are finished, with a short note."""
+        self.done = done
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self._pause or done == self.total:
+            self._last_line = now
+            left = (self.total - done) / max(1e-9, self.rate)
+            parts = [f"{self.title} {done}/{self.total} {self.unit}", note, f"{duration(left)} left"]
+            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 12 min 05 s or 3 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
