@@ -31,7 +31,15 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "test": [
-            "pytest", "pytest-benchmark", "hypothesis", "diffusers>=0.38", "pyarrow", "scipy", "ruff", "mypy", "setuptools",
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "diffusers>=0.38",
+            "pyarrow",
+            "scipy",
+            "setuptools",
+            "ruff",
+            "mypy",
         ],
     },
-)  # fmt: skip
+)

@@ -113,7 +113,7 @@ def load(path: Path, parts: Collection[str] | None = None) -> Checkpoint:
     try:
         return _load(path, parts)
     except DataError as error:
-        if path != given and _identity(path) != identity:  # removed or replaced while it was read
+        if path != given and (identity is None or _identity(path) != identity):  # removed or replaced meanwhile
             return load(given, parts)
         raise DataError(f"{error}; {_advice(path)}") from error
 

@@ -20,7 +20,7 @@ ANIMATION_FRAMES = 40
 
 @dataclass(frozen=True)
 class Batch:
-    """Finished images of one batch: their seeds and uint8 (N, C, H, W)."""
+    """Finished images of one batch: their seeds, and uint8 (N, C, H, W)."""
 
     seeds: Sequence[int]
     images: np.ndarray
@@ -70,18 +70,25 @@ def save_run_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: Path
     recorder = FrameRecorder(sampler.steps, config.count)
     seeds = range(config.count)
     images = np.concatenate([b.images for b in sample_batches(sampler, seeds, recorder=recorder)])
-    return save_pictures(images, seeds, recorder.frames, run)
+    return save_pictures(images, seeds, sampler.labels_for(seeds), recorder.frames, run)
 
 
 def save_pictures(
-    images: np.ndarray, seeds: Sequence[int], frames: Sequence[Image.Image], directory: Path
+    images: np.ndarray,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    frames: Sequence[Image.Image],
+    directory: Path,
 ) -> list[Path]:
-    """Write the grid, the arrays and, given frames, the animation; returns their paths."""
+    """Write the grid, the arrays (images, seeds, and labels if any) and, given frames, the animation; their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / "samples.png", directory / "samples.npz"]
     save_png(grid(images), paths[0])
     temporary = directory / ".samples.tmp.npz"
-    np.savez_compressed(temporary, images=images, seeds=np.asarray(seeds, dtype=np.int64))
+    arrays = {"images": images, "seeds": np.asarray(seeds, dtype=np.int64)}
+    if labels is not None:
+        arrays["labels"] = np.asarray(labels, dtype=np.int64)
+    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     temporary.replace(paths[1])
     if frames:
         paths.append(directory / "denoising.gif")

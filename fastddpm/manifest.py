@@ -82,9 +82,12 @@ def read(directory: Path) -> tuple[int, dict[str, Entry]]:
     if type(step) is not int or step < 0 or not isinstance(entries, dict):
         raise DataError(f"{path} has no valid step and files")
     files = {name: _entry(path, name, entry) for name, entry in entries.items()}
-    for other in sorted(directory.iterdir()):
-        if other.name not in files and other.name not in NAMES:
-            raise DataError(f"{other} is not in the manifest (remove it if it was put there by hand)")
+    try:
+        extra = sorted(set(os.listdir(directory)).difference(files, NAMES))
+    except OSError as error:
+        raise DataError(f"{directory} cannot be read: {error.strerror or error}") from error
+    if extra:
+        raise DataError(f"{directory / extra[0]} is not in the manifest (remove it if it was put there by hand)")
     return step, files
 
 

@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
                 for seed, image in zip(batch.seeds, batch.images, strict=True):
                     save_png(grid(image[None], padding=0, scale=1), out / f"{seed:010d}.png")
     frames = recorder.frames if recorder is not None else []
-    for path in save_pictures(np.concatenate(parts), seeds, frames, out):
+    for path in save_pictures(np.concatenate(parts), seeds, sampler.labels_for(seeds, labels), frames, out):
         print(path)
 
 

@@ -68,8 +68,9 @@ class Sampler:
     """Draws images from a network: `Sampler(unet, diffusion, steps=250).sample(range(64))`.
 
     `steps` of the T timesteps are taken, all of them unless given, spread evenly with both ends included;
-    `timesteps` names them one by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in [0, 1]. `guidance`: scale of
-    classifier-free guidance, 1 for none. `seed`: 64-bit key shared by all images of this sampler.
+    `timesteps` names them one by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in
+    [0, 1]. `guidance`: scale of classifier-free guidance, 1 for none. `seed`: 64-bit key shared by all images
+    of this sampler, -2^63..2^63-1.
     Raises `UsageError` for values outside these ranges.
     """
 
@@ -89,9 +90,11 @@ class Sampler:
             raise UsageError(f"method must be ancestral or ddim; got {method!r}")
         if not 0 <= eta <= 1:
             raise UsageError(f"eta must be in [0, 1]; got {eta}")
+        if not -(2**63) <= seed < 2**63:
+            raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
         self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
         if timesteps is None:
-            self.timesteps = spread_timesteps(diffusion.timesteps, steps or diffusion.timesteps)
+            self.timesteps = spread_timesteps(diffusion.timesteps, diffusion.timesteps if steps is None else steps)
         else:
             self.timesteps = np.asarray(timesteps, dtype=np.int64)
             if len(self.timesteps) == 0 or (np.diff(self.timesteps) >= 0).any():
@@ -119,7 +122,8 @@ class Sampler:
         """
         device = next(self.unet.parameters()).device
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
-        label = self._labels(images, labels)
+        classes = self.labels_for(seeds, labels)
+        label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
         config = self.unet.config
         shape = (config.image_channels, config.image_size, config.image_size)
         table = torch.tensor(self.table, dtype=torch.float32, device=device)
@@ -151,20 +155,24 @@ class Sampler:
         conditional, unconditional = both.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
-    def _labels(self, images: Tensor, labels: Sequence[int] | None) -> Tensor | None:
+    def labels_for(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> list[int] | None:
+        """The class that each seed is drawn from: `labels`, or seed modulo num_classes; None without classes.
+
+        Raises `UsageError` for a wrong number of labels, or one out of range.
+        """
         num_classes = self.unet.config.num_classes
         if not num_classes:
             if labels is not None:
                 raise UsageError("this network was trained without classes; leave labels out")
             return None
         if labels is None:
-            return images % num_classes
-        if len(labels) != len(images):
-            raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(images)} seeds")
+            return [seed % num_classes for seed in seeds]
+        if len(labels) != len(seeds):
+            raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(seeds)} seeds")
         wrong = [label for label in labels if not 0 <= label < num_classes]
         if wrong:
             raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
-        return torch.tensor(list(labels), dtype=torch.int64, device=images.device)
+        return list(labels)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def zip_collection(path: Path) -> Collection:
 
 
 def parquet_collection(files: list[Path]) -> Collection:
-    """Rows of parquet files in the Hugging Face layout: `img` or `image` as struct{bytes} or bytes, `label` optional."""
+    """Rows of parquet files in the Hugging Face layout: `img` or `image` (struct{bytes} or bytes), perhaps `label`."""
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:

@@ -34,15 +34,15 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 
 def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse)
+    _, lse = output
+    ctx.save_for_backward(q, k, v, lse)
     ctx.mark_non_differentiable(lse)
 
 
@@ -53,7 +53,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor
 register("attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", _fake)
 register(
     "attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     operation="attention",
 )

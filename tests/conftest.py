@@ -1,0 +1,58 @@
+"""Options and fixtures of the whole suite.
+
+pytest tests/ops --backend reference        the operator tests on one backend of `fastddpm.ops`
+pytest tests/ops --device cuda              the operator tests on a GPU
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from fastddpm.ops import use_backend
+from fastddpm.ops.backend import CHOICES
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=CHOICES, default=None, help="backend that the operator tests run on")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="device that the operator tests run on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The tensors are small: one thread is faster than several, and sums are in the same order on every machine.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def torch_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def chosen_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run the tests of tests/ops on the backend of --backend, if given."""
+    name = request.config.getoption("--backend")
+    if name is None or request.path.parent.name != "ops":
+        yield
+        return
+    with use_backend(name):
+        yield

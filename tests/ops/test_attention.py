@@ -1,0 +1,238 @@
+"""attention: softmax(q k^T / sqrt(C)) v with one head, forward and backward."""
+
+import io
+
+import contract
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from fastddpm.ops import attention
+
+SHAPES = {
+    "cifar 16x16": (2, 256, 256),
+    "256x256 model, middle 8x8": (1, 64, 512),
+    "middle 4x4, fewer tokens than any tile": (3, 16, 256),
+    "odd tokens and channels, no multiple of a tile": (2, 49, 24),
+    "one token": (2, 1, 8),
+    "one channel": (1, 5, 1),
+    "wide": (1, 9, 768),
+}
+
+
+def inputs(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, sharpness: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(3))
+    return q * sharpness, k, v
+
+
+def low_precision(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same maths with every intermediate in the inputs' dtype."""
+    return torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1) @ v
+
+
+def expected_gradients(q: np.ndarray, k: np.ndarray, v: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Through v, then the softmax's Jacobian diag(p) - p p^T row by row, then q k^T."""
+    scale = q.shape[-1] ** -0.5
+    scores = np.einsum("nic,njc->nij", q, k) * scale
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    grad_p = np.einsum("nic,njc->nij", grad, v)
+    grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdims=True)) * scale
+    return (
+        np.einsum("nij,njc->nic", grad_scores, k),
+        np.einsum("nij,nic->njc", grad_scores, q),
+        np.einsum("nij,nic->njc", p, grad),
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    q, k, v = inputs(SHAPES[name], dtype, device)
+    out = attention(q, k, v)
+    assert out.dtype == dtype and out.is_contiguous()
+    expected = oracle.attention(*map(contract.float64, (q, k, v)))
+    tolerance = 1e-13 if dtype == torch.float64 else 3e-6
+    np.testing.assert_allclose(contract.float64(out), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradient_numbers(name: str, device: torch.device) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(SHAPES[name], torch.float32, device))
+    out = attention(q, k, v)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    for x, expected in zip((q, k, v), expected_gradients(*map(contract.float64, (q, k, v, grad))), strict=True):
+        np.testing.assert_allclose(
+            contract.float64(x.grad), expected, rtol=0, atol=5e-6 * max(np.abs(expected).max(), 1)
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar 16x16", "256x256 model, middle 8x8", "odd tokens and channels, no multiple of a tile"]
+)
+@pytest.mark.parametrize("dtype", contract.LOW_PRECISION)
+def test_low_precision_error_is_that_of_its_inputs(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Outputs and gradients, against float64 on the rounded inputs."""
+    q, k, v = (x.requires_grad_() for x in inputs(SHAPES[name], dtype, device))
+    ours, low = attention(q, k, v), low_precision(q, k, v)
+    grad = torch.randn_like(ours)
+    exact = tuple(map(contract.float64, (q, k, v)))
+    assert ours.dtype == dtype
+    contract.assert_within_twice_the_error_of(low, ours, oracle.attention(*exact))
+    ours_grads, low_grads = (torch.autograd.grad(out, (q, k, v), grad) for out in (ours, low))
+    expected = expected_gradients(*exact, contract.float64(grad))
+    for low_grad, our_grad, expected_grad in zip(low_grads, ours_grads, expected, strict=True):
+        contract.assert_within_twice_the_error_of(low_grad, our_grad, expected_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_beyond_exp(dtype: torch.dtype, device: torch.device) -> None:
+    """Scores of some hundreds overflow exp in float32 unless the row's maximum is taken off first."""
+    q, k, v = (x.requires_grad_() for x in inputs((2, 16, 64), dtype, device, sharpness=200.0))
+    out = attention(q, k, v)
+    out.sum().backward()
+    exact = tuple(map(contract.float64, (q, k, v)))
+    assert np.abs(np.einsum("nic,njc->nij", *exact[:2])).max() / 8 > 300
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    np.testing.assert_allclose(contract.float64(out), oracle.attention(*exact), atol=tolerance)
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+def test_equal_scores_average_the_values(device: torch.device) -> None:
+    q, k, v = (
+        torch.zeros(1, 7, 4, device=device),
+        torch.randn(1, 7, 4, device=device),
+        torch.randn(1, 7, 4, device=device),
+    )
+    out = attention(q, k, v)
+    np.testing.assert_allclose(
+        contract.float64(out), np.repeat(contract.float64(v).mean(1, keepdims=True), 7, 1), atol=1e-6
+    )
+
+
+def test_scale(device: torch.device) -> None:
+    q, k, v = inputs((2, 9, 16), torch.float32, device)
+    out = attention(q, k, v, scale=0.7)
+    expected = oracle.attention(*map(contract.float64, (q, k, v)), scale=0.7)
+    np.testing.assert_allclose(contract.float64(out), expected, atol=1e-5)
+    assert not torch.allclose(out, attention(q, k, v), atol=1e-2)
+
+
+def test_strides_of_the_inputs_change_nothing(device: torch.device) -> None:
+    """q, k, v as views of one fused projection, and as (N, C, L) maps seen as (N, L, C)."""
+    q, k, v = inputs((2, 12, 8), torch.float32, device)
+    expected = oracle.attention(*map(contract.float64, (q, k, v)))
+    fused = torch.cat([q, k, v], dim=-1).split(8, dim=-1)
+    maps = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    shared = attention(q, k[:1].expand(2, -1, -1), v)
+    for views in (fused, maps):
+        np.testing.assert_allclose(contract.float64(attention(*views)), expected, atol=2e-6)
+    expected = oracle.attention(contract.float64(q), contract.float64(k[:1]).repeat(2, 0), contract.float64(v))
+    np.testing.assert_allclose(contract.float64(shared), expected, atol=2e-6)
+
+
+def test_expanded_gradient(device: torch.device) -> None:
+    """sum() sends back a gradient of stride 0."""
+    q, k, v = (x.requires_grad_() for x in inputs((2, 12, 8), torch.float32, device))
+    attention(q, k, v).sum().backward()
+    exact = tuple(map(contract.float64, (q, k, v)))
+    for x, expected in zip((q, k, v), expected_gradients(*exact, np.ones((2, 12, 8))), strict=True):
+        np.testing.assert_allclose(contract.float64(x.grad), expected, atol=5e-6)
+
+
+def test_gradcheck(device: torch.device) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs((2, 5, 3), torch.float64, device))
+    assert torch.autograd.gradcheck(attention, (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, 0.3), (q, k, v))
+
+
+def test_backward_is_deterministic(device: torch.device) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs((2, 64, 32), torch.float32, device))
+    runs = [torch.autograd.grad(attention(q, k, v).square().sum(), (q, k, v)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_nan_stays_where_it_belongs(device: torch.device) -> None:
+    """A NaN query spoils its own row; a NaN image no other image."""
+    q, k, v = inputs((2, 6, 4), torch.float32, device)
+    q[0, 3] = torch.nan
+    spoilt = torch.isnan(attention(q, k, v)).any(-1)
+    assert spoilt.sum() == 1 and spoilt[0, 3]
+
+
+def test_empty_batch(device: torch.device) -> None:
+    q, k, v = (torch.zeros(0, 5, 4, device=device, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 5, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "fused"])
+def test_opcheck(dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    q, k, v = inputs((2, 6, 4), dtype, device)
+    if layout == "fused":
+        q, k, v = torch.cat([q, k, v], dim=-1).split(4, dim=-1)
+    grad, scale = torch.randn_like(q), 0.5
+    _, lse = torch.ops.fastddpm.attention(q, k, v, scale)
+    contract.opcheck(torch.ops.fastddpm.attention_backward, (grad, q, k, v, lse, scale))
+    contract.opcheck(torch.ops.fastddpm.attention, (*(x.detach().requires_grad_() for x in (q, k, v)), scale))
+
+
+def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
+    def arguments(n: int) -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(n)
+        return [x.requires_grad_() for x in inputs((n, 6, 4), torch.float32, device)], []
+
+    contract.assert_compiles_for_any_batch(lambda q, k, v: attention(q, k, v) + q, arguments, [2, 3, 5])
+
+
+def test_export_round_trip(device: torch.device) -> None:
+    """Saved and loaded, with any batch size, the exported program calls the operation."""
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v)
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        Module(), inputs((2, 6, 4), torch.float32, device), dynamic_shapes=[{0: batch}, {0: batch}, {0: batch}]
+    )
+    assert "fastddpm.attention" in str(program.graph)
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    stream.seek(0)
+    loaded = torch.export.load(stream).module()
+    q, k, v = inputs((5, 6, 4), torch.float32, device)
+    expected = oracle.attention(*map(contract.float64, (q, k, v)))
+    np.testing.assert_allclose(contract.float64(loaded(q, k, v)), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5), (2, 5), (2, 5)), r"q, k, v must be \(N, L, C\), all alike; got \(2, 5\), \(2, 5\), \(2, 5\)"),
+        (((2, 5, 4), (2, 6, 4), (2, 5, 4)), r"all alike; got \(2, 5, 4\), \(2, 6, 4\), \(2, 5, 4\)"),
+        (((2, 5, 4), (2, 5, 4), (1, 5, 4)), r"all alike; got \(2, 5, 4\), \(2, 5, 4\), \(1, 5, 4\)"),
+    ],
+)
+def test_refuses_shapes(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match="attention: .*" + message):
+        attention(*(torch.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        ((torch.float32, torch.bfloat16, torch.float32), "got torch.float32, torch.bfloat16, torch.float32"),
+        ((torch.int64, torch.int64, torch.int64), "one floating dtype; got torch.int64, torch.int64, torch.int64"),
+    ],
+)
+def test_refuses_dtypes(dtypes: tuple[torch.dtype, ...], message: str) -> None:
+    with pytest.raises(ValueError, match="attention: .*" + message):
+        attention(*(torch.zeros(2, 5, 4, dtype=dtype) for dtype in dtypes))

@@ -1,0 +1,421 @@
+"""group_norm_silu: forward and backward numbers, layouts, and what torch asks of an operator."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import contract
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastddpm.ops import group_norm_silu
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one call, and which of the optional inputs it has."""
+
+    n: int
+    c1: int
+    size: tuple[int, int]
+    groups: int
+    c2: int = 0
+    options: tuple[str, ...] = field(default=())  # of temb, affine (scale and shift), linear (no SiLU)
+
+    def inputs(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """x, weight, bias and the optional tensors; weights stay float32 beside half-precision images."""
+        c = self.c1 + self.c2
+        weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+        tensors = {"x": normal(self.n, self.c1, *self.size)}
+        if self.c2:
+            tensors["skip"] = normal(self.n, self.c2, *self.size) * 2
+        tensors["weight"] = (1 + normal(c) / 2).to(weight_dtype)
+        tensors["bias"] = (normal(c) / 2).to(weight_dtype)
+        if "temb" in self.options:
+            tensors["temb"] = normal(self.n, c)
+        if "affine" in self.options:
+            tensors |= {"scale": normal(self.n, c) / 2, "shift": normal(self.n, c)}
+        return tensors
+
+    def call(self, tensors: dict[str, Tensor]) -> Tensor:
+        return group_norm_silu(**tensors, groups=self.groups, silu="linear" not in self.options)
+
+
+CASES = {
+    # A residual block of the CIFAR-10 network, with 4 channels to a group.
+    "32x32, 128": Case(1, 128, (32, 32), 32, options=("temb",)),
+    # The first block after a CIFAR-10 upsampling: 12 channels to a group, and one group takes 4 of them
+    # from h and 8 from the skip.
+    "seam in a group": Case(2, 256, (8, 8), 32, c2=128),
+    # The same seam with everything else switched on.
+    "seam, all options": Case(2, 256, (4, 4), 32, c2=128, options=("temb", "affine")),
+    # The widest concatenation, 32 channels to a group; the seam falls between groups.
+    "512 + 512": Case(1, 512, (4, 4), 32, c2=512),
+    # Attention's norm.
+    "no SiLU": Case(2, 64, (8, 8), 32, options=("linear",)),
+    # Neither side nor the pixel count is a multiple of a tile.
+    "non-square": Case(3, 24, (3, 5), 6, options=("affine",)),
+    # A group is its two channels.
+    "1x1 image": Case(4, 8, (1, 1), 4, options=("temb",)),
+    # The deviation is 0 and the result silu(bias).
+    "one value to a group": Case(2, 4, (1, 1), 4),
+    # The mnist preset's groups, batch 1, more batch than channels.
+    "batch 1": Case(1, 32, (16, 16), 8, options=("temb",)),
+    "batch 33": Case(33, 8, (2, 2), 4),
+    # One channel is contiguous and channels_last at once.
+    "one channel": Case(2, 1, (4, 4), 1),
+    # The widest group, one channel more on the skip than on h.
+    "one group": Case(2, 3, (4, 4), 1, c2=4),
+}
+
+
+def normalised(t: dict[str, np.ndarray], groups: int) -> np.ndarray:
+    h = t["x"] if "skip" not in t else np.concatenate([t["x"], t["skip"]], axis=1)
+    if "temb" in t:
+        h = h + t["temb"][:, :, None, None]
+    return oracle.group_norm(h, groups)
+
+
+def gain_and_offset(t: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    factor = 1 + t.get("scale", 0.0)
+    gain, offset = t["weight"] * factor, t["bias"] * factor + t.get("shift", 0.0)
+    n = len(t["x"])
+    return tuple(np.broadcast_to(v, (n, v.shape[-1]))[:, :, None, None] for v in (gain, offset))  # type: ignore[return-value]
+
+
+def expected_output(case: Case, tensors: dict[str, Tensor]) -> np.ndarray:
+    t = {name: contract.float64(tensor) for name, tensor in tensors.items()}
+    gain, offset = gain_and_offset(t)
+    y = normalised(t, case.groups) * gain + offset
+    return y if "linear" in case.options else oracle.silu(y)
+
+
+def expected_gradients(
+    case: Case, tensors: dict[str, Tensor], grad: Tensor, eps: float = 1e-6
+) -> dict[str, np.ndarray]:
+    """By hand, from x_hat = (h - mean) / sqrt(var + eps): the mean and the variance depend on h too."""
+    t = {name: contract.float64(tensor) for name, tensor in tensors.items()}
+    gain, offset = gain_and_offset(t)
+    x_hat = normalised(t, case.groups)
+    y, g = x_hat * gain + offset, contract.float64(grad)
+    if "linear" not in case.options:
+        sigmoid = 1 / (1 + np.exp(-y))
+        g = g * (sigmoid + y * sigmoid * (1 - sigmoid))
+    grad_gain, grad_offset = (g * x_hat).sum((2, 3)), g.sum((2, 3))
+    factor = np.broadcast_to(1 + t.get("scale", np.zeros_like(grad_gain)), grad_gain.shape)
+    gradients = {"weight": (grad_gain * factor).sum(0), "bias": (grad_offset * factor).sum(0)}
+    if "scale" in t:
+        gradients |= {"scale": grad_gain * t["weight"] + grad_offset * t["bias"], "shift": grad_offset}
+
+    h = t["x"] if "skip" not in t else np.concatenate([t["x"], t["skip"]], axis=1)
+    if "temb" in t:
+        h = h + t["temb"][:, :, None, None]
+    grouped_shape = (case.n, case.groups, -1)
+    variance = h.reshape(grouped_shape).var(-1, keepdims=True)
+    u, x_hat = (g * gain).reshape(grouped_shape), x_hat.reshape(grouped_shape)
+    grad_h = (u - u.mean(-1, keepdims=True) - x_hat * (u * x_hat).mean(-1, keepdims=True)) / np.sqrt(variance + eps)
+    grad_h = grad_h.reshape(h.shape)
+    gradients["x"] = grad_h[:, : case.c1]
+    if "skip" in t:
+        gradients["skip"] = grad_h[:, case.c1 :]
+    if "temb" in t:
+        gradients["temb"] = grad_h.sum((2, 3))
+    return gradients
+
+
+def low_precision(case: Case, t: dict[str, Tensor]) -> Tensor:
+    """The same maths with every intermediate in x's dtype."""
+    dtype = t["x"].dtype
+    h = torch.cat([t["x"], t["skip"]], dim=1) if "skip" in t else t["x"]
+    if "temb" in t:
+        h = h + t["temb"][:, :, None, None]
+    grouped = h.reshape(case.n, case.groups, -1)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    normal = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)).reshape(h.shape)
+    y = normal * t["weight"].to(dtype)[:, None, None] + t["bias"].to(dtype)[:, None, None]
+    if "scale" in t:
+        y = y * (1 + t["scale"][:, :, None, None]) + t["shift"][:, :, None, None]
+    return y if "linear" in case.options else F.silu(y)
+
+
+def gradients(output: Tensor, tensors: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    return dict(zip(tensors, torch.autograd.grad(output, list(tensors.values()), grad), strict=True))
+
+
+def require_grad(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_numbers(name: str, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    """Output and every gradient."""
+    case = CASES[name]
+    tensors = case.inputs(dtype, device)
+    for image in {"x", "skip"} & set(tensors):
+        tensors[image] = contract.LAYOUTS[layout](tensors[image])
+    tensors = require_grad(tensors)
+    y = case.call(tensors)
+    assert y.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    np.testing.assert_allclose(contract.float64(y), expected_output(case, tensors), rtol=0, atol=tolerance)
+    grad = torch.randn_like(y)
+    expected = expected_gradients(case, tensors, grad)
+    for tensor_name, gradient in gradients(y, tensors, grad).items():
+        reference = expected[tensor_name]
+        assert gradient.shape == reference.shape and gradient.dtype == tensors[tensor_name].dtype
+        np.testing.assert_allclose(
+            contract.float64(gradient), reference, rtol=0, atol=tolerance * max(np.abs(reference).max(), 1),
+            err_msg=tensor_name,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["32x32, 128", "seam in a group", "seam, all options", "non-square", "no SiLU", "1x1 image"]
+)
+@pytest.mark.parametrize("dtype", contract.LOW_PRECISION)
+def test_low_precision_error_is_that_of_its_inputs(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Output and gradients against float64 on the rounded inputs."""
+    case = CASES[name]
+    tensors = require_grad(case.inputs(dtype, device))
+    ours, low = case.call(tensors), low_precision(case, tensors)
+    assert ours.dtype == dtype
+    contract.assert_within_twice_the_error_of(low, ours, expected_output(case, tensors))
+    grad = torch.randn_like(ours)
+    expected = expected_gradients(case, tensors, grad)
+    ours_gradients, low_gradients = (gradients(y, tensors, grad) for y in (ours, low))
+    for tensor_name, reference in expected.items():
+        contract.assert_within_twice_the_error_of(low_gradients[tensor_name], ours_gradients[tensor_name], reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mean", [0, 30, 100])
+def test_mean_far_above_the_deviation(mean: float, dtype: torch.dtype, device: torch.device) -> None:
+    """With a mean of 30 or 100 deviations E[x^2] - E[x]^2 would lose 3 to 4 digits; two passes lose none.
+
+    What remains is the rounding of the output, and of float32 sums of values around the mean.
+    """
+    case = Case(2, 24, (8, 8), 2)
+    tensors = case.inputs(dtype, device)
+    tensors["x"] = (tensors["x"].double() + mean).to(dtype)
+    tensors = require_grad(tensors)
+    y = case.call(tensors)
+    expected = expected_output(case, tensors)
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps * np.abs(expected)
+    assert (np.abs(contract.float64(y) - expected) <= rounding + 1e-6 * max(mean, 10)).all()
+    grad = torch.randn_like(y)
+    for name, gradient in gradients(y, tensors, grad).items():
+        reference = expected_gradients(case, tensors, grad)[name]
+        rounding = torch.finfo(gradient.dtype).eps * np.abs(reference)
+        limit = 2e-6 * max(mean, 10) * max(1, np.abs(reference).max())
+        assert (np.abs(contract.float64(gradient) - reference) <= rounding + limit).all(), name
+
+
+@pytest.mark.parametrize("value", [0.0, 3.3, -40.0])
+def test_constant_input_gives_the_bias(value: float, device: torch.device) -> None:
+    """A group without deviation: 1/sqrt(eps) = 1000 times whatever the mean is off by, here at most 8 units."""
+    case = CASES["seam in a group"]
+    tensors = case.inputs(torch.float32, device)
+    tensors["x"], tensors["skip"] = torch.full_like(tensors["x"], value), torch.full_like(tensors["skip"], value)
+    tensors = require_grad(tensors)
+    y = case.call(tensors)
+    gain = tensors["weight"].abs().max().item()
+    tolerance = 1e-6 + 8 * np.spacing(np.float32(abs(value))) * 1000 * gain
+    expected = oracle.silu(contract.float64(tensors["bias"]))[None, :, None, None]
+    np.testing.assert_allclose(contract.float64(y), np.broadcast_to(expected, y.shape), atol=tolerance)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(y, tensors, torch.ones_like(y)).values())
+
+
+@pytest.mark.parametrize("layout", contract.LAYOUTS)
+@pytest.mark.parametrize("skip_layout", ["contiguous", "channels_last", "strided"])
+def test_layouts(layout: str, skip_layout: str, device: torch.device) -> None:
+    """Any mixture gives the numbers; the result is channels_last when x is, contiguous otherwise."""
+    case = Case(2, 8, (4, 6), 3, c2=4, options=("temb",))
+    tensors = case.inputs(torch.float32, device)
+    expected = expected_output(case, tensors)
+    grad = torch.randn(2, 12, 4, 6, device=device)
+    expected_grads = expected_gradients(case, tensors, grad)
+    tensors["x"] = contract.LAYOUTS[layout](tensors["x"])
+    tensors["skip"] = contract.LAYOUTS[skip_layout](tensors["skip"])
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    y = case.call(tensors)
+    np.testing.assert_allclose(contract.float64(y), expected, atol=5e-6)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert y.is_contiguous(memory_format=memory_format)
+    for some_grad in (grad, contract.LAYOUTS["channels_last"](grad), contract.LAYOUTS["strided"](grad)):
+        for name, gradient in gradients(case.call(tensors), tensors, some_grad).items():
+            np.testing.assert_allclose(contract.float64(gradient), expected_grads[name], atol=1e-5, err_msg=name)
+
+
+def test_expanded_gradient_and_input(device: torch.device) -> None:
+    """sum() sends back a gradient of stride 0; a broadcast image has one too."""
+    case = Case(3, 8, (4, 4), 4)
+    tensors = case.inputs(torch.float32, device)
+    tensors["x"] = tensors["x"][:1].expand(3, -1, -1, -1)
+    tensors = require_grad(tensors)
+    y = case.call(tensors)
+    np.testing.assert_allclose(contract.float64(y), expected_output(case, tensors), atol=5e-6)
+    expected = expected_gradients(case, tensors, torch.ones_like(y))
+    y.sum().backward()
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(contract.float64(tensor.grad), expected[name], atol=1e-5, err_msg=name)
+
+
+def test_eps(device: torch.device) -> None:
+    """Its default is the paper's code's 1e-6, which shows where the variance is as small."""
+    x = torch.randn(2, 8, 4, 4, device=device) * 1e-3
+    one, zero = torch.ones(8, device=device), torch.zeros(8, device=device)
+    for eps, arguments in ((1e-6, {}), (1e-4, {"eps": 1e-4})):
+        y = group_norm_silu(x, one, zero, 4, **arguments, silu=False)
+        np.testing.assert_allclose(contract.float64(y), oracle.group_norm(contract.float64(x), 4, eps), atol=1e-5)
+
+
+GRADCHECKS = {
+    "plain": ({}, ()),
+    "skip, seam in a group": ({"c2": 2}, ()),
+    "temb": ({}, ("temb",)),
+    "scale and shift": ({}, ("affine",)),
+    "no SiLU": ({}, ("linear",)),
+    "all": ({"c2": 2}, ("temb", "affine")),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("name", GRADCHECKS)
+def test_gradcheck(name: str, dropout: float, device: torch.device) -> None:
+    """Analytic against numerical derivatives in float64; dropout's mask is fixed by its key."""
+    sizes, options = GRADCHECKS[name]
+    case = Case(2, 4, (2, 3), 2, **sizes, options=options)
+    tensors = require_grad(case.inputs(torch.float64, device))
+    key = contract.key_tensors([5, 9], 1, 2, device) if dropout else {}
+
+    def function(*values: Tensor) -> Tensor:
+        named: dict[str, Any] = dict(zip(tensors, values, strict=True))
+        return group_norm_silu(**named, groups=2, silu="linear" not in options, dropout=dropout, **key, layer=3)
+
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()))
+
+
+def test_backward_is_deterministic(device: torch.device) -> None:
+    case = CASES["seam, all options"]
+    tensors = require_grad(case.inputs(torch.float32, device))
+    y = case.call(tensors)
+    grad = torch.randn_like(y)
+    runs = [list(gradients(case.call(tensors), tensors, grad).values()) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_nan_stays_in_its_group(device: torch.device) -> None:
+    x = torch.randn(2, 8, 3, 3, device=device)
+    x[1, 5, 0, 0] = torch.nan
+    y = group_norm_silu(x, torch.ones(8, device=device), torch.zeros(8, device=device), 4)
+    spoilt = torch.isnan(y).all((2, 3))
+    assert spoilt.nonzero().tolist() == [[1, 4], [1, 5]] and torch.isnan(y).sum() == 2 * 9
+
+
+def test_empty_batch(device: torch.device) -> None:
+    case = Case(0, 8, (4, 4), 3, c2=4, options=("temb", "affine"))
+    tensors = require_grad(case.inputs(torch.float32, device))
+    key = contract.key_tensors([], 0, 0, device)
+    for arguments in ({}, {"dropout": 0.5, **key}):
+        y = group_norm_silu(**tensors, groups=3, **arguments)
+        y.sum().backward()
+        assert y.shape == (0, 12, 4, 4)
+    assert all(tensor.grad.shape == tensor.shape for tensor in tensors.values())
+    assert not tensors["weight"].grad.any()
+
+
+OPCHECKS = {
+    "plain": (Case(2, 8, (3, 4), 4), "contiguous", torch.float32),
+    "all, channels_last": (Case(2, 4, (3, 4), 2, c2=2, options=("temb", "affine")), "channels_last", torch.float32),
+    "all, bfloat16, sliced": (Case(2, 4, (3, 4), 2, c2=2, options=("temb",)), "sliced", torch.bfloat16),
+    "one channel": (Case(2, 1, (3, 4), 1), "channels_last", torch.float32),
+    "1x1 image": (Case(2, 4, (1, 1), 2, c2=2), "channels_last", torch.float32),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", OPCHECKS)
+def test_opcheck(name: str, dropout: float, device: torch.device) -> None:
+    case, layout, dtype = OPCHECKS[name]
+    tensors = case.inputs(dtype, device)
+    for image in {"x", "skip"} & set(tensors):
+        tensors[image] = contract.LAYOUTS[layout](tensors[image])
+    key = contract.key_tensors([3, 4], 5, 6, device) if dropout else {"images": None, "seed": None, "step": None}
+    x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
+    optional = [tensors.get(name) for name in ("skip", "temb", "scale", "shift")]
+    tail = [True, dropout, *key.values(), 2]
+    _, mean, rstd = torch.ops.fastddpm.group_norm_silu(x, weight, bias, case.groups, 1e-6, *optional, *tail)
+    grad = torch.randn(case.n, case.c1 + case.c2, *case.size, device=device).to(dtype)
+    contract.opcheck(
+        torch.ops.fastddpm.group_norm_silu_backward,
+        (grad, x, weight, bias, mean, rstd, case.groups, *optional, *tail),
+    )
+    differentiable = [
+        None if value is None else value.detach().requires_grad_() for value in (x, weight, bias, *optional)
+    ]
+    contract.opcheck(
+        torch.ops.fastddpm.group_norm_silu, (*differentiable[:3], case.groups, 1e-6, *differentiable[3:], *tail)
+    )
+
+
+def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
+    """Concatenation, time embedding and dropout, forward and backward, in one graph."""
+
+    def arguments(n: int) -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(n)
+        tensors = require_grad(Case(n, 4, (4, 4), 2, c2=2, options=("temb",)).inputs(torch.float32, device))
+        key = contract.key_tensors(range(n), 1, 2, device)
+        batched = [tensors["x"], tensors["skip"], tensors["temb"], key["images"]]
+        return batched, [tensors["weight"], tensors["bias"], key["seed"], key["step"]]
+
+    def function(x: Tensor, skip: Tensor, temb: Tensor, images: Tensor, *rest: Tensor) -> Tensor:
+        weight, bias, seed, step = rest
+        y = group_norm_silu(
+            x * 2, weight, bias, 2, skip=skip, temb=temb, dropout=0.5, images=images, seed=seed, step=step
+        )
+        return y + 1
+
+    contract.assert_compiles_for_any_batch(function, arguments, [2, 3, 5])
+
+
+def valid_arguments() -> dict[str, Any]:
+    return {"x": torch.zeros(2, 4, 3, 3), "weight": torch.ones(4), "bias": torch.zeros(4), "groups": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4, 3)}, r"x must be floating \(N, C, H, W\); got torch.float32 \(2, 4, 3\)"),
+        ({"x": torch.zeros(2, 4, 3, 3, dtype=torch.uint8)}, r"x must be floating .* got torch.uint8 \(2, 4, 3, 3\)"),
+        ({"skip": torch.zeros(2, 4, 3, 2)},
+         r"skip must match x in all but channels; x is .* \(2, 4, 3, 3\), skip is .* \(2, 4, 3, 2\)"),
+        ({"skip": torch.zeros(2, 4, 3, 3, dtype=torch.float64)}, "skip must match x .* skip is torch.float64"),
+        ({"groups": 3}, "4 channels do not split into 3 groups"),
+        ({"groups": 0}, "4 channels do not split into 0 groups"),
+        ({"skip": torch.zeros(2, 1, 3, 3)}, "5 channels do not split into 2 groups"),
+        ({"weight": torch.ones(5)}, r"weight must be \(4,\); got \(5,\)"),
+        ({"bias": torch.ones(4, 1)}, r"bias must be \(4,\); got \(4, 1\)"),
+        ({"temb": torch.ones(1, 4)}, r"temb must be \(2, 4\); got \(1, 4\)"),
+        ({"scale": torch.ones(2, 3), "shift": torch.ones(2, 4)}, r"scale must be \(2, 4\); got \(2, 3\)"),
+        ({"scale": torch.ones(2, 4)}, "scale and shift go together; only one was given"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\); got -0.1"),
+        ({"dropout": 0.1}, "dropout needs images, seed and step, from which its mask is drawn"),
+        ({"dropout": 0.1, **contract.key_tensors([1, 2, 3], 0, 0, torch.device("cpu"))},
+         r"images must be \(2,\); got \(3,\)"),
+        ({"dropout": 0.1, **contract.key_tensors([1, 2], 0, 0, torch.device("cpu")), "seed": torch.tensor(0.0)},
+         "seed must be a 0-d int64 tensor; got torch.float32"),
+    ],
+)  # fmt: skip
+def test_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="group_norm_silu: " + message):
+        group_norm_silu(**(valid_arguments() | change))

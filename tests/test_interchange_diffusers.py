@@ -1,0 +1,363 @@
+"""diffusers as the oracle: the same weights give the same outputs, gradients, samples; and what is refused."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import fastddpm
+from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
+from fastddpm.errors import DataError, FastddpmError, UsageError
+from fastddpm.interchange import diffusers as interchange
+from fastddpm.kernels.philox import STREAM_INITIAL, STREAM_REVERSE
+from fastddpm.kernels.philox.eager import normals
+from fastddpm.model import Model
+from fastddpm.sampler import Sampler
+
+LAYOUTS = {
+    # The paper's two networks at reduced width and, for the second, size: the same levels, attention and depths.
+    # 8 groups, or each would hold one channel at width 32, and the biases before it would have no effect at all.
+    "cifar10": UNetConfig(width=32, groups=8),
+    "256": UNetConfig(
+        image_size=64, width=32, multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(4,), dropout=0.0, groups=8
+    ),
+}
+
+
+def random_model(config: UNetConfig, diffusion: DiffusionConfig | None = None) -> Model:
+    """Every parameter random and of a size that matters, also the norms and the layers that begin near zero."""
+    torch.manual_seed(0)
+    unet = fastddpm.UNet(config).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    diffusion = diffusion or DiffusionConfig()
+    preset = Preset("test", config, diffusion, TrainConfig(lr=3e-4), SampleConfig(count=3))
+    return Model(unet, fastddpm.Diffusion(diffusion), preset)
+
+
+def diffusers_unet(path: Path) -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.UNet2DModel.from_pretrained(path / "unet").eval()
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outputs_and_gradients_equal_diffusers(layout: str, tmp_path: Path) -> None:
+    model = random_model(LAYOUTS[layout])
+    interchange.save(model, tmp_path / "pipe")
+    theirs = diffusers_unet(tmp_path / "pipe")
+    size = model.preset.unet.image_size
+    x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0, 1, 500, 999])
+    ours_out, theirs_out = model.unet(x, t), theirs(x, t).sample
+    assert relative(ours_out, theirs_out) < 1e-5
+    weight = torch.randn(ours_out.shape, generator=torch.Generator().manual_seed(2))
+    (ours_out * weight).sum().backward()
+    (theirs_out * weight).sum().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in model.unet.named_parameters():
+        expected = gradients[interchange.their_name(name)].grad
+        assert expected is not None and parameter.grad is not None
+        # A key's bias moves every score of a row alike: its exact gradient is 0, what is left is rounding.
+        if name.endswith(".k.bias"):
+            assert parameter.grad.abs().max() < 1e-4 * model.unet.get_parameter(name[:-4] + "weight").grad.abs().max()
+            continue
+        assert relative(parameter.grad, expected) < 1e-5, name
+
+
+def test_the_full_cifar10_network_equals_diffusers(tmp_path: Path) -> None:
+    model = random_model(UNetConfig())
+    interchange.save(model, tmp_path / "pipe")
+    theirs = diffusers_unet(tmp_path / "pipe")
+    assert sum(p.numel() for p in theirs.parameters()) == 35_746_307
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for t in (0, 1, 500, 999):
+        step = torch.tensor([t])
+        with torch.no_grad():
+            assert relative(model.unet(x, step), theirs(x, step).sample) < 1e-5
+
+
+def test_classes_equal_diffusers(tmp_path: Path) -> None:
+    config = UNetConfig(image_size=8, width=32, multipliers=(1, 1), blocks=1, num_classes=3, label_dropout=0.1)
+    model = random_model(config)
+    interchange.save(model, tmp_path / "pipe")
+    theirs = diffusers_unet(tmp_path / "pipe")
+    x, t, label = torch.randn(4, 3, 8, 8), torch.tensor([0, 5, 9, 999]), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        assert relative(model.unet(x, t, label), theirs(x, t, class_labels=label).sample) < 1e-5
+
+
+SMALL = UNetConfig(image_size=8, width=32, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.0)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("variance", ["fixedsmall", "fixedlarge"])
+def test_fifty_ancestral_steps_equal_ddpm_scheduler(variance: str, prediction: str, tmp_path: Path) -> None:
+    model = random_model(SMALL, DiffusionConfig(variance=variance, prediction=prediction))  # type: ignore[arg-type]
+    interchange.save(model, tmp_path)
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "scheduler")
+    scheduler.set_timesteps(50)
+
+    def step(out: torch.Tensor, t: int, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        mean = _without_noise(scheduler, out, t, x)
+        if t == 0:
+            return mean
+        # The scheduler's own deviation at t, taken from its step on a known draw.
+        return mean + _deviation(scheduler, t) * noise
+
+    _compare_chains(model, scheduler.timesteps.tolist(), "ancestral", 0.0, step)
+
+
+def _without_noise(scheduler: Any, out: torch.Tensor, t: int, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' step with its random draw replaced by zero."""
+    import diffusers.schedulers.scheduling_ddpm as module
+
+    original, module.randn_tensor = module.randn_tensor, lambda shape, **_: torch.zeros(shape)
+    try:
+        return scheduler.step(out, t, x).prev_sample
+    finally:
+        module.randn_tensor = original
+
+
+def _deviation(scheduler: Any, t: int) -> float:
+    return float(scheduler._get_variance(t) ** 0.5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_fifty_ddim_steps_equal_ddim_scheduler(eta: float, tmp_path: Path) -> None:
+    model = random_model(SMALL)
+    interchange.save(model, tmp_path)
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler", set_alpha_to_one=True)
+    scheduler.set_timesteps(50)
+
+    def step(out: torch.Tensor, t: int, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        options = {"eta": eta, "use_clipped_model_output": True}
+        return scheduler.step(out, t, x, variance_noise=noise if eta else None, **options).prev_sample
+
+    # At eta 1 their last step adds noise of a deviation that is exactly 0 there, as is ours.
+    _compare_chains(model, scheduler.timesteps.tolist(), "ddim", eta, step)
+
+
+def _compare_chains(
+    model: Model,
+    timesteps: list[int],
+    method: str,
+    eta: float,
+    their_step: Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """Both chains from the same x_T on the same noise, each fed by its own states, compared after every step."""
+    images, seed = torch.arange(3), torch.tensor(0)
+    num = 3 * 8 * 8
+    x = normals(num, images, seed, torch.tensor(0), STREAM_INITIAL).reshape(3, 3, 8, 8)
+    states: list[torch.Tensor] = []
+    sampler = Sampler(model.unet, model.diffusion, method=method, eta=eta, timesteps=timesteps)
+    ours = sampler.sample(range(3), callback=lambda i, t, x_t, x0: states.append(x_t.clone()))
+    assert len(states) == 50
+    worst = 0.0
+    for i, t in enumerate(timesteps):
+        noise = normals(num, images, seed, torch.tensor(t), STREAM_REVERSE).reshape(x.shape)
+        with torch.no_grad():
+            x = their_step(model.unet(x, torch.full((3,), t)), t, x, noise)
+        worst = max(worst, (states[i] - x).abs().max().item())
+    # Both clip to [-1, 1]; theirs accumulates alpha_bar in float32, which moves the x_0 prediction at large t.
+    assert worst < 2e-3
+    assert (ours - x.clamp(-1, 1)).abs().max() < 1e-4
+
+
+def test_round_trip_through_diffusers(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = random_model(SMALL, DiffusionConfig(schedule="cosine", variance="fixedsmall"))
+    interchange.save(model, tmp_path / "ours")
+    diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    loaded = interchange.load(tmp_path / "theirs")
+    assert loaded.preset.unet == SMALL
+    assert loaded.diffusion.config.schedule == "cosine" and loaded.diffusion.config.variance == "fixedsmall"
+    assert_same_weights(model, loaded)
+
+
+def assert_same_weights(a: Model, b: Model) -> None:
+    weights = b.unet.state_dict()
+    assert weights.keys() == a.unet.state_dict().keys()
+    for name, tensor in a.unet.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_our_own_round_trip_is_exact(tmp_path: Path) -> None:
+    config = UNetConfig(
+        image_size=8, width=8, multipliers=(1, 2), groups=4, num_classes=4, label_dropout=0.2, learned_variance=True
+    )
+    model = random_model(config, DiffusionConfig(variance="learned_range", loss="hybrid", timesteps=100))
+    model = Model(model.unet, model.diffusion, Preset("mine", config, model.diffusion.config, sample=SampleConfig()))
+    interchange.save(model, tmp_path / "pipe")
+    loaded = interchange.load(tmp_path / "pipe")
+    assert loaded.preset == model.preset
+    assert_same_weights(model, loaded)
+
+
+def test_root_layout_old_names_and_half_precision(tmp_path: Path) -> None:
+    model = random_model(SMALL)
+    interchange.save(model, tmp_path / "new")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_bytes((tmp_path / "new/unet/config.json").read_bytes())
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "variance_type": "fixed_large"}
+    (old / "scheduler_config.json").write_text(json.dumps(scheduler))
+    renames = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in safetensors.torch.load_file(tmp_path / "new/unet" / interchange.WEIGHTS).items():
+        for new, former in renames.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        if "proj_attn.weight" in name:
+            tensor = tensor[:, :, None, None]
+        tensors[name] = tensor.to(torch.bfloat16).contiguous()
+    safetensors.torch.save_file(tensors, old / interchange.WEIGHTS)
+    loaded = interchange.load(old)
+    for name, tensor in model.unet.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], tensor.to(torch.bfloat16).float())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pipe") / "pipe"
+    interchange.save(random_model(SMALL), path)
+    return path
+
+
+def altered(saved: Path, target: Path, file: str, **changes: Any) -> Path:
+    """A copy of a pipeline with fields of one JSON file changed, or left out where the change is `...`."""
+    for source in saved.rglob("*"):
+        if source.is_file() and source.name != interchange.OUR_FILE:
+            copy = target / source.relative_to(saved)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(source.read_bytes())
+    data = json.loads((target / file).read_text()) | changes
+    (target / file).write_text(json.dumps({name: value for name, value in data.items() if value is not ...}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention_head_dim", 8), ("attention_head_dim", ...), ("norm_eps", 1e-5), ("norm_eps", ...),
+        ("freq_shift", 0), ("flip_sin_to_cos", True), ("downsample_padding", 1), ("center_input_sample", True),
+        ("time_embedding_type", "fourier"), ("act_fn", "gelu"), ("mid_block_scale_factor", 0.7),
+        ("resnet_time_scale_shift", "scale_shift"), ("add_attention", False), ("attn_norm_num_groups", 4),
+        ("class_embed_type", "timestep"), ("downsample_type", "resnet"), ("upsample_type", "resnet"),
+        ("sample_size", [8, 16]), ("out_channels", 4), ("block_out_channels", [32, 40]), ("block_out_channels", []),
+        ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]),
+        ("up_block_types", ["UpBlock2D", "UpBlock2D"]),
+        ("layers_per_block", 10**6), ("block_out_channels", [10**9, 10**9]), ("norm_num_groups", 5),
+        ("layers_per_block", 1.5), ("dropout", 2.0),
+    ],
+)  # fmt: skip
+def test_networks_that_are_not_the_papers_are_refused(saved: Path, tmp_path: Path, field: str, value: Any) -> None:
+    path = altered(saved, tmp_path / "x", "unet/config.json", **{field: value})
+    ours = {"layers_per_block": "blocks", "block_out_channels": "width|block_out", "norm_num_groups": "groups"}
+    with pytest.raises(DataError, match=ours.get(field, field)):
+        interchange.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beta_schedule", "sigmoid"), ("variance_type", "learned"), ("variance_type", "learned_range"),
+        ("prediction_type", "flow"), ("thresholding", True), ("clip_sample_range", 2.0), ("trained_betas", [0.1]),
+        ("rescale_betas_zero_snr", True), ("num_train_timesteps", 1), ("num_train_timesteps", 10**9), ("beta_end", 2.0),
+    ],
+)  # fmt: skip
+def test_processes_that_are_not_ours_are_refused(saved: Path, tmp_path: Path, field: str, value: Any) -> None:
+    path = altered(saved, tmp_path / "x", "scheduler/scheduler_config.json", **{field: value})
+    ours = {"num_train_timesteps": "timesteps"}
+    with pytest.raises(DataError, match=ours.get(field, field)):
+        interchange.load(path)
+
+
+def test_unknown_fields_warn(saved: Path, tmp_path: Path) -> None:
+    path = altered(saved, tmp_path / "x", "unet/config.json", novelty=1)
+    with pytest.warns(UserWarning, match="novelty"):
+        interchange.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interchange.load(saved)
+
+
+def test_nothing_named_in_a_file_is_imported(saved: Path, tmp_path: Path) -> None:
+    for changes in ({"unet": ["os", "system"]}, {"_class_name": "os.system"}, {"scheduler": ["../evil", "Evil"]}):
+        with pytest.raises(DataError, match=r"model_index\.json"):
+            interchange.load(altered(saved, tmp_path / str(len(str(changes))), "model_index.json", **changes))
+
+
+def test_damaged_files_are_refused(saved: Path, tmp_path: Path) -> None:
+    deep = altered(saved, tmp_path / "deep", "unet/config.json")
+    (deep / "unet/config.json").write_text("[" * 10_000 + "]" * 10_000)
+    with pytest.raises(DataError, match="nested"):
+        interchange.load(deep)
+    pickled = altered(saved, tmp_path / "pickle", "unet/config.json")
+    os.rename(pickled / "unet" / interchange.WEIGHTS, pickled / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(DataError, match="pickle"):
+        interchange.load(pickled)
+    missing = altered(saved, tmp_path / "missing", "unet/config.json")
+    tensors = safetensors.torch.load_file(missing / "unet" / interchange.WEIGHTS)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"][:3].clone()
+    tensors["stranger"] = tensors.pop("conv_out.weight")
+    safetensors.torch.save_file(tensors, missing / "unet" / interchange.WEIGHTS)
+    with pytest.raises(DataError, match=r"conv_out\.weight is missing; stranger belongs to no layer; conv_in\.bias is"):
+        interchange.load(missing)
+    with pytest.raises(UsageError, match="no diffusers directory"):
+        interchange.load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="lacks unet/config"):
+        interchange.load(tmp_path)
+
+
+def test_our_file_must_agree(saved: Path, tmp_path: Path) -> None:
+    path = altered(saved, tmp_path / "x", "scheduler/scheduler_config.json", beta_end=0.03)
+    (path / interchange.OUR_FILE).write_bytes((saved / interchange.OUR_FILE).read_bytes())
+    with pytest.raises(DataError, match="beta_end"):
+        interchange.load(path)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "message"),
+    [
+        (DiffusionConfig(prediction="xprev"), "prediction xprev"),
+        (DiffusionConfig(schedule="jsd"), "schedule jsd"),
+        (DiffusionConfig(schedule="const"), "schedule const"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_not_written(diffusion: DiffusionConfig, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        interchange.save(random_model(SMALL, diffusion), tmp_path / "pipe")
+    assert not (tmp_path / "pipe").exists()
+
+
+def test_an_existing_directory_is_kept(saved: Path) -> None:
+    before = sorted(saved.rglob("*"))
+    with pytest.raises(FastddpmError, match="not empty"):
+        interchange.save(random_model(SMALL), saved)
+    assert sorted(saved.rglob("*")) == before
+    assert not [path for path in saved.parent.iterdir() if path != saved]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "quad", "cosine"])
+def test_schedules_equal_diffusers(schedule: str, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = random_model(SMALL, DiffusionConfig(schedule=schedule))  # type: ignore[arg-type]
+    interchange.save(model, tmp_path / "pipe")
+    betas = diffusers.DDPMScheduler.from_pretrained(tmp_path / "pipe" / "scheduler").betas.double().numpy()
+    np.testing.assert_allclose(model.diffusion.betas, betas, rtol=2e-6)
