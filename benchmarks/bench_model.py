@@ -46,7 +46,7 @@ def _measure(benchmark: Any, images: int, call: Callable[[], object]) -> None:
 
 def _unet(name: str) -> fastddpm.UNet:
     unet = fastddpm.UNet(fastddpm.preset(name).unet)
-    return unet.to(DEVICE).to(memory_format=torch.channels_last).eval()
+    return unet.to(DEVICE).channels_last().eval()
 
 
 def _labels(unet: fastddpm.UNet, batch: int) -> torch.Tensor | None:

@@ -31,7 +31,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def parse(command: type[T], arguments: Sequence[str], *, program: str, default: T | None = None) -> T:
     """The command's dataclass from its arguments; exits 2 for a mistyped flag or a value that it refuses."""
-    return tyro.cli(command, args=list(arguments), prog=f"python -m {program}", default=default)  # type: ignore[call-overload]
+    options: Any = {} if default is None else {"default": default}
+    return tyro.cli(command, args=list(arguments), prog=f"python -m {program}", **options)
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:

@@ -36,5 +36,5 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Mo
         unet.load_state_dict(saved.tensors["model"])
     except RuntimeError as error:
         raise DataError(f"{saved.path}: the weights do not fit the network of its configuration: {error}") from error
-    unet = unet.to(device).to(memory_format=torch.channels_last).eval()
+    unet = unet.to(device).channels_last().eval()
     return Model(unet, Diffusion(preset.diffusion), preset)

@@ -35,7 +35,7 @@ class Optimizer:
     def __init__(self, network: nn.Module, config: TrainConfig) -> None:
         self.config = config
         self.names = [name for name, _ in network.named_parameters()]
-        self.parameters = list(network.parameters())
+        self.parameters: list[Tensor] = list(network.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
         self._adam = torch.optim.Adam(self.parameters, config.lr, ADAM_BETAS, ADAM_EPS, fused=True)
         for p in self.parameters:

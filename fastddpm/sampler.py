@@ -149,7 +149,7 @@ class Sampler:
     def _predict(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         if self.guidance == 1:
             return self.unet(x, t, label)
-        assert label is not None
+        assert label is not None and self.unet.null_label is not None
         none = torch.full_like(label, self.unet.null_label)
         both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, none]))
         conditional, unconditional = both.chunk(2)

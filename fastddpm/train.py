@@ -59,8 +59,11 @@ def main(arguments: Sequence[str]) -> None:
 
     from fastddpm.data import open_dataset
     from fastddpm.device import choose_device
+    from fastddpm.ops import status
 
     device = choose_device(command.device)
+    for reason in sorted({text.partition(" (")[2][:-1] for text in status(device.type).values()} - {""}):
+        print(f"note: {reason}", file=sys.stderr)
     dataset = open_dataset(
         command.data,
         image_size=wanted.unet.image_size,

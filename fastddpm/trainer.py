@@ -90,8 +90,7 @@ class Trainer:
                 f"{dataset.name} has label {dataset.labels.max()}, but num_classes is {preset.unet.num_classes}"
             )
         torch.manual_seed(config.seed)
-        # channels_last is what convolutions are fastest in, on CPUs and on tensor cores.
-        self.unet = UNet(preset.unet).to(device).to(memory_format=torch.channels_last).train()
+        self.unet = UNet(preset.unet).to(device).channels_last().train()
         self.diffusion = Diffusion(preset.diffusion)
         self.optimizer = Optimizer(self.unet, config)
         self.batches = Batches(dataset, config.batch, config.seed, device)
@@ -239,7 +238,7 @@ class Trainer:
 
 
 def _autocast(network: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    @functools.wraps(network.__call__)
+    @functools.wraps(network)
     def under_autocast(*args: Any) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             return network(*args)

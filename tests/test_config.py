@@ -139,8 +139,9 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
      "variance learned_range gets no gradient from loss min_snr; use hybrid or vlb"),
     (DiffusionConfig, {"prediction": "xprev", "loss": "min_snr"},
      "min_snr weighting is defined for predictions eps, x0 and v, not xprev"),
-    *[(TrainConfig, {name: 0}, f"{name} must be positive; got 0")
-      for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience", "lr", "clip_gradient")],
+    *[(TrainConfig, {name: 0}, f"{name} must be positive; got 0") for name in (
+        "steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience", "lr", "clip_gradient"
+    )],
     (TrainConfig, {"lr": float("nan")}, "lr must be positive; got nan"),
     (TrainConfig, {"mode": "exact"}, "mode must be one of standard, paper; got 'exact'"),
     (TrainConfig, {"precision": "fp16"}, "precision must be one of fp32, bf16; got 'fp16'"),
@@ -148,8 +149,10 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"warmup": -1}, "warmup must be 0 or more; got -1"),
     (TrainConfig, {"ema": 1.0}, r"ema must be in \[0\.0, 1\.0\); got 1\.0"),
     (TrainConfig, {"batch": 10, "accumulate": 4}, "accumulate must divide batch; 4 does not divide 10"),
-    (TrainConfig, {"mode": "paper", "batch": 12}, "mode paper clips each of 8 shards of a batch; 8 does not divide batch 12"),
-    (TrainConfig, {"mode": "paper", "accumulate": 2}, "mode paper takes its batch in 8 shards already; leave accumulate at 1"),
+    (TrainConfig, {"mode": "paper", "batch": 12},
+     "mode paper clips each of 8 shards of a batch; 8 does not divide batch 12"),
+    (TrainConfig, {"mode": "paper", "accumulate": 2},
+     "mode paper takes its batch in 8 shards already; leave accumulate at 1"),
     (SampleConfig, {"steps": 0}, "steps must be positive; got 0"),
     (SampleConfig, {"method": "heun"}, "method must be one of ancestral, ddim; got 'heun'"),
     (SampleConfig, {"eta": 1.1}, r"eta must be in \[0\.0, 1\.0\]; got 1\.1"),
@@ -159,7 +162,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
      "variance fixedlarge needs learned_variance=False in the network; got True"),
     (Preset, {"name": "x", "diffusion": DiffusionConfig(variance="learned", loss="vlb")},
      "variance learned needs learned_variance=True in the network; got False"),
-    (Preset, {"name": "x", "sample": SampleConfig(steps=1001)}, "sample steps must be at most timesteps, 1000; got 1001"),
+    (Preset, {"name": "x", "sample": SampleConfig(steps=1001)},
+     "sample steps must be at most timesteps, 1000; got 1001"),
     (Preset, {"name": "x", "sample": SampleConfig(guidance=2.0)},
      "guidance needs a network trained with label_dropout > 0"),
 ]  # fmt: skip

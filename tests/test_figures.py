@@ -192,20 +192,23 @@ def test_a_single_frame(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(opened.convert("L")), frame)
 
 
+def smooth_picture(seed: int) -> np.ndarray:
+    """Random colours at a few places, and in between them; float (64, 64, 3) in 0..255."""
+    places = Image.fromarray(random_images(5, 5, 3, seed=seed))
+    return np.asarray(places.resize((64, 64), Image.Resampling.BICUBIC)).astype(np.float64)
+
+
 def test_colour_animation_shares_one_palette(tmp_path: Path) -> None:
-    y, x = np.mgrid[0:64, 0:64].astype(np.float64) * 4
-    frames = []
-    for k in range(12):  # more than 256 colours in each, and others in each
-        channels = [(x + 20 * k) % 256, (y * (12 - k) / 12) % 256, (x + y) / 2]
-        frames.append(Image.fromarray(np.stack(channels, axis=2).astype(np.uint8)))
+    first, last = smooth_picture(1), smooth_picture(2)
+    frames = [Image.fromarray(np.uint8(first + (last - first) * k / 11)) for k in range(12)]
+    assert all(len(np.unique(np.asarray(frame).reshape(-1, 3), axis=0)) > 1000 for frame in frames)
     save_animation(frames, tmp_path / "a.gif", duration_ms=100, hold_ms=1500)
     read, durations, loop = read_animation(tmp_path / "a.gif")
     assert (len(read), durations, loop) == (12, [100] * 11 + [1500], 0)
     assert len(np.unique(np.concatenate([frame.reshape(-1, 3) for frame in read]), axis=0)) <= 256
-    for got, frame in zip(read, frames, strict=True):
-        # dithering errs by pixel, not on average
-        blocks = (got.astype(np.float64) - np.asarray(frame)).reshape(8, 8, 8, 8, 3).mean(axis=(1, 3))
-        assert np.abs(blocks).mean() < 4
+    # Dithering errs by pixel, not on average: 1.2 levels here. A palette of the last frame errs by 3.6, median cut by 5.1.
+    blocks = (np.stack(read) - np.stack([np.asarray(f, float) for f in frames])).reshape(12, 8, 8, 8, 8, 3)
+    assert np.sqrt(np.square(blocks.mean(axis=(2, 4))).mean()) < 2
 
 
 def test_few_colours_stay_exact(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ RESIDENT_LIMIT_BYTES = 2 * 2**30
 class Batches:
     """The batch of any training step: `Batches(dataset, 128, seed, device).at(step)`.
 
-    A data set of up to `resident_limit` bytes lives on the device as uint8; a larger one is gathered from
+    A data set of up to `resident_limit_bytes` lives on the device as uint8; a larger one is gathered from
     memory or disk. Raises DataError when there are fewer images than a batch.
     """
 
@@ -24,13 +24,13 @@ class Batches:
         seed: int,
         device: torch.device,
         *,
-        resident_limit: int = RESIDENT_LIMIT_BYTES,
+        resident_limit_bytes: int = RESIDENT_LIMIT_BYTES,
     ) -> None:
         self._dataset, self._batch, self._seed, self._device = dataset, batch, seed, device
         batch_indices(0, len(dataset.images), batch, seed)  # refuses a set that is too small before training starts
         self._labels = None if dataset.labels is None else torch.from_numpy(np.array(dataset.labels)).to(device)
         self._resident: Tensor | None = None
-        if dataset.images.nbytes <= resident_limit:
+        if dataset.images.nbytes <= resident_limit_bytes:
             self._resident = torch.from_numpy(np.array(dataset.images)).to(device)
 
     def at(self, step: int) -> tuple[Tensor, Tensor | None]:

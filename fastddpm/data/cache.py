@@ -1,28 +1,24 @@
-"""Decoded once: a collection of encoded images as an array on disk, checked by its checksum whenever it is opened."""
+"""Decoded once: a collection of encoded images as an array on disk, checked whenever it is opened."""
 
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
-from fastddpm.errors import DataError
-
-from .containers import Collection, Item
+from .collection import Collection
 from .dataset import Dataset, checksum
-from .decode import BadImageError, Rule, decode
+from .decode import Rule
+from .decoding import Report, decode_all
 
-Report = Callable[[str], None]
-_VERSION = 1
-_CHUNK = 2048
-_SHOWN_PROBLEMS = 20
+_VERSION = 2
+_VERIFY_ALL_BYTES = 2**30
+_SAMPLE = 1024  # images of a larger entry that are verified
 
 
 def default_directory() -> Path:
@@ -33,45 +29,104 @@ def default_directory() -> Path:
 def decoded(collection: Collection, rule: Rule, *, skip_bad: bool, directory: Path, report: Report) -> Dataset:
     """The collection's images, from the cache in `directory`, or decoded into it now.
 
-    Raises DataError that lists every image that cannot be used, unless `skip_bad`, and always when none can.
-    A cache that is damaged is made again; one that cannot be written is done without, with a line to `report`.
+    An entry is `<key>/images.npy`, `labels.npy` and `meta.json`; the key covers the path, sizes and times of the
+    source and the rule. It appears by a rename, whole, whoever else writes it. A damaged one (an array of up to
+    1 GiB is read whole to know, of a larger one 1,024 images) is made again; where none can be written the images
+    are decoded in memory; `report` is told of both. Raises DataError as `decode_all` does.
     """
+    for note in collection.notes:
+        report(f"{collection.name}: {note}")
     entry = directory / _key(collection, rule, skip_bad)
-    cached = _open(entry, collection.name, report)
-    if cached is not None:
-        return cached
+    made = _open(entry, collection.name, rule, report)
+    if made is not None:
+        return made
+    full_list = directory / f"{entry.name}.problems.txt"
+    images: list[np.ndarray] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=directory))
+        return _make(entry, collection, rule, skip_bad, full_list, report)
     except OSError as error:
-        report(f"cache {directory} cannot be written ({error.strerror}); images are decoded in memory each time")
-        images: np.ndarray = np.empty((collection.count, rule.channels, rule.image_size, rule.image_size), np.uint8)
-        return Dataset.of(*_decode_all(collection, rule, images, skip_bad, report), collection.name)
+        report(
+            f"cache {directory} cannot be written ({error.strerror or error}); decoding in memory, for this run only"
+        )
+    labels, _ = decode_all(collection, rule, images.append, skip_bad=skip_bad, report=report, full_list=full_list)
+    return Dataset.of(np.stack(images), labels, collection.name)
+
+
+class _Rows:
+    """A uint8 .npy file that images are appended to, their number known at the end.
+
+    Written rather than mapped, so that a full disk is an OSError and not a SIGBUS.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self._file = path.open("wb")
+        self._shape = shape
+        self._num = 0
+        self._header()
+
+    def append(self, image: np.ndarray) -> None:
+        self._file.write(image.tobytes())
+        self._num += 1
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                start = self._data
+                self._file.seek(0)
+                self._header()
+                assert self._data == start  # NumPy leaves room for the first dimension to grow
+        finally:
+            self._file.close()
+
+    def _header(self) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self._num, *self._shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self._data = self._file.tell()
+
+
+def _make(entry: Path, collection: Collection, rule: Rule, skip_bad: bool, full_list: Path, report: Report) -> Dataset:
+    """Decode into a directory beside the entry and rename it. OSError: it cannot be written, or not read back."""
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
     try:
-        shape = (collection.count, rule.channels, rule.image_size, rule.image_size)
-        images = np.lib.format.open_memmap(temporary / "all.npy", mode="w+", dtype=np.uint8, shape=shape)
-        images, labels = _decode_all(collection, rule, images, skip_bad, report)
-        np.save(temporary / "images.npy", images)
+        with _Rows(temporary / "images.npy", rule.shape) as rows:
+            labels, num_bad = decode_all(
+                collection, rule, rows.append, skip_bad=skip_bad, report=report, full_list=full_list
+            )
         if labels is not None:
             np.save(temporary / "labels.npy", labels)
-        meta = {"source": collection.name, "rule": asdict(rule), "checksum": checksum(images, labels)}
-        del images
-        (temporary / "all.npy").unlink()
+        images = np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False)
+        meta = {
+            "source": collection.name,
+            "rule": asdict(rule),
+            "left_out": num_bad,
+            "checksum": checksum(images, labels),
+            "sample": _sampled(images, labels),
+        }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(entry, ignore_errors=True)
-        try:
-            os.rename(temporary, entry)
-        except OSError:
-            if not entry.exists():  # otherwise another process has just made the same entry
-                raise
-    except OSError as error:
-        raise DataError(f"decoding {collection.name} into {directory} failed: {error}; free space there") from error
+        _publish(temporary, entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    made = _open(entry, collection.name, report)
+    made = _open(entry, collection.name, rule, lambda _: None)
     if made is None:
-        raise DataError(f"{entry} was just written but cannot be read back; the disk may be failing")
+        raise OSError("what was just written cannot be read back")
     return made
+
+
+def _publish(temporary: Path, entry: Path) -> None:
+    try:
+        os.rename(temporary, entry)
+    except OSError:
+        if not entry.exists():
+            raise
+        # Damaged, or made by another process in the meantime, and then as good as this one.
+        aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
+        os.rename(entry, aside)
+        os.rename(temporary, entry)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _key(collection: Collection, rule: Rule, skip_bad: bool) -> str:
@@ -79,8 +134,12 @@ def _key(collection: Collection, rule: Rule, skip_bad: bool) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _open(entry: Path, name: str, report: Report) -> Dataset | None:
-    if not entry.exists():
+def _sampled(images: np.ndarray, labels: np.ndarray | None) -> str:
+    return checksum(images[:: max(1, len(images) // _SAMPLE)], labels)
+
+
+def _open(entry: Path, name: str, rule: Rule, report: Report) -> Dataset | None:
+    if not os.path.exists(entry):
         return None
     try:
         meta = json.loads((entry / "meta.json").read_text())
@@ -88,61 +147,16 @@ def _open(entry: Path, name: str, report: Report) -> Dataset | None:
         labels = None
         if (entry / "labels.npy").exists():
             labels = np.load(entry / "labels.npy", allow_pickle=False)
-        if checksum(images, labels) != meta["checksum"]:
-            raise ValueError("checksum differs")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        report(f"cache entry {entry} is damaged ({error}); decoding again")
+        if images.dtype != np.uint8 or images.shape[1:] != rule.shape or not len(images):
+            raise ValueError(f"it holds {images.dtype} {images.shape}")
+        if labels is not None and (labels.dtype != np.int64 or labels.shape != images.shape[:1]):
+            raise ValueError(f"it holds {labels.dtype} {labels.shape} labels of {len(images)} images")
+        whole = images.nbytes <= _VERIFY_ALL_BYTES
+        if (checksum if whole else _sampled)(images, labels) != meta["checksum" if whole else "sample"]:
+            raise ValueError("its checksum differs")
+        if meta["left_out"]:
+            report(f"{meta['left_out']} images of {name} are left out, as --skip-bad asks")
+        return Dataset(images, labels, name, meta["checksum"])
+    except Exception as error:  # a damaged header can raise nearly anything
+        report(f"cache entry {entry} is damaged ({error or type(error).__name__}); decoding again")
         return None
-    return Dataset(images, labels, name, meta["checksum"])
-
-
-def _decode_all(
-    collection: Collection, rule: Rule, images: np.ndarray, skip_bad: bool, report: Report
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Fill `images`, the good ones first, and return that part of it with their labels."""
-    labels: list[int | None] = []
-    problems: list[str] = []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for chunk in _chunks(collection.items()):
-            for item, result in zip(chunk, pool.map(lambda item: _try(item, rule), chunk), strict=True):
-                if isinstance(result, str):
-                    problems.append(f"{item.name}: {result}")
-                else:
-                    images[len(labels)] = result
-                    labels.append(item.label)
-    if problems:
-        text = _problem_text(collection, problems)
-        if not skip_bad or not labels:
-            raise DataError(text + ("" if labels else "\nno image is left"))
-        report(text + "\nleft out, as --skip-bad asks")
-    known = [label for label in labels if label is not None]
-    if known and len(known) < len(labels):
-        raise DataError(f"{collection.name}: {len(labels) - len(known)} images have no label, the others do")
-    return images[: len(labels)], np.array(known, dtype=np.int64) if known else None
-
-
-def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    while chunk := list(islice(items, _CHUNK)):
-        yield chunk
-
-
-def _try(item: Item, rule: Rule) -> np.ndarray | str:
-    try:
-        return decode(item.read(), rule)
-    except BadImageError as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-    except ValueError as error:
-        return f"cannot be read: {error}"
-
-
-def _problem_text(collection: Collection, problems: list[str]) -> str:
-    lines = [f"{len(problems)} of {collection.count} images in {collection.name} cannot be used:"]
-    lines += [f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
-    if len(problems) > _SHOWN_PROBLEMS:
-        path = Path(tempfile.mkstemp(prefix="fastddpm-bad-images-", suffix=".txt")[1])
-        path.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
-        lines.append(f"  and {len(problems) - _SHOWN_PROBLEMS} more; the whole list is in {path}")
-    lines.append("mend or remove them, or use --skip-bad to leave them out")
-    return "\n".join(lines)

@@ -85,8 +85,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     with torch.device("meta"):
         unet = UNet(preset.unet)
     unet.load_state_dict(_read_weights(root, unet), assign=True)
-    unet = unet.to(memory_format=torch.channels_last).eval()
-    return Model(unet, Diffusion(preset.diffusion), preset)
+    return Model(unet.channels_last().eval(), Diffusion(preset.diffusion), preset)
 
 
 def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 
 from ..errors import UsageError
@@ -34,21 +35,31 @@ def use_backend(name: str) -> Iterator[None]:
 
 def implementation(operation: str, device_type: str) -> ModuleType:
     """The module whose `forward` and `backward` run `operation`; `UsageError` if the forced backend cannot."""
-    backend = chosen_backend()
+    return _resolve(operation, device_type, chosen_backend())
+
+
+@cache
+def _resolve(operation: str, device_type: str, backend: str) -> ModuleType:
     ladder = LADDERS.get(device_type, ("reference",))
     if backend == "auto":
-        backend = next(rung for rung in ladder if _exists(operation, rung))
-    elif backend not in ladder or not _exists(operation, backend):
-        possible = ", ".join(rung for rung in ladder if _exists(operation, rung))
-        raise UsageError(
-            f"{operation}: backend {backend!r} was forced but does not run on {device_type}; possible here: {possible}"
-        )
+        backend = next(rung for rung in ladder if _problem(operation, rung) is None)
+    elif backend not in ladder or _problem(operation, backend) is not None:
+        reason = _problem(operation, backend) if backend in ladder else f"it does not run on {device_type}"
+        possible = ", ".join(rung for rung in ladder if _problem(operation, rung) is None)
+        raise UsageError(f"{operation}: backend {backend!r} was forced, but {reason}; possible here: {possible}")
     return importlib.import_module(_module_name(operation, backend))
 
 
 def status(device_type: str = "cpu") -> dict[str, str]:
-    """The backend that each operation runs on, on this kind of device."""
-    return {name: implementation(name, device_type).__name__.rpartition(".")[2] for name in OPERATIONS}
+    """What each operation runs on, on this kind of device, and why a faster one that exists does not run."""
+    lines = {}
+    for operation in OPERATIONS:
+        active = implementation(operation, device_type).__name__.rpartition(".")[2]
+        ladder = LADDERS.get(device_type, ("reference",))
+        faster = ladder[: ladder.index(active)] if active in ladder else ()
+        reasons = [_problem(operation, rung) for rung in faster if _exists(operation, rung)]
+        lines[operation] = active + "".join(f" ({reason})" for reason in reasons if reason)
+    return lines
 
 
 def _checked(name: str) -> str:
@@ -63,3 +74,11 @@ def _module_name(operation: str, backend: str) -> str:
 
 def _exists(operation: str, backend: str) -> bool:
     return importlib.util.find_spec(_module_name(operation, backend)) is not None
+
+
+def _problem(operation: str, backend: str) -> str | None:
+    """Why an operation has no such backend here, or None; a backend's module may say so by `unavailable()`."""
+    if not _exists(operation, backend):
+        return f"{operation} has no {backend} implementation"
+    unavailable = getattr(importlib.import_module(_module_name(operation, backend)), "unavailable", None)
+    return unavailable() if unavailable else None

@@ -28,7 +28,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
             p0 & _MASK,
         )
         k0, k1 = (k0 + KEY_INCREMENTS[0]) & _MASK, (k1 + KEY_INCREMENTS[1]) & _MASK
-    return torch.broadcast_tensors(x0, x1, x2, x3)  # type: ignore[return-value]
+    return torch.broadcast_tensors(x0, x1, x2, x3)
 
 
 def per_image_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> tuple[Tensor, ...]:

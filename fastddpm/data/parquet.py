@@ -1,0 +1,110 @@
+"""Images in parquet files of the Hugging Face layout. pyarrow is imported only here, and only when it is used."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastddpm.errors import DataError, UsageError
+
+from .collection import MAX_ENCODED_BYTES, Collection, Item
+
+_SPLIT = re.compile(r"(train|test|validation|valid|val)[-._]")
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.parquet")
+_ROWS = 128
+
+
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """The parquet files of the split in `folder` or one folder below it; of all, when none is named by a split.
+
+    Empty when there is no parquet file. Raises DataError when they are in several folders, when there are only
+    other splits, or when a shard is missing.
+    """
+    tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
+    folders = sorted({table.parent.name for table in tables})
+    if len(folders) > 1:
+        raise DataError(f"{folder} has parquet files in several folders; name one of {', '.join(folders)}")
+    if any(_SPLIT.match(table.name) for table in tables):
+        names = ", ".join(table.name for table in tables[:10])
+        tables = [table for table in tables if (found := _SPLIT.match(table.name)) and found[1] == split]
+        if not tables:
+            raise DataError(f"{folder} has no {split}-*.parquet; it has {names}")
+    for shard in map(_SHARD.fullmatch, (table.name for table in tables)):
+        present = sum(table.name.startswith(f"{shard[1]}-") for table in tables) if shard else 0
+        if shard and present != int(shard[2]):
+            raise DataError(
+                f"{folder} has {present} of the {int(shard[2])} files of {shard[1]}; the others are missing"
+            )
+    return tables
+
+
+def parquet_collection(files: list[Path]) -> Collection:
+    """Rows of parquet files: `img` or `image` as struct{bytes, ..} or bytes; `label` integers, or absent.
+
+    A negative label is none. Raises UsageError without pyarrow and DataError for files of another layout.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UsageError("reading parquet needs pyarrow: pip install 'fastddpm[parquet]'") from error
+    counts, columns = [], []
+    for path in files:
+        try:
+            with parquet.ParquetFile(path) as table:
+                counts.append(table.metadata.num_rows)
+                columns.append(_columns(table.schema_arrow, path))
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{path} cannot be read as parquet: {error}") from error
+
+    def items() -> Iterator[Item]:
+        for path, (image, label) in zip(files, columns, strict=True):
+            try:
+                with parquet.ParquetFile(path) as table:
+                    yield from _rows(table, path.name, image, label)
+            except (ArrowException, OSError) as error:
+                raise DataError(f"{path} is damaged: {error}") from error
+
+    listing = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    name = str(files[0] if len(files) == 1 else files[0].parent)
+    return Collection(name, sum(counts), listing, items)
+
+
+def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
+    """The names of the image column and of the label column, checked to be of their types."""
+    from pyarrow import types
+
+    image = next((name for name in ("img", "image") if name in schema.names), None)
+    if image is None:
+        raise DataError(f"{path} has columns {', '.join(schema.names)}; images are expected in img or image")
+    kind = schema.field(image).type
+    if types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    if not (types.is_binary(kind) or types.is_large_binary(kind)):
+        raise DataError(f"{path}: {image} is {kind}; the bytes of an image file are expected, or a struct with them")
+    label = next((name for name in ("label", "labels") if name in schema.names), None)
+    if label is not None and not types.is_integer(schema.field(label).type):
+        raise DataError(f"{path}: {label} is {schema.field(label).type}; integers are expected")
+    return image, label
+
+
+def _rows(table: Any, file: str, image: str, label: str | None) -> Iterator[Item]:
+    row = 0
+    for batch in table.iter_batches(batch_size=_ROWS, columns=[image] + ([label] if label else [])):
+        labels = batch.column(label).to_pylist() if label else [None] * batch.num_rows
+        for value, number in zip(batch.column(image).to_pylist(), labels, strict=True):
+            known = number if number is not None and number >= 0 else None
+            yield Item(f"{file} row {row}", known, _reader(value))
+            row += 1
+
+
+def _reader(value: Any) -> Callable[[], bytes]:
+    def read() -> bytes:
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None:
+            path = value.get("path") if isinstance(value, dict) else None
+            raise ValueError(f"the row names the file {path} but holds no bytes" if path else "the row is empty")
+        if len(data) > MAX_ENCODED_BYTES:
+            raise ValueError(f"{len(data):,} bytes; at most {MAX_ENCODED_BYTES:,} are read")
+        return bytes(data)
+
+    return read

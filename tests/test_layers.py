@@ -1,0 +1,87 @@
+"""Imports point down only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    4: {"train", "sample", "cli", "dry_run"},
+    3: {"trainer", "sampler", "generate", "checkpoint", "manifest", "untrusted", "model", "data", "interchange",
+        "figures", "runlog", "device"},
+    2: {"unet", "diffusion", "likelihood", "schedules", "noise", "optim", "config", "presets"},
+    1: {"ops"},
+    0: {"kernels"},
+}  # fmt: skip
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
+EVERYWHERE = {"errors"}  # no layer; kernels know nothing of the package at all
+
+
+def imported(source: str, package: str) -> set[str]:
+    """First names below fastddpm that a file of `package` ("fastddpm", "fastddpm.ops", ..) imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "fastddpm" else [module]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("fastddpm.")}
+    return found
+
+
+def upward_imports(source: str, package: str, home: str) -> set[str]:
+    """What a file of the module or package `home` imports from a higher layer, or from no known one."""
+    allowed = {name for name, layer in LAYER_OF.items() if layer <= LAYER_OF[home]} | {home}
+    if home != "kernels":
+        allowed |= EVERYWHERE
+    return imported(source, package) - allowed
+
+
+FILES = [
+    path
+    for folder in ("fastddpm", "kernels")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path != ROOT / "fastddpm" / "__init__.py" and "fastddpm/kernels" not in path.relative_to(ROOT).as_posix()
+]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    home = "kernels" if parts[0] == "kernels" else parts[1]
+    if home in EVERYWHERE:
+        assert imported(path.read_text(), "fastddpm") == set()
+        return
+    package = ".".join(parts[:-1]) if parts[0] == "fastddpm" else ".".join(("fastddpm", *parts[:-1]))
+    assert upward_imports(path.read_text(), package, home) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "home", "found"),
+    [
+        ("from fastddpm.sampler import Sampler", "fastddpm", "unet", {"sampler"}),
+        ("from .trainer import Trainer", "fastddpm", "diffusion", {"trainer"}),
+        ("from ..unet import UNet", "fastddpm.ops", "ops", {"unet"}),
+        ("def f():\n    import fastddpm.train", "fastddpm", "model", {"train"}),
+        ("from fastddpm import checkpoint", "fastddpm", "optim", {"checkpoint"}),
+        ("from fastddpm.errors import UsageError", "fastddpm.kernels.q_sample", "kernels", {"errors"}),
+        ("from .registry import register\nfrom fastddpm.kernels import philox", "fastddpm.ops", "ops", set()),
+    ],
+)
+def test_the_check_itself(source: str, package: str, home: str, found: set[str]) -> None:
+    assert upward_imports(source, package, home) == found
+
+
+def test_config_and_data_do_not_load_torch() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, fastddpm.presets, fastddpm.data, fastddpm.train, fastddpm.sample; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
