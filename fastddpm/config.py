@@ -80,7 +80,7 @@ class UNetConfig:
                 raise UsageError(
                     f"groups must divide each level's channels; {self.groups} does not divide {self.width * multiplier}"
                 )
-        _require_range(self, "dropout", 0.0, 1.0)
+        _require_range(self, "dropout", 0.0, 0.999)
         _require_range(self, "label_dropout", 0.0, 1.0)
         if self.num_classes < 0:
             raise UsageError(f"num_classes must be 0 or more; got {self.num_classes}")
@@ -132,6 +132,7 @@ class DiffusionConfig:
             raise UsageError(f"beta_start and beta_end must be in (0, 1); got {self.beta_start}, {self.beta_end}")
         for name in ("schedule", "prediction", "variance", "loss"):
             _require_choice(self, name)
+        _require_positive(self, "hybrid_weight", "min_snr_gamma")
         if self.loss == "hybrid" and not self.variance.startswith("learned"):
             raise UsageError(f"loss hybrid trains a learned variance; variance is {self.variance}")
         if self.variance.startswith("learned") and self.loss in ("simple", "min_snr"):

@@ -48,7 +48,7 @@ PRESETS: dict[str, Preset] = {
             ),
             DiffusionConfig(schedule="cosine", prediction="v"),
             TrainConfig(
-                steps=1300,
+                steps=1000,
                 batch=16,
                 lr=2e-3,
                 warmup=50,
@@ -57,7 +57,7 @@ PRESETS: dict[str, Preset] = {
                 flip=False,
                 save_every=500,
             ),
-            SampleConfig(steps=250, guidance=2.0),
+            SampleConfig(steps=125, guidance=2.0),
         ),
     )
 }

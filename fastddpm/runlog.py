@@ -50,6 +50,7 @@ class Meter:
         self._pause = seconds_between_lines
         self._start, self._first = time.monotonic(), done
         self._last_line = self._start
+        self._note = ""
         console = Console(stderr=True)
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -73,9 +74,10 @@ class Meter:
         """Units per second since the meter began."""
         return (self.done - self._first) / max(1e-9, time.monotonic() - self._start)
 
-    def update(self, done: int, note: str = "") -> None:
-        """Show that `done` units are finished, with a short note."""
+    def update(self, done: int, note: str | None = None) -> None:
+        """Show that `done` units are finished, with a short note that stays until the next."""
         self.done = done
+        self._note = note = self._note if note is None else note
         if self._bar:
             self._bar.update(self._task, completed=done, note=note)
             return

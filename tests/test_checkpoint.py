@@ -300,6 +300,11 @@ def test_truncation_and_growth_are_detected(saved: Path) -> None:
         detected += damaged(saved, file)
         file.write_bytes(data)
     print(f"truncations detected: {detected}/50")
+    data = files[1].read_bytes()
+    files[1].write_bytes(data[:10])
+    with pytest.raises(DataError, match=f"{files[1]} is damaged: it has 10 bytes, and {len(data)} were written"):
+        checkpoint.load(saved)
+    files[1].write_bytes(data)
     assert detected == 50
     for file in files:
         data = file.read_bytes()

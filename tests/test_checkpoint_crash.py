@@ -68,15 +68,20 @@ def test_killed_at_random_moments(tmp_path: Path, same_step: bool) -> None:
     duration = time.monotonic() - begin
     reached, kills_inside, resaved = 1, 0, False
 
+    read, write = os.pipe()
+
     def save_forever() -> None:
         step = reached
-        for seed in range(10**9):
+        for seed in itertools.count(1):
             step += not same_step
             save(tmp_path, step, seed, keep=1)
+            os.write(write, b".")
 
     for _ in range(30):
         child = fork(save_forever)
-        time.sleep(draw.uniform(0, 4 * duration))
+        for _ in range(draw.randrange(3)):
+            os.read(read, 1)
+        time.sleep(draw.uniform(0, 1.5 * duration))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills_inside += bool(temporary(tmp_path))
@@ -200,6 +205,7 @@ def test_every_call_that_fails(tmp_path: Path, step: int, lasting: bool, code: i
                 break
             except checkpoint.StorageError as error:
                 message = str(error)
+        assert lasting or (run / "checkpoints/step-00000002").is_dir()  # not left aside
         assert os.strerror(code) in message
         assert str(run / "checkpoints") in message
         assert f"step {step} is saved" in message or f"it needs {needed:,} bytes" in message

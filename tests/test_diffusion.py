@@ -177,6 +177,20 @@ def expected_bound(
     return np.where(oracle.column(t) == 0, decoder, kl).mean((1, 2, 3)) * BITS
 
 
+def test_hybrid_weighs_the_bound_by_the_chains_own_steps(rng: np.random.Generator) -> None:
+    """The bound is a sum over T = 40 terms here, of which each example gives one."""
+    t = np.array([0, 7, 39])
+    process = oracle.Process.respaced(beta=oracle.betas("linear", 40))
+    x0, eps = rng.integers(0, 256, (3, 3, 4, 4)) / 127.5 - 1, rng.standard_normal((3, 3, 4, 4))
+    x_t = process.forward(t, x0, eps)
+    out = np.concatenate([eps + 0.2 * rng.standard_normal(eps.shape), rng.uniform(-1, 1, eps.shape)], axis=1)
+    bound = expected_bound(process, t, "eps", "learned_range", out, x0, x_t)
+    config = configuration(timesteps=40, loss="hybrid", variance="learned_range", hybrid_weight=0.01)
+    ours = Diffusion(config).loss_terms(float32(out), float32(x_t), torch.tensor(t), float32(eps), float32(x0))
+    expected = ((out[:, :3] - eps) ** 2).mean((1, 2, 3)) + 0.01 * 40 * bound
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=5e-4)
+
+
 class Recorder:
     """A network that keeps what it is called with and answers `scale` times x_t."""
 

@@ -1,6 +1,7 @@
 """The compiled library against the NumPy specification, and the choice of backends around it."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,12 @@ def test_a_missing_library_is_done_without_and_reported(monkeypatch: pytest.Monk
     np.testing.assert_allclose(values.numpy(), reference.normals(words), atol=1e-6)
     with pytest.raises(RuntimeError, match="none was built"):
         native.random_normal(4, torch.arange(3), zero, zero, 1)
+
+
+def test_a_forced_backend_holds_in_other_threads() -> None:
+    seen = []
+    with ops.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backend.chosen_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"] and backend.chosen_backend() == "auto"

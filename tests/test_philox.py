@@ -84,6 +84,17 @@ def test_normals_are_box_muller_of_the_words(num: int) -> None:
     np.testing.assert_allclose(specification, expected, rtol=1e-15, atol=1e-15)
 
 
+def test_normals_of_the_extreme_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words 0 and 2^32 - 1: the radius's logarithm stays finite, at most 6.764, and never turns positive."""
+    words = np.array([[0, 0, 2**32 - 1, 2**32 - 1], [1, 2**30, 2**10, 2**31]])
+    monkeypatch.setattr(eager, "per_image_words", lambda *_: tuple(int64(word)[:, None] for word in words.T))
+    z = eager.normals(4, int64([0, 1]), int64(0), int64(0), 0).double().numpy()
+    u, v = words[:, ::2] / 2**32 + 2.0**-33, 2 * np.pi * words[:, 1::2] / 2**32
+    expected = np.sqrt(-2 * np.log(u))[..., None] * np.stack([np.cos(v), np.sin(v)], axis=-1)
+    np.testing.assert_allclose(z, expected.reshape(2, 4), rtol=2**-23, atol=1e-14)
+    assert abs(z[0, 0] - 6.764) < 1e-3 and 0 < np.hypot(z[0, 2], z[0, 3]) < 2e-5
+
+
 def test_normals_have_the_moments_and_distribution_of_a_normal() -> None:
     num = 1_000_000
     z = eager.normals(1000, torch.arange(1000), int64(2024), int64(0), 0).double().numpy().ravel()

@@ -85,8 +85,10 @@ def test_labels_reach_the_network() -> None:
             lambda x, t, label=label: 0.9 * x + 0.02 * label, spread_timesteps(1000, 10), np.array([seed]), 0
         )
         np.testing.assert_allclose(given[n].numpy(), expected[0], atol=1e-4)
-    # Without labels an image's class is its seed modulo the classes: 2, 0, 1.
+    # Without labels an image's class is its seed modulo the classes.
+    assert sampler.labels_for([5, 6, 7]) == [2, 0, 1] and sampler.labels_for([5, 6], [0, 0]) == [0, 0]
     assert torch.equal(sampler.sample([5, 6, 7]), given)
+    assert Sampler(Formula(wave), Diffusion(), 10).labels_for([5]) is None
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.5])
@@ -128,9 +130,10 @@ def test_clip_can_be_switched_off() -> None:
 
 
 def test_network_is_evaluated_in_evaluation_mode_and_left_as_it_was() -> None:
-    network = Formula(wave).train()
-    Sampler(network, Diffusion(), 3).sample([1])
-    assert network.modes == {False} and network.training
+    for training in (True, False):
+        network = Formula(wave).train(training)
+        Sampler(network, Diffusion(), 3).sample([1])
+        assert network.modes == {False} and network.training == training
     failing = Formula(lambda x, t, label: 1 / 0).train()  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         Sampler(failing, Diffusion(), 3).sample([1])

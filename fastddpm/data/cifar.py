@@ -94,6 +94,8 @@ def _tar_batches(source: Path) -> Batches:
                 for member in archive:
                     if member.isreg() and _BATCH.fullmatch(Path(member.name).name):
                         found[Path(member.name).name] = _member(archive, member, source)
+            while stream.read(2**20):  # to its end, where gzip compares its checksum
+                pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read as a tar file: {error}") from error
     if not found:

@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
@@ -15,22 +14,23 @@ OPERATIONS = ("group_norm_silu", "attention", "q_sample", "reverse_step", "rando
 LADDERS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 CHOICES = ("auto", "triton", "cuda", "cpu", "reference")
 
-_forced: ContextVar[str | None] = ContextVar("fastddpm_backend", default=None)
+# Of the process, not of a thread: autograd runs backward passes of a GPU in threads of its own.
+_forced: list[str] = []
 
 
 def chosen_backend() -> str:
     """What `use_backend` or, outside it, the environment variable FASTDDPM_BACKEND asks for; "auto" by default."""
-    return _checked(_forced.get() or os.environ.get("FASTDDPM_BACKEND", "auto"))
+    return _checked(_forced[-1] if _forced else os.environ.get("FASTDDPM_BACKEND", "auto"))
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the operations of the `with` block on one backend; `UsageError` for a name that does not exist."""
-    token = _forced.set(_checked(name))
+    """Run the operations of the `with` block, in every thread, on one backend; `UsageError` for an unknown name."""
+    _forced.append(_checked(name))
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def implementation(operation: str, device_type: str) -> ModuleType:
