@@ -1,13 +1,16 @@
-"""The cache of decoded images and the message about images that cannot be used."""
+"""The cache of decoded images: whole or made again, whoever else writes, whatever the disk does."""
 
+import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
-import zlib
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,8 @@ import pytest
 from PIL import Image
 
 from fastddpm.data import Dataset, cache, decoding, open_dataset
+from fastddpm.data import dataset as dataset_module
 from fastddpm.data.dataset import checksum
-from fastddpm.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 PIXELS = np.random.default_rng(8).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
@@ -228,134 +231,58 @@ def test_an_entry_that_appears_meanwhile_does_no_harm(
     assert len(entries(tmp_path)) == 1
 
 
-# Images that cannot be used
-
-
-def huge_header() -> bytes:
-    """A PNG of 65535 by 65535 pixels as far as its header says."""
-    chunks = b"IHDR" + struct.pack(">IIBBBBB", 65535, 65535, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"
-    packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
-def spoil(root: Path) -> dict[str, str]:
-    """Put every kind of bad image into `root`; returns a part of the reason for each."""
-    transparent = Image.fromarray(PIXELS[0]).convert("RGBA")
-    transparent.putpixel((0, 0), (1, 2, 3, 0))
-    bad = {
-        "0/empty.png": (b"", "the file is empty"),
-        "0/text.png": (b"this is text", "not an image of a known format"),
-        "0/cut.png": (png(PIXELS[0])[:-60], "damaged"),
-        "0/cut.JPG": (png(PIXELS[0], "JPEG")[:-60], "damaged"),
-        "1/cmyk.jpg": (png(Image.fromarray(PIXELS[0]).convert("CMYK"), "JPEG"), "CMYK"),
-        "1/dot.png": (png(PIXELS[0, :1, :1]), "1x1, expected 8x8; --resize area crops and resizes"),
-        "1/long.png": (png(np.zeros((10000, 1, 3), np.uint8)), "1x10000, expected 8x8"),
-        "1/transparent.png": (png(transparent), "transparent"),
-        "2/huge.png": (huge_header(), "64,000,000"),
-        "2/tiff.png": (png(PIXELS[0], "TIFF"), "not an image of a known format"),
-    }
-    for name, (data, _) in bad.items():
-        (root / name).write_bytes(data)
-    reasons = {name: reason for name, (_, reason) in bad.items()}
-    (root / "0" / "loop.png").symlink_to("loop.png")
-    (root / "1" / "nowhere.png").symlink_to("does-not-exist.png")
-    os.mkfifo(root / "2" / "pipe.png")
-    (root / "2" / "locked.png").write_bytes(png(PIXELS[0]))
-    return reasons | {
-        "0/loop.png": "cannot be read: Too many levels of symbolic links",
-        "1/nowhere.png": "cannot be read: No such file or directory",
-        "2/pipe.png": "cannot be read: not a regular file",
-        "2/locked.png": "cannot be read: Permission denied",
-    }
-
-
-@pytest.fixture
-def locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """locked.png cannot be opened; permissions would not stop a test that runs as root."""
-    read_bytes = Path.read_bytes
-
-    def refuse(path: Path) -> bytes:
-        if path.name == "locked.png":
-            raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-
-
-@pytest.mark.usefixtures("locked")
-def test_every_bad_image_is_listed_at_once(
-    load: Load, source: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    reasons = spoil(source)
-    with pytest.raises(DataError) as error:
-        load()
-    first, *listed, advice = str(error.value).splitlines()
-    assert first == f"14 of 44 images in {source} cannot be used:"
-    assert advice == "mend or remove them, or use --skip-bad to go on without them"
-    found = dict(line.strip().split(": ", 1) for line in listed)
-    assert found.keys() == reasons.keys()
-    for name, reason in reasons.items():
-        assert reason in found[name], name
-    assert entries(tmp_path) == []
-    assert not recwarn.list
-
-
-@pytest.mark.usefixtures("locked")
-def test_skip_bad_reports_them_and_goes_on(load: Load, source: Path) -> None:
-    reasons = spoil(source)
+def test_writers_that_finish_together_share_one_entry(load: Load, tmp_path: Path) -> None:
+    """None falls back to memory, for no other process takes away what it has written, and no copies stay behind."""
+    together = threading.Barrier(4)
     lines: list[str] = []
-    check(load(skip_bad=True, report=lines.append))
-    (text,) = lines
-    assert all(name in text for name in reasons) and text.endswith("left out, as --skip-bad asks")
-    check(load(skip_bad=True, report=lines.append))
-    assert lines[1:] == [f"14 images of {source} are left out, as --skip-bad asks"]
+
+    def one(directory: Path) -> Dataset:
+        together.wait()
+        return load(cache=directory, report=lines.append)
+
+    with ThreadPoolExecutor(4) as pool:
+        for attempt in range(30):
+            directory = tmp_path / f"cache {attempt}"
+            for dataset in pool.map(one, [directory] * 4):
+                check(dataset)
+                assert isinstance(dataset.images, np.memmap)
+            assert len(list(directory.iterdir())) == 1
+    assert lines == []
 
 
-def test_no_usable_image_is_always_an_error(tmp_path: Path, load: Load) -> None:
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "x.png").write_bytes(b"text")
-    for skip_bad in (False, True):
-        with pytest.raises(DataError, match=r"(?s)1 of 1 images .* x\.png: not an image.*no image is left"):
-            load(source=tmp_path / "bad", skip_bad=skip_bad)
+def test_a_damaged_entry_that_another_process_replaces(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load()
+    (entry,) = entries(tmp_path)
+    (entry / "images.npy").unlink()
+    replace = cache._replace
+
+    def overtaken(*arguments: Path) -> None:
+        monkeypatch.setattr(cache, "_replace", replace)
+        entry.rename(tmp_path / "moved aside by another")
+        replace(*arguments)
+
+    monkeypatch.setattr(cache, "_replace", overtaken)
+    lines: list[str] = []
+    dataset = load(report=lines.append)
+    check(dataset)
+    assert isinstance(dataset.images, np.memmap)
+    assert len(lines) == 1 and "damaged" in lines[0]
+    assert not [path for path in entries(tmp_path) if path != entry]
+    check(load(report=lines.append))
 
 
-def test_a_long_list_is_cut_and_kept_in_a_file(load: Load, source: Path, tmp_path: Path) -> None:
-    for i in range(25):
-        (source / "1" / f"bad{i:02}.png").write_bytes(b"text")
-    with pytest.raises(DataError) as error:
-        load()
-    lines = str(error.value).splitlines()
-    assert len(lines) == 1 + 20 + 1 + 1
-    assert lines[-2].startswith("  and 5 more; the whole list is in ")
-    kept = Path(lines[-2].split(" is in ")[1]).read_text().splitlines()
-    assert kept == [f"1/bad{i:02}.png: not an image of a known format (JPEG, PNG, WEBP, BMP, GIF)" for i in range(25)]
-    # Where no file can be written, each is reported.
-    (tmp_path / "file").write_bytes(b"")
-    reported: list[str] = []
-    with pytest.raises(DataError, match="and 5 more; listed above"):
-        load(cache=tmp_path / "file", report=reported.append)
-    assert [line for line in reported if "bad" in line] == kept
-
-
-def test_a_folder_that_cannot_be_listed_is_a_problem(load: Load, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scandir = os.scandir
-
-    def refuse(path: str) -> object:
-        if str(path).endswith(f"{os.sep}1"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"(?s)1 of 21 images.*images/1: cannot be read: Permission denied"):
-        load()
-    assert len(load(skip_bad=True, report=lambda _: None).images) == 20
-
-
-def test_names_cannot_disturb_the_terminal(load: Load, source: Path) -> None:
-    (source / "0" / "a\x1b[2J\nb.png").write_bytes(b"text")
-    with pytest.raises(DataError) as error:
-        load()
-    assert "\x1b" not in str(error.value) and r"0/a\x1b[2J\nb.png" in str(error.value)
+def test_a_file_in_the_place_of_an_entry_is_replaced(load: Load, tmp_path: Path) -> None:
+    load()
+    (entry,) = entries(tmp_path)
+    shutil.rmtree(entry)
+    entry.write_bytes(b"not a directory")
+    lines: list[str] = []
+    check(load(report=lines.append))
+    assert len(lines) == 1 and "damaged" in lines[0]
+    check(load(report=lines.append))
+    assert len(lines) == 1 and entries(tmp_path) == [entry]
 
 
 @pytest.mark.parametrize("count", [1, 16, 127, 128, 129, 300])
@@ -368,6 +295,18 @@ def test_order_is_kept_across_threads_and_chunks(count: int, tmp_path: Path, loa
     dataset = load(source=root)
     assert dataset.labels is None and len(dataset.images) == count
     np.testing.assert_array_equal(dataset.images[:, :, 3, 5], colours)
+
+
+def test_the_checksum_is_sha256_of_shape_pixels_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints remember it: it must be the same for an array in memory, a map, a view, and in every version."""
+    pixels = b"".join(bytes([value]) for value in PLANES.ravel().tolist())
+    labelled = hashlib.sha256(b"(30, 3, 8, 8)" + pixels + struct.pack("<30q", *range(30))).hexdigest()
+    unlabelled = hashlib.sha256(b"(30, 3, 8, 8)" + pixels + b"no labels").hexdigest()
+    for chunk_bytes in (1, 1000, 2**26):
+        monkeypatch.setattr(dataset_module, "_CHUNK_BYTES", chunk_bytes)
+        for images in (PLANES, np.ascontiguousarray(PLANES)):
+            assert checksum(images, np.arange(30)) == labelled
+            assert checksum(images, None) == unlabelled
 
 
 def test_the_checksum_names_shape_pixels_and_labels() -> None:

@@ -87,6 +87,8 @@ def test_smaller_digits_are_averages_over_areas(size: int) -> None:
     digits = open_dataset(None, image_size=size, channels=1)
     assert digits.images.shape == (5000, 1, size, size)
     assert np.abs(digits.images[::10, 0] - expected).max() <= 1  # two passes, each rounded to 8 bits
+    box = [Image.fromarray(image).resize((size, size), Image.Resampling.BOX) for image in original()[0][::100]]
+    np.testing.assert_array_equal(digits.images[::100, 0], np.stack([np.asarray(image) for image in box]))
 
 
 def test_digits_in_colour_are_refused() -> None:

@@ -243,6 +243,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             with pytest.raises(StorageError, match=f"cannot write {path}: No space left on device"):
                 write(new, path)
         assert path.read_bytes() == before
+        assert not list(tmp_path.glob(".*"))
         write(new, path)
         assert np.asarray(Image.open(path).convert("L")).tolist() == [[20] * 8] * 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.png"]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -107,25 +108,26 @@ def _make(entry: Path, collection: Collection, rule: Rule, skip_bad: bool, full_
             "sample": _sampled(images, labels),
         }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        _publish(temporary, entry)
+        made = _open(temporary, collection.name, rule, lambda _: None)
+        if made is None:
+            raise OSError("what was just written cannot be read back")
+        try:
+            os.rename(temporary, entry)
+        except OSError:  # there is one: made by another process in the meantime, and as good as this one, or damaged
+            if _open(entry, collection.name, rule, lambda _: None) is None:
+                _replace(entry, temporary)
+        return made  # its mapping outlives the name of the file
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    made = _open(entry, collection.name, rule, lambda _: None)
-    if made is None:
-        raise OSError("what was just written cannot be read back")
-    return made
 
 
-def _publish(temporary: Path, entry: Path) -> None:
+def _replace(entry: Path, temporary: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
     try:
-        os.rename(temporary, entry)
-    except OSError:
-        if not entry.exists():
-            raise
-        # Damaged, or made by another process in the meantime, and then as good as this one.
-        aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
-        os.rename(entry, aside)
-        os.rename(temporary, entry)
+        with suppress(OSError):  # another process is replacing it at this moment, and its entry will do
+            os.rename(entry, aside / "damaged")
+            os.rename(temporary, entry)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
