@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 
 from . import manifest
-from .errors import DataError, FastddpmError, UsageError
+from .errors import DataError, StorageError, UsageError
 from .untrusted import DTYPES, check_header, parse_json, parse_tensors
 
 try:
@@ -39,12 +39,6 @@ except ImportError:  # Windows
 _CHECKPOINT = re.compile(r"step-([0-9]{8,12})(\.old)?")
 _TEMPORARY = re.compile(r"\.tmp-[0-9]+(?:\.old)?-([0-9]{1,9})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-
-
-class StorageError(FastddpmError, OSError):
-    """The disk is full, read-only or failing: exit code 5."""
-
-    exit_code = 5
 
 
 @dataclass(frozen=True, eq=False)

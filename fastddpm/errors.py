@@ -23,3 +23,9 @@ class DivergedError(FastddpmError, ArithmeticError):
     """Training produced NaN or infinity several times in a row: exit code 4."""
 
     exit_code = 4
+
+
+class StorageError(FastddpmError, OSError):
+    """The disk is full, read-only or failing: exit code 5."""
+
+    exit_code = 5

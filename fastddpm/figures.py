@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastddpm.checkpoint import StorageError
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import DataError, StorageError, UsageError
 
 GRID_PIXELS = 512  # small images are enlarged until the grid is about this wide
 

@@ -102,7 +102,7 @@ def read_file(path: Path, entry: Entry) -> bytes:
 
 
 def _entry(path: Path, name: str, entry: Any) -> Entry:
-    if not _FILE.fullmatch(name) or name in NAMES:
+    if not _FILE.fullmatch(name):
         raise DataError(f"{path} lists {name[:100]!r}, which is no name for a file")
     size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or size < 0 or not isinstance(digest, str):

@@ -1,7 +1,6 @@
 """The cache of decoded images: whole or made again, whoever else writes, whatever the disk does."""
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -9,54 +8,19 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from image_folder import PIXELS, PLANES, Load, check, load, png, source
 
-from fastddpm.data import Dataset, cache, decoding, open_dataset
+from fastddpm.data import Dataset, cache, decoding
 from fastddpm.data import dataset as dataset_module
 from fastddpm.data.dataset import checksum
 
+__all__ = ["load", "source"]
 ROOT = Path(__file__).parent.parent
-PIXELS = np.random.default_rng(8).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
-PLANES = PIXELS.transpose(0, 3, 1, 2)
-Load = Callable[..., Dataset]
-
-
-def png(image: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
-    return file.getvalue()
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Thirty images in three classes."""
-    root = tmp_path / "images"
-    for i, pixels in enumerate(PIXELS):
-        path = root / f"{i // 10}" / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(pixels))
-    return root
-
-
-@pytest.fixture
-def load(source: Path, tmp_path: Path) -> Load:
-    def opened(**options: object) -> Dataset:
-        wanted = {"source": source, "image_size": 8, "channels": 3, "cache": tmp_path / "cache"} | options
-        return open_dataset(**wanted)  # type: ignore[arg-type]
-
-    return opened
-
-
-def check(dataset: Dataset) -> None:
-    np.testing.assert_array_equal(dataset.images, PLANES)
-    assert dataset.labels is not None and dataset.labels.tolist() == [i // 10 for i in range(30)]
-    assert dataset.checksum == checksum(PLANES, np.arange(30) // 10)
 
 
 def entries(tmp_path: Path) -> list[Path]:

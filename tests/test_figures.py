@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm.checkpoint import StorageError
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.figures import grid, save_animation, save_png, to_uint8
 
 

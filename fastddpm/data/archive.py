@@ -50,9 +50,8 @@ def _reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], byt
             raise ValueError("packed by a method other than deflate; pack it anew")
         try:
             with archive.open(info) as file:
-                # A size makes zipfile unpack no more than that, whatever the member really holds;
-                # one byte more than there should be makes it compare the checksum.
-                return file.read(info.file_size + 1)
+                # Told a size, zipfile unpacks no more than that, whatever the member really holds.
+                return file.read(info.file_size)
         except (RuntimeError, NotImplementedError, zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise ValueError(str(error)) from error  # encrypted, of an unknown method, damaged
 
