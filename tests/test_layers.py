@@ -1,6 +1,8 @@
 """Imports point down only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,8 @@ def imported(source: str, package: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            # Through the package itself every public name can be had, whatever its layer.
+            names = ["fastddpm.fastddpm" if alias.name == "fastddpm" else alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module or "") if part)
@@ -32,6 +35,17 @@ def imported(source: str, package: str) -> set[str]:
             continue
         found |= {name.split(".")[1] for name in names if name.startswith("fastddpm.")}
     return found
+
+
+def libraries(source: str) -> set[str]:
+    """First names of what a file imports absolutely, the standard library left out."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
+    return found - sys.stdlib_module_names
 
 
 def upward_imports(source: str, package: str, home: str) -> set[str]:
@@ -62,6 +76,18 @@ def test_imports_point_down(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_kernels_know_tensors_and_themselves_only(path: Path) -> None:
+    assert libraries(path.read_text()) <= {"torch", "numpy", "triton"}
+
+
+def test_the_check_of_libraries_itself() -> None:
+    source = "import os, rich.console\nfrom ..philox import eager\ndef f():\n    from fastddpm.kernels import philox"
+    assert libraries(source) == {"rich", "fastddpm"}
+
+
+@pytest.mark.parametrize(
     ("source", "package", "home", "found"),
     [
         ("from fastddpm.sampler import Sampler", "fastddpm", "unet", {"sampler"}),
@@ -69,6 +95,9 @@ def test_imports_point_down(path: Path) -> None:
         ("from ..unet import UNet", "fastddpm.ops", "ops", {"unet"}),
         ("def f():\n    import fastddpm.train", "fastddpm", "model", {"train"}),
         ("from fastddpm import checkpoint", "fastddpm", "optim", {"checkpoint"}),
+        ("from . import trainer", "fastddpm", "unet", {"trainer"}),
+        ("from ..ops import status", "fastddpm.kernels", "kernels", {"ops"}),
+        ("import fastddpm", "fastddpm", "unet", {"fastddpm"}),
         ("from fastddpm.errors import UsageError", "fastddpm.kernels.q_sample", "kernels", {"errors"}),
         ("from .registry import register\nfrom fastddpm.kernels import philox", "fastddpm.ops", "ops", set()),
     ],
@@ -78,9 +107,6 @@ def test_the_check_itself(source: str, package: str, home: str, found: set[str])
 
 
 def test_config_and_data_do_not_load_torch() -> None:
-    import subprocess
-    import sys
-
     program = (
         "import sys, fastddpm.presets, fastddpm.data, fastddpm.train, fastddpm.sample; sys.exit('torch' in sys.modules)"
     )

@@ -1,7 +1,11 @@
 """The compiled library against the NumPy specification, and the choice of backends around it."""
 
+import hashlib
 import shutil
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +41,61 @@ def test_words_equal_the_specification_bit_for_bit(seed: int) -> None:
     np.testing.assert_array_equal(words.numpy(), np.stack(expected, axis=-1))
 
 
+# One value; one block; a part of one; a part of the 64 blocks computed together; exactly those; one more; CIFAR's.
 @needs_library
-@pytest.mark.parametrize("num", [1, 4, 7, 3072])
-def test_normals_equal_the_specification(num: int) -> None:
+@pytest.mark.parametrize("num", [1, 4, 7, 255, 256, 257, 3072])
+def test_normals_equal_the_specification_to_the_last_bit_of_float32(num: int) -> None:
     images = torch.tensor([3, 2**31, 17])
     ours = native.random_normal(num, images, torch.tensor(2**40 + 1), torch.tensor(12), 3).numpy()
     words = reference.philox(
         np.arange((num + 3) // 4)[None, :], images.numpy()[:, None], np.array([12]), np.array([3]), 2**40 + 1
     )
     expected = reference.normals(words).reshape(3, -1)[:, :num]
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+    # Rounding to float32 alone may cost 2^-24 of the value.
+    np.testing.assert_allclose(ours, expected, rtol=2.0**-24, atol=1e-10)
+
+
+@needs_library
+def test_normals_have_the_same_bits_on_every_machine() -> None:
+    images = torch.tensor([0, 1, 7, 2**31, 2**32 - 1])
+    ours = native.random_normal(3 * 64 * 64 + 3, images, torch.tensor(12345678901), torch.tensor(999), 1)
+    bits = ours.numpy().astype("<f4").tobytes()
+    assert hashlib.sha256(bits).hexdigest() == "7de22a89a8ccae90980d2349bfcb72d800a89b656e028965ba302ca42371295f"
+
+
+@needs_library
+def test_nothing_is_drawn_for_no_image_or_an_empty_one() -> None:
+    zero = torch.tensor(0)
+    assert native.random_normal(8, torch.arange(0), zero, zero, 1).shape == (0, 8)
+    assert native.random_normal(0, torch.arange(3), zero, zero, 1).shape == (3, 0)
+
+
+@needs_library
+def test_strided_images_are_read_in_order() -> None:
+    images, zero = torch.arange(20), torch.tensor(0)
+    expected = native.random_normal(8, images, zero, zero, 1)[::3]
+    assert torch.equal(native.random_normal(8, images[::3], zero, zero, 1), expected)
+
+
+@needs_library
+@pytest.mark.parametrize("images", [torch.arange(3, dtype=torch.int32), torch.arange(3, device="meta")])
+def test_images_that_the_library_cannot_read_are_refused(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images must be int64 on the CPU; got torch\.int"):
+        native.random_normal(4, images, torch.tensor(0), torch.tensor(0), 1)
+
+
+@needs_library
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists() or not (Path(torch.__file__).parent / "lib" / "libgomp.so.1").exists(),
+    reason="this torch brings no libgomp to share, or the system does not list what is loaded",
+)
+def test_it_shares_the_threads_of_torch() -> None:
+    program = (
+        "import torch\nfrom fastddpm.kernels import native\nassert native.unavailable() is None\n"
+        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}, sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [Path(line).parent.name for line in done.stdout.splitlines()] == ["lib"]
 
 
 @needs_library
@@ -99,18 +148,42 @@ def test_the_environment_variable_chooses(monkeypatch: pytest.MonkeyPatch) -> No
         ops.status()
 
 
-def test_a_missing_library_is_done_without_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = "no compiled library: none was built"
-    monkeypatch.setattr(native, "_loaded", lambda: reason)
-    monkeypatch.setattr(backend, "_resolve", backend._resolve.__wrapped__)
-    monkeypatch.setattr("fastddpm.kernels.random_normal.cpu.unavailable", lambda: reason)
-    assert ops.status()["random_normal"] == f"reference ({reason})"
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The folder in which the library is looked for: empty."""
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    native._loaded.cache_clear()
+    backend._resolve.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    native._loaded.cache_clear()
+    backend._resolve.cache_clear()
+
+
+def test_a_missing_library_is_done_without_and_reported(nowhere: Path) -> None:
+    (nowhere / "_native_missing.txt").write_text("no compiled library: none was built\n")
+    assert ops.status()["random_normal"] == "reference (no compiled library: none was built)"
     zero = torch.tensor(0)
     values = ops.random_normal((4,), torch.arange(3), zero, zero, 1)
     words = reference.philox(np.zeros(1), np.arange(3), np.zeros(1), np.ones(1), 0)
     np.testing.assert_allclose(values.numpy(), reference.normals(words), atol=1e-6)
     with pytest.raises(RuntimeError, match="none was built"):
         native.random_normal(4, torch.arange(3), zero, zero, 1)
+    with ops.use_backend("cpu"), pytest.raises(UsageError, match="'cpu' was forced, but no compiled library: none was"):
+        ops.random_normal((4,), torch.arange(3), zero, zero, 1)
+
+
+@pytest.mark.parametrize("note", [None, b"", b"\xff\xfe"])
+def test_a_checkout_that_was_never_built_says_what_to_do(nowhere: Path, note: bytes | None) -> None:
+    if note is not None:
+        (nowhere / "_native_missing.txt").write_bytes(note)
+    assert str(native.unavailable()).startswith("no compiled library beside kernels/native.py")
+
+
+def test_a_broken_library_is_named(nowhere: Path) -> None:
+    (nowhere / "_native.abi3.so").write_bytes(b"not a library")
+    assert str(native.unavailable()).startswith("_native.abi3.so cannot be loaded")
+    assert ops.status()["q_sample"].startswith("reference (_native.abi3.so cannot be loaded")
 
 
 def test_a_forced_backend_holds_in_other_threads() -> None:
