@@ -124,6 +124,16 @@ def test_a_table_without_rows(tmp_path: Path, load: Load) -> None:
         load(write(tmp_path / "x.parquet", {"img": empty.column("img")}))
 
 
+def test_rows_larger_than_any_image_are_not_decoded(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastddpm.data.parquet.MAX_ENCODED_BYTES", len(ENCODED[0]))
+    path = write(tmp_path / "x.parquet", {"img": [ENCODED[0], ENCODED[0] + b"\0"]})
+    with pytest.raises(DataError, match=rf"row 1: cannot be read: {len(ENCODED[0]) + 1} bytes; at most"):
+        load(path)
+    check(load(path, skip_bad=True), 0, 1, None)
+
+
 def test_rows_that_cannot_be_used_are_named(tmp_path: Path, load: Load) -> None:
     rows = structs([ENCODED[0], b"text", ENCODED[1], b"", None])
     path = write(tmp_path / "x.parquet", {"img": rows, "label": [4, 5, 6, 7, 8]})

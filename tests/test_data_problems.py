@@ -2,6 +2,7 @@
 
 import os
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -119,6 +120,26 @@ def test_a_long_list_is_cut_and_kept_in_a_file(load: Load, source: Path, tmp_pat
     with pytest.raises(DataError, match="and 5 more; listed above"):
         load(cache=tmp_path / "file", report=reported.append)
     assert [line for line in reported if "bad" in line] == kept
+
+
+def test_a_file_larger_than_any_image_is_not_read(load: Load, source: Path) -> None:
+    with (source / "0" / "film.png").open("wb") as file:
+        file.truncate(2**28 + 1)  # a hole, which takes no space
+    with pytest.raises(
+        DataError, match=r"0/film\.png: cannot be read: 268,435,457 bytes; at most 268,435,456 are read"
+    ):
+        load()
+
+
+def test_a_damaged_deflate_stream(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.png", bytes(1000))
+    data = bytearray(path.read_bytes())
+    data[30 + len("a.png")] = 0b111  # a block of type 3, which there is not
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.png: cannot be read: Error -3 while decompressing"):
+        load(source=path)
 
 
 def test_a_folder_that_cannot_be_listed_is_a_problem(load: Load, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
