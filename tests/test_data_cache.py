@@ -56,6 +56,16 @@ def test_whatever_changes_the_images_changes_the_entry(load: Load, source: Path,
     assert len(entries(tmp_path)) == 7
 
 
+def test_another_folder_of_the_same_names_sizes_and_times_is_another_source(tmp_path: Path, load: Load) -> None:
+    for name, value in (("one", 1), ("two", 2)):
+        path = tmp_path / name / "x.bmp"
+        path.parent.mkdir()
+        path.write_bytes(png(np.full((8, 8, 3), value, np.uint8), "BMP"))
+        os.utime(path, ns=(1, 1))
+    assert (load(source=tmp_path / "one").images == 1).all()
+    assert (load(source=tmp_path / "two").images == 2).all()
+
+
 def test_a_relative_path_is_the_same_source(
     load: Load, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
