@@ -1,7 +1,6 @@
 """Packaging. The kernels live at the top of the repository and are installed as fastddpm.kernels."""
 
 import re
-import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -9,62 +8,45 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "fastddpm" / "__init__.py").read_text(encoding="utf-8")).group(1)
-NATIVE = Extension(
-    "fastddpm.kernels._native",
-    sources=["csrc/random_normal.cpp"],
-    depends=["csrc/fastddpm.h", "csrc/philox.h"],
-    # No contraction: the noise has the same bits on every machine. No errno: sqrt can be a vector instruction.
-    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"],
-    py_limited_api=True,  # there is no Python in it: one file name for every version
-    optional=True,  # without a compiler the install succeeds, and fastddpm.ops.status() says what is slower
-)
 KERNELS = ["fastddpm.kernels", *(f"fastddpm.kernels.{name}" for name in find_packages("kernels"))]
 
 
-class BuildNative(build_ext):
-    """Compiles with OpenMP where the compiler has it, else without; if neither works, the reason is kept.
+def library(name: str) -> Extension:
+    """A compiled library; csrc/build.py knows how. There is no Python in it: one file name for every version."""
+    return Extension(f"fastddpm.kernels.{name}", sources=[], py_limited_api=True, optional=True)
 
-    pip hides the output of a build that succeeds, so the reason goes into kernels/_native_missing.txt, which
+
+class BuildNative(build_ext):
+    """Builds each library by ninja; without a compiler the install succeeds and the reason is kept.
+
+    pip hides the output of a build that succeeds, so the reason goes into kernels/<library>_missing.txt, which
     fastddpm.ops.status() repeats.
     """
 
     def run(self) -> None:
-        self.problem = ""
+        self.problems: dict[str, str] = {}
         super().run()
-        library = Path(self.get_ext_fullpath(NATIVE.name))
-        note = library.with_name("_native_missing.txt")
-        note.unlink(missing_ok=True)
-        for built in library.parent.glob("_native.*"):  # a library of other sources must not be loaded
-            if self.problem or built != library:
-                built.unlink()
-        if self.problem:
-            self.mkpath(str(library.parent))
-            note.write_text(self.problem + "\n", encoding="utf-8")
+        for ext in self.extensions:
+            target = Path(self.get_ext_fullpath(ext.name))
+            name = ext.name.rpartition(".")[2]
+            problem = self.problems.get(ext.name)
+            for old in [*target.parent.glob(f"{name}.*"), *target.parent.glob(f"{name}_missing.txt")]:
+                if problem or old != target:  # a library of other sources must not be loaded
+                    old.unlink()
+            if problem:
+                self.mkpath(str(target.parent))
+                target.with_name(f"{name}_missing.txt").write_text(f"{problem}\n", encoding="utf-8")
 
     def build_extension(self, ext: Extension) -> None:
-        plain = list(ext.extra_compile_args)
+        from csrc.build import NotBuilt, build
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        self.mkpath(str(target.parent))
         try:
-            ext.extra_compile_args, ext.extra_link_args = [*plain, "-fopenmp"], ["-fopenmp"]
-            super().build_extension(ext)
-        except Exception:  # each compiler class has its own error; the second try decides
-            self.warn(f"building {ext.name} with OpenMP failed; trying without")
-            ext.extra_compile_args, ext.extra_link_args = plain, []
-            try:
-                super().build_extension(ext)
-            except Exception:
-                self.problem = self.reason()
-                self.warn(self.problem)
-                raise
-
-    def reason(self) -> str:
-        command = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
-        name = command[0] if command else "the C++ compiler"
-        cause = f"{name} could not compile it" if shutil.which(name) else f"there was no C++ compiler ({name})"
-        return (
-            f"no compiled library: {cause} when fastddpm was installed, so noise is drawn 5 to 10 times more slowly; "
-            "install a C++ compiler, then fastddpm again (pip install -v shows the build)"
-        )
-
+            self.copy_file(str(build(ext.name.rpartition(".")[2])), str(target))
+        except NotBuilt as problem:
+            self.problems[ext.name] = str(problem)
+            self.warn(str(problem))
 
 setup(
     name="fastddpm",
@@ -75,7 +57,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fastddpm", "fastddpm.*"], exclude=["fastddpm.kernels*"]), *KERNELS],
     package_dir={"fastddpm.kernels": "kernels"},
-    ext_modules=[NATIVE],
+    ext_modules=[library("_native"), library("_native_cuda")],
     cmdclass={"build_ext": BuildNative},
     package_data={"fastddpm": ["py.typed"], "fastddpm.data": ["mnist5k.npz"]},
     install_requires=[
@@ -98,6 +80,7 @@ setup(
             "pyarrow",
             "scipy",
             "setuptools",
+            "ninja",
             "ruff",
             "mypy",
         ],

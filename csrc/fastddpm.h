@@ -1,13 +1,153 @@
-// The native library's C interface: plain pointers and sizes, no torch and no Python.
-#pragma once
-#include <cstdint>
+/* The C interface of the native libraries: plain pointers, sizes, strides and codes; no torch and no Python.
+ *
+ * Each operation takes one structure. The CPU library exports fastddpm_cpu_<operation>(args, threads), the CUDA
+ * library fastddpm_cuda_<operation>(args, stream) on the calling thread's current device. Both return 0, or a code
+ * below or (positive) the CUDA runtime's, that fastddpm_error_text turns into words. kernels/interface.py mirrors the
+ * structures; what an operation computes is specified by kernels/<operation>/reference.py.
+ *
+ * All pointers are to the device that runs the operation. "Image" tensors are dense (N, C, H, W) in one of two layouts.
+ */
+#ifndef FASTDDPM_H
+#define FASTDDPM_H
+#include <stdint.h>
 
+#ifdef __cplusplus
 #define FASTDDPM_API extern "C" __attribute__((visibility("default")))
+#else
+#define FASTDDPM_API __attribute__((visibility("default")))
+#endif
 
-// Standard normals as the specification in kernels/philox defines them: out[n * num + i] is normal i of image n.
-FASTDDPM_API void fastddpm_random_normal(float *out, int64_t num, const int64_t *images, int64_t num_images,
-                                         int64_t seed, int64_t step, int64_t stream, int32_t threads);
+enum { FASTDDPM_FLOAT32 = 0, FASTDDPM_BFLOAT16 = 1, FASTDDPM_FLOAT16 = 2, FASTDDPM_UINT8 = 3 }; /* dtype codes */
+enum { FASTDDPM_NCHW = 0, FASTDDPM_NHWC = 1 };                                               /* layout codes */
+enum { FASTDDPM_OK = 0, FASTDDPM_UNSUPPORTED = -1, FASTDDPM_NO_MEMORY = -2 };                /* return codes */
 
-// The four output words of blocks 0 .. num_blocks - 1 of each image: out[(n * num_blocks + block) * 4 + word].
-FASTDDPM_API void fastddpm_philox(uint32_t *out, int64_t num_blocks, const int64_t *images, int64_t num_images,
-                                  int64_t seed, int64_t step, int64_t stream, int32_t threads);
+/* Where random numbers come from: kernels/philox. image n draws from (images[n], *seed, *step). */
+typedef struct {
+    const int64_t *images; /* (N,) */
+    const int64_t *seed, *step;
+} fastddpm_key;
+
+typedef struct {
+    float *out;  /* (N, num) */
+    int64_t n, num;
+    int64_t stream_id; /* Philox stream */
+    fastddpm_key key;
+} fastddpm_random_normal_args;
+
+/* y = dropout(silu(scale_shift(group_norm(concat(x, skip) + temb)))); null pointers for what is absent. */
+typedef struct {
+    const void *x, *skip;              /* (N, C1, H, W), (N, C2, H, W): dtype, layout */
+    const void *weight, *bias;         /* (C,): param_dtype; C = C1 + C2 */
+    const void *temb, *scale, *shift;  /* (N, C): param_dtype */
+    void *y;                           /* (N, C, H, W): dtype, layout */
+    float *mean, *rstd;                /* (N, G): written forward, read backward */
+    fastddpm_key key;                  /* of the dropout mask; read only when dropout > 0 */
+    int64_t n, c1, c2, height, width, groups;
+    int64_t dropout_stream;            /* Philox stream of the mask */
+    float eps, dropout;
+    int32_t silu, layout, dtype, param_dtype;
+    /* Backward only. Sums over the batch are left to a fixed order: grad_weight and grad_bias are deterministic. */
+    const void *grad;                             /* (N, C, H, W): dtype, layout */
+    void *grad_x, *grad_skip;                     /* dtype, layout */
+    float *grad_weight, *grad_bias;               /* (C,) */
+    float *grad_temb, *grad_scale, *grad_shift;   /* (N, C), null when absent */
+} fastddpm_group_norm_silu_args;
+
+/* out = softmax(scale q k^T) v for N sequences of L tokens and C channels, one head; channels are adjacent. */
+typedef struct {
+    const void *q, *k, *v;
+    void *out;
+    float *lse;                          /* (N, L): written forward, read backward; may be null forward */
+    int64_t n, l, c;
+    int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2]; /* elements between sequences, between tokens */
+    float scale;
+    int32_t dtype;
+    /* Backward only; dense (N, L, C). */
+    const void *grad;
+    void *grad_q, *grad_k, *grad_v;
+} fastddpm_attention_args;
+
+typedef struct {
+    const void *x0;        /* (N, C, H, W): uint8 or dtype float32; strides in elements */
+    const int64_t *t;      /* (N,) */
+    const float *table;    /* (T, 2): sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) */
+    const uint8_t *flip;   /* (N,) or null */
+    const float *noise;    /* dense NCHW, or null: drawn from key */
+    float *x_t, *eps;      /* dense NCHW */
+    fastddpm_key key;
+    int64_t n, c, height, width, timesteps;
+    int64_t x0_stride[4];
+    int32_t dtype;
+} fastddpm_q_sample_args;
+
+typedef struct {
+    float *x;                  /* (N, C, H, W), strides in elements: x_t, replaced by x_{t-1} */
+    const void *out;           /* (N, C or 2C, H, W): dtype, strides in elements */
+    const float *table;        /* (S, 8), columns in kernels/reverse_step */
+    const int64_t *timesteps;  /* (S,) */
+    const int64_t *index;      /* the row to apply, read when the kernel runs */
+    const float *noise;        /* dense NCHW, or null: drawn from key, its step being timesteps[*index] */
+    float *x0;                 /* dense NCHW, or null */
+    fastddpm_key key;          /* step is not read */
+    int64_t n, c, height, width, steps;
+    int64_t x_stride[4], out_stride[4];
+    float clip;                /* <= 0: none */
+    int32_t variance;          /* 0 fixed, 1 learned, 2 learned_range */
+    int32_t dtype;
+} fastddpm_reverse_step_args;
+
+/* A convolution or, with kernel 1, a linear layer over pixels, fp32, with what stands before and after it:
+ * out = conv(silu(gain * concat(x, skip) + offset)) + bias + temb + residual. NHWC throughout; null for what is absent.
+ * The weights are transformed or packed inside, block by block in cache, so none are kept besides the model's own. */
+typedef struct {
+    const float *x, *skip;      /* (N, H, W, C1), (N, H, W, C2); C = C1 + C2 */
+    const float *gain, *offset; /* (N, C), given together */
+    const float *weight;        /* element (k, c, i, j) at the sum of index times stride; strides may be negative */
+    const float *bias;          /* (K,) */
+    const float *temb;          /* (K,) for all images, or with temb_stride K one row for each */
+    const float *residual;      /* (N, Hout, Wout, K); may be out */
+    float *out;                 /* (N, Hout, Wout, K) */
+    void *workspace;            /* workspace_bytes, 64-byte aligned */
+    int64_t workspace_bytes;
+    int64_t n, height, width, c1, c2, k; /* height and width of x, before any doubling */
+    int64_t x_stride[4];        /* of x: image, row, column, channel; skip is dense */
+    int64_t weight_stride[4];
+    int64_t temb_stride;
+    int32_t kernel, stride;     /* 1 or 3; 1 or 2 */
+    int32_t pad;                /* zeros above and to the left; to the right and below as many as Hout, Wout need */
+    int32_t doubled;            /* nearest-neighbour doubling of the input first */
+    int32_t silu;               /* SiLU after gain and offset */
+    int32_t algorithm;          /* 0 matrix product of patches; 1 Winograd F(4x4, 3x3): kernel 3, stride 1, pad 1 */
+} fastddpm_conv_args;
+
+/* GroupNorm as a gain and an offset of each image's channels: group_norm(x) = gain x + offset. fp32, NHWC. */
+typedef struct {
+    const float *x, *skip;      /* (N, H W, C1), (N, H W, C2) or null */
+    const float *weight, *bias; /* (C,) */
+    float *gain, *offset;       /* (N, C) */
+    void *workspace;
+    int64_t workspace_bytes;
+    int64_t n, pixels, c1, c2, groups;
+    float eps;
+} fastddpm_norm_affine_args;
+
+FASTDDPM_API const char *fastddpm_error_text(int32_t code);
+
+/* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512; choosing one that the machine lacks gives the best it has. */
+FASTDDPM_API int32_t fastddpm_cpu_isa(int32_t wanted /* or -1: only ask */);
+
+FASTDDPM_API int32_t fastddpm_cpu_random_normal(const fastddpm_random_normal_args *args, int32_t threads);
+/* The raw output words of blocks 0 .. num - 1 of each image: out[(n * num + block) * 4 + word]. */
+FASTDDPM_API int32_t fastddpm_cpu_philox(const fastddpm_random_normal_args *args, uint32_t *words, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_group_norm_silu(const fastddpm_group_norm_silu_args *args, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_group_norm_silu_backward(const fastddpm_group_norm_silu_args *args, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_attention(const fastddpm_attention_args *args, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_attention_backward(const fastddpm_attention_args *args, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_q_sample(const fastddpm_q_sample_args *args, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_reverse_step(const fastddpm_reverse_step_args *args, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_conv(const fastddpm_conv_args *args, int32_t threads);
+FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *args, int32_t threads);
+FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args);
+
+#endif

@@ -2,13 +2,19 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTDDPM_PHILOX __host__ __device__ __forceinline__
+#else
+#define FASTDDPM_PHILOX inline __attribute__((always_inline))
+#endif
+
 namespace fastddpm {
 
-struct Words {
+struct philox_block {
     uint32_t w[4];
 };
 
-inline Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
+FASTDDPM_PHILOX philox_block philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
         const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;

@@ -3,19 +3,12 @@
 // Only + - * / and sqrt, which IEEE 754 fixes to the last bit, and no contraction (-ffp-contract=off): the normals are
 // the same on every machine, with every instruction set and number of threads. Against exact logarithms and sines the
 // error before rounding is below 1e-10.
-#include <cmath>
-#include <cstring>
+#include "../philox.h"
+#include "kernels.h"
+#include "vec.h"
 
-#include "fastddpm.h"
-#include "philox.h"
-
-// GCC with glibc picks the clone for the machine when the library is loaded; elsewhere the baseline runs.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define FASTDDPM_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define FASTDDPM_CLONES
-#endif
-
+namespace fastddpm {
+namespace FASTDDPM_ISA {
 namespace {
 
 constexpr int64_t kLanes = 64;  // blocks computed together; loops over lanes become vector instructions
@@ -28,10 +21,10 @@ struct Counter {
 using Words = uint32_t[4][kLanes];
 
 template <typename To, typename From>
-inline To bit_cast(From from) {
+FASTDDPM_INLINE To bit_cast(From from) {
     To to;
     static_assert(sizeof(to) == sizeof(from));
-    std::memcpy(&to, &from, sizeof(to));
+    memcpy(&to, &from, sizeof(to));
     return to;
 }
 
@@ -56,7 +49,7 @@ inline double natural_log(double u) {
 
 // One Box-Muller pair from two words: radius sqrt(-2 ln(w / 2^32 + 2^-33)), angle 2 pi v / 2^32.
 inline void normal_pair(uint32_t w, uint32_t v, float *cosine, float *sine) {
-    const double radius = std::sqrt(-2.0 * natural_log(to_double(w) * 0x1p-32 + 0x1p-33));
+    const double radius = __builtin_sqrt(-2.0 * natural_log(to_double(w) * 0x1p-32 + 0x1p-33));
     // The nearest quarter turn, exactly; the rest lies within an eighth, where Taylor's series are short.
     const uint32_t quarter = (v + 0x20000000u) >> 30;
     const double x = static_cast<double>(static_cast<int32_t>(v - (quarter << 30))) * (6.283185307179586477 * 0x1p-32);
@@ -80,19 +73,14 @@ inline void normal_pair(uint32_t w, uint32_t v, float *cosine, float *sine) {
 }
 
 // The output words of blocks first .. first + kLanes - 1.
-inline void words_of_lanes(Words &words, uint32_t first, const Counter &counter) {
+FASTDDPM_INLINE void words_of_lanes(Words &words, uint32_t first, const Counter &counter) {
     for (uint32_t lane = 0; lane < kLanes; ++lane) {
-        const fastddpm::Words w =
-            fastddpm::philox(first + lane, counter.image, counter.step, counter.stream, counter.seed);
+        const philox_block w = philox(first + lane, counter.image, counter.step, counter.stream, counter.seed);
         for (int i = 0; i < 4; ++i) words[i][lane] = w.w[i];
     }
 }
 
-FASTDDPM_CLONES void philox_lanes(Words &words, uint32_t first, const Counter &counter) {
-    words_of_lanes(words, first, counter);
-}
-
-FASTDDPM_CLONES void normal_lanes(float *out, uint32_t first, const Counter &counter) {
+void normal_lanes(float *out, uint32_t first, const Counter &counter) {
     Words words;
     words_of_lanes(words, first, counter);
     for (int pair = 0; pair < 2; ++pair)
@@ -104,45 +92,43 @@ FASTDDPM_CLONES void normal_lanes(float *out, uint32_t first, const Counter &cou
 // Calls body(n, first, counter) for each kLanes blocks of each image. Each call writes its own part of the output, so
 // the result does not depend on the number of threads.
 template <typename Body>
-void for_lanes(int64_t num_blocks, const int64_t *images, int64_t num_images, int64_t seed, int64_t step,
-               int64_t stream, int32_t threads, Body body) {
-    const int64_t groups = (num_blocks + kLanes - 1) / kLanes, total = groups * num_images;
+void for_lanes(int64_t num_blocks, const fastddpm_random_normal_args &args, int32_t threads, Body body) {
+    const int64_t groups = divide_up(num_blocks, kLanes), total = groups * args.n;
+    const uint32_t step = static_cast<uint32_t>(*args.key.step), stream = static_cast<uint32_t>(args.stream_id);
+    const uint64_t seed = static_cast<uint64_t>(*args.key.seed);
     // Below some ten thousand normals waking threads costs more than they save.
 #pragma omp parallel for schedule(static) num_threads(threads) if (total > 64)
     for (int64_t i = 0; i < total; ++i) {
         const int64_t n = i / groups;
-        body(n, i % groups * kLanes,
-             Counter{static_cast<uint32_t>(images[n]), static_cast<uint32_t>(step), static_cast<uint32_t>(stream),
-                     static_cast<uint64_t>(seed)});
+        body(n, i % groups * kLanes, Counter{static_cast<uint32_t>(args.key.images[n]), step, stream, seed});
     }
 }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 }  // namespace
 
-FASTDDPM_API void fastddpm_philox(uint32_t *out, int64_t num_blocks, const int64_t *images, int64_t num_images,
-                                  int64_t seed, int64_t step, int64_t stream, int32_t threads) {
-    for_lanes(num_blocks, images, num_images, seed, step, stream, threads,
-              [=](int64_t n, int64_t first, const Counter &counter) {
-                  Words words;
-                  philox_lanes(words, static_cast<uint32_t>(first), counter);
-                  uint32_t *target = out + (n * num_blocks + first) * 4;
-                  const int64_t count = smaller(kLanes, num_blocks - first);
-                  for (int64_t lane = 0; lane < count; ++lane)
-                      for (int i = 0; i < 4; ++i) target[4 * lane + i] = words[i][lane];
-              });
+int32_t philox_words(const fastddpm_random_normal_args &args, uint32_t *out, int32_t threads) {
+    for_lanes(args.num, args, threads, [&](int64_t n, int64_t first, const Counter &counter) {
+        Words words;
+        words_of_lanes(words, static_cast<uint32_t>(first), counter);
+        uint32_t *target = out + (n * args.num + first) * 4;
+        const int64_t count = smaller(kLanes, args.num - first);
+        for (int64_t lane = 0; lane < count; ++lane)
+            for (int i = 0; i < 4; ++i) target[4 * lane + i] = words[i][lane];
+    });
+    return FASTDDPM_OK;
 }
 
-FASTDDPM_API void fastddpm_random_normal(float *out, int64_t num, const int64_t *images, int64_t num_images,
-                                         int64_t seed, int64_t step, int64_t stream, int32_t threads) {
-    for_lanes((num + 3) / 4, images, num_images, seed, step, stream, threads,
-              [=](int64_t n, int64_t first, const Counter &counter) {
-                  float *target = out + n * num + first * 4;
-                  const int64_t count = num - first * 4;
-                  if (count >= 4 * kLanes) return normal_lanes(target, static_cast<uint32_t>(first), counter);
-                  float values[4 * kLanes];
-                  normal_lanes(values, static_cast<uint32_t>(first), counter);
-                  std::memcpy(target, values, static_cast<size_t>(count) * sizeof(float));
-              });
+int32_t random_normal(const fastddpm_random_normal_args &args, int32_t threads) {
+    for_lanes((args.num + 3) / 4, args, threads, [&](int64_t n, int64_t first, const Counter &counter) {
+        float *target = args.out + n * args.num + first * 4;
+        const int64_t count = args.num - first * 4;
+        if (count >= 4 * kLanes) return normal_lanes(target, static_cast<uint32_t>(first), counter);
+        float values[4 * kLanes];
+        normal_lanes(values, static_cast<uint32_t>(first), counter);
+        memcpy(target, values, static_cast<size_t>(count) * sizeof(float));
+    });
+    return FASTDDPM_OK;
 }
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

@@ -1,0 +1,104 @@
+// The library's exported functions: they choose the instruction set and the number of threads, and do no arithmetic.
+#include <pthread.h>
+
+#define FASTDDPM_ISA baseline
+#include "kernels.h"
+#undef FASTDDPM_ISA
+#ifdef FASTDDPM_X86
+#define FASTDDPM_ISA avx2
+#include "kernels.h"
+#undef FASTDDPM_ISA
+#define FASTDDPM_ISA avx512
+#include "kernels.h"
+#undef FASTDDPM_ISA
+#endif
+
+namespace {
+
+enum Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+Isa best_isa() {
+#ifdef FASTDDPM_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return kAvx512;
+    if (avx2) return kAvx2;
+#endif
+    return kBaseline;
+}
+
+const Isa best = best_isa();
+Isa chosen = best;
+
+// A child of fork() has none of its parent's OpenMP threads, and waiting for them would be forever.
+bool forked = false;
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+int32_t usable(int32_t threads) { return forked || threads < 1 ? 1 : threads; }
+
+}  // namespace
+
+#ifdef FASTDDPM_X86
+#define FASTDDPM_RUN(name, ...)                                      \
+    switch (chosen) {                                                \
+        case kAvx512: return fastddpm::avx512::name(__VA_ARGS__);    \
+        case kAvx2: return fastddpm::avx2::name(__VA_ARGS__);        \
+        default: return fastddpm::baseline::name(__VA_ARGS__);       \
+    }
+#else
+#define FASTDDPM_RUN(name, ...) return fastddpm::baseline::name(__VA_ARGS__);
+#endif
+
+FASTDDPM_API int32_t fastddpm_cpu_isa(int32_t wanted) {
+    if (wanted >= 0) chosen = wanted < best ? static_cast<Isa>(wanted) : best;
+    return chosen;
+}
+
+FASTDDPM_API const char *fastddpm_error_text(int32_t code) {
+    switch (code) {
+        case FASTDDPM_OK: return "no error";
+        case FASTDDPM_UNSUPPORTED: return "a dtype or size that this operation does not take";
+        case FASTDDPM_NO_MEMORY: return "no memory for the operation's working space";
+        default: return "unknown error";
+    }
+}
+
+FASTDDPM_API int32_t fastddpm_cpu_random_normal(const fastddpm_random_normal_args *args, int32_t threads) {
+    FASTDDPM_RUN(random_normal, *args, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_philox(const fastddpm_random_normal_args *args, uint32_t *words, int32_t threads) {
+    FASTDDPM_RUN(philox_words, *args, words, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_group_norm_silu(const fastddpm_group_norm_silu_args *args, int32_t threads) {
+    FASTDDPM_RUN(group_norm_silu, *args, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_group_norm_silu_backward(const fastddpm_group_norm_silu_args *args,
+                                                           int32_t threads) {
+    FASTDDPM_RUN(group_norm_silu_backward, *args, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_attention(const fastddpm_attention_args *args, int32_t threads) {
+    FASTDDPM_RUN(attention, *args, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_attention_backward(const fastddpm_attention_args *args, int32_t threads) {
+    FASTDDPM_RUN(attention_backward, *args, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_q_sample(const fastddpm_q_sample_args *args, int32_t threads) {
+    FASTDDPM_RUN(q_sample, *args, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_reverse_step(const fastddpm_reverse_step_args *args, int32_t threads) {
+    FASTDDPM_RUN(reverse_step, *args, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_conv(const fastddpm_conv_args *args, int32_t threads) {
+    FASTDDPM_RUN(conv, *args, usable(threads))
+}
+FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args, int32_t threads) {
+    FASTDDPM_RUN(conv_workspace, *args, usable(threads))
+}
+FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *args, int32_t threads) {
+    FASTDDPM_RUN(norm_affine, *args, usable(threads))
+}
+FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args) {
+    FASTDDPM_RUN(norm_affine_workspace, *args)
+}

@@ -1,0 +1,26 @@
+// What one build of the sources of this folder offers. Each source is compiled once per instruction set, with
+// FASTDDPM_ISA naming it (baseline, avx2, avx512), into a namespace of that name; dispatch.cpp chooses when the library
+// is loaded. No guard: dispatch.cpp includes it once for each set.
+//
+// Nothing here uses the C++ standard library: an inline function of it, compiled for AVX-512, could be the copy that
+// the linker keeps for everyone.
+#include "../fastddpm.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+
+int32_t random_normal(const fastddpm_random_normal_args &args, int32_t threads);
+int32_t philox_words(const fastddpm_random_normal_args &args, uint32_t *words, int32_t threads);
+int32_t group_norm_silu(const fastddpm_group_norm_silu_args &args, int32_t threads);
+int32_t group_norm_silu_backward(const fastddpm_group_norm_silu_args &args, int32_t threads);
+int32_t attention(const fastddpm_attention_args &args, int32_t threads);
+int32_t attention_backward(const fastddpm_attention_args &args, int32_t threads);
+int32_t q_sample(const fastddpm_q_sample_args &args, int32_t threads);
+int32_t reverse_step(const fastddpm_reverse_step_args &args, int32_t threads);
+int32_t conv(const fastddpm_conv_args &args, int32_t threads);
+int64_t conv_workspace(const fastddpm_conv_args &args, int32_t threads);
+int32_t norm_affine(const fastddpm_norm_affine_args &args, int32_t threads);
+int64_t norm_affine_workspace(const fastddpm_norm_affine_args &args);
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

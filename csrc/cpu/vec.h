@@ -1,0 +1,100 @@
+// Vectors of floats as wide as the instruction set has them, by GCC's and clang's vector extensions: the same source
+// becomes SSE2, AVX2, AVX-512 or NEON.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+
+#define FASTDDPM_INLINE inline __attribute__((always_inline))
+
+FASTDDPM_INLINE Vec load(const float *p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+FASTDDPM_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
+FASTDDPM_INLINE Vec splat(float x) { return Vec{} + x; }
+
+// The first `count` < kWidth elements; the others are 0, or are left as they are.
+FASTDDPM_INLINE Vec load_part(const float *p, int64_t count) {
+    Vec v{};
+    for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+    return v;
+}
+FASTDDPM_INLINE void store_part(float *p, Vec v, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+FASTDDPM_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+FASTDDPM_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+
+FASTDDPM_INLINE float sum(Vec v) {
+    float s = 0;
+    for (int i = 0; i < kWidth; ++i) s += v[i];
+    return s;
+}
+
+// bfloat16 is the upper half of a float; rounding is to nearest even, and NaN stays NaN.
+FASTDDPM_INLINE Vec load_bf16(const uint16_t *p) {
+    HalfVec h;
+    memcpy(&h, p, sizeof h);
+    const UintVec bits = __builtin_convertvector(h, UintVec) << 16;
+    return (Vec)bits;
+}
+FASTDDPM_INLINE void store_bf16(uint16_t *p, Vec v) {
+    const UintVec bits = (UintVec)v;
+    const UintVec rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const UintVec nan = (bits >> 16) | 0x40;
+    const HalfVec h = __builtin_convertvector((UintVec)(v == v ? (IntVec)rounded : (IntVec)nan), HalfVec);
+    memcpy(p, &h, sizeof h);
+}
+
+// e^x to 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
+FASTDDPM_INLINE Vec vexp(Vec x) {
+    const Vec lowest = splat(-87.33654f), highest = splat(88.72283f);
+    const Vec clamped = x < lowest ? lowest : (x > highest ? highest : x);
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec k = (clamped * 1.44269504088896341f + magic) - magic;
+    // ln 2 in two parts, the first with few enough bits that k times it is exact.
+    Vec r = clamped - k * 0.693359375f;
+    r = r - k * -2.12194440e-4f;
+    Vec p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    // 2^k in two factors: k may be 128, for which one factor would be infinite.
+    const Vec safe = k == k ? k : Vec{};
+    const IntVec n = __builtin_convertvector(safe, IntVec), half = n >> 1;
+    const Vec result = p * (Vec)((half + 127) << 23) * (Vec)((n - half + 127) << 23);
+    const Vec low = x < lowest ? Vec{} : result;
+    return x > highest ? splat(__builtin_inff()) : low;
+}
+
+FASTDDPM_INLINE Vec vsilu(Vec x) { return x / (1.0f + vexp(-x)); }
+
+// Plain arithmetic of sizes, without the standard library's templates.
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm
