@@ -1,7 +1,31 @@
-#include "kernels.h"
-namespace fastddpm { namespace FASTDDPM_ISA {
-int32_t conv(const fastddpm_conv_args &, int32_t) { return FASTDDPM_UNSUPPORTED; }
-int64_t conv_workspace(const fastddpm_conv_args &, int32_t) { return 0; }
-int32_t norm_affine(const fastddpm_norm_affine_args &, int32_t) { return FASTDDPM_UNSUPPORTED; }
-int64_t norm_affine_workspace(const fastddpm_norm_affine_args &) { return 0; }
-}}
+// Which algorithm runs, and which arguments there is none for.
+#include "conv.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+
+namespace {
+
+bool supported(const fastddpm_conv_args &p) {
+    const bool kernels = p.kernel == 1 || p.kernel == 3, strides = p.stride == 1 || p.stride == 2;
+    if (!kernels || !strides || p.c1 < 1 || p.c2 < 0 || (p.c2 > 0) != (p.skip != nullptr)) return false;
+    if ((p.gain == nullptr) != (p.offset == nullptr)) return false;
+    if (p.algorithm == 1) return p.kernel == 3 && p.stride == 1 && p.pad == 1 && p.x_stride[3] == 1;
+    return p.algorithm == 0;
+}
+
+}  // namespace
+
+int64_t conv_workspace(const fastddpm_conv_args &p, int32_t threads) {
+    if (!supported(p)) return 0;
+    return p.algorithm == 1 ? winograd_workspace(p, threads) : patches_workspace(p, threads);
+}
+
+int32_t conv(const fastddpm_conv_args &p, int32_t threads) {
+    if (!supported(p)) return FASTDDPM_UNSUPPORTED;
+    if (p.workspace_bytes < conv_workspace(p, threads)) return FASTDDPM_NO_MEMORY;
+    return p.algorithm == 1 ? conv_winograd(p, threads) : conv_patches(p, threads);
+}
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

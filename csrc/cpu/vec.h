@@ -28,7 +28,7 @@ FASTDDPM_INLINE Vec load(const float *p) {
     return v;
 }
 FASTDDPM_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
-FASTDDPM_INLINE Vec splat(float x) { return Vec{} + x; }
+FASTDDPM_INLINE Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it turns -0 into 0
 
 // The first `count` < kWidth elements; the others are 0, or are left as they are.
 FASTDDPM_INLINE Vec load_part(const float *p, int64_t count) {

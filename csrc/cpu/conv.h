@@ -1,0 +1,88 @@
+// What both algorithms of a convolution share: sizes, how an input pixel is read, how an output is finished.
+#pragma once
+#include "gemm.h"
+#include "kernels.h"
+#include "vec.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+
+inline int64_t thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+constexpr int64_t up_to_lines(int64_t floats) { return divide_up(floats, kLine) * kLine; }
+
+struct ConvSize {
+    int64_t channels;            // C1 + C2
+    int64_t height, width;       // of the input after doubling
+    int64_t out_height, out_width;
+
+    explicit ConvSize(const fastddpm_conv_args &p)
+        : channels(p.c1 + p.c2),
+          height(p.doubled ? 2 * p.height : p.height),
+          width(p.doubled ? 2 * p.width : p.width),
+          out_height(divide_up(height, p.stride)),
+          out_width(divide_up(width, p.stride)) {}
+};
+
+// Channels c .. c + count - 1 of the input at (n, y, x), after gain, offset and SiLU, into `to`. The channels lie on
+// one side of the seam between x and skip.
+FASTDDPM_INLINE void read_pixel(const fastddpm_conv_args &p, const ConvSize &size, int64_t n, int64_t y, int64_t x,
+                                int64_t c, int64_t count, float *to) {
+    const int64_t row = p.doubled ? y >> 1 : y, column = p.doubled ? x >> 1 : x;
+    const bool first = c < p.c1;
+    const float *from = first ? p.x + n * p.x_stride[0] + row * p.x_stride[1] + column * p.x_stride[2] + c * p.x_stride[3]
+                              : p.skip + ((n * p.height + row) * p.width + column) * p.c2 + (c - p.c1);
+    if (first && p.x_stride[3] != 1) {
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i * p.x_stride[3]];
+        from = to;
+    }
+    if (p.gain == nullptr) {
+        if (from != to) memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+        return;
+    }
+    const float *gain = p.gain + n * size.channels + c, *offset = p.offset + n * size.channels + c;
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+        const Vec v = load(from + i) * load(gain + i) + load(offset + i);
+        store(to + i, p.silu ? vsilu(v) : v);
+    }
+    if (i < count) {
+        const Vec v = load_part(from + i, count - i) * load_part(gain + i, count - i) + load_part(offset + i, count - i);
+        store_part(to + i, p.silu ? vsilu(v) : v, count - i);
+    }
+}
+
+// out[k .. k + count) of one pixel = v + bias + temb + residual.
+FASTDDPM_INLINE void finish(const fastddpm_conv_args &p, int64_t n, int64_t pixel, int64_t k, Vec v, int64_t count) {
+    const int64_t at = pixel * p.k + k;
+    const float *temb = p.temb ? p.temb + n * p.temb_stride + k : nullptr;
+    if (count >= kWidth) {
+        if (p.bias) v += load(p.bias + k);
+        if (temb) v += load(temb);
+        if (p.residual) v += load(p.residual + at);
+        store(p.out + at, v);
+    } else {
+        if (p.bias) v += load_part(p.bias + k, count);
+        if (temb) v += load_part(temb, count);
+        if (p.residual) v += load_part(p.residual + at, count);
+        store_part(p.out + at, v, count);
+    }
+}
+
+int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads);
+int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads);
+int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads);
+int64_t patches_workspace(const fastddpm_conv_args &p, int32_t threads);
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

@@ -1,0 +1,64 @@
+// The matrix product inside the convolutions: a register-blocked kernel over packed panels.
+#pragma once
+#include "vec.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+
+// Rows and vectors of a register block: kRows * kVectors accumulators, the vectors of b and one broadcast of a fit into
+// the registers, and there are enough accumulators to hide the latency of a multiply-add (4 cycles, 2 per cycle).
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int kVectors = 2;
+constexpr int64_t kLine = 16;  // floats of a cache line
+constexpr int64_t kPanel = kVectors * kWidth;  // columns of a panel of b
+
+// c (R, kPanel) = [c +] a (R, depth) b (depth, kPanel). Every element is summed over depth in order, whatever R is.
+template <int R>
+void product_block(const float *a, int64_t a_row, const float *b, int64_t depth, float *c, int64_t c_row, bool add) {
+    Vec acc[R][kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = add ? load(c + i * c_row + j * kWidth) : Vec{};
+    for (int64_t d = 0; d < depth; ++d, b += kPanel) {
+        // The rows of the next block, where rows lie one behind the other.
+        __builtin_prefetch(a + R * a_row + d * kLine);
+        Vec bv[kVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) bv[j] = load(b + j * kWidth);
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+            const Vec av = splat(a[i * a_row + d]);
+#pragma GCC unroll 2
+            for (int j = 0; j < kVectors; ++j) acc[i][j] += av * bv[j];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * kWidth, acc[i][j]);
+}
+
+template <int R>
+inline void product_rows(int64_t rows, const float *a, int64_t a_row, const float *b, int64_t depth, float *c,
+                         int64_t c_row, bool add) {
+    if (rows == R) return product_block<R>(a, a_row, b, depth, c, c_row, add);
+    if constexpr (R > 1) product_rows<R - 1>(rows, a, a_row, b, depth, c, c_row, add);
+}
+
+// The same for any number of rows, split evenly: 16 rows are 8 + 8 rather than 12 + 4.
+inline void product(int64_t rows, const float *a, int64_t a_row, const float *b, int64_t depth, float *c, int64_t c_row,
+                    bool add) {
+    for (int64_t blocks = divide_up(rows, kRows), done = 0; blocks > 0; --blocks) {
+        const int64_t count = divide_up(rows - done, blocks);
+        product_rows<kRows>(count, a + done * a_row, a_row, b, depth, c + done * c_row, c_row, add);
+        done += count;
+    }
+}
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm
