@@ -233,13 +233,10 @@ class UNet(nn.Module):
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, noise_key: NoiseKey | None = None) -> Tensor:
-        self._check(x_t, t, label)
+        self.check(x_t, t, label)
         if self.training and self.config.dropout > 0 and noise_key is None:
             noise_key = NoiseKey.draw(len(x_t), x_t.device)
-        temb = self.time2(F.silu(self.time1(timestep_embedding(t, self.config.width).to(self.time1.weight.dtype))))
-        if self.label is not None:
-            temb = temb + self.label(label)
-        temb = F.silu(temb)  # every residual block takes the activated embedding
+        temb = self.embed(t, label)
 
         h = self.conv_in(x_t)
         skips = [h]
@@ -258,7 +255,15 @@ class UNet(nn.Module):
                 h = level.resample(h)
         return self.conv_out(self.norm_out(h))
 
-    def _check(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> None:
+    def embed(self, t: Tensor, label: Tensor | None) -> Tensor:
+        """The activated embedding of timestep and label that every residual block takes, (N, 4 width)."""
+        temb = self.time2(F.silu(self.time1(timestep_embedding(t, self.config.width).to(self.time1.weight.dtype))))
+        if self.label is not None:
+            temb = temb + self.label(label)
+        return F.silu(temb)
+
+    def check(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> None:
+        """Raise ValueError, saying what is expected, for arguments that `forward` does not take."""
         config = self.config
         expected = (config.image_channels, config.image_size, config.image_size)
         if x_t.ndim != 4 or x_t.shape[1:] != expected:

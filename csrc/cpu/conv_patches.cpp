@@ -2,6 +2,7 @@
 // the input under the kernel, (tap, channel), gathered and activated block by block into cache.
 #include "conv.h"
 #include "gemm.h"
+#include "turn.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
@@ -48,16 +49,14 @@ void gather(const fastddpm_conv_args &p, const Plan &plan, int64_t first, int64_
     }
 }
 
-// Weights of one panel of output channels, (depth, kPanel), zeros behind the last channel.
+// Weights of one panel of output channels, (depth, kPanel).
 void pack(const fastddpm_conv_args &p, const Plan &plan, int64_t panel, float *to) {
     const int64_t *stride = p.weight_stride, columns = smaller(kPanel, p.k - panel * kPanel);
     for (int64_t tap = 0; tap < p.kernel * p.kernel; ++tap) {
         const float *from =
             p.weight + panel * kPanel * stride[0] + tap / p.kernel * stride[2] + tap % p.kernel * stride[3];
-        for (int64_t c = 0; c < plan.size.channels; ++c, to += kPanel) {
-            for (int64_t i = 0; i < columns; ++i) to[i] = from[i * stride[0] + c * stride[1]];
-            for (int64_t i = columns; i < kPanel; ++i) to[i] = 0;
-        }
+        turn(from, stride[0], stride[1], columns, plan.size.channels, to, kPanel);
+        to += plan.size.channels * kPanel;
     }
 }
 

@@ -10,6 +10,7 @@
 // the number of threads are.
 #include "conv.h"
 #include "gemm.h"
+#include "turn.h"
 #include "winograd.h"
 
 namespace fastddpm {
@@ -119,49 +120,12 @@ void transform_input(const Plan &plan, int64_t tiles, const float *scratch, floa
     }
 }
 
-// In place: kWidth vectors as a matrix, transposed by swapping blocks of 1, 2, 4, ... elements.
-FASTDDPM_INLINE void transpose(Vec rows[kWidth]) {
-#pragma GCC unroll 4
-    for (int s = 1; s < kWidth; s *= 2) {
-        IntVec low, high;
-        for (int j = 0; j < kWidth; ++j) {
-            low[j] = j & s ? kWidth + j - s : j;
-            high[j] = j & s ? kWidth + j : j + s;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
-            if (i & s) continue;
-            const Vec a = rows[i], b = rows[i + s];
-            rows[i] = __builtin_shuffle(a, b, low);
-            rows[i + s] = __builtin_shuffle(a, b, high);
-        }
-    }
-}
-
 // The weights of `columns` output channels from k and `depth` input channels from c as (9, kDepth, kColumns).
 void gather_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g) {
     const int64_t *stride = p.weight_stride;
-    for (int64_t tap = 0; tap < kTaps; ++tap) {
-        const float *from = p.weight + k * stride[0] + c * stride[1] + tap / 3 * stride[2] + tap % 3 * stride[3];
-        float *to = g + tap * kDepth * kColumns;
-        for (int64_t i = 0; i < columns; i += kWidth) {
-            int64_t d = 0;
-            for (; stride[1] == 1 && i + kWidth <= columns && d + kWidth <= depth; d += kWidth) {
-                Vec block[kWidth];
-#pragma GCC unroll 16
-                for (int j = 0; j < kWidth; ++j) block[j] = load(from + (i + j) * stride[0] + d);
-                transpose(block);
-#pragma GCC unroll 16
-                for (int j = 0; j < kWidth; ++j) store(to + (d + j) * kColumns + i, block[j]);
-            }
-            const int64_t count = smaller(kWidth, columns - i);
-            for (; d < depth; ++d) {
-                float *row = to + d * kColumns + i;
-                for (int64_t j = 0; j < count; ++j) row[j] = from[(i + j) * stride[0] + d * stride[1]];
-                for (int64_t j = count; j < kWidth; ++j) row[j] = 0;
-            }
-        }
-    }
+    for (int64_t tap = 0; tap < kTaps; ++tap)
+        turn(p.weight + k * stride[0] + c * stride[1] + tap / 3 * stride[2] + tap % 3 * stride[3], stride[0], stride[1],
+             columns, depth, g + tap * kDepth * kColumns, kColumns);
 }
 
 // G g G^T of one vector of output channels.
@@ -182,19 +146,31 @@ FASTDDPM_INLINE void transform_weight(const float *g, int64_t row_stride, int64_
     }
 }
 
-// U (36, panels, depth, kPanel) of the given output and input channels.
-void transform_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g,
-                       float *u) {
+// Asks for a 256th of the weights that gather_weights reads next, from `next` on: rows are kilobytes apart and read in
+// short runs, which no hardware prefetcher foresees, and with few tiles the weights' way from memory is what takes time.
+FASTDDPM_INLINE void prefetch_weights(const fastddpm_conv_args &p, const float *next, int64_t part) {
+    const int64_t row = part % kColumns, line = part / kColumns * kLine;
+    const float *at = next + row * p.weight_stride[0] + line;
+#pragma GCC unroll 9
+    for (int64_t tap = 0; tap < kTaps; ++tap)
+        __builtin_prefetch(at + tap / 3 * p.weight_stride[2] + tap % 3 * p.weight_stride[3]);
+}
+
+// U (36, panels, depth, kPanel) of the given output and input channels; `next`: where the weights wanted next begin.
+void transform_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth,
+                       const float *next, float *g, float *u) {
     const bool direct = p.weight_stride[0] == 1 && columns % kWidth == 0;
     if (!direct) gather_weights(p, k, columns, c, depth, g);
     for (int64_t i = 0; i < columns; i += kWidth) {
         float *panel = u + i / kPanel * depth * kPanel + i % kPanel;
         for (int64_t d = 0; d < depth; ++d) {
-            if (direct)
+            if (direct) {
                 transform_weight(p.weight + (k + i) + (c + d) * p.weight_stride[1], p.weight_stride[2],
                                  p.weight_stride[3], panel + d * kPanel);
-            else
+            } else {
+                prefetch_weights(p, next, i / kWidth * kDepth + d);
                 transform_weight(g + d * kColumns + i, 3 * kDepth * kColumns, kDepth * kColumns, panel + d * kPanel);
+            }
         }
     }
 }
@@ -222,12 +198,14 @@ void finish_tile(const fastddpm_conv_args &p, const Plan &plan, int64_t tile, in
 
 // Output channels k .. k + 31 of the tiles first .. first + tiles - 1, whose transformed inputs begin at v.
 void products(const fastddpm_conv_args &p, const Plan &plan, int64_t k, int64_t first, int64_t tiles, const float *v,
-              float *buffer) {
+              int64_t next_k, float *buffer) {
     float *u = buffer, *g = u + kProducts * kWeightPlane, *m = g + kTaps * kDepth * kColumns;
     const int64_t columns = smaller(kColumns, p.k - k);
     for (int64_t c = 0; c < plan.size.channels; c += kDepth) {
         const int64_t depth = smaller(kDepth, plan.size.channels - c);
-        transform_weights(p, k, columns, c, depth, g, u);
+        const bool last = c + depth == plan.size.channels;
+        const int64_t next = last ? next_k * p.weight_stride[0] : k * p.weight_stride[0] + (c + depth) * p.weight_stride[1];
+        transform_weights(p, k, columns, c, depth, p.weight + next, g, u);
         for (int product_index = 0; product_index < kProducts; ++product_index)
             for (int64_t i = 0; i < columns; i += kPanel)
                 product(tiles, v + product_index * plan.v_plane + c / kDepth * plan.v_block, plan.v_row,
@@ -267,9 +245,9 @@ int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads) {
             for (int64_t task = 0; task < plan.column_blocks * plan.parts; ++task) {
                 const int64_t begin = task % plan.parts * plan.part_tiles;
                 const int64_t count = smaller(plan.part_tiles, tiles - begin);
+                const int64_t k = task / plan.parts * kColumns;
                 if (count > 0)
-                    products(p, plan, task / plan.parts * kColumns, first_tile + begin, count, v + begin * plan.v_row,
-                             own);
+                    products(p, plan, k, first_tile + begin, count, v + begin * plan.v_row, k + threads * kColumns, own);
             }
         }
     }

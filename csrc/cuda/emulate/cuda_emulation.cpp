@@ -1,0 +1,226 @@
+// The scheduler of cuda_emulation.h.
+#include "cuda_emulation.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../common.cuh"
+
+namespace fastddpm {
+namespace emulation {
+
+Index thread_index, block_index, block_size;
+
+namespace {
+
+constexpr size_t kStack = 64 * 1024, kGuard = 64;
+constexpr int kWarp = 32;
+constexpr int32_t kIllegalAddress = 700, kLaunchFailure = 719;  // cudaErrorIllegalAddress, cudaErrorLaunchFailure
+constexpr unsigned char kPoison = 0xFF, kGuardByte = 0xA5;      // as floats: NaN
+
+struct Barrier {
+    int expected = 0, arrived = 0;
+    uint64_t generation = 0;
+
+    void release_if_complete() {
+        if (arrived > 0 && arrived == expected) {
+            arrived = 0;
+            ++generation;
+        }
+    }
+};
+
+struct Warp {
+    Barrier barrier;
+    float values[kWarp];
+};
+
+struct Block {
+    unsigned index;
+    std::unique_ptr<unsigned char[]> memory;
+    unsigned char *shared;
+    Barrier barrier;
+    std::vector<Warp> warps;
+};
+
+struct Fiber {
+    Block *block;
+    unsigned thread;
+    bool started = false, done = false;
+    const Barrier *waiting = nullptr;
+    uint64_t generation = 0;
+    ucontext_t start;
+    jmp_buf at;
+};
+
+Chip chip{132, 227 * 1024, true};
+unsigned fiber_order = 0;
+
+Barrier cluster;
+std::vector<Block> blocks;
+const std::function<void()> *thread_body;
+Fiber *current;
+jmp_buf scheduler;
+
+// ucontext starts a fiber; after that jumps switch, which unlike swapcontext make no system call.
+void stop_running() {
+    if (_setjmp(current->at) == 0) _longjmp(scheduler, 1);
+}
+
+void wait(Barrier &barrier) {
+    ++barrier.arrived;
+    current->waiting = &barrier;
+    current->generation = barrier.generation;
+    barrier.release_if_complete();
+    if (barrier.generation == current->generation) stop_running();
+    current->waiting = nullptr;
+}
+
+Warp &warp_of(const Fiber &fiber) { return fiber.block->warps[fiber.thread / kWarp]; }
+
+void fiber_main() {
+    (*thread_body)();
+    current->done = true;
+    for (Barrier *barrier : {&current->block->barrier, &cluster, &warp_of(*current).barrier}) {
+        --barrier->expected;
+        barrier->release_if_complete();
+    }
+    _longjmp(scheduler, 1);
+}
+
+void resume(Fiber &fiber) {
+    current = &fiber;
+    thread_index.x = fiber.thread;
+    block_index.x = fiber.block->index;
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.at, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+}
+
+class Stacks {
+  public:
+    explicit Stacks(size_t count) : size_(count * kStack) {
+        base_ = static_cast<char *>(
+            mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    }
+    ~Stacks() { munmap(base_, size_); }
+    char *of(size_t fiber) const { return base_ + fiber * kStack; }
+
+  private:
+    size_t size_;
+    char *base_;
+};
+
+int32_t run_cluster(std::vector<Fiber> &fibers, const Stacks &stacks) {
+    std::vector<Fiber *> order;
+    for (size_t i = 0; i < fibers.size(); ++i) {
+        Fiber &fiber = fibers[i];
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = stacks.of(i);
+        fiber.start.uc_stack.ss_size = kStack;
+        fiber.start.uc_link = nullptr;
+        makecontext(&fiber.start, fiber_main, 0);
+        order.push_back(&fiber);
+    }
+    if (fiber_order == 1) std::reverse(order.begin(), order.end());
+    if (fiber_order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(fiber_order));
+    for (size_t left = order.size(); left > 0;) {
+        bool progress = false;
+        for (Fiber *fiber : order) {
+            if (fiber->done || (fiber->waiting && fiber->waiting->generation == fiber->generation)) continue;
+            resume(*fiber);
+            progress = true;
+            left -= fiber->done;
+        }
+        if (!progress) return kLaunchFailure;
+    }
+    return 0;
+}
+
+}  // namespace
+
+unsigned char *shared_memory() { return current->block->shared; }
+void block_barrier() { wait(current->block->barrier); }
+void cluster_barrier() { wait(cluster); }
+
+float exchange_xor(float value, int mask) {
+    Warp &warp = warp_of(*current);
+    const unsigned lane = current->thread % kWarp;
+    warp.values[lane] = value;
+    wait(warp.barrier);
+    const float other = warp.values[lane ^ static_cast<unsigned>(mask)];
+    wait(warp.barrier);
+    return other;
+}
+
+const float *mapped(const float *pointer, int rank) {
+    const auto offset = reinterpret_cast<const unsigned char *>(pointer) - current->block->shared;
+    return reinterpret_cast<const float *>(blocks[static_cast<size_t>(rank)].shared + offset);
+}
+
+int32_t run(int64_t grid, int threads, size_t shared, int cluster_size, const std::function<void()> &thread) {
+    if (grid % cluster_size != 0 || threads % kWarp != 0 || threads > 1024 || (cluster_size > 1 && !chip.clusters) ||
+        shared > static_cast<size_t>(chip.shared))
+        return 9;  // cudaErrorInvalidConfiguration
+    thread_body = &thread;
+    block_size.x = static_cast<unsigned>(threads);
+    const Stacks stacks(static_cast<size_t>(threads) * cluster_size);
+    for (int64_t first = 0; first < grid; first += cluster_size) {
+        blocks.clear();
+        cluster = Barrier{threads * cluster_size};
+        for (int rank = 0; rank < cluster_size; ++rank) {
+            Block block{static_cast<unsigned>(first + rank), nullptr, nullptr, Barrier{threads}, {}};
+            block.memory = std::make_unique<unsigned char[]>(shared + kGuard + 16);
+            const auto address = reinterpret_cast<uintptr_t>(block.memory.get());
+            block.shared = block.memory.get() + (16 - address % 16) % 16;
+            memset(block.shared, kPoison, shared);
+            memset(block.shared + shared, kGuardByte, kGuard);
+            block.warps.resize(static_cast<size_t>(threads / kWarp), Warp{Barrier{kWarp}, {}});
+            blocks.push_back(std::move(block));
+        }
+        std::vector<Fiber> fibers(static_cast<size_t>(threads) * cluster_size);
+        for (size_t i = 0; i < fibers.size(); ++i) {
+            fibers[i].block = &blocks[i / threads];
+            fibers[i].thread = static_cast<unsigned>(i % threads);
+        }
+        if (const int32_t code = run_cluster(fibers, stacks)) return code;
+        for (const Block &block : blocks)
+            for (size_t i = 0; i < kGuard; ++i)
+                if (block.shared[shared + i] != kGuardByte) return kIllegalAddress;
+    }
+    return 0;
+}
+
+}  // namespace emulation
+
+int32_t query_chip(Chip *out) {
+    *out = emulation::chip;
+    return FASTDDPM_OK;
+}
+
+}  // namespace fastddpm
+
+// For tests: the chip that the host code sees, and the order in which threads run (0 ascending, 1 descending, else a
+// seed). Both change what comes after.
+FASTDDPM_API void fastddpm_emulation_chip(int32_t multiprocessors, int32_t shared, int32_t clusters) {
+    fastddpm::emulation::chip = {multiprocessors, shared, clusters != 0};
+}
+FASTDDPM_API void fastddpm_emulation_order(uint32_t order) { fastddpm::emulation::fiber_order = order; }
+
+FASTDDPM_API const char *fastddpm_cuda_error_text(int32_t code) {
+    switch (code) {
+        case 9: return "a launch that no chip takes";
+        case 700: return "a write past the end of shared memory";
+        case 719: return "a barrier that not all threads reached";
+        case FASTDDPM_UNSUPPORTED: return "a dtype or size that this operation does not take";
+        case FASTDDPM_NO_MEMORY: return "no memory for the operation's working space";
+        default: return "unknown error";
+    }
+}
