@@ -1,6 +1,6 @@
 """Builds the native libraries with ninja, into build/native: only what changed is compiled again.
 
-python csrc/build.py [_native | _native_cuda] [--sanitize]    prints the library's path
+python csrc/build.py [_native | _native_cuda | _native_emulated] [--sanitize]    prints the library's path
 """
 
 import argparse
@@ -22,11 +22,13 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-# No contraction: the noise has the same bits on every machine. Elsewhere a * b + c is one instruction.
-CONTRACTION = {"random_normal": "-ffp-contract=off"}
+# No contraction where noise is drawn: it has the same bits on every machine. Elsewhere a * b + c is one instruction.
+CONTRACTION = {name: "-ffp-contract=off" for name in ("random_normal", "q_sample", "reverse_step")}
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 NVCC = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
+# As CONTRACTION: these draw noise.
+NVCC_CONTRACTION = {"random_normal", "q_sample", "reverse_step"}
 # Code for 90a and 100a runs on those chips alone; the PTX is compiled by the driver of any later one.
 CHIPS = [
     "-gencode=arch=compute_80,code=sm_80",
@@ -38,6 +40,7 @@ CHIPS = [
 SLOWER = {
     "_native": "what the CPU runs is several times slower",
     "_native_cuda": "a GPU runs the Triton kernels or PyTorch's operators",
+    "_native_emulated": "the CUDA kernels cannot be tested without a GPU",
 }
 
 
@@ -52,6 +55,9 @@ def build(name: str, *, sanitize: bool = False) -> Path:
         raise NotBuilt(_reason(name, "ninja is not there", "run `pip install ninja`"))
     if name == "_native":
         rules, target = _cpu_rules(sanitize)
+        tool, install = shlex.split(os.environ.get("CXX", "c++"))[0], "install a C++ compiler"
+    elif name == "_native_emulated":
+        rules, target = _emulated_rules()
         tool, install = shlex.split(os.environ.get("CXX", "c++"))[0], "install a C++ compiler"
     else:
         nvcc = find_nvcc()
@@ -136,14 +142,38 @@ def _cuda_rules(nvcc: str):  # type: ignore[no-untyped-def]
 
 
 def _cuda_lines(nvcc: str) -> Iterator[str]:
-    yield f"rule nvcc\n  command = {nvcc} {' '.join([*NVCC, *CHIPS])} -MD -MF $out.d -c $in -o $out"
+    # What each kernel takes of registers and stack, which ptxas prints, is kept beside the object.
+    command = f"{nvcc} {' '.join([*NVCC, *CHIPS])} -Xptxas -v $contraction -MD -MF $out.d -c $in -o $out"
+    yield f"rule nvcc\n  command = {command} >$out.usage 2>&1 || (cat $out.usage; exit 1)"
     yield "  depfile = $out.d\n  deps = gcc"
     yield f"rule link\n  command = {nvcc} -shared -cudart static $in -o $out"
     objects = []
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         objects.append(f"{source.stem}.o")
         yield f"build {objects[-1]}: nvcc {_escaped(source)}"
+        if source.stem in NVCC_CONTRACTION:
+            yield "  contraction = -fmad=false"
     yield f"build _native_cuda.so: link {' '.join(objects)}\n"
+
+
+def _emulated_rules():  # type: ignore[no-untyped-def]
+    def rules(_: str) -> str:
+        return "\n".join(_emulated_lines(os.environ.get("CXX", "c++")))
+
+    return rules, ROOT / "build" / "native-emulated" / "_native_emulated.so"
+
+
+def _emulated_lines(compiler: str) -> Iterator[str]:
+    """The CUDA sources for the CPU: tests only."""
+    flags = "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wno-unknown-pragmas -DFASTDDPM_EMULATE -U_FORTIFY_SOURCE"
+    yield f"rule cc\n  command = {compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out"
+    yield "  depfile = $out.d\n  deps = gcc"
+    yield f"rule link\n  command = {compiler} -shared $in -o $out"
+    objects = []
+    for source in sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda" / "emulate").glob("*.cpp")]):
+        objects.append(f"{source.stem}.o")
+        yield f"build {objects[-1]}: cc {_escaped(source)}"
+    yield f"build _native_emulated.so: link {' '.join(objects)}\n"
 
 
 def _escaped(path: Path) -> str:

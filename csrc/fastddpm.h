@@ -98,11 +98,12 @@ typedef struct {
 
 /* A convolution or, with kernel 1, a linear layer over pixels, fp32, with what stands before and after it:
  * out = conv(silu(gain * concat(x, skip) + offset)) + bias + temb + residual. NHWC throughout; null for what is absent.
- * The weights are transformed or packed inside, block by block in cache, so none are kept besides the model's own. */
+ * The weights are transformed inside, block by block in cache. */
 typedef struct {
     const float *x, *skip;      /* (N, H, W, C1), (N, H, W, C2); C = C1 + C2 */
     const float *gain, *offset; /* (N, C), given together */
     const float *weight;        /* element (k, c, i, j) at the sum of index times stride; strides may be negative */
+    const float *packed;        /* null, or what fastddpm_cpu_conv_pack made of weight, which is then not read */
     const float *bias;          /* (K,) */
     const float *temb;          /* (K,) for all images, or with temb_stride K one row for each */
     const float *residual;      /* (N, Hout, Wout, K); may be out */
@@ -147,7 +148,25 @@ FASTDDPM_API int32_t fastddpm_cpu_q_sample(const fastddpm_q_sample_args *args, i
 FASTDDPM_API int32_t fastddpm_cpu_reverse_step(const fastddpm_reverse_step_args *args, int32_t threads);
 FASTDDPM_API int32_t fastddpm_cpu_conv(const fastddpm_conv_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args, int32_t threads);
+/* The weights in the order in which args->algorithm reads them, for use again and again: floats, 64-byte aligned. */
+FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, float *packed);
+FASTDDPM_API int64_t fastddpm_cpu_conv_packed_bytes(const fastddpm_conv_args *args);
 FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args);
+
+/* The CUDA library. `stream` is a cudaStream_t; nothing waits for it, allocates, or reads device memory on the host, so
+ * all of it can be captured in a graph. The workspace, of the size that the query gives for the same arguments, is
+ * device memory, 16-byte aligned; it may be reused once the operation's kernels have run. */
+FASTDDPM_API const char *fastddpm_cuda_error_text(int32_t code);
+FASTDDPM_API int32_t fastddpm_cuda_random_normal(const fastddpm_random_normal_args *args, void *stream);
+FASTDDPM_API int32_t fastddpm_cuda_philox(const fastddpm_random_normal_args *args, uint32_t *words, void *stream);
+FASTDDPM_API int32_t fastddpm_cuda_q_sample(const fastddpm_q_sample_args *args, void *stream);
+FASTDDPM_API int32_t fastddpm_cuda_reverse_step(const fastddpm_reverse_step_args *args, void *stream);
+FASTDDPM_API int32_t fastddpm_cuda_group_norm_silu_workspace(const fastddpm_group_norm_silu_args *args,
+                                                             int32_t backward, int64_t *bytes);
+FASTDDPM_API int32_t fastddpm_cuda_group_norm_silu(const fastddpm_group_norm_silu_args *args, void *workspace,
+                                                   int64_t workspace_bytes, void *stream);
+FASTDDPM_API int32_t fastddpm_cuda_group_norm_silu_backward(const fastddpm_group_norm_silu_args *args, void *workspace,
+                                                            int64_t workspace_bytes, void *stream);
 
 #endif

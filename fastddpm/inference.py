@@ -9,14 +9,14 @@ is an index, and the projections of the time embedding are computed for all time
 import ctypes
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.kernels import interface, native
-from fastddpm.kernels.conv import algorithm_for
+from fastddpm.kernels.conv3x3 import algorithm_for
 from fastddpm.ops.backend import chosen_backend
 from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
 
@@ -29,11 +29,20 @@ def prepare(unet: nn.Module, timesteps: Sequence[int]) -> Network:
     A `PreparedUNet` for a float32 UNet on the CPU with the compiled library at hand, otherwise `unet` itself, as also
     where another backend than "auto" or "cpu" is forced.
     """
-    if not isinstance(unet, UNet) or chosen_backend() not in ("auto", "cpu") or native.unavailable() is not None:
-        return unet
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in unet.parameters()):
-        return unet
-    return PreparedUNet(unet, timesteps)
+    return PreparedUNet(unet, timesteps) if isinstance(unet, UNet) and _can_prepare(unet) else unet
+
+
+def is_current(network: Network, unet: nn.Module) -> bool:
+    """Whether `network` is what `prepare` would make of `unet` as it is now."""
+    if isinstance(network, PreparedUNet):
+        return network.unet is unet and _can_prepare(network.unet) and not network.stale()
+    return network is unet and not (isinstance(unet, UNet) and _can_prepare(unet))
+
+
+def _can_prepare(unet: UNet) -> bool:
+    if chosen_backend() not in ("auto", "cpu") or native.unavailable() is not None:
+        return False
+    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in unet.parameters())
 
 
 class PreparedUNet:
@@ -41,9 +50,8 @@ class PreparedUNet:
 
     `x_t`: float32 (N, C, H, W), any strides. `t`: int64 (N,), fastest for values in `timesteps`. `label` as the network
     takes it. Returns float32 (N, C or 2C, H, W). An image's result has the same bits whatever the rest of the batch
-    and the number of threads are. The network's weights are read in place, except those of attention's q, k, v and of
-    the time embedding: `stale` says when they have changed since.
-    Raises RuntimeError without the compiled library.
+    and the number of threads are. The weights of convolutions and linear layers are copied into the order in which they
+    are read; `stale` says when the network's have changed since. Raises RuntimeError without the compiled library.
     """
 
     def __init__(self, unet: UNet, timesteps: Sequence[int] = ()) -> None:
@@ -53,14 +61,7 @@ class PreparedUNet:
         self._blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         with torch.no_grad():
             self._rows = {} if unet.label is not None or not len(timesteps) else self._rows_of(timesteps)
-            self._qkv = {
-                id(block): (
-                    torch.cat([block.q.weight, block.k.weight, block.v.weight]),
-                    torch.cat([block.q.bias, block.k.bias, block.v.bias]),
-                )
-                for block in unet.modules()
-                if isinstance(block, AttnBlock)
-            }
+        self._layers: dict[int, _Layer] = {}
         self._plan: _Plan | None = None
         self._lock = threading.Lock()  # a plan's buffers serve one call at a time
 
@@ -74,7 +75,7 @@ class PreparedUNet:
             key = (len(x_t), torch.get_num_threads())
             if self._plan is None or self._plan.key != key:
                 self._plan = None  # its memory first
-                self._plan = _Plan(self.unet, self._blocks, self._qkv, key)
+                self._plan = _Plan(self.unet, self._blocks, self._layers, key)
             x = x_t.to(torch.float32).contiguous(memory_format=torch.channels_last)
             return self._plan.run(x, self._projections(t, label))
 
@@ -94,6 +95,46 @@ class PreparedUNet:
 
     def _project(self, activated_temb: Tensor) -> Tensor:
         return torch.cat([block.temb_proj(activated_temb) for block in self._blocks], dim=1)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A convolution's, or a linear layer's, weights as the library reads them."""
+
+    packed: Tensor
+    bias: Tensor
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    algorithm: int
+
+
+def _layer(module: nn.Module, height: int, width: int) -> _Layer:
+    """A convolution, a linear layer, or q, k and v of an attention block as one, for an output of height x width."""
+    if isinstance(module, AttnBlock):
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in (module.q, module.k, module.v)), strict=True)
+        weight, bias = torch.cat(weights), torch.cat(biases)
+    else:
+        weight, bias = cast(Tensor, module.weight), cast(Tensor, module.bias)
+    stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
+    if weight.ndim == 2:
+        weight = weight[:, :, None, None]
+    k, c, kernel, _ = weight.shape
+    algorithm = algorithm_for(kernel, stride, c, height, width)
+    args = interface.Conv(
+        weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
+        stride=stride, pad=_padding(kernel, stride), x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
+    )  # fmt: skip
+    library = native.library()
+    packed = torch.empty(library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args)) // 4)
+    native.check("conv", library.fastddpm_cpu_conv_pack(ctypes.byref(args), ctypes.c_void_p(packed.data_ptr())))
+    return _Layer(packed, bias, c, k, kernel, stride, algorithm)
+
+
+def _padding(kernel: int, stride: int) -> int:
+    """Zeros above and to the left; with stride 2 the network pads at the right and bottom alone."""
+    return 1 if kernel == 3 and stride == 1 else 0
 
 
 def _versions(unet: UNet) -> list[tuple[int, int]]:
@@ -138,12 +179,10 @@ class _Arena:
 class _Plan:
     """The calls that evaluate the network for a batch of `key[0]` images with `key[1]` threads."""
 
-    def __init__(
-        self, unet: UNet, blocks: list[ResBlock], qkv: dict[int, tuple[Tensor, Tensor]], key: tuple[int, int]
-    ) -> None:
+    def __init__(self, unet: UNet, blocks: list[ResBlock], layers: dict[int, _Layer], key: tuple[int, int]) -> None:
         self.key = key
         self._batch, self._threads = key
-        self._library, self._qkv = native.library(), qkv
+        self._library, self._layers = native.library(), layers
         self._arena = _Arena()
         self._calls: list[tuple[str, ctypes.Structure]] = []
         self._workspace_bytes = 0
@@ -174,7 +213,7 @@ class _Plan:
         for function, args, name in self._functions:
             code = function(args, self._threads)
             if code:
-                raise RuntimeError(f"{name}: {self._library.fastddpm_error_text(code).decode()}")
+                native.check(name, code)
         return out.permute(0, 3, 1, 2)
 
     def _build(self, unet: UNet, size: int) -> tuple[interface.Conv, interface.Conv]:
@@ -190,7 +229,7 @@ class _Plan:
                 h = self._attend(level, i, self._res_block(cast(ResBlock, block), h, None))
                 skips.append(h)
             if level.resample is not None:
-                h = self._conv(level.resample.conv, h, stride=2)
+                h = self._conv(level.resample.conv, h)
                 skips.append(h)
         arena.hold(h)
         h = self._res_block(unet.mid.block1, h, None)
@@ -227,7 +266,7 @@ class _Plan:
     def _attention(self, block: AttnBlock, h: Tensor) -> Tensor:
         n, height, width, c = h.shape
         tokens, out = height * width, self._arena.take(n, height, width, c)
-        qkv = self._linear(*self._qkv[id(block)], h, norm=block.norm)
+        qkv = self._conv(block, h, norm=block.norm)
         triple, single = (ctypes.c_int64 * 2)(tokens * 3 * c, 3 * c), (ctypes.c_int64 * 2)(tokens * c, c)
         start = qkv.data_ptr()
         args = interface.Attention(
@@ -236,47 +275,38 @@ class _Plan:
         )  # fmt: skip
         self._calls.append(("attention", args))
         self._arena.give(qkv)
-        self._linear(block.proj.weight, block.proj.bias, out, residual=h, out=h)
+        self._conv(block.proj, out, residual=h, out=h)
         self._arena.give(out)
         return h
 
-    def _linear(
-        self, weight: Tensor, bias: Tensor, h: Tensor, *, norm: GroupNormSiLU | None = None,
-        residual: Tensor | None = None, out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        return self._add(weight[:, :, None, None], bias, h, None, norm, None, residual, out, 1, False)
-
     def _conv(
-        self, conv: nn.Conv2d, h: Tensor, *, skip: Tensor | None = None, norm: GroupNormSiLU | None = None,
-        temb: int | None = None, residual: Tensor | None = None, out: Tensor | None = None, stride: int = 1,
-        doubled: bool = False,
-    ) -> Tensor:  # fmt: skip
-        return self._add(conv.weight, conv.bias, h, skip, norm, temb, residual, out, stride, doubled)
-
-    def _add(
-        self, weight: Tensor, bias: Tensor | None, h: Tensor, skip: Tensor | None, norm: GroupNormSiLU | None,
-        temb: int | None, residual: Tensor | None, out: Tensor | None, stride: int, doubled: bool,
+        self, module: nn.Module, h: Tensor, *, skip: Tensor | None = None, norm: GroupNormSiLU | None = None,
+        temb: int | None = None, residual: Tensor | None = None, out: Tensor | None = None, doubled: bool = False,
     ) -> Tensor:  # fmt: skip
         """Calls for conv(silu(norm(concat(h, skip)))) + bias + temb + residual; its output, taken unless given."""
+        stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
+        factor = 2 if doubled else 1
+        out_height, out_width = h.shape[1] * factor // stride, h.shape[2] * factor // stride
+        layer = self._layers.get(id(module))
+        if layer is None:
+            layer = self._layers[id(module)] = _layer(module, out_height, out_width)
         n, height, width, c1 = h.shape
         c2 = 0 if skip is None else skip.shape[3]
-        k, kernel = weight.shape[0], weight.shape[2]
         if norm is not None:
             self._norm(norm, h, skip)
-        factor = 2 if doubled else 1
         if out is None:
-            out = self._arena.take(n, height * factor // stride, width * factor // stride, k)
+            out = self._arena.take(n, out_height, out_width, layer.out_channels)
         args = interface.Conv(
-            x=h.data_ptr(), skip=native.pointer(skip), weight=weight.data_ptr(), bias=native.pointer(bias),
+            x=h.data_ptr(), skip=native.pointer(skip), packed=layer.packed.data_ptr(),
+            bias=layer.bias.data_ptr(),
             gain=None if norm is None else self._gain.data_ptr(),
             offset=None if norm is None else self._offset.data_ptr(),
             temb=None if temb is None else self._temb.data_ptr() + 4 * temb, temb_stride=self._temb.shape[1],
             residual=native.pointer(residual), out=out.data_ptr(),
-            n=n, height=height, width=width, c1=c1, c2=c2, k=k,
-            x_stride=(ctypes.c_int64 * 4)(*h.stride()), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()),
-            kernel=kernel, stride=stride, pad=1 if kernel == 3 and stride == 1 else 0, doubled=doubled,
-            silu=norm is not None and norm.silu,
-            algorithm=algorithm_for(kernel, stride, c1 + c2, k, height * factor, width * factor),
+            n=n, height=height, width=width, c1=c1, c2=c2, k=layer.out_channels,
+            x_stride=(ctypes.c_int64 * 4)(*h.stride()), kernel=layer.kernel, stride=layer.stride,
+            pad=_padding(layer.kernel, layer.stride), doubled=doubled, silu=norm is not None and norm.silu,
+            algorithm=layer.algorithm,
         )  # fmt: skip
         args.workspace_bytes = self._library.fastddpm_cpu_conv_workspace(ctypes.byref(args), self._threads)
         self._workspace_bytes = max(self._workspace_bytes, args.workspace_bytes)

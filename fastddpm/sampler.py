@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
+from fastddpm.inference import Network, is_current, prepare
 from fastddpm.kernels.philox import STREAM_INITIAL
 from fastddpm.kernels.reverse_step import COLUMNS
 from fastddpm.noise import image_seeds
@@ -104,6 +105,7 @@ class Sampler:
         self.table = coefficient_table(diffusion, self.timesteps, method, eta)
         if guidance != 1 and getattr(unet, "null_label", None) is None:
             raise UsageError("guidance needs a network trained with label_dropout > 0")
+        self._prepared: Network | None = None
 
     @property
     def steps(self) -> int:
@@ -135,10 +137,11 @@ class Sampler:
         clip = 1.0 if self.diffusion.config.clip_x0 else 0.0
 
         with torch.no_grad(), _evaluating(self.unet):
+            network = self._network()
             x = random_normal(shape, images, seed, torch.zeros_like(seed), STREAM_INITIAL)
             x0 = torch.empty_like(x) if callback else None
             for i, t in enumerate(self.timesteps.tolist()):
-                out = self._predict(x, timesteps[i].expand(len(x)), label)
+                out = self._predict(network, x, timesteps[i].expand(len(x)), label)
                 reverse_step(x, out, table, timesteps, index, images, seed, clip=clip, variance=learned, x0=x0)
                 index += 1
                 if callback:
@@ -146,12 +149,32 @@ class Sampler:
                     callback(i, t, x, x0)
             return x.clamp_(-1, 1)
 
-    def _predict(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor | int, label: Tensor | None = None) -> Tensor:
+        """The network's prediction for `x_t`, with guidance: what `sample` evaluates at every step, at its speed.
+
+        `x_t`: float32 (N, C, H, W). `t`: int64 (N,) or one timestep for all. `label`: int64 (N,) if the network takes
+        labels. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance: eps, or whatever the network predicts.
+        Raises ValueError for other shapes, and for a label that is missing or not wanted.
+        """
+        if isinstance(t, int):
+            t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
+        with torch.no_grad(), _evaluating(self.unet):
+            return self._predict(self._network(), x_t, t, label)
+
+    def _network(self) -> Network:
+        """`unet` prepared for inference, anew when its weights or the chosen backend have changed."""
+        if self._prepared is None or not is_current(self._prepared, self.unet):
+            self._prepared = prepare(self.unet, self.timesteps.tolist())
+        return self._prepared
+
+    def _predict(self, network: Network, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         if self.guidance == 1:
-            return self.unet(x, t, label)
-        assert label is not None and self.unet.null_label is not None
+            return network(x, t, label)
+        if label is None:
+            raise ValueError("guidance needs a label for each image; got none")
+        assert self.unet.null_label is not None
         none = torch.full_like(label, self.unet.null_label)
-        both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, none]))
+        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, none]))
         conditional, unconditional = both.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastddpm.config import UNetConfig
 from fastddpm.noise import NoiseKey
-from fastddpm.ops import attention, group_norm_silu
+from fastddpm.ops import attention, conv3x3, group_norm_silu
 
 GROUP_NORM_EPS = 1e-6
 NEAR_ZERO_GAIN = 1e-5  # variance scale 1e-10 in the released code, where it says 0
@@ -37,10 +37,24 @@ def _initialise(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, gain: float = 1.0, *, stride: int = 1) -> nn.Conv2d:
-    padding = kernel // 2 if stride == 1 else 0
-    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding)
-    _initialise(layer, gain)
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution with stride 1, zeros around the image; of the image doubled before when `doubled`."""
+
+    def __init__(self, in_channels: int, out_channels: int, gain: float = 1.0, *, doubled: bool = False) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.doubled = doubled
+        _initialise(self, gain)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # On a GPU the library's convolution is the fastest there is, and torch.compile may choose layouts around it.
+        if input.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return conv3x3(input, self.weight, self.bias, doubled=self.doubled)
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest") if self.doubled else input)
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride)
+    _initialise(layer)
     return layer
 
 
@@ -85,10 +99,10 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = GroupNormSiLU(in_channels + skip, config.groups)
-        self.conv1 = _conv(in_channels + skip, out_channels, 3)
+        self.conv1 = Conv3x3(in_channels + skip, out_channels)
         self.temb_proj = _linear(time_channels, out_channels)
         self.norm2 = GroupNormSiLU(out_channels, config.groups, dropout=config.dropout, layer=layer)
-        self.conv2 = _conv(out_channels, out_channels, 3, NEAR_ZERO_GAIN)
+        self.conv2 = Conv3x3(out_channels, out_channels, NEAR_ZERO_GAIN)
         self.shortcut = _conv(in_channels + skip, out_channels, 1) if in_channels + skip != out_channels else None
 
     def forward(self, h: Tensor, activated_temb: Tensor, skip: Tensor | None, key: NoiseKey | None) -> Tensor:
@@ -134,10 +148,10 @@ class Up(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = _conv(channels, channels, 3)
+        self.conv = Conv3x3(channels, channels, doubled=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
 
 
 class Level(nn.Module):
@@ -185,7 +199,7 @@ class UNet(nn.Module):
         self.label: nn.Embedding | None = None
         if config.num_classes:
             self.label = nn.Embedding(config.num_classes + (config.label_dropout > 0), time_channels)
-        self.conv_in = _conv(config.image_channels, width, 3)
+        self.conv_in = Conv3x3(config.image_channels, width)
 
         channels, size, layer = width, config.image_size, 0
         skips = [channels]
@@ -221,7 +235,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(up)
 
         self.norm_out = GroupNormSiLU(channels, config.groups)
-        self.conv_out = _conv(channels, config.image_channels * (1 + config.learned_variance), 3, NEAR_ZERO_GAIN)
+        self.conv_out = Conv3x3(channels, config.image_channels * (1 + config.learned_variance), NEAR_ZERO_GAIN)
 
     @property
     def null_label(self) -> int | None:

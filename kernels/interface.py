@@ -67,7 +67,7 @@ class ReverseStep(ctypes.Structure):
 
 class Conv(ctypes.Structure):
     _fields_ = [
-        *_all(_POINTER, "x skip gain offset weight bias temb residual out workspace"),
+        *_all(_POINTER, "x skip gain offset weight packed bias temb residual out workspace"),
         *_all(_INT64, "workspace_bytes n height width c1 c2 k"),
         *_all(_INT64 * 4, "x_stride weight_stride"),
         *_all(_INT64, "temb_stride"),

@@ -33,8 +33,8 @@ def _loaded() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(files[0]))
         library.fastddpm_error_text.restype = ctypes.c_char_p
-        for name in ("conv", "norm_affine"):
-            getattr(library, f"fastddpm_cpu_{name}_workspace").restype = ctypes.c_int64
+        for name in ("conv_workspace", "conv_packed_bytes", "norm_affine_workspace"):
+            getattr(library, f"fastddpm_cpu_{name}").restype = ctypes.c_int64
         library.fastddpm_cpu_isa.argtypes = [ctypes.c_int32]
     except (OSError, AttributeError) as error:
         return f"{files[0].name} cannot be loaded ({error}); install fastddpm again"
@@ -72,6 +72,13 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPES[dtype]
 
 
+def unsupported_dtype(x: Tensor) -> str | None:
+    """Why the library does not compute on images of x's dtype, or None."""
+    if x.dtype in (torch.float32, torch.bfloat16):
+        return None
+    return f"the compiled CPU library computes on float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """The address of a CPU tensor's first element; ValueError for a tensor elsewhere."""
     if tensor is None:
@@ -88,10 +95,13 @@ def key(images: Tensor, seed: Tensor, step: Tensor) -> interface.Key:
 
 def call(operation: str, args: ctypes.Structure) -> None:
     """Run an operation of csrc/fastddpm.h with torch's number of threads; RuntimeError when it reports one."""
-    lib = library()
-    code = getattr(lib, f"fastddpm_cpu_{operation}")(ctypes.byref(args), torch.get_num_threads())
+    check(operation, getattr(library(), f"fastddpm_cpu_{operation}")(ctypes.byref(args), torch.get_num_threads()))
+
+
+def check(operation: str, code: int) -> None:
+    """RuntimeError, in words, for a code that the library returned, unless it is 0."""
     if code:
-        raise RuntimeError(f"{operation}: {lib.fastddpm_error_text(code).decode()}")
+        raise RuntimeError(f"{operation}: {library().fastddpm_error_text(code).decode()}")
 
 
 def random_normal(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:

@@ -27,5 +27,15 @@ int32_t conv(const fastddpm_conv_args &p, int32_t threads) {
     return p.algorithm == 1 ? conv_winograd(p, threads) : conv_patches(p, threads);
 }
 
+int64_t conv_packed_bytes(const fastddpm_conv_args &p) {
+    return divide_up(p.k, kColumns) * kColumns * (p.c1 + p.c2) * p.kernel * p.kernel * static_cast<int64_t>(sizeof(float));
+}
+
+int32_t conv_pack(const fastddpm_conv_args &p, float *packed) {
+    if (!supported(p)) return FASTDDPM_UNSUPPORTED;
+    p.algorithm == 1 ? pack_winograd(p, packed) : pack_patches(p, packed);
+    return FASTDDPM_OK;
+}
+
 }  // namespace FASTDDPM_ISA
 }  // namespace fastddpm

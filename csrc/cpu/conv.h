@@ -2,22 +2,11 @@
 #pragma once
 #include "gemm.h"
 #include "kernels.h"
+#include "memory.h"
 #include "vec.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
-
-inline int64_t thread_number() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 constexpr int64_t up_to_lines(int64_t floats) { return divide_up(floats, kLine) * kLine; }
 
@@ -79,10 +68,17 @@ FASTDDPM_INLINE void finish(const fastddpm_conv_args &p, int64_t n, int64_t pixe
     }
 }
 
+// Where the weights of output channels k .. k + kColumns - 1 lie in what conv_pack made: one behind the other.
+inline const float *packed_columns(const fastddpm_conv_args &p, int64_t k) {
+    return p.packed + k * (p.c1 + p.c2) * p.kernel * p.kernel;
+}
+
 int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads);
 int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads);
 int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads);
 int64_t patches_workspace(const fastddpm_conv_args &p, int32_t threads);
+void pack_winograd(const fastddpm_conv_args &p, float *packed);
+void pack_patches(const fastddpm_conv_args &p, float *packed);
 
 }  // namespace FASTDDPM_ISA
 }  // namespace fastddpm

@@ -13,17 +13,26 @@ constexpr int64_t kMostRows = 48;   // output pixels of a task
 
 struct Plan {
     ConvSize size;
-    int64_t depth, pixels, rows, panels, a_row, c_row;
+    int64_t depth, pixels, blocks;
+    int64_t rows, row_tasks, columns, column_tasks;  // a task: `rows` output pixels, `columns` output channels
+    int64_t a_row, c_row;
     int64_t shared_floats, thread_floats;
 
     Plan(const fastddpm_conv_args &p, int32_t threads) : size(p) {
         depth = p.kernel * p.kernel * size.channels;
         pixels = p.n * size.out_height * size.out_width;
-        rows = larger(1, smaller(kMostRows, divide_up(pixels, threads)));
-        panels = divide_up(p.k, kPanel);
+        blocks = divide_up(p.k, kColumns);
+        row_tasks = divide_up(pixels, kMostRows);
+        // Few pixels: the threads share out the channels, so that each weight is read by one of them.
+        column_tasks = row_tasks < threads ? smaller(blocks, divide_up(threads, row_tasks)) : 1;
+        if (column_tasks == 1) row_tasks = smaller(pixels, divide_up(row_tasks, threads) * threads);
+        rows = divide_up(pixels, larger(1, row_tasks));
+        row_tasks = divide_up(pixels, larger(1, rows));
+        columns = divide_up(blocks, column_tasks) * kColumns;
+        column_tasks = divide_up(p.k, columns);
         a_row = smaller(kDepth, up_to_lines(depth)) + kLine;
-        c_row = panels * kPanel + kLine;
-        shared_floats = up_to_lines(panels * depth * kPanel);
+        c_row = columns + kLine;
+        shared_floats = p.packed ? 0 : blocks * depth * kColumns;
         thread_floats = up_to_lines(rows * a_row) + up_to_lines(rows * c_row);
     }
 };
@@ -49,34 +58,37 @@ void gather(const fastddpm_conv_args &p, const Plan &plan, int64_t first, int64_
     }
 }
 
-// Weights of one panel of output channels, (depth, kPanel).
-void pack(const fastddpm_conv_args &p, const Plan &plan, int64_t panel, float *to) {
-    const int64_t *stride = p.weight_stride, columns = smaller(kPanel, p.k - panel * kPanel);
-    for (int64_t tap = 0; tap < p.kernel * p.kernel; ++tap) {
-        const float *from =
-            p.weight + panel * kPanel * stride[0] + tap / p.kernel * stride[2] + tap % p.kernel * stride[3];
-        turn(from, stride[0], stride[1], columns, plan.size.channels, to, kPanel);
-        to += plan.size.channels * kPanel;
-    }
+// Weights of kColumns output channels from k, (depth, kColumns).
+void pack_columns(const fastddpm_conv_args &p, int64_t channels, int64_t k, float *to) {
+    const int64_t *stride = p.weight_stride, columns = smaller(kColumns, p.k - k);
+    for (int64_t tap = 0; tap < p.kernel * p.kernel; ++tap, to += channels * kColumns)
+        turn(p.weight + k * stride[0] + tap / p.kernel * stride[2] + tap % p.kernel * stride[3], stride[0], stride[1],
+             columns, channels, to, kColumns);
 }
 
-void rows_of_output(const fastddpm_conv_args &p, const Plan &plan, int64_t first, int64_t rows, const float *packed,
-                    float *a) {
+// Output channels k .. k + columns - 1 of the pixels first .. first + rows - 1.
+void block_of_output(const fastddpm_conv_args &p, const Plan &plan, int64_t first, int64_t rows, int64_t k,
+                     int64_t columns, const float *packed, float *a) {
     float *c = a + up_to_lines(plan.rows * plan.a_row);
     for (int64_t d = 0; d < plan.depth; d += kDepth) {
         const int64_t depth = smaller(kDepth, plan.depth - d);
         gather(p, plan, first, rows, d, depth, a);
-        for (int64_t panel = 0; panel < plan.panels; ++panel)
-            product(rows, a, plan.a_row, packed + (panel * plan.depth + d) * kPanel, depth, c + panel * kPanel,
-                    plan.c_row, d > 0);
+        for (int64_t i = 0; i < columns; i += kPanel)
+            product(rows, a, plan.a_row, packed + ((k + i) / kColumns * plan.depth + d) * kColumns + (k + i) % kColumns,
+                    depth, c + i, plan.c_row, d > 0);
     }
     const int64_t image_pixels = plan.size.out_height * plan.size.out_width;
     for (int64_t r = 0; r < rows; ++r)
-        for (int64_t k = 0; k < p.k; k += kWidth)
-            finish(p, (first + r) / image_pixels, first + r, k, load(c + r * plan.c_row + k), p.k - k);
+        for (int64_t i = 0; i < columns; i += kWidth)
+            finish(p, (first + r) / image_pixels, first + r, k + i, load(c + r * plan.c_row + i), columns - i);
 }
 
 }  // namespace
+
+void pack_patches(const fastddpm_conv_args &p, float *packed) {
+    const int64_t channels = p.c1 + p.c2, floats = p.kernel * p.kernel * channels * kColumns;
+    for (int64_t k = 0; k < p.k; k += kColumns, packed += floats) pack_columns(p, channels, k, packed);
+}
 
 int64_t patches_workspace(const fastddpm_conv_args &p, int32_t threads) {
     const Plan plan(p, threads);
@@ -85,15 +97,22 @@ int64_t patches_workspace(const fastddpm_conv_args &p, int32_t threads) {
 
 int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads) {
     const Plan plan(p, threads);
-    float *packed = static_cast<float *>(p.workspace);
+    float *workspace = static_cast<float *>(p.workspace);
+    const float *packed = p.packed ? p.packed : workspace;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *own = packed + plan.shared_floats + thread_number() * plan.thread_floats;
+        float *own = workspace + plan.shared_floats + thread_number() * plan.thread_floats;
+        if (!p.packed) {
 #pragma omp for schedule(dynamic)
-        for (int64_t panel = 0; panel < plan.panels; ++panel) pack(p, plan, panel, packed + panel * plan.depth * kPanel);
+            for (int64_t block = 0; block < plan.blocks; ++block)
+                pack_columns(p, plan.size.channels, block * kColumns, workspace + block * plan.depth * kColumns);
+        }
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < plan.pixels; first += plan.rows)
-            rows_of_output(p, plan, first, smaller(plan.rows, plan.pixels - first), packed, own);
+        for (int64_t task = 0; task < plan.row_tasks * plan.column_tasks; ++task) {
+            const int64_t first = task / plan.column_tasks * plan.rows, k = task % plan.column_tasks * plan.columns;
+            block_of_output(p, plan, first, smaller(plan.rows, plan.pixels - first), k, smaller(plan.columns, p.k - k),
+                            packed, own);
+        }
     }
     return FASTDDPM_OK;
 }

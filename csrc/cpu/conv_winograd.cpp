@@ -19,7 +19,6 @@ namespace {
 
 constexpr int64_t kBlockTiles = 128;
 constexpr int64_t kDepth = 128;     // input channels whose transformed weights are held at once
-constexpr int64_t kColumns = 32;   // output channels of a task
 constexpr int64_t kTaps = 9;
 constexpr int64_t kPad = kLine;    // keeps the 36 planes of V, U and M out of one cache set
 constexpr int64_t kWeightPlane = kDepth * kColumns + kPad;
@@ -120,12 +119,14 @@ void transform_input(const Plan &plan, int64_t tiles, const float *scratch, floa
     }
 }
 
-// The weights of `columns` output channels from k and `depth` input channels from c as (9, kDepth, kColumns).
-void gather_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g) {
+// The weights of `columns` output channels from k and `depth` input channels from c as (9, depth, kColumns), tap_stride
+// elements from tap to tap and row elements from input channel to input channel.
+void gather_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g,
+                    int64_t tap_stride, int64_t row) {
     const int64_t *stride = p.weight_stride;
     for (int64_t tap = 0; tap < kTaps; ++tap)
         turn(p.weight + k * stride[0] + c * stride[1] + tap / 3 * stride[2] + tap % 3 * stride[3], stride[0], stride[1],
-             columns, depth, g + tap * kDepth * kColumns, kColumns);
+             columns, depth, g + tap * tap_stride, row);
 }
 
 // G g G^T of one vector of output channels.
@@ -146,33 +147,23 @@ FASTDDPM_INLINE void transform_weight(const float *g, int64_t row_stride, int64_
     }
 }
 
-// Asks for a 256th of the weights that gather_weights reads next, from `next` on: rows are kilobytes apart and read in
-// short runs, which no hardware prefetcher foresees, and with few tiles the weights' way from memory is what takes time.
-FASTDDPM_INLINE void prefetch_weights(const fastddpm_conv_args &p, const float *next, int64_t part) {
-    const int64_t row = part % kColumns, line = part / kColumns * kLine;
-    const float *at = next + row * p.weight_stride[0] + line;
-#pragma GCC unroll 9
-    for (int64_t tap = 0; tap < kTaps; ++tap)
-        __builtin_prefetch(at + tap / 3 * p.weight_stride[2] + tap % 3 * p.weight_stride[3]);
-}
-
-// U (36, panels, depth, kPanel) of the given output and input channels; `next`: where the weights wanted next begin.
-void transform_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth,
-                       const float *next, float *g, float *u) {
-    const bool direct = p.weight_stride[0] == 1 && columns % kWidth == 0;
-    if (!direct) gather_weights(p, k, columns, c, depth, g);
-    for (int64_t i = 0; i < columns; i += kWidth) {
-        float *panel = u + i / kPanel * depth * kPanel + i % kPanel;
-        for (int64_t d = 0; d < depth; ++d) {
-            if (direct) {
-                transform_weight(p.weight + (k + i) + (c + d) * p.weight_stride[1], p.weight_stride[2],
-                                 p.weight_stride[3], panel + d * kPanel);
-            } else {
-                prefetch_weights(p, next, i / kWidth * kDepth + d);
-                transform_weight(g + d * kColumns + i, 3 * kDepth * kColumns, kDepth * kColumns, panel + d * kPanel);
-            }
-        }
+// U (36, depth, kColumns) of `columns` output channels from k and `depth` input channels from c.
+void transform_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g,
+                       float *u) {
+    const float *from = g;
+    int64_t row = kColumns, down = 3 * kDepth * kColumns, across = kDepth * kColumns;
+    if (p.packed != nullptr) {
+        from = packed_columns(p, k) + c * kTaps * kColumns;
+        row = kTaps * kColumns, down = 3 * kColumns, across = kColumns;
+    } else if (p.weight_stride[0] == 1 && columns % kWidth == 0) {
+        from = p.weight + k + c * p.weight_stride[1];
+        row = p.weight_stride[1], down = p.weight_stride[2], across = p.weight_stride[3];
+    } else {
+        gather_weights(p, k, columns, c, depth, g, kDepth * kColumns, kColumns);
     }
+    for (int64_t d = 0; d < depth; ++d)
+        for (int64_t i = 0; i < columns; i += kWidth)
+            transform_weight(from + d * row + i, down, across, u + d * kColumns + i);
 }
 
 // A^T M A of one tile and what follows it, for the vector of output channels at k.
@@ -198,25 +189,30 @@ void finish_tile(const fastddpm_conv_args &p, const Plan &plan, int64_t tile, in
 
 // Output channels k .. k + 31 of the tiles first .. first + tiles - 1, whose transformed inputs begin at v.
 void products(const fastddpm_conv_args &p, const Plan &plan, int64_t k, int64_t first, int64_t tiles, const float *v,
-              int64_t next_k, float *buffer) {
+              float *buffer) {
     float *u = buffer, *g = u + kProducts * kWeightPlane, *m = g + kTaps * kDepth * kColumns;
     const int64_t columns = smaller(kColumns, p.k - k);
     for (int64_t c = 0; c < plan.size.channels; c += kDepth) {
         const int64_t depth = smaller(kDepth, plan.size.channels - c);
-        const bool last = c + depth == plan.size.channels;
-        const int64_t next = last ? next_k * p.weight_stride[0] : k * p.weight_stride[0] + (c + depth) * p.weight_stride[1];
-        transform_weights(p, k, columns, c, depth, p.weight + next, g, u);
+        transform_weights(p, k, columns, c, depth, g, u);
         for (int product_index = 0; product_index < kProducts; ++product_index)
             for (int64_t i = 0; i < columns; i += kPanel)
                 product(tiles, v + product_index * plan.v_plane + c / kDepth * plan.v_block, plan.v_row,
-                        u + product_index * kWeightPlane + i * depth, depth, m + product_index * plan.m_plane + i,
-                        kColumns, c > 0);
+                        u + product_index * kWeightPlane + i, depth, m + product_index * plan.m_plane + i, kColumns,
+                        c > 0);
     }
     for (int64_t t = 0; t < tiles; ++t)
         for (int64_t i = 0; i < columns; i += kWidth) finish_tile(p, plan, first + t, k + i, m + t * kColumns + i);
 }
 
 }  // namespace
+
+// (K / kColumns, C, 9, kColumns)
+void pack_winograd(const fastddpm_conv_args &p, float *packed) {
+    const int64_t channels = p.c1 + p.c2;
+    for (int64_t k = 0; k < p.k; k += kColumns, packed += channels * kTaps * kColumns)
+        gather_weights(p, k, smaller(kColumns, p.k - k), 0, channels, packed, kColumns, kTaps * kColumns);
+}
 
 int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads) {
     const Plan plan(p, threads);
@@ -245,9 +241,9 @@ int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads) {
             for (int64_t task = 0; task < plan.column_blocks * plan.parts; ++task) {
                 const int64_t begin = task % plan.parts * plan.part_tiles;
                 const int64_t count = smaller(plan.part_tiles, tiles - begin);
-                const int64_t k = task / plan.parts * kColumns;
                 if (count > 0)
-                    products(p, plan, k, first_tile + begin, count, v + begin * plan.v_row, k + threads * kColumns, own);
+                    products(p, plan, task / plan.parts * kColumns, first_tile + begin, count, v + begin * plan.v_row,
+                             own);
             }
         }
     }

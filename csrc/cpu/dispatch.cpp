@@ -96,6 +96,12 @@ FASTDDPM_API int32_t fastddpm_cpu_conv(const fastddpm_conv_args *args, int32_t t
 FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args, int32_t threads) {
     FASTDDPM_RUN(conv_workspace, *args, usable(threads))
 }
+FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, float *packed) {
+    FASTDDPM_RUN(conv_pack, *args, packed)
+}
+FASTDDPM_API int64_t fastddpm_cpu_conv_packed_bytes(const fastddpm_conv_args *args) {
+    FASTDDPM_RUN(conv_packed_bytes, *args)
+}
 FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *args, int32_t threads) {
     FASTDDPM_RUN(norm_affine, *args, usable(threads))
 }

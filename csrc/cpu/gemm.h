@@ -15,8 +15,10 @@ constexpr int kRows = 6;
 constexpr int kVectors = 2;
 constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int64_t kPanel = kVectors * kWidth;  // columns of a panel of b
+constexpr int64_t kColumns = 32;  // output channels that are packed together, one or more panels of them
+static_assert(kColumns % kPanel == 0, "");
 
-// c (R, kPanel) = [c +] a (R, depth) b (depth, kPanel). Every element is summed over depth in order, whatever R is.
+// c (R, kPanel) = [c +] a (R, depth) b (depth, kPanel); rows of b lie kColumns apart. Every element is summed over depth in order, whatever R is.
 template <int R>
 void product_block(const float *a, int64_t a_row, const float *b, int64_t depth, float *c, int64_t c_row, bool add) {
     Vec acc[R][kVectors];
@@ -24,7 +26,7 @@ void product_block(const float *a, int64_t a_row, const float *b, int64_t depth,
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
         for (int j = 0; j < kVectors; ++j) acc[i][j] = add ? load(c + i * c_row + j * kWidth) : Vec{};
-    for (int64_t d = 0; d < depth; ++d, b += kPanel) {
+    for (int64_t d = 0; d < depth; ++d, b += kColumns) {
         // The rows of the next block, where rows lie one behind the other.
         __builtin_prefetch(a + R * a_row + d * kLine);
         Vec bv[kVectors];

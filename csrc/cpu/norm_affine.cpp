@@ -1,104 +1,41 @@
 // GroupNorm's statistics as a gain and an offset per image and channel, for a convolution to apply to its input.
-//
-// Each chunk of pixels sums x - s and (x - s)^2 per channel, s the channel's first value in the image: a mean far from
-// zero costs no digits. Chunks, and channels of a group, are put together in double. The chunks do not depend on the
-// number of threads.
-#include "conv.h"
+#include "kernels.h"
+#include "moments.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
-constexpr int64_t kChunk = 128;  // pixels whose sums are kept in single precision
-
-int64_t chunks_of(const fastddpm_norm_affine_args &p) { return divide_up(p.pixels, kChunk); }
-
-// Sums of the pixels first .. first + count - 1 of `channels` channels of one input.
-void sum_chunk(const float *x, int64_t channels, int64_t first, int64_t count, float *sums, float *squares) {
-    int64_t c = 0;
-    for (; c + kWidth <= channels; c += kWidth) {
-        const Vec shift = load(x + c);
-        Vec s{}, q{};
-        for (int64_t i = first; i < first + count; ++i) {
-            const Vec d = load(x + i * channels + c) - shift;
-            s += d;
-            q += d * d;
-        }
-        store(sums + c, s);
-        store(squares + c, q);
-    }
-    for (; c < channels; ++c) {
-        float s = 0, q = 0;
-        for (int64_t i = first; i < first + count; ++i) {
-            const float d = x[i * channels + c] - x[c];
-            s += d;
-            q += d * d;
-        }
-        sums[c] = s;
-        squares[c] = q;
-    }
-}
-
-struct Channel {
-    double mean, squares;  // squares: the sum of (x - mean)^2
-};
-
-Channel of_channel(const fastddpm_norm_affine_args &p, int64_t n, int64_t c, const float *sums) {
-    const int64_t channels = p.c1 + p.c2, chunks = chunks_of(p);
-    const float shift = c < p.c1 ? p.x[n * p.pixels * p.c1 + c] : p.skip[n * p.pixels * p.c2 + (c - p.c1)];
-    double s = 0, q = 0;
-    for (int64_t i = 0; i < chunks; ++i) {
-        const float *chunk = sums + (n * chunks + i) * 2 * channels;
-        s += chunk[c];
-        q += chunk[channels + c];
-    }
-    const double difference = s / static_cast<double>(p.pixels);
-    return {shift + difference, q - s * difference};
-}
-
-void affine_of_group(const fastddpm_norm_affine_args &p, int64_t n, int64_t group, const float *sums) {
-    const int64_t channels = p.c1 + p.c2, width = channels / p.groups, first = group * width;
-    double mean = 0, squares = 0;
-    for (int64_t c = first; c < first + width; ++c) mean += of_channel(p, n, c, sums).mean;
-    mean /= static_cast<double>(width);
-    for (int64_t c = first; c < first + width; ++c) {
-        const Channel channel = of_channel(p, n, c, sums);
-        const double away = channel.mean - mean;
-        squares += channel.squares + away * away * static_cast<double>(p.pixels);
-    }
-    const double variance = squares / static_cast<double>(width * p.pixels);
-    const double rstd = 1 / __builtin_sqrt((variance > 0 || variance != variance ? variance : 0) + p.eps);
-    for (int64_t c = first; c < first + width; ++c) {
-        const double gain = p.weight[c] * rstd;
-        p.gain[n * channels + c] = static_cast<float>(gain);
-        p.offset[n * channels + c] = static_cast<float>(p.bias[c] - mean * gain);
-    }
-}
+TwoInputs<float> inputs_of(const fastddpm_norm_affine_args &p) { return {p.x, p.skip, p.c1, p.c2, p.pixels, true}; }
 
 }  // namespace
 
 int64_t norm_affine_workspace(const fastddpm_norm_affine_args &p) {
-    return p.n * chunks_of(p) * 2 * (p.c1 + p.c2) * static_cast<int64_t>(sizeof(float));
+    return p.n * inputs_of(p).floats() * static_cast<int64_t>(sizeof(float));
 }
 
 int32_t norm_affine(const fastddpm_norm_affine_args &p, int32_t threads) {
-    const int64_t channels = p.c1 + p.c2, chunks = chunks_of(p);
+    const TwoInputs<float> in = inputs_of(p);
+    const int64_t channels = in.channels(), tasks = in.tasks();
     if (p.groups < 1 || channels % p.groups) return FASTDDPM_UNSUPPORTED;
     if (p.workspace_bytes < norm_affine_workspace(p)) return FASTDDPM_NO_MEMORY;
-    float *sums = static_cast<float *>(p.workspace);
+    float *moments = static_cast<float *>(p.workspace);
+    const int64_t width = channels / p.groups;
 #pragma omp parallel num_threads(threads) if (threads > 1 && p.n * p.pixels * channels > 32768)
     {
 #pragma omp for
-        for (int64_t task = 0; task < p.n * chunks; ++task) {
-            const int64_t n = task / chunks, first = task % chunks * kChunk, count = smaller(kChunk, p.pixels - first);
-            float *to = sums + task * 2 * channels;
-            sum_chunk(p.x + n * p.pixels * p.c1, p.c1, first, count, to, to + channels);
-            if (p.c2 > 0)
-                sum_chunk(p.skip + n * p.pixels * p.c2, p.c2, first, count, to + p.c1, to + channels + p.c1);
-        }
+        for (int64_t task = 0; task < p.n * tasks; ++task)
+            moments_task(in, task / tasks, task % tasks, moments + task / tasks * in.floats());
 #pragma omp for
-        for (int64_t task = 0; task < p.n * p.groups; ++task)
-            affine_of_group(p, task / p.groups, task % p.groups, sums);
+        for (int64_t task = 0; task < p.n * p.groups; ++task) {
+            const int64_t n = task / p.groups, first = task % p.groups * width;
+            const Statistics group = statistics_of_group(in, moments + n * in.floats(), nullptr, first, width, p.eps);
+            for (int64_t c = first; c < first + width; ++c) {
+                const double gain = p.weight[c] * group.rstd;
+                p.gain[n * channels + c] = static_cast<float>(gain);
+                p.offset[n * channels + c] = static_cast<float>(p.bias[c] - group.mean * gain);
+            }
+        }
     }
     return FASTDDPM_OK;
 }

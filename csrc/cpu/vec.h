@@ -19,6 +19,7 @@ typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+typedef uint8_t ByteVec __attribute__((vector_size(kWidth)));
 
 #define FASTDDPM_INLINE inline __attribute__((always_inline))
 
@@ -40,6 +41,12 @@ FASTDDPM_INLINE void store_part(float *p, Vec v, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
+// A number of its own: the compiler must not fuse the product that gave it with an addition.
+FASTDDPM_INLINE Vec apart(Vec v) {
+    __asm__("" : "+m"(v));
+    return v;
+}
+
 FASTDDPM_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 FASTDDPM_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 
@@ -49,19 +56,33 @@ FASTDDPM_INLINE float sum(Vec v) {
     return s;
 }
 
-// bfloat16 is the upper half of a float; rounding is to nearest even, and NaN stays NaN.
-FASTDDPM_INLINE Vec load_bf16(const uint16_t *p) {
+// bfloat16, stored as uint16_t, is the upper half of a float; rounding is to nearest even, and NaN stays NaN.
+FASTDDPM_INLINE Vec load(const uint16_t *p) {
     HalfVec h;
     memcpy(&h, p, sizeof h);
     const UintVec bits = __builtin_convertvector(h, UintVec) << 16;
     return (Vec)bits;
 }
-FASTDDPM_INLINE void store_bf16(uint16_t *p, Vec v) {
+FASTDDPM_INLINE HalfVec rounded(Vec v) {
     const UintVec bits = (UintVec)v;
-    const UintVec rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const UintVec upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const UintVec nan = (bits >> 16) | 0x40;
-    const HalfVec h = __builtin_convertvector((UintVec)(v == v ? (IntVec)rounded : (IntVec)nan), HalfVec);
+    return __builtin_convertvector((UintVec)(v == v ? (IntVec)upper : (IntVec)nan), HalfVec);
+}
+FASTDDPM_INLINE void store(uint16_t *p, Vec v) {
+    const HalfVec h = rounded(v);
     memcpy(p, &h, sizeof h);
+}
+FASTDDPM_INLINE Vec load_part(const uint16_t *p, int64_t count) {
+    HalfVec h{};
+    for (int64_t i = 0; i < count; ++i) h[i] = p[i];
+    uint16_t whole[kWidth];
+    memcpy(whole, &h, sizeof h);
+    return load(whole);
+}
+FASTDDPM_INLINE void store_part(uint16_t *p, Vec v, int64_t count) {
+    const HalfVec h = rounded(v);
+    for (int64_t i = 0; i < count; ++i) p[i] = h[i];
 }
 
 // e^x to 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.

@@ -82,7 +82,13 @@ __device__ __forceinline__ const float *of_rank(const float *pointer, int rank) 
     return pointer;
 #endif
 }
-#endif  // FASTDDPM_EMULATE
+#else
+template <typename... Parameters>
+int32_t launch(void (*kernel)(Parameters...), const LaunchShape &shape, void *,
+               typename identity<Parameters>::type... arguments) {
+    return emulation::run(shape.blocks, shape.threads, shape.shared, shape.cluster, [&] { kernel(arguments...); });
+}
+#endif
 
 __device__ __forceinline__ float warp_sum(float value) {
     for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);

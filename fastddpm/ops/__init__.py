@@ -1,12 +1,13 @@
 """The operations of a diffusion model's hot paths, each with several implementations behind one contract.
 
-`group_norm_silu`, `attention`, `q_sample`, `reverse_step` and `random_normal` are also registered as
+`group_norm_silu`, `attention`, `conv3x3`, `q_sample`, `reverse_step` and `random_normal` are also registered as
 `torch.ops.fastddpm.*`. The reference implementation in `fastddpm/kernels/<op>/reference.py` is the
 specification. FASTDDPM_BACKEND or `use_backend` chooses another; `status` says which one runs.
 """
 
 from .attention import attention
 from .backend import status, use_backend
+from .conv3x3 import conv3x3
 from .group_norm_silu import group_norm_silu
 from .q_sample import q_sample
 from .random_normal import random_normal
@@ -14,6 +15,7 @@ from .reverse_step import reverse_step
 
 __all__ = [
     "attention",
+    "conv3x3",
     "group_norm_silu",
     "q_sample",
     "random_normal",

@@ -4,13 +4,13 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from types import ModuleType
 
 from ..errors import UsageError
 
-OPERATIONS = ("group_norm_silu", "attention", "q_sample", "reverse_step", "random_normal")
+OPERATIONS = ("group_norm_silu", "attention", "conv3x3", "q_sample", "reverse_step", "random_normal")
 LADDERS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 CHOICES = ("auto", "triton", "cuda", "cpu", "reference")
 
@@ -33,9 +33,34 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def implementation(operation: str, device_type: str) -> ModuleType:
-    """The module whose `forward` and `backward` run `operation`; `UsageError` if the forced backend cannot."""
-    return _resolve(operation, device_type, chosen_backend())
+def implementation(operation: str, device_type: str, args: Sequence[object] | None = None) -> ModuleType:
+    """The module whose `forward` and `backward` run `operation`; `UsageError` if the forced backend cannot.
+
+    A backend's module says by `unsupported(*args)`, if it has that, which arguments of either it leaves to the next.
+    """
+    backend = chosen_backend()
+    module = _resolve(operation, device_type, backend)
+    if args is None:
+        return module
+    while (reason := _refusal(module, args)) is not None:
+        if backend != "auto":
+            raise UsageError(f"{operation}: backend {backend!r} was forced, but {reason}; leave the choice to auto")
+        module = _next(operation, device_type, module)
+    return module
+
+
+def _refusal(module: ModuleType, args: Sequence[object]) -> str | None:
+    unsupported = getattr(module, "unsupported", None)
+    return None if unsupported is None else unsupported(*args)
+
+
+@cache
+def _next(operation: str, device_type: str, module: ModuleType) -> ModuleType:
+    """The next slower implementation; the last, the reference, takes everything."""
+    ladder = LADDERS[device_type]
+    slower = ladder[ladder.index(module.__name__.rpartition(".")[2]) + 1 :]
+    backend = next(rung for rung in slower if _problem(operation, rung) is None)
+    return importlib.import_module(_module_name(operation, backend))
 
 
 @cache

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "../common.cuh"
@@ -20,20 +21,13 @@ Index thread_index, block_index, block_size;
 namespace {
 
 constexpr size_t kStack = 64 * 1024, kGuard = 64;
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kSharedOfEveryChip = 48 * 1024;
 constexpr int32_t kIllegalAddress = 700, kLaunchFailure = 719;  // cudaErrorIllegalAddress, cudaErrorLaunchFailure
 constexpr unsigned char kPoison = 0xFF, kGuardByte = 0xA5;      // as floats: NaN
 
 struct Barrier {
     int expected = 0, arrived = 0;
     uint64_t generation = 0;
-
-    void release_if_complete() {
-        if (arrived > 0 && arrived == expected) {
-            arrived = 0;
-            ++generation;
-        }
-    }
 };
 
 struct Warp {
@@ -61,6 +55,7 @@ struct Fiber {
 
 Chip chip{132, 227 * 1024, true};
 unsigned fiber_order = 0;
+int32_t launches = 0, largest_cluster = 0;
 
 Barrier cluster;
 std::vector<Block> blocks;
@@ -74,11 +69,14 @@ void stop_running() {
 }
 
 void wait(Barrier &barrier) {
-    ++barrier.arrived;
+    if (++barrier.arrived == barrier.expected) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+        return;
+    }
     current->waiting = &barrier;
     current->generation = barrier.generation;
-    barrier.release_if_complete();
-    if (barrier.generation == current->generation) stop_running();
+    stop_running();
     current->waiting = nullptr;
 }
 
@@ -87,10 +85,6 @@ Warp &warp_of(const Fiber &fiber) { return fiber.block->warps[fiber.thread / kWa
 void fiber_main() {
     (*thread_body)();
     current->done = true;
-    for (Barrier *barrier : {&current->block->barrier, &cluster, &warp_of(*current).barrier}) {
-        --barrier->expected;
-        barrier->release_if_complete();
-    }
     _longjmp(scheduler, 1);
 }
 
@@ -167,8 +161,10 @@ const float *mapped(const float *pointer, int rank) {
 
 int32_t run(int64_t grid, int threads, size_t shared, int cluster_size, const std::function<void()> &thread) {
     if (grid % cluster_size != 0 || threads % kWarp != 0 || threads > 1024 || (cluster_size > 1 && !chip.clusters) ||
-        shared > static_cast<size_t>(chip.shared))
+        shared > static_cast<size_t>(std::max(chip.shared, kSharedOfEveryChip)))
         return 9;  // cudaErrorInvalidConfiguration
+    ++launches;
+    largest_cluster = std::max(largest_cluster, cluster_size);
     thread_body = &thread;
     block_size.x = static_cast<unsigned>(threads);
     const Stacks stacks(static_cast<size_t>(threads) * cluster_size);
@@ -213,6 +209,12 @@ FASTDDPM_API void fastddpm_emulation_chip(int32_t multiprocessors, int32_t share
     fastddpm::emulation::chip = {multiprocessors, shared, clusters != 0};
 }
 FASTDDPM_API void fastddpm_emulation_order(uint32_t order) { fastddpm::emulation::fiber_order = order; }
+
+// Kernels launched, and the largest cluster among them, since this was last asked.
+FASTDDPM_API void fastddpm_emulation_launches(int32_t *launches, int32_t *largest_cluster) {
+    *launches = std::exchange(fastddpm::emulation::launches, 0);
+    *largest_cluster = std::exchange(fastddpm::emulation::largest_cluster, 0);
+}
 
 FASTDDPM_API const char *fastddpm_cuda_error_text(int32_t code) {
     switch (code) {

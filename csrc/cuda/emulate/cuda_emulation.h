@@ -6,6 +6,7 @@
 // guard bytes; a barrier that not all threads reach ends the launch with an error.
 // What this cannot show: docs/cuda.md.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -48,17 +49,13 @@ extern Index thread_index, block_index, block_size;
 
 }  // namespace emulation
 
-template <typename Shape, typename... Parameters, typename... Arguments>
-int32_t launch(void (*kernel)(Parameters...), const Shape &shape, void *, const Arguments &...arguments) {
-    return emulation::run(shape.blocks, shape.threads, shape.shared, shape.cluster,
-                          [&] { kernel(static_cast<Parameters>(arguments)...); });
-}
-
 inline float shuffle_xor(float value, int mask) { return emulation::exchange_xor(value, mask); }
 inline void cluster_sync() { emulation::cluster_barrier(); }
 inline const float *of_rank(const float *pointer, int rank) { return emulation::mapped(pointer, rank); }
 
 // The CUDA functions that the kernels call.
+
+using std::min;
 
 inline float __uint_as_float(uint32_t bits) {
     float value;
@@ -98,6 +95,7 @@ inline uint32_t round_f16x2(float low, float high) {
         const float magnitude = std::fabs(value);
         if (magnitude != magnitude) return 0x7FFF;
         if (magnitude >= 65520.0f) return sign | 0x7C00;
+        if (magnitude == 0.0f) return sign;
         int exponent = 0;
         std::frexp(magnitude, &exponent);
         // Units of the last place: 2^-24 for subnormals. The sum carries into the exponent by itself.

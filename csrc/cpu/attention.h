@@ -1,0 +1,96 @@
+// What both passes of attention share: operands in single precision, packed for the matrix product.
+#pragma once
+#include "gemm.h"
+#include "kernels.h"
+#include "memory.h"
+#include "turn.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+
+using AttentionArgs = fastddpm_attention_args;
+
+constexpr int64_t kTaskRows = 48;       // rows of a task's results
+constexpr int64_t kProductDepth = 256;  // of a product, so that what it reads of b stays in the cache
+
+// Tokens or channels of one sequence as rows of single-precision numbers.
+struct Rows {
+    const float *at;
+    int64_t stride;
+
+    const float *row(int64_t i) const { return at + i * stride; }
+};
+
+constexpr int64_t whole_columns(int64_t columns) { return divide_up(columns, kColumns) * kColumns; }
+
+inline bool attention_supported(const AttentionArgs &p) {
+    const bool dtypes = p.dtype == FASTDDPM_FLOAT32 || p.dtype == FASTDDPM_BFLOAT16;
+    return dtypes && p.n > 0 && p.l > 0 && p.c > 0;
+}
+
+// How many sequences are worked on at once: enough for every thread, and enough that few wait at the end.
+inline int64_t sequences_at_once(const AttentionArgs &p, int64_t floats_of_one, int32_t threads) {
+    constexpr int64_t kFloats = 1 << 20;
+    return smaller(p.n, larger(2 * threads, kFloats / floats_of_one));
+}
+
+inline void widen(const uint16_t *from, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+    if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
+}
+
+// Sequence n of an operand: where it lies, or widened into `copy`.
+inline Rows rows_of(const AttentionArgs &p, const void *tensor, const int64_t *stride, int64_t n, float *copy) {
+    if (p.dtype == FASTDDPM_FLOAT32) return {static_cast<const float *>(tensor) + n * stride[0], stride[1]};
+    return {copy, p.c};
+}
+
+inline void widen_rows(const AttentionArgs &p, const void *tensor, const int64_t *stride, int64_t n, float *copy) {
+    if (p.dtype == FASTDDPM_FLOAT32) return;
+    const uint16_t *from = static_cast<const uint16_t *>(tensor) + n * stride[0];
+    for (int64_t i = 0; i < p.l; ++i) widen(from + i * stride[1], p.c, copy + i * p.c);
+}
+
+// Columns `first` .. of the packed b (depth, columns), kColumns of them, whose column j is row j of `from`.
+inline void pack_transposed(const Rows &from, int64_t columns, int64_t depth, int64_t first, float *packed) {
+    turn(from.row(first), from.stride, 1, smaller(kColumns, columns - first), depth, packed + first * depth, kColumns);
+}
+
+// The same of a b whose row d is row d of `from`.
+inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t first, float *packed) {
+    const int64_t count = smaller(kColumns, columns - first);
+    float *to = packed + first * depth;
+    for (int64_t d = 0; d < depth; ++d, to += kColumns) {
+        memcpy(to, from.row(d) + first, static_cast<size_t>(count) * sizeof(float));
+        memset(to + count, 0, static_cast<size_t>(kColumns - count) * sizeof(float));
+    }
+}
+
+// c = a b for the rows given of a and all of a packed b (depth, columns). Panel i of c begins at c + i c_panel, its
+// rows are c_row apart.
+inline void multiply(int64_t rows, const float *a, int64_t a_row, const float *packed, int64_t columns, int64_t depth,
+                     float *c, int64_t c_row, int64_t c_panel) {
+    for (int64_t d = 0; d < depth; d += kProductDepth)
+        for (int64_t i = 0; i < columns; i += kPanel)
+            product(rows, a + d, a_row, packed + (i / kColumns * depth + d) * kColumns + i % kColumns,
+                    smaller(kProductDepth, depth - d), c + i / kColumns * c_panel + i % kColumns, c_row, d > 0);
+}
+
+// Rows of results times a factor of each, in the tensor's dtype.
+inline void write_row(const AttentionArgs &p, const float *from, float factor, void *tensor, int64_t at) {
+    float *wide = static_cast<float *>(tensor) + at;
+    uint16_t *narrow = static_cast<uint16_t *>(tensor) + at;
+    const bool is_wide = p.dtype == FASTDDPM_FLOAT32;
+    int64_t i = 0;
+    for (; i + kWidth <= p.c; i += kWidth) {
+        const Vec v = load(from + i) * factor;
+        is_wide ? store(wide + i, v) : store(narrow + i, v);
+    }
+    if (i == p.c) return;
+    const Vec v = load_part(from + i, p.c - i) * factor;
+    is_wide ? store_part(wide + i, v, p.c - i) : store_part(narrow + i, v, p.c - i);
+}
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

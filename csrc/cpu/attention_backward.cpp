@@ -1,0 +1,179 @@
+// The backward pass of attention on the CPU. With P the weights and S the scores before scaling:
+//   dV = P^T dO    dP = dO V^T    dS = P * (dP - rowsum(P * dP)) scale    dQ = dS K    dK = dS^T Q
+//
+// P and dS of a sequence are kept, in the packed form in which the products of the second half read them: those give dV
+// and dK with channels as rows, so no two tasks add to one number.
+#include "attention.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+namespace {
+
+enum Operand { kQ, kK, kV, kGrad, kOperands };
+
+// Pieces of the working memory of one sequence.
+struct Sequence {
+    float *keys, *values;        // packed, tokens as columns
+    float *key_rows;             // packed, channels as columns
+    float *q_turned, *grad_turned;  // (C, L)
+    float *weights, *grad_scores;   // packed (L, L)
+    float *copies;               // bfloat16 operands widened
+
+    static int64_t turned_row(const AttentionArgs &p) { return divide_up(p.l, kLine) * kLine; }
+    static int64_t floats(const AttentionArgs &p) {
+        const int64_t copies = p.dtype == FASTDDPM_FLOAT32 ? 0 : kOperands * p.l * p.c;
+        return divide_up(2 * whole_columns(p.l) * p.c + whole_columns(p.c) * p.l + 2 * p.c * turned_row(p) +
+                             2 * whole_columns(p.l) * p.l + copies, kLine) * kLine;
+    }
+    Sequence(const AttentionArgs &p, float *memory)
+        : keys(memory),
+          values(keys + whole_columns(p.l) * p.c),
+          key_rows(values + whole_columns(p.l) * p.c),
+          q_turned(key_rows + whole_columns(p.c) * p.l),
+          grad_turned(q_turned + p.c * turned_row(p)),
+          weights(grad_turned + p.c * turned_row(p)),
+          grad_scores(weights + whole_columns(p.l) * p.l),
+          copies(grad_scores + whole_columns(p.l) * p.l) {}
+};
+
+struct Source {
+    const void *tensor;
+    int64_t stride[2];
+};
+
+Source source_of(const AttentionArgs &p, int operand) {
+    switch (operand) {
+        case kQ: return {p.q, {p.q_stride[0], p.q_stride[1]}};
+        case kK: return {p.k, {p.k_stride[0], p.k_stride[1]}};
+        case kV: return {p.v, {p.v_stride[0], p.v_stride[1]}};
+        default: return {p.grad, {p.l * p.c, p.c}};
+    }
+}
+
+Rows operand_rows(const AttentionArgs &p, const Sequence &memory, int operand, int64_t n) {
+    const Source source = source_of(p, operand);
+    return rows_of(p, source.tensor, source.stride, n, memory.copies + operand * p.l * p.c);
+}
+
+void widen_operands(const AttentionArgs &p, const Sequence &memory, int64_t n) {
+    for (int operand = 0; operand < kOperands; ++operand) {
+        const Source source = source_of(p, operand);
+        widen_rows(p, source.tensor, source.stride, n, memory.copies + operand * p.l * p.c);
+    }
+}
+
+constexpr int64_t kPackKinds = 5;
+
+void pack(const AttentionArgs &p, const Sequence &memory, int64_t n, int64_t kind) {
+    const Rows q = operand_rows(p, memory, kQ, n), k = operand_rows(p, memory, kK, n);
+    const Rows v = operand_rows(p, memory, kV, n), grad = operand_rows(p, memory, kGrad, n);
+    const int64_t row = Sequence::turned_row(p);
+    switch (kind) {
+        case 0:
+            for (int64_t i = 0; i < p.l; i += kColumns) pack_transposed(k, p.l, p.c, i, memory.keys);
+            break;
+        case 1:
+            for (int64_t i = 0; i < p.l; i += kColumns) pack_transposed(v, p.l, p.c, i, memory.values);
+            break;
+        case 2:
+            for (int64_t i = 0; i < p.c; i += kColumns) pack_rows(k, p.c, p.l, i, memory.key_rows);
+            break;
+        case 3: turn(q.at, q.stride, 1, p.l, p.c, memory.q_turned, row); break;
+        default: turn(grad.at, grad.stride, 1, p.l, p.c, memory.grad_turned, row); break;
+    }
+}
+
+// Row i of the scores, in packed form, becomes the weights; row i of dP becomes that of dS.
+void differentiate_row(const AttentionArgs &p, float *weights, float *grad_scores, float lse) {
+    const int64_t panel = p.l * kColumns;
+    // Columns beyond the last token hold nothing that is read, but must not spoil the sum.
+    Vec sums{};
+    for (int64_t j = 0; j < p.l; j += kWidth) {
+        const int64_t at = j / kColumns * panel + j % kColumns;
+        Vec weight = vexp(load(weights + at) * p.scale - lse), grad = load(grad_scores + at);
+        for (int64_t lane = p.l - j; lane < kWidth; ++lane) weight[lane] = grad[lane] = 0;
+        store(weights + at, weight);
+        store(grad_scores + at, grad);
+        sums += weight * grad;
+    }
+    const float row = sum(sums);
+    for (int64_t j = 0; j < p.l; j += kWidth) {
+        const int64_t at = j / kColumns * panel + j % kColumns;
+        store(grad_scores + at, load(weights + at) * (load(grad_scores + at) - row) * p.scale);
+    }
+}
+
+// Weights, dS and dQ of the query tokens first .. first + rows - 1.
+void differentiate_rows(const AttentionArgs &p, const Sequence &memory, int64_t n, int64_t first, int64_t rows, float *c) {
+    const Rows q = operand_rows(p, memory, kQ, n), grad = operand_rows(p, memory, kGrad, n);
+    const int64_t panel = p.l * kColumns, c_row = whole_columns(p.c);
+    float *weights = memory.weights + first * kColumns, *grad_scores = memory.grad_scores + first * kColumns;
+    multiply(rows, q.row(first), q.stride, memory.keys, p.l, p.c, weights, kColumns, panel);
+    multiply(rows, grad.row(first), grad.stride, memory.values, p.l, p.c, grad_scores, kColumns, panel);
+    for (int64_t r = 0; r < rows; ++r)
+        differentiate_row(p, weights + r * kColumns, grad_scores + r * kColumns, p.lse[n * p.l + first + r]);
+    for (int64_t i = 0; i < p.c; i += kPanel)
+        for (int64_t j = 0; j < p.l; j += kColumns)
+            product(rows, grad_scores + j / kColumns * panel, kColumns,
+                    memory.key_rows + (i / kColumns * p.l + j) * kColumns + i % kColumns, smaller(kColumns, p.l - j),
+                    c + i, c_row, j > 0);
+    for (int64_t r = 0; r < rows; ++r) write_row(p, c + r * c_row, 1, p.grad_q, (n * p.l + first + r) * p.c);
+}
+
+// Channels first .. first + rows - 1 of dV = P^T dO, or of dK = dS^T Q.
+void differentiate_channels(const AttentionArgs &p, const Sequence &memory, int64_t n, bool of_keys, int64_t first,
+                            int64_t rows, float *c) {
+    const int64_t a_row = Sequence::turned_row(p), c_row = whole_columns(p.l);
+    multiply(rows, (of_keys ? memory.q_turned : memory.grad_turned) + first * a_row, a_row,
+             of_keys ? memory.grad_scores : memory.weights, p.l, p.l, c, c_row, kColumns);
+    void *tensor = of_keys ? p.grad_k : p.grad_v;
+    for (int64_t j = 0; j < p.l; ++j)
+        for (int64_t r = 0; r < rows; r += kWidth) {
+            const int64_t count = smaller(kWidth, rows - r), at = (n * p.l + j) * p.c + first + r;
+            Vec v{};
+            for (int64_t lane = 0; lane < count; ++lane) v[lane] = c[(r + lane) * c_row + j];
+            if (p.dtype == FASTDDPM_FLOAT32)
+                store_part(static_cast<float *>(tensor) + at, v, count);
+            else
+                store_part(static_cast<uint16_t *>(tensor) + at, v, count);
+        }
+}
+
+}  // namespace
+
+int32_t attention_backward(const fastddpm_attention_args &p, int32_t threads) {
+    if (!attention_supported(p)) return FASTDDPM_UNSUPPORTED;
+    const int64_t each = Sequence::floats(p), at_once = sequences_at_once(p, each, threads);
+    const int64_t thread_floats = kTaskRows * larger(whole_columns(p.l), whole_columns(p.c));
+    Memory memory((at_once * each + threads * thread_floats) * static_cast<int64_t>(sizeof(float)));
+    if (memory.failed()) return FASTDDPM_NO_MEMORY;
+    float *sequences = memory.take<float>(at_once * each), *products = memory.take<float>(threads * thread_floats);
+    const int64_t row_tasks = divide_up(p.l, kTaskRows), channel_tasks = divide_up(p.c, kTaskRows);
+#pragma omp parallel num_threads(threads) if (threads > 1 && p.n * p.l * p.l * p.c > 32768)
+    for (int64_t start = 0; start < p.n; start += at_once) {
+        const int64_t count = smaller(at_once, p.n - start);
+        float *own = products + thread_number() * thread_floats;
+        if (p.dtype != FASTDDPM_FLOAT32) {
+#pragma omp for
+            for (int64_t i = 0; i < count; ++i) widen_operands(p, Sequence(p, sequences + i * each), start + i);
+        }
+#pragma omp for
+        for (int64_t task = 0; task < count * kPackKinds; ++task)
+            pack(p, Sequence(p, sequences + task / kPackKinds * each), start + task / kPackKinds, task % kPackKinds);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < count * row_tasks; ++task) {
+            const int64_t i = task / row_tasks, first = task % row_tasks * kTaskRows;
+            differentiate_rows(p, Sequence(p, sequences + i * each), start + i, first, smaller(kTaskRows, p.l - first), own);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < count * channel_tasks * 2; ++task) {
+            const int64_t i = task / (2 * channel_tasks), first = task % channel_tasks * kTaskRows;
+            differentiate_channels(p, Sequence(p, sequences + i * each), start + i, task / channel_tasks % 2, first,
+                                   smaller(kTaskRows, p.c - first), own);
+        }
+    }
+    return FASTDDPM_OK;
+}
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

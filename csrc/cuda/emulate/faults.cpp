@@ -1,0 +1,36 @@
+// Kernels with the faults that the emulation must find.
+#include "../common.cuh"
+
+namespace fastddpm {
+namespace {
+
+// What the other warp wrote; without the barrier, that or what was there before.
+__global__ void neighbour(float *out, bool barrier) {
+    FASTDDPM_SHARED(memory);
+    auto *values = reinterpret_cast<float *>(memory);
+    values[threadIdx.x] = static_cast<float>(threadIdx.x);
+    if (barrier) __syncthreads();
+    out[threadIdx.x] = values[threadIdx.x ^ 32];
+}
+
+__global__ void half_at_a_barrier() {
+    if (threadIdx.x < 32) __syncthreads();
+}
+
+__global__ void past_the_end(int floats) {
+    FASTDDPM_SHARED(memory);
+    if (threadIdx.x == 0) reinterpret_cast<float *>(memory)[floats] = 0.0f;
+}
+
+}  // namespace
+}  // namespace fastddpm
+
+FASTDDPM_API int32_t fastddpm_emulation_neighbour(float *out, int32_t barrier) {
+    return fastddpm::launch(fastddpm::neighbour, {1, 64, 64 * sizeof(float)}, nullptr, out, barrier != 0);
+}
+FASTDDPM_API int32_t fastddpm_emulation_half_at_a_barrier() {
+    return fastddpm::launch(fastddpm::half_at_a_barrier, {1, 64}, nullptr);
+}
+FASTDDPM_API int32_t fastddpm_emulation_past_the_end() {
+    return fastddpm::launch(fastddpm::past_the_end, {1, 32, 64}, nullptr, 16);
+}

@@ -1,0 +1,125 @@
+// How a call of group_norm_silu is divided among blocks. Host code only.
+#include <numeric>
+
+#include "group_norm_silu.cuh"
+
+namespace fastddpm {
+namespace group_norm {
+namespace {
+
+// Bytes of a memory sector: rows of fewer waste bandwidth.
+constexpr int64_t kSector = 32;
+constexpr int kLargestCluster = 8;  // what every chip with clusters takes
+
+int element_size(const Args &a) { return a.dtype == FASTDDPM_FLOAT32 ? 4 : 2; }
+
+// Elements that move together: 16 bytes, if every vector is aligned and of one channel (NCHW) or tensor (NHWC).
+int vector_of(const Args &a, bool backward) {
+    const int vector = 16 / element_size(a);
+    const bool divides = a.layout == FASTDDPM_NHWC ? a.c1 % vector == 0 && a.c2 % vector == 0
+                                                   : a.height * a.width % vector == 0;
+    const bool all = backward ? aligned(a.grad) && aligned(a.grad_x) && aligned(a.grad_skip) : aligned(a.y);
+    return divides && all && aligned(a.x) && aligned(a.skip) ? vector : 1;
+}
+
+struct Planner {
+    const Args &a;
+    Chip chip;
+    bool backward;
+    int64_t size = element_size(a), all_pixels = a.height * a.width, all_channels = a.c1 + a.c2;
+    int64_t per_group = all_channels / a.groups, vector = vector_of(a, backward);
+    bool nhwc = a.layout == FASTDDPM_NHWC;
+    // The fewest channels that are whole groups and, in NHWC, whole vectors.
+    int64_t unit = nhwc ? std::lcm(per_group, vector) : per_group;
+
+    // Completes a plan from the channels of a slab and the parts of an image.
+    Plan divided(int64_t channels, int64_t pixels, bool on_chip) const {
+        Plan plan{};
+        plan.channels = static_cast<int>(channels);
+        plan.slabs = static_cast<int>(all_channels / channels);
+        plan.pixels = static_cast<int>(pixels);
+        plan.parts = static_cast<int>(divide_up(all_pixels, pixels));
+        plan.vector = static_cast<int>(vector);
+        plan.on_chip = on_chip;
+        plan.blocks = a.n * plan.slabs * plan.parts;
+        // Four vectors a thread: enough loads in flight, and few threads without work in small images.
+        const int64_t wanted = divide_up(divide_up(channels * pixels, vector), 4 * 32) * 32;
+        plan.threads = static_cast<int>(std::min<int64_t>(wanted, kThreads));
+        const int sums = backward ? 3 : 1, copies = backward ? (on_chip ? 2 : 0) : 1;
+        plan.stash = static_cast<int>(std::min<int64_t>(divide_up(channels * pixels * size, 16) * 16 * copies, INT32_MAX));
+        const int lanes = lanes_in_rows(static_cast<int>(channels / vector), plan.threads);
+        plan.scratch = nhwc ? sums * (plan.threads / lanes) * plan.channels : 0;
+        // Sums of the block and of the cluster, six numbers a channel and four a group.
+        const int64_t floats = plan.scratch + (2 * sums + 6) * channels + 4 * (channels / per_group);
+        plan.shared = plan.stash + floats * static_cast<int64_t>(sizeof(float));
+        return plan;
+    }
+
+    // The slab of an image in one cluster: fewest blocks to a cluster and widest slab with which every multiprocessor
+    // has a block, else the most blocks. Half of the shared memory first: two blocks then work on one multiprocessor,
+    // one of them loading while the other computes.
+    bool on_chip(Plan *best) const {
+        best->blocks = 0;
+        for (const int64_t budget : {int64_t{chip.shared} / 2, int64_t{chip.shared}}) {
+            for (int cluster = 1; cluster <= (chip.clusters ? kLargestCluster : 1); cluster *= 2) {
+                const int64_t grain = nhwc ? 1 : vector;
+                const int64_t pixels = divide_up(divide_up(all_pixels, cluster), grain) * grain;
+                if (divide_up(all_pixels, pixels) != cluster) continue;
+                for (int64_t units = all_channels / unit; units > 0; --units) {
+                    const int64_t channels = units * unit;
+                    if (all_channels % channels != 0) continue;
+                    if (channels * size < kSector && nhwc && channels < all_channels) continue;
+                    const Plan plan = divided(channels, pixels, true);
+                    if (plan.shared > budget || plan.blocks <= best->blocks) continue;
+                    *best = plan;
+                    if (plan.blocks >= chip.multiprocessors) return true;
+                }
+            }
+            if (best->blocks > 0) return true;
+        }
+        return false;
+    }
+
+    // Parts of an image that need not be together on a chip: as much of a row as fits (NHWC), or one group (NCHW).
+    bool in_parts(Plan *plan) const {
+        const int64_t grain = nhwc ? 1 : vector, stash = std::min(48 * 1024, chip.shared / 2);
+        for (int64_t units = nhwc ? all_channels / unit : 1; units > 0; --units) {
+            const int64_t channels = units * unit;
+            if (all_channels % channels != 0) continue;
+            const int64_t pixels = std::max(stash / (channels * size) / grain * grain, grain);
+            *plan = divided(channels, std::min(pixels, divide_up(all_pixels, grain) * grain), false);
+            if (plan->shared > chip.shared) continue;
+            const int64_t sums = backward ? 3 * a.n * plan->parts * all_channels : 2 * a.n * plan->parts * a.groups;
+            plan->workspace = (sums + (backward ? 2 * a.n * a.groups : 0)) * static_cast<int64_t>(sizeof(float));
+            return true;
+        }
+        return false;
+    }
+};
+
+}  // namespace
+
+int32_t make_plan(const Args &a, bool backward, Plan *plan) {
+    const int64_t image = (a.c1 + a.c2) * a.height * a.width;
+    if (a.dtype < FASTDDPM_FLOAT32 || a.dtype > FASTDDPM_FLOAT16 || image >= INT32_MAX || a.groups < 1 ||
+        (a.c1 + a.c2) % a.groups != 0)
+        return FASTDDPM_UNSUPPORTED;
+    Chip chip{};
+    if (const int32_t error = query_chip(&chip)) return error;
+    const Planner planner{a, chip, backward};
+    if (!planner.on_chip(plan) && !planner.in_parts(plan)) return FASTDDPM_UNSUPPORTED;
+    // Backward: the sums of an image's channels, for the weight's and the bias's gradients.
+    if (backward) plan->workspace += 2 * a.n * (a.c1 + a.c2) * static_cast<int64_t>(sizeof(float));
+    return FASTDDPM_OK;
+}
+
+}  // namespace group_norm
+}  // namespace fastddpm
+
+FASTDDPM_API int32_t fastddpm_cuda_group_norm_silu_workspace(const fastddpm_group_norm_silu_args *args,
+                                                             int32_t backward, int64_t *bytes) {
+    fastddpm::group_norm::Plan plan{};
+    const int32_t code = fastddpm::group_norm::make_plan(*args, backward != 0, &plan);
+    *bytes = plan.workspace;
+    return code;
+}

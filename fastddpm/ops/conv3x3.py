@@ -1,0 +1,64 @@
+"""conv3x3: the network's 3x3 convolutions with stride 1, optionally of an image doubled before."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import register, register_gradient
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, doubled: bool = False) -> Tensor:
+    """3x3 convolution with stride 1 and one zero on every side; of x doubled by nearest neighbours when `doubled`.
+
+    `x`: floating (N, C, H, W), any memory format. `weight`: (K, C, 3, 3), `bias`: (K,), in x's dtype.
+    Returns (N, K, H, W), or (N, K, 2H, 2W), in channels_last.
+    Raises ValueError for other shapes or dtypes.
+    """
+    if x.ndim != 4 or not x.dtype.is_floating_point:
+        raise ValueError(f"conv3x3: x must be floating (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
+    if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3) or weight.dtype != x.dtype:
+        raise ValueError(
+            f"conv3x3: weight must be {x.dtype} (K, {x.shape[1]}, 3, 3); got {weight.dtype} {tuple(weight.shape)}"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        raise ValueError(f"conv3x3: bias must be {x.dtype} ({weight.shape[0]},); got {bias.dtype} {tuple(bias.shape)}")
+    return torch.ops.fastddpm.conv3x3(x, weight, bias, doubled)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+    n, _, height, width = x.shape
+    factor = 2 if doubled else 1
+    shape = (n, weight.shape[0], factor * height, factor * width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, doubled: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last) if wanted[0] else x.new_empty(0),
+        torch.empty_like(weight) if wanted[1] else x.new_empty(0),
+        weight.new_empty(weight.shape[0]) if wanted[2] else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.doubled = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.fastddpm.conv3x3_backward(grad, *ctx.saved_tensors, ctx.doubled, wanted)
+    return *(gradient if want else None for gradient, want in zip(grads, wanted, strict=True)), None
+
+
+register("conv3x3", "(Tensor x, Tensor weight, Tensor? bias, bool doubled) -> Tensor", _fake)
+register(
+    "conv3x3_backward",
+    "(Tensor grad, Tensor x, Tensor weight, bool doubled, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+    operation="conv3x3",
+)
+register_gradient("conv3x3", _backward, _setup_context)
