@@ -1,7 +1,10 @@
 """Packaging. The kernels live at the top of the repository and are installed as fastddpm.kernels."""
 
+import importlib.util
 import re
+import shutil
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -14,6 +17,14 @@ KERNELS = ["fastddpm.kernels", *(f"fastddpm.kernels.{name}" for name in find_pac
 def library(name: str) -> Extension:
     """A compiled library; csrc/build.py knows how. There is no Python in it: one file name for every version."""
     return Extension(f"fastddpm.kernels.{name}", sources=[], py_limited_api=True, optional=True)
+
+
+def build_module() -> ModuleType:
+    """csrc/build.py; an isolated build does not have the checkout on its path."""
+    spec = importlib.util.spec_from_file_location("fastddpm_csrc_build", ROOT / "csrc" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class BuildNative(build_ext):
@@ -38,15 +49,21 @@ class BuildNative(build_ext):
                 target.with_name(f"{name}_missing.txt").write_text(f"{problem}\n", encoding="utf-8")
 
     def build_extension(self, ext: Extension) -> None:
-        from csrc.build import NotBuilt, build
-
+        csrc = build_module()
         target = Path(self.get_ext_fullpath(ext.name))
         self.mkpath(str(target.parent))
         try:
-            self.copy_file(str(build(ext.name.rpartition(".")[2])), str(target))
-        except NotBuilt as problem:
+            library = csrc.build(ext.name.rpartition(".")[2])
+        except csrc.NotBuilt as problem:
             self.problems[ext.name] = str(problem)
             self.warn(str(problem))
+            return
+        # Written elsewhere and renamed: a process that has the old file loaded keeps it.
+        new = target.with_name(f"{target.name}.new")
+        shutil.copyfile(library, new)
+        new.chmod(0o755)
+        new.replace(target)
+
 
 setup(
     name="fastddpm",

@@ -1,4 +1,4 @@
-"""Builds the native libraries with ninja, into build/native: only what changed is compiled again.
+"""Builds the native libraries with ninja, into build/: only what changed is compiled again.
 
 python csrc/build.py [_native | _native_cuda | _native_emulated] [--sanitize]    prints the library's path
 """
@@ -10,8 +10,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
@@ -22,20 +23,15 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-# No contraction where noise is drawn: it has the same bits on every machine. Elsewhere a * b + c is one instruction.
-CONTRACTION = {name: "-ffp-contract=off" for name in ("random_normal", "q_sample", "reverse_step")}
+# These draw noise, which has the same bits on every machine. Elsewhere a * b + c is one instruction.
+UNCONTRACTED = {"random_normal", "q_sample", "reverse_step"}
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 NVCC = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
-# As CONTRACTION: these draw noise.
-NVCC_CONTRACTION = {"random_normal", "q_sample", "reverse_step"}
 # Code for 90a and 100a runs on those chips alone; the PTX is compiled by the driver of any later one.
-CHIPS = [
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-gencode=arch=compute_100a,code=sm_100a",
-    "-gencode=arch=compute_90,code=compute_90",
-]
+CHIPS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a", "compute_90": "compute_90"}
+
+EMULATED = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 
 SLOWER = {
     "_native": "what the CPU runs is several times slower",
@@ -48,40 +44,43 @@ class NotBuilt(Exception):
     """Why there is no library, in one line, with what to do."""
 
 
+class Recipe(NamedTuple):
+    """How to make a library."""
+
+    folder: Path  # of the objects and the library
+    tool: str  # the compiler
+    plans: Sequence[str]  # what ninja reads; each is tried if the one before failed
+
+
 def build(name: str, *, sanitize: bool = False) -> Path:
     """The path of the library `name`, up to date; `NotBuilt` if that cannot be."""
     ninja = _ninja()
     if ninja is None:
-        raise NotBuilt(_reason(name, "ninja is not there", "run `pip install ninja`"))
-    if name == "_native":
-        rules, target = _cpu_rules(sanitize)
-        tool, install = shlex.split(os.environ.get("CXX", "c++"))[0], "install a C++ compiler"
-    elif name == "_native_emulated":
-        rules, target = _emulated_rules()
-        tool, install = shlex.split(os.environ.get("CXX", "c++"))[0], "install a C++ compiler"
-    else:
-        nvcc = find_nvcc()
-        if nvcc is None:
-            raise NotBuilt(_reason(name, "there was no nvcc", "set CUDA_HOME to a CUDA toolkit"))
-        rules, target = _cuda_rules(nvcc)
-        tool, install = nvcc, "see the compiler's messages"
-    if shutil.which(tool) is None:
-        raise NotBuilt(_reason(name, f"there was no compiler ({tool})", install))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    plans = [rules("-fopenmp"), rules("")] if name == "_native" else [rules("")]
-    for plan in plans:
-        file = target.parent / "build.ninja"
-        if not file.exists() or file.read_text(encoding="utf-8") != plan:
-            file.write_text(plan, encoding="utf-8")
-        done = subprocess.run([ninja, "-C", str(target.parent), target.name], stdout=subprocess.PIPE, text=True)
+        raise _not_built(name, "ninja was not there", "run `pip install ninja`")
+    recipe = _cuda() if name == "_native_cuda" else _emulated() if name == "_native_emulated" else _cpu(sanitize)
+    if shutil.which(recipe.tool) is None:
+        raise _not_built(name, f"there was no compiler ({recipe.tool})", "install one")
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    for plan in recipe.plans:
+        _write_if_changed(recipe.folder / "build.ninja", plan)
+        command = [ninja, "-C", str(recipe.folder), f"{name}.so"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode == 0:
-            return target
+            return recipe.folder / f"{name}.so"
         sys.stderr.write(done.stdout)
-    raise NotBuilt(_reason(name, f"{tool} could not compile it", install))
+    raise _not_built(name, f"{recipe.tool} could not compile it", "see the compiler's messages")
 
 
-def _reason(name: str, cause: str, remedy: str) -> str:
-    return (
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME or CUDA_PATH if set, else of PATH, else of /usr/local/cuda."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home is not None:
+            return shutil.which(str(Path(home) / "bin" / "nvcc"))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def _not_built(name: str, cause: str, remedy: str) -> NotBuilt:
+    return NotBuilt(
         f"no compiled library: {cause} when fastddpm was installed, so {SLOWER[name]}; {remedy}, "
         "then install fastddpm again (pip install -v shows the build)"
     )
@@ -95,95 +94,111 @@ def _ninja() -> str | None:
     return str(Path(BIN_DIR) / "ninja")
 
 
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME or CUDA_PATH if set, else of PATH, else of /usr/local/cuda."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home is not None:
-            return shutil.which(str(Path(home) / "bin" / "nvcc"))
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
-def _cpu_rules(sanitize: bool):  # type: ignore[no-untyped-def]
-    compiler = os.environ.get("CXX", "c++")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _cpu(sanitize: bool) -> Recipe:
     folder = ROOT / "build" / ("native-sanitize" if sanitize else "native")
-    extra = SANITIZE if sanitize else []
-
-    def rules(openmp: str) -> str:
-        flags = [*COMMON, *extra, openmp, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        return "\n".join(_cpu_lines(compiler, flags, openmp, x86, extra))
-
-    return rules, folder / "_native.so"
+    # A compiler without OpenMP still makes a library: one that uses one thread.
+    plans = ["\n".join(_cpu_lines(openmp, SANITIZE if sanitize else [])) for openmp in ("-fopenmp", "")]
+    return Recipe(folder, shlex.split(_compiler())[0], plans)
 
 
-def _cpu_lines(compiler: str, flags: list[str], openmp: str, x86: bool, extra: list[str]) -> Iterator[str]:
-    yield f"rule cc\n  command = {compiler} {' '.join(flags)} $isa -MMD -MF $out.d -c $in -o $out"
-    yield "  depfile = $out.d\n  deps = gcc"
-    yield f"rule link\n  command = {compiler} -shared {openmp} {' '.join(extra)} $in -o $out"
+def _cpu_lines(openmp: str, sanitize: list[str]) -> Iterator[str]:
+    flags = " ".join([*COMMON, *sanitize, openmp, os.environ.get("CXXFLAGS", "")])
+    yield from _rule("cc", f"{_compiler()} {flags} $options -MMD -MF $out.d -c $in -o $out", depfile=True)
+    yield from _rule("link", f"{_compiler()} -shared {openmp} {' '.join(sanitize)} $in -o $out")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects = []
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        if source.stem == "dispatch":
-            variants = {"": ["-DFASTDDPM_X86"] if x86 else []}
-        else:
-            names = INSTRUCTION_SETS if x86 else {"baseline": []}
-            contraction = CONTRACTION.get(source.stem, "-ffp-contract=fast")
-            variants = {isa: [*options, contraction, f"-DFASTDDPM_ISA={isa}"] for isa, options in names.items()}
-        for isa, options in variants.items():
-            objects.append(f"{source.stem}.{isa or 'all'}.o")
-            yield f"build {objects[-1]}: cc {_escaped(source)}\n  isa = {' '.join(options)}"
+        for variant, options in _variants(source.stem, x86).items():
+            objects.append(f"{source.stem}.{variant}.o")
+            yield f"build {objects[-1]}: cc {_source(source)}\n  options = {' '.join(options)}"
     yield f"build _native.so: link {' '.join(objects)}\n"
 
 
-def _cuda_rules(nvcc: str):  # type: ignore[no-untyped-def]
-    def rules(_: str) -> str:
-        return "\n".join(_cuda_lines(nvcc))
+def _variants(stem: str, x86: bool) -> dict[str, list[str]]:
+    """The options with which a source of csrc/cpu is compiled, once for each instruction set."""
+    if stem == "dispatch":
+        return {"all": ["-DFASTDDPM_X86"] if x86 else []}
+    contraction = "-ffp-contract=" + ("off" if stem in UNCONTRACTED else "fast")
+    sets = INSTRUCTION_SETS if x86 else {"baseline": INSTRUCTION_SETS["baseline"]}
+    return {isa: [*options, contraction, f"-DFASTDDPM_ISA={isa}"] for isa, options in sets.items()}
 
-    return rules, ROOT / "build" / "native-cuda" / "_native_cuda.so"
+
+def _cuda() -> Recipe:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise _not_built("_native_cuda", "there was no nvcc", "to have it, set CUDA_HOME to a CUDA toolkit")
+    return Recipe(ROOT / "build" / "native-cuda", nvcc, ["\n".join(_cuda_lines(nvcc))])
 
 
 def _cuda_lines(nvcc: str) -> Iterator[str]:
+    chips = [f"-gencode=arch={CHIPS[chip]},code={chip}" for chip in _chips(nvcc)]
+    command = f"{shlex.quote(nvcc)} {' '.join([*NVCC, *chips])} -Xptxas -v $options -MD -MF $out.d -c $in -o $out"
     # What each kernel takes of registers and stack, which ptxas prints, is kept beside the object.
-    command = f"{nvcc} {' '.join([*NVCC, *CHIPS])} -Xptxas -v $contraction -MD -MF $out.d -c $in -o $out"
-    yield f"rule nvcc\n  command = {command} >$out.usage 2>&1 || (cat $out.usage; exit 1)"
-    yield "  depfile = $out.d\n  deps = gcc"
-    yield f"rule link\n  command = {nvcc} -shared -cudart static $in -o $out"
+    yield from _rule("cc", f"{command} >$out.usage 2>&1 || (cat $out.usage; exit 1)", depfile=True)
+    yield from _rule("link", f"{shlex.quote(nvcc)} -shared -cudart static $in -o $out")
     objects = []
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         objects.append(f"{source.stem}.o")
-        yield f"build {objects[-1]}: nvcc {_escaped(source)}"
-        if source.stem in NVCC_CONTRACTION:
-            yield "  contraction = -fmad=false"
+        yield f"build {objects[-1]}: cc {_source(source)}"
+        if source.stem in UNCONTRACTED:
+            yield "  options = -fmad=false"
     yield f"build _native_cuda.so: link {' '.join(objects)}\n"
 
 
-def _emulated_rules():  # type: ignore[no-untyped-def]
-    def rules(_: str) -> str:
-        return "\n".join(_emulated_lines(os.environ.get("CXX", "c++")))
+def _chips(nvcc: str) -> list[str]:
+    """Those of CHIPS that this nvcc knows."""
+    listed = [
+        subprocess.run([nvcc, option], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.split()
+        for option in ("--list-gpu-code", "--list-gpu-arch")
+    ]
+    known = {name for names in listed for name in names}
+    # The lists leave out the variants with a letter, which came with 90a and 100.
+    return [chip for chip in CHIPS if chip.rstrip("a") in known or chip in known]
 
-    return rules, ROOT / "build" / "native-emulated" / "_native_emulated.so"
+
+def _emulated() -> Recipe:
+    """The CUDA sources for the CPU: tests only."""
+    return Recipe(
+        ROOT / "build" / "native-emulated", shlex.split(_compiler())[0], ["\n".join(_emulated_lines(_compiler()))]
+    )
 
 
 def _emulated_lines(compiler: str) -> Iterator[str]:
-    """The CUDA sources for the CPU: tests only."""
-    flags = "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wno-unknown-pragmas -DFASTDDPM_EMULATE -U_FORTIFY_SOURCE"
-    yield f"rule cc\n  command = {compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out"
-    yield "  depfile = $out.d\n  deps = gcc"
-    yield f"rule link\n  command = {compiler} -shared $in -o $out"
+    # Jumping between the stacks of a block's threads is what _FORTIFY_SOURCE takes for an attack.
+    flags = " ".join([*EMULATED, "-DFASTDDPM_EMULATE", "-U_FORTIFY_SOURCE"])
+    yield from _rule("cc", f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out", depfile=True)
+    yield from _rule("link", f"{compiler} -shared $in -o $out")
     objects = []
     for source in sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda" / "emulate").glob("*.cpp")]):
         objects.append(f"{source.stem}.o")
-        yield f"build {objects[-1]}: cc {_escaped(source)}"
+        yield f"build {objects[-1]}: cc {_source(source)}"
     yield f"build _native_emulated.so: link {' '.join(objects)}\n"
 
 
-def _escaped(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def _rule(name: str, command: str, *, depfile: bool = False) -> Iterator[str]:
+    yield f"rule {name}\n  command = {command}"
+    if depfile:
+        yield "  depfile = $out.d\n  deps = gcc"
+
+
+def _source(path: Path) -> str:
+    """A source as ninja names it in a folder of build/: a checkout that is moved or copied is not built again."""
+    return f"../../{path.relative_to(ROOT).as_posix()}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=sorted(SLOWER), default="_native")
-    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan")
+    parser.add_argument("--sanitize", action="store_true", help="the CPU library with AddressSanitizer and UBSan")
     arguments = parser.parse_args()
     try:
         print(build(arguments.name, sanitize=arguments.sanitize))

@@ -13,13 +13,16 @@ from . import interface
 from .native import dtype_code
 
 __all__ = [
+    "FLOATS",
     "call",
     "dtype_code",
     "emulated",
     "key",
     "library",
+    "on_one_device",
     "philox_words",
     "pointer",
+    "too_old",
     "unavailable",
     "unsupported",
     "workspace",
@@ -30,7 +33,8 @@ _NOT_BUILT = (
     "no compiled library beside kernels/native_cuda.py, so a GPU runs the Triton kernels or PyTorch's operators; "
     "`pip install -e .` compiles it where there is a CUDA toolkit"
 )
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST_CHIP = (8, 0)
 
 # Tests put the emulated library here; tensors are then on the CPU.
 _emulated: list[ctypes.CDLL] = []
@@ -69,15 +73,34 @@ def unavailable() -> str | None:
     library = _loaded()
     if isinstance(library, str):
         return library
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    return _refusal(library) if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+@lru_cache(maxsize=1)
+def _refusal(library: ctypes.CDLL) -> str | None:
+    """Why the driver does not run the library: torch may run where the toolkit that compiled this does not."""
+    args, size = interface.GroupNormSiLU(n=1, c1=1, height=1, width=1, groups=1), ctypes.c_int64()
+    code = library.fastddpm_cuda_group_norm_silu_workspace(ctypes.byref(args), 0, ctypes.byref(size))
+    return f"the compiled CUDA library does not run here: {_words(library, code)}" if code else None
+
+
+def too_old(*args: object) -> str | None:
+    """Why the chip that holds the first tensor of `args` has no code in the library, or None."""
+    device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
+    if device is None or device.type != "cuda":
+        return None
+    chip = torch.cuda.get_device_capability(device)
+    if chip >= _OLDEST_CHIP:
+        return None
+    return f"the CUDA kernels need compute capability 8.0; {device} has {chip[0]}.{chip[1]}"
 
 
 def unsupported(*args: object) -> str | None:
     """Why the CUDA kernels do not take an operation's arguments, or None: they compute in float32."""
     for arg in args:
-        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype not in _FLOATS:
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype not in FLOATS:
             return f"the CUDA kernels take float32, bfloat16 and float16, not {str(arg.dtype).removeprefix('torch.')}"
-    return None
+    return too_old(*args)
 
 
 @contextlib.contextmanager
@@ -107,6 +130,13 @@ def pointer(tensor: Tensor | None) -> int | None:
     if tensor.device.type != wanted:
         raise ValueError(f"the compiled CUDA library reads tensors on {wanted}; got one on {tensor.device}")
     return tensor.data_ptr()
+
+
+def on_one_device(operation: str, *tensors: Tensor | None) -> None:
+    """ValueError unless all tensors are where the first is: a kernel gets addresses, and would not notice."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{operation}: all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
 
 
 def key(images: Tensor, seed: Tensor, step: Tensor) -> interface.Key:
@@ -143,8 +173,11 @@ def workspace(args: interface.GroupNormSiLU, backward: bool, tensors: Sequence[T
 def _check(lib: ctypes.CDLL, operation: str, code: int, tensors: Sequence[Tensor]) -> None:
     if code:
         shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors)
-        text = lib.fastddpm_cuda_error_text(code).decode()
-        raise RuntimeError(f"{operation} on {tensors[0].device}, {shapes}: {text} (code {code})")
+        raise RuntimeError(f"{operation} on {tensors[0].device}, {shapes}: {_words(lib, code)}")
+
+
+def _words(lib: ctypes.CDLL, code: int) -> str:
+    return f"{lib.fastddpm_cuda_error_text(code).decode()} (code {code})"
 
 
 def philox_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:

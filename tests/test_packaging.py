@@ -10,10 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from native_build import find_nvcc
 
 ROOT = Path(__file__).parent.parent
 setuptools = pytest.importorskip("setuptools", "70.1", reason="builds without isolation need setuptools 70.1 or later")
 pytest.importorskip("pip")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler; there is none")
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
 
 
@@ -22,17 +24,32 @@ def checkout(tmp_path: Path) -> Path:
     """The sources as in a clean checkout: links kept, nothing built."""
     target = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(
-        ".*", "*.so", "_native_missing.txt", "__pycache__", "build", "dist", "*.egg-info", "runs"
+        ".*", "*.so", "*_missing.txt", "__pycache__", "build", "dist", "*.egg-info", "runs"
     )
     return Path(shutil.copytree(ROOT, target, symlinks=True, ignore=ignored))
 
 
+@pytest.fixture
+def built_checkout(checkout: Path) -> Path:
+    """The same with the objects of this checkout's build, if there was one: compiling them takes long."""
+    if (ROOT / "build").is_dir():
+        shutil.copytree(
+            ROOT / "build", checkout / "build", ignore=shutil.ignore_patterns("*sanitize*", "lib*", "bdist*")
+        )
+    return checkout
+
+
+# What hides the compilers from a build. A folder without nvcc in it keeps a test from compiling for minutes.
+NO_NVCC = {"CUDA_HOME": "/nonexistent", "CUDA_PATH": "/nonexistent"}
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false", **NO_NVCC}
+
+
 def run(*command: str, cwd: Path, **environment: str) -> str:
-    """Output of a Python command, which must succeed."""
+    """Output of a Python command, which must succeed; without nvcc unless `environment` says otherwise."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env=os.environ | environment,
+        env=os.environ | NO_NVCC | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -57,6 +74,7 @@ for module in (fastddpm, reference):
     assert module.__file__.startswith(os.environ["PYTHONPATH"]), module.__file__
 print(len(fastddpm.data.open_dataset(None, image_size=16, channels=1).images))
 print(fastddpm.ops.status()["random_normal"])
+print(fastddpm.ops.status("cuda")["group_norm_silu"])
 """
 
 
@@ -82,35 +100,82 @@ def test_the_wheel_holds_everything_and_works_elsewhere(checkout: Path, tmp_path
     assert {"fastddpm/data/mnist5k.npz", "fastddpm/py.typed"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastddpm"}
     pip("install", "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
-    digits, status = digits_and_status(tmp_path / "site", tmp_path)
+    digits, status, cuda_status = digits_and_status(tmp_path / "site", tmp_path)
     assert digits == "5000"
+    assert "there was no nvcc when fastddpm was installed" in cuda_status
     if shutil.which("c++"):
         assert status == "cpu"
 
 
 def test_without_a_compiler_it_installs_and_says_what_is_slower(checkout: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    log = pip("install", "-v", "--target", str(site), str(checkout), cwd=tmp_path, CC="/bin/false", CXX="/bin/false")
-    said = [line for line in log.splitlines() if "noise is drawn 5 to 10 times more slowly" in line]
+    log = pip("install", "-v", "--target", str(site), str(checkout), cwd=tmp_path, **NO_COMPILER)
+    said = [line for line in log.splitlines() if "what the CPU runs is several times slower" in line]
     assert len(said) == 1
     assert not list(site.rglob("_native*so"))
-    digits, status = digits_and_status(site, tmp_path)
+    digits, status, cuda_status = digits_and_status(site, tmp_path)
     assert digits == "5000"
     assert status.startswith("reference (no compiled library: ") and status[len("reference (") : -1] in said[0]
+    assert "no compiled library: there was no nvcc" in cuda_status
 
 
-def test_a_build_in_place_leaves_the_library_or_the_reason_never_both(checkout: Path) -> None:
+@needs_compiler
+def test_an_editable_install_builds_once(checkout: Path, tmp_path: Path) -> None:
+    """With a C++ compiler alone; the second time nothing is compiled, and the library is the same file's content."""
+    prefix = ("--prefix", str(tmp_path / "prefix"), "--ignore-installed")
+    pip("install", "-e", str(checkout), *prefix, cwd=tmp_path)
+    library = checkout / "kernels" / "_native.abi3.so"
+    first = library.read_bytes()
+    objects = {path: path.stat().st_mtime_ns for path in (checkout / "build").rglob("*.o")}
+    assert len(objects) > 20
+    log = pip("install", "-v", "-e", str(checkout), *prefix, cwd=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (checkout / "build").rglob("*.o")} == objects
+    assert "several times slower" not in log and library.read_bytes() == first
+    # One source changed: its objects and no others.
+    (checkout / "csrc" / "cpu" / "q_sample.cpp").touch()
+    pip("install", "-e", str(checkout), *prefix, cwd=tmp_path)
+    changed = {path.name for path, time in objects.items() if path.stat().st_mtime_ns != time}
+    assert changed and all(name.startswith("q_sample.") for name in changed)
+    note = (checkout / "kernels" / "_native_cuda_missing.txt").read_text()
+    assert "there was no nvcc when fastddpm was installed" in note
+
+
+@needs_compiler
+def test_the_library_is_replaced_not_overwritten(built_checkout: Path) -> None:
+    """A process that has loaded the old one goes on with it."""
+    command = ("setup.py", "-q", "build_ext", "--inplace")
+    run(*command, cwd=built_checkout)
+    library = built_checkout / "kernels" / "_native.abi3.so"
+    with library.open("rb") as old:
+        inode = os.fstat(old.fileno()).st_ino
+        (built_checkout / "csrc" / "cpu" / "q_sample.cpp").touch()
+        run(*command, cwd=built_checkout)
+        assert library.stat().st_ino != inode and os.fstat(old.fileno()).st_nlink == 0
+
+
+def test_a_build_in_place_leaves_the_library_or_the_reason_never_both(built_checkout: Path) -> None:
     def built(**environment: str) -> set[str]:
-        run("setup.py", "-q", "build_ext", "--inplace", "--force", cwd=checkout, **environment)
-        return {path.name for path in (checkout / "kernels").glob("_native*")}
+        run("setup.py", "-q", "build_ext", "--inplace", "--force", cwd=built_checkout, **environment)
+        return {path.name for path in (built_checkout / "kernels").glob("_native*")}
 
-    missing = {"_native_missing.txt"}
-    assert built(CC="/bin/false", CXX="/bin/false") == missing
+    no_cuda = "_native_cuda_missing.txt"
+    missing = {"_native_missing.txt", no_cuda}
+    assert built(**NO_COMPILER) == missing
     if shutil.which("c++"):
-        assert built() == {"_native.abi3.so"}
-        (checkout / "kernels" / "_native.cpython-310-old.so").touch()
-        assert built() == {"_native.abi3.so"}
-    assert built(CC="/bin/false", CXX="/bin/false") == missing
+        assert built() == {"_native.abi3.so", no_cuda}
+        (built_checkout / "kernels" / "_native.cpython-310-old.so").touch()
+        assert built() == {"_native.abi3.so", no_cuda}
+    assert built(**NO_COMPILER) == missing
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc; there is none")
+def test_with_nvcc_both_libraries_are_built(built_checkout: Path) -> None:
+    home = str(Path(str(find_nvcc())).parent.parent)
+    run("setup.py", "-q", "build_ext", "--inplace", cwd=built_checkout, CUDA_HOME=home)
+    assert {path.name for path in (built_checkout / "kernels").glob("_native*")} == {
+        "_native.abi3.so",
+        "_native_cuda.abi3.so",
+    }
 
 
 def test_the_source_archive_can_be_installed_from(checkout: Path, tmp_path: Path) -> None:
@@ -120,10 +185,11 @@ def test_the_source_archive_can_be_installed_from(checkout: Path, tmp_path: Path
     archive = only_file(tmp_path / "dist")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
     assert sources | {"kernels/native.py", "fastddpm/data/mnist5k.npz", "README.md"} <= names
     pip("install", "--target", str(tmp_path / "site"), str(archive), cwd=tmp_path)
-    digits, status = digits_and_status(tmp_path / "site", tmp_path)
+    digits, status, cuda_status = digits_and_status(tmp_path / "site", tmp_path)
     assert digits == "5000"
+    assert "there was no nvcc when fastddpm was installed" in cuda_status
     if shutil.which("c++"):
         assert status == "cpu"

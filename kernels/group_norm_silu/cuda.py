@@ -1,14 +1,30 @@
 """group_norm_silu by the compiled CUDA library."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import interface, native_cuda
-from ..native_cuda import unavailable, unsupported
+from ..native_cuda import unavailable
 from ..philox import STREAM_DROPOUT
 from . import reference
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
+
+# A slab of the image holds whole groups, and its sums must fit in the shared memory of every chip.
+_CHANNELS_OF_A_GROUP = 1024
+
+
+def unsupported(*args: Any) -> str | None:
+    """Why forward's arguments are left to another backend, or None."""
+    x, groups, skip = args[0], args[3], args[5]
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    if channels * x.shape[2] * x.shape[3] >= 2**31 - 1:
+        return f"the CUDA kernels take images of fewer than 2^31 - 1 elements, not {channels}x{x.shape[2]}x{x.shape[3]}"
+    if channels > groups * _CHANNELS_OF_A_GROUP:
+        return f"the CUDA kernels take up to {_CHANNELS_OF_A_GROUP} channels to a group, not {channels // groups}"
+    return native_cuda.unsupported(*args)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -41,6 +57,9 @@ class _Call:
         step: Tensor | None,
         layer: int,
     ) -> None:
+        native_cuda.on_one_device(
+            "group_norm_silu", x, weight, bias, skip, temb, scale, shift, *((images, seed, step) if dropout > 0 else ())
+        )
         self.memory_format = _memory_format(x)
         self.x, self.skip = self.dense(x), self.dense(skip)
         dtype = _parameter_dtype(weight, bias, temb, scale, shift)
@@ -52,7 +71,8 @@ class _Call:
         pointer = native_cuda.pointer
         self.args = interface.GroupNormSiLU(
             x=pointer(self.x), skip=pointer(self.skip), **{k: pointer(v) for k, v in self.parameters.items()},
-            n=n, c1=c1, c2=self.channels - c1, height=height, width=width, groups=groups, dropout=dropout,
+            n=n, c1=c1, c2=self.channels - c1, height=height, width=width, groups=groups,
+            dropout=round(dropout * 65536) / 65536, # of which float32 loses no bit
             dropout_stream=STREAM_DROPOUT + 256 * layer, silu=silu,
             layout=interface.NHWC if self.memory_format == torch.channels_last else interface.NCHW,
             dtype=native_cuda.dtype_code(x.dtype), param_dtype=native_cuda.dtype_code(dtype),
@@ -136,6 +156,7 @@ def backward(
     rest = (skip, temb, scale, shift, silu, dropout, images, seed, step, layer)
     if x.numel() == 0:
         return reference.backward(grad, x, weight, bias, mean, rstd, groups, *rest)
+    native_cuda.on_one_device("group_norm_silu_backward", grad, x, mean, rstd)
     call = _Call(x, weight, bias, groups, *rest)
     grad, mean, rstd = call.dense(grad.to(x.dtype)), mean.contiguous(), rstd.contiguous()  # type: ignore[assignment]
     grad_x, grad_skip = call.image(x.shape[1]), None if skip is None else call.image(skip.shape[1])

@@ -22,7 +22,7 @@ def forward(
     step: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, its noise within 1e-6. IndexError for a t outside the table."""
-    if len(t) and not (0 <= int(t.min()) and int(t.max()) < len(table)):
+    if len(t) and not (int(t.min()) >= 0 and int(t.max()) < len(table)):
         raise IndexError(f"q_sample: t must be in 0..{len(table) - 1}; got {int(t.min())}..{int(t.max())}")
     if x0.dtype != torch.uint8:
         x0 = x0.to(torch.float32)

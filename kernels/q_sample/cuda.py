@@ -4,14 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import interface, native_cuda
+from ..native_cuda import too_old as unsupported  # any dtype: what is neither uint8 nor float32 is converted
 from ..native_cuda import unavailable
 
 __all__ = ["forward", "unavailable", "unsupported"]
-
-
-def unsupported(*args: object) -> str | None:
-    """None: what is neither uint8 nor float32 is converted, as the reference does."""
-    return None
 
 
 def forward(
@@ -25,6 +21,7 @@ def forward(
     step: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, its noise within 1e-6; a t outside the table gives NaN instead of an error."""
+    native_cuda.on_one_device("q_sample", x0, t, table, flip, noise, images, seed, step)
     if x0.dtype != torch.uint8:
         x0 = x0.to(torch.float32)
     t, table, images = t.contiguous(), table.contiguous(), images.contiguous()

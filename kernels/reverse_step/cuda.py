@@ -4,14 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import interface, native_cuda
+from ..native_cuda import too_old as unsupported  # any dtype: out is converted
 from ..native_cuda import unavailable
 
 __all__ = ["forward", "unavailable", "unsupported"]
-
-
-def unsupported(*args: object) -> str | None:
-    """None: another dtype of out is converted, as the reference does."""
-    return None
 
 
 def forward(
@@ -28,7 +24,8 @@ def forward(
     x0: Tensor | None,
 ) -> None:
     """As the reference, its noise within 1e-6; an index outside the table gives NaN instead of an error."""
-    if native_cuda.unsupported(out) is not None:
+    native_cuda.on_one_device("reverse_step", x, out, table, timesteps, index, images, seed, noise, x0)
+    if out.dtype not in native_cuda.FLOATS:
         out = out.to(torch.float32)
     table, timesteps, images = table.contiguous(), timesteps.contiguous(), images.contiguous()
     noise = None if noise is None else noise.contiguous()
