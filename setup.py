@@ -54,7 +54,7 @@ class BuildNative(build_ext):
         self.mkpath(str(target.parent))
         try:
             library = csrc.build(ext.name.rpartition(".")[2])
-        except csrc.NotBuilt as problem:
+        except csrc.BuildError as problem:
             self.problems[ext.name] = str(problem)
             self.warn(str(problem))
             return

@@ -40,7 +40,7 @@ SLOWER = {
 }
 
 
-class NotBuilt(Exception):
+class BuildError(Exception):
     """Why there is no library, in one line, with what to do."""
 
 
@@ -53,13 +53,13 @@ class Recipe(NamedTuple):
 
 
 def build(name: str, *, sanitize: bool = False) -> Path:
-    """The path of the library `name`, up to date; `NotBuilt` if that cannot be."""
+    """The path of the library `name`, up to date; `BuildError` if that cannot be."""
     ninja = _ninja()
     if ninja is None:
-        raise _not_built(name, "ninja was not there", "run `pip install ninja`")
+        raise _build_error(name, "ninja was not there", "run `pip install ninja`")
     recipe = _cuda() if name == "_native_cuda" else _emulated() if name == "_native_emulated" else _cpu(sanitize)
     if shutil.which(recipe.tool) is None:
-        raise _not_built(name, f"there was no compiler ({recipe.tool})", "install one")
+        raise _build_error(name, f"there was no compiler ({recipe.tool})", "install one")
     recipe.folder.mkdir(parents=True, exist_ok=True)
     for plan in recipe.plans:
         _write_if_changed(recipe.folder / "build.ninja", plan)
@@ -68,7 +68,7 @@ def build(name: str, *, sanitize: bool = False) -> Path:
         if done.returncode == 0:
             return recipe.folder / f"{name}.so"
         sys.stderr.write(done.stdout)
-    raise _not_built(name, f"{recipe.tool} could not compile it", "see the compiler's messages")
+    raise _build_error(name, f"{recipe.tool} could not compile it", "see the compiler's messages")
 
 
 def find_nvcc() -> str | None:
@@ -79,8 +79,8 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def _not_built(name: str, cause: str, remedy: str) -> NotBuilt:
-    return NotBuilt(
+def _build_error(name: str, cause: str, remedy: str) -> BuildError:
+    return BuildError(
         f"no compiled library: {cause} when fastddpm was installed, so {SLOWER[name]}; {remedy}, "
         "then install fastddpm again (pip install -v shows the build)"
     )
@@ -135,7 +135,7 @@ def _variants(stem: str, x86: bool) -> dict[str, list[str]]:
 def _cuda() -> Recipe:
     nvcc = find_nvcc()
     if nvcc is None:
-        raise _not_built("_native_cuda", "there was no nvcc", "to have it, set CUDA_HOME to a CUDA toolkit")
+        raise _build_error("_native_cuda", "there was no nvcc", "to have it, set CUDA_HOME to a CUDA toolkit")
     return Recipe(ROOT / "build" / "native-cuda", nvcc, ["\n".join(_cuda_lines(nvcc))])
 
 
@@ -202,5 +202,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         print(build(arguments.name, sanitize=arguments.sanitize))
-    except NotBuilt as problem:
+    except BuildError as problem:
         sys.exit(str(problem))

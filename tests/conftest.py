@@ -4,13 +4,10 @@ pytest tests/ops --backend reference        the operator tests on one backend of
 pytest tests/ops --device cuda              the operator tests on a GPU
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 
-from fastddpm.ops import use_backend
 from fastddpm.ops.backend import CHOICES
 
 
@@ -45,14 +42,3 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
-
-
-@pytest.fixture(autouse=True)
-def chosen_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run the tests of tests/ops on the backend of --backend, if given."""
-    name = request.config.getoption("--backend")
-    if name is None or request.path.parent.name != "ops":
-        yield
-        return
-    with use_backend(name):
-        yield

@@ -9,4 +9,4 @@ assert _spec is not None and _spec.loader is not None
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 
-build, find_nvcc, NotBuilt = _module.build, _module.find_nvcc, _module.NotBuilt
+build, find_nvcc, BuildError = _module.build, _module.find_nvcc, _module.BuildError
