@@ -80,14 +80,18 @@ class PreparedUNet:
             return self._plan.run(x, self._projections(t, label))
 
     def _projections(self, t: Tensor, label: Tensor | None) -> Tensor:
-        """The time embedding's projections for every residual block side by side, (N, sum of channels)."""
+        """The time embedding's projections for every residual block side by side, (N, sum of channels).
+
+        Each is computed alone: the bits of a product of matrices depend on how many rows there are.
+        """
         if label is None:
             values = t.tolist()
-            missing = sorted(set(values) - self._rows.keys())
-            if missing:
-                self._rows |= self._rows_of(missing)
+            for value in set(values) - self._rows.keys():
+                self._rows |= self._rows_of([value])
             return torch.stack([self._rows[value] for value in values])
-        return self._project(self.unet.embed(t, label))
+        pairs = list(zip(t.tolist(), label.tolist(), strict=True))
+        rows = {pair: self._project(self.unet.embed(*(torch.tensor([v]) for v in pair)))[0] for pair in set(pairs)}
+        return torch.stack([rows[pair] for pair in pairs])
 
     def _rows_of(self, timesteps: Sequence[int]) -> dict[int, Tensor]:
         embedding = self.unet.embed(torch.tensor([int(t) for t in timesteps]), None)

@@ -1,101 +1,89 @@
-"""What nvcc makes of the CUDA kernels: code for every chip, no spills, and a library that fails in words without a GPU."""
+"""What nvcc makes of the CUDA kernels: code for every chip, no spills, a library that fails in words without a GPU."""
 
 import importlib.util
 import re
-import struct
-from dataclasses import dataclass
+import sys
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
+import fat_binary
 import pytest
 import torch
+from native_build import build, find_nvcc
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm.kernels import interface, native_cuda
 from fastddpm.kernels.group_norm_silu import cuda as group_norm_cuda
+from fastddpm.kernels.q_sample import cuda as q_sample_cuda
 from fastddpm.kernels.random_normal import cuda as random_normal_cuda
+from fastddpm.kernels.reverse_step import cuda as reverse_step_cuda
 
-ROOT = Path(__file__).parent.parent
 # Each kernel for three dtypes, two layouts, with vectors and without; and those of one kind.
 VARIANTS = 3 * 2 * 2
 KERNELS = {"normalize": VARIANTS, "differentiate": VARIANTS, "apply_parts": 2 * VARIANTS}
-KERNELS |= {"combine_parts": 1, "add_parts": 1, "add_images": 1}
+KERNELS |= {"combine_parts": 1, "add_parts": 1, "add_images": 1, "nothing": 1}
 KERNELS |= {"normals": 1, "raw_words": 1, "noise_images": 1, "reverse": 1}
+
+
+def _resources() -> ModuleType:
+    """csrc/cuda/resources.py lies outside every package."""
+    path = Path(__file__).parent.parent / "csrc" / "cuda" / "resources.py"
+    spec = importlib.util.spec_from_file_location("fastddpm_csrc_resources", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+resources = _resources()
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    if build.find_nvcc() is None:
+    if find_nvcc() is None:
         pytest.skip("there is no nvcc")
-    return build.build("_native_cuda")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one kernel takes on one chip, from ptxas."""
-
-    kernel: str
-    chip: str
-    stack: int
-    spills: int
-    registers: int
-    shared: int  # static
-
-
-def usages(library: Path) -> list[Usage]:
-    found = []
-    for file in sorted(library.parent.glob("*.usage")):
-        text = file.read_text()
-        pattern = (
-            r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-            r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
-        )
-        for name, chip, stack, stores, loads, registers, rest in re.findall(pattern, text, re.DOTALL):
-            kernels = [kernel for kernel in KERNELS if re.search(rf"\d{kernel}[IE]", name)]
-            assert len(kernels) == 1, name
-            shared = re.search(r"(\d+) bytes smem", rest)
-            found.append(
-                Usage(
-                    kernels[0], chip, int(stack), int(stores) + int(loads), int(registers),
-                    int(shared[1]) if shared else 0,
-                )
-            )  # fmt: skip
-    return found
+    return build("_native_cuda")
 
 
 def test_every_kernel_stays_in_registers_on_every_chip(library: Path) -> None:
-    found = usages(library)
-    for chip in ("sm_80", "sm_90a", "sm_100a"):
-        counts = {kernel: sum(u.kernel == kernel and u.chip == chip for u in found) for kernel in KERNELS}
-        assert counts == KERNELS
+    found = resources.usages(library.parent)
+    for chip in resources.CHIPS:
+        assert Counter(usage.kernel for usage in found if usage.chip == chip) == KERNELS
     for usage in found:
         assert (usage.stack, usage.spills, usage.shared) == (0, 0, 0), usage
         # Two blocks of 256 threads, or one of 512 (add_images), share the 65536 of a multiprocessor.
         assert usage.registers <= 128, usage
 
 
-def fat_binary_parts(library: bytes) -> set[tuple[str, int, bool]]:
-    """(SASS or PTX, architecture, of that architecture only) of all code in an ELF file of nvcc's."""
-    parts = set()
-    at = library.find(b"\x50\xed\x55\xba")
-    while at >= 0:
-        header, size = struct.unpack_from("<HQ", library, at + 6)
-        entry, end = at + header, at + header + size
-        while entry < end:
-            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", library, entry)
-            (architecture,) = struct.unpack_from("<I", library, entry + 28)
-            (flags,) = struct.unpack_from("<Q", library, entry + 40)
-            parts.add(("PTX" if kind == 1 else "SASS", architecture, bool(flags >> 20 & 1)))
-            entry += entry_header + entry_size
-        at = library.find(b"\x50\xed\x55\xba", end)
-    return parts
-
-
 def test_there_is_code_for_each_chip_and_ptx_for_later_ones(library: Path) -> None:
-    parts = fat_binary_parts(library.read_bytes())
+    parts = {(part.kind, part.architecture, part.of_that_only) for part in fat_binary.parts(library.read_bytes())}
     assert parts >= {("SASS", 80, False), ("SASS", 90, True), ("SASS", 100, True), ("PTX", 90, False)}
+
+
+def test_images_move_in_16_bytes(library: Path) -> None:
+    """By one instruction each, in the kernels with vectors; in the elementwise ones where rows allow it."""
+    seen = {80: 0, 90: 0, 100: 0}
+    for part in fat_binary.parts(library.read_bytes()):
+        if part.kind != "SASS" or part.architecture not in seen:
+            continue
+        for name, code in fat_binary.kernels(part):
+            kernel = resources.kernel_name(name)
+            loads, stores = fat_binary.global_accesses(code)
+            vectors = re.search(r"(?:normalize|differentiate|apply_parts)I.*Li[48]EEE", name)
+            if vectors:
+                # 4-byte stores are those of statistics and gradients of channels, which apply_parts has none of.
+                small = {2, 4} if "apply_parts" in name else {2}
+                assert 16 in loads and 16 in stores and not small & set(stores), name
+            elif kernel in ("noise_images", "reverse"):
+                assert 16 in loads and 16 in stores, name
+            elif kernel == "normals":
+                assert 16 in stores, name
+            else:
+                continue
+            seen[part.architecture] += 1
+    assert seen == dict.fromkeys(seen, 4 * VARIANTS // 2 + 3)
 
 
 def test_it_loads_anywhere_and_fails_in_words_without_a_gpu(library: Path) -> None:
@@ -111,6 +99,7 @@ def test_it_loads_anywhere_and_fails_in_words_without_a_gpu(library: Path) -> No
             )
         else:
             pytest.skip("there is a GPU here")
+        assert "does not run here" in str(native_cuda._refusal(opened))
         zero = torch.tensor(0)
         with pytest.raises(RuntimeError, match=r"random_normal on cpu, float32 \(1, 4\): .* \(code \d+\)"):
             random_normal_cuda.forward([4], torch.tensor([0]), zero, zero, 0)
@@ -119,3 +108,14 @@ def test_it_loads_anywhere_and_fails_in_words_without_a_gpu(library: Path) -> No
                 x, torch.ones(8), torch.ones(8), 2, 1e-6, None, None, None, None, True, 0.0, None, None, None, 0
             )
         assert b"workspace" in opened.fastddpm_cuda_error_text(-2)
+
+
+def test_chips_without_code_are_left_to_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = {"cuda:0": (7, 5), "cuda:1": (8, 0), "cuda:2": (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chips[str(device)])
+    with FakeTensorMode():
+        on = [torch.zeros(1, device=device) for device in chips]
+    for module in (q_sample_cuda, reverse_step_cuda, random_normal_cuda, native_cuda):
+        assert "compute capability 8.0; cuda:0 has 7.5" in str(module.unsupported([3], on[0], None))
+        assert module.unsupported(on[1]) is None and module.unsupported(on[2], on[0]) is None
+        assert module.unsupported(torch.zeros(1)) is None

@@ -5,9 +5,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
-from ops import contract
 import pytest
 import torch
+from ops import contract
 from torch import Tensor
 
 from fastddpm import ops

@@ -2,6 +2,9 @@
 //
 // The same sources compile for the CPU with FASTDDPM_EMULATE defined (emulate/cuda_emulation.h), for tests.
 #pragma once
+#include <cstring>
+#include <type_traits>
+
 #include "../fastddpm.h"
 #include "../philox.h"
 
@@ -15,11 +18,11 @@
 
 namespace fastddpm {
 
-// What the host decides by. Queried at each call: the answer depends on the current device, and costs well below 1 us.
+// What the host decides by. Queried at each call: the answer depends on the current device.
 struct Chip {
     int multiprocessors;
-    int shared;  // bytes of shared memory that a block may have
-    bool clusters;
+    int shared;   // bytes of shared memory that a block may have
+    int cluster;  // blocks that a cluster may have; 1: there are no clusters
 };
 int32_t query_chip(Chip *chip);
 
@@ -38,29 +41,27 @@ struct identity {
 };
 
 #ifndef FASTDDPM_EMULATE
+constexpr int kSharedOfEveryChip = 48 * 1024;  // more must be asked for
+
+cudaLaunchConfig_t launch_config(const LaunchShape &shape, void *stream, cudaLaunchAttribute *cluster);
+
+// Lets a kernel have all the shared memory that a block may have on the current device, whatever this launch needs: the
+// limit belongs to the kernel, and threads that launch it at the same time must not lower each other's.
+int32_t allow_shared(const void *kernel);
+
 // Nothing is launched for no blocks. A failure is returned, and cleared from the runtime's state.
 template <typename... Parameters>
 int32_t launch(void (*kernel)(Parameters...), const LaunchShape &shape, void *stream,
                typename identity<Parameters>::type... arguments) {
     if (shape.blocks == 0) return FASTDDPM_OK;
     if (shape.blocks > INT32_MAX) return FASTDDPM_UNSUPPORTED;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-    config.dynamicSmemBytes = shape.shared;
-    config.stream = static_cast<cudaStream_t>(stream);
+    if (shape.shared > kSharedOfEveryChip)
+        if (const int32_t error = allow_shared(reinterpret_cast<const void *>(kernel))) return error;
     cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = shape.cluster > 1;
-    cudaError_t error = cudaSuccess;
-    if (shape.shared > 48 * 1024)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(shape.shared));
-    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    const cudaError_t last = cudaGetLastError();
-    return error != cudaSuccess ? error : last;
+    const cudaLaunchConfig_t config = launch_config(shape, stream, &cluster);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
 }
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
@@ -86,6 +87,7 @@ __device__ __forceinline__ const float *of_rank(const float *pointer, int rank) 
 template <typename... Parameters>
 int32_t launch(void (*kernel)(Parameters...), const LaunchShape &shape, void *,
                typename identity<Parameters>::type... arguments) {
+    if (shape.blocks == 0) return FASTDDPM_OK;
     return emulation::run(shape.blocks, shape.threads, shape.shared, shape.cluster, [&] { kernel(arguments...); });
 }
 #endif
@@ -166,13 +168,41 @@ struct Pack<T, 1> {
     }
 };
 
+// A pack moves by one instruction.
+template <typename T, int V>
+using Word = std::conditional_t<sizeof(Pack<T, V>) == 16, uint4,
+                                std::conditional_t<sizeof(Pack<T, V>) == 4, uint32_t, uint16_t>>;
+
+#ifndef FASTDDPM_EMULATE
+// Nothing that the kernels load by packs is written while they run.
+template <typename W>
+__device__ __forceinline__ W read_word(const void *address) {
+    return __ldg(static_cast<const W *>(address));
+}
+template <typename W>
+__device__ __forceinline__ void write_word(void *address, const W &word) {
+    *static_cast<W *>(address) = word;
+}
+// By name: the compiler takes the assignment apart into four stores where the address is a sum of many.
+__device__ __forceinline__ void write_word(void *address, const uint4 &word) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(word.x),
+                 "r"(word.y), "r"(word.z), "r"(word.w));
+}
+#endif
+
 template <int V, typename T>
 __device__ __forceinline__ Pack<T, V> load(const T *address) {
-    return *reinterpret_cast<const Pack<T, V> *>(address);
+    const auto word = read_word<Word<T, V>>(address);
+    Pack<T, V> pack;
+    memcpy(&pack, &word, sizeof(pack));
+    return pack;
 }
 template <int V, typename T>
 __device__ __forceinline__ void store(T *address, const float (&values)[V]) {
-    *reinterpret_cast<Pack<T, V> *>(address) = Pack<T, V>::pack(values);
+    const auto pack = Pack<T, V>::pack(values);
+    Word<T, V> word;
+    memcpy(&word, &pack, sizeof(pack));
+    write_word(address, word);
 }
 
 // One element of a tensor whose dtype is known at run time only.

@@ -177,7 +177,8 @@ FASTDDPM_DEVICE void write_channels(const Args &a, const Plan &plan, const Share
         const float sum_g = sums[c], sum_gx = sums[s.channels + c] * table.rstd[c];
         float factor = 1.0f;
         if (a.grad_temb)
-            a.grad_temb[i] = sum_g * table.factor[c] - pixels * table.flat[c] - sums[2 * s.channels + c] * table.slope[c];
+            a.grad_temb[i] =
+                sum_g * table.factor[c] - pixels * table.flat[c] - sums[2 * s.channels + c] * table.slope[c];
         if (a.scale) {
             factor += element(a.scale, i, a.param_dtype);
             a.grad_scale[i] = sum_gx * element(a.weight, s.c0 + c, a.param_dtype) +
@@ -248,9 +249,11 @@ __global__ void __launch_bounds__(kThreads)
     fill_statistics(a, s, table);
     const float *partial = part_sums(a, plan) + s.n * plan.parts * kSums * channels + s.c0;
     channel_sums<true, 1, kSums>(s, scratch, sums, [&](const Line &line, float (&sum)[kSums][1]) {
-        for (int i = line.first; i < line.count; i += line.step)
+        for (int i = line.first; i < line.count; i += line.step) {
+            const float *of_part = partial + static_cast<int64_t>(i) * kSums * channels + line.c;
 #pragma unroll
-            for (int q = 0; q < kSums; ++q) sum[q][0] += partial[(static_cast<int64_t>(i) * kSums + q) * channels + line.c];
+            for (int q = 0; q < kSums; ++q) sum[q][0] += of_part[q * channels];
+        }
     });
     group_means_of(a, s, table, sums, means);
     fill_means(a, s, table, means);
@@ -325,8 +328,8 @@ int32_t backward(const Args &a, void *workspace, int64_t workspace_bytes, void *
         return launch(apply_parts<T, kNhwc, V>, {plan.blocks, plan.threads, table}, stream, a, plan, rule);
     });
     if (code) return code;
-    return launch(add_images, {divide_up(channels_of(a), kColumns), kColumns * kRows, 2 * kRows * kColumns * sizeof(float)},
-                  stream, a, plan);
+    constexpr size_t kScratch = 2 * kRows * kColumns * sizeof(float);
+    return launch(add_images, {divide_up(channels_of(a), kColumns), kColumns * kRows, kScratch}, stream, a, plan);
 }
 
 }  // namespace group_norm

@@ -9,7 +9,7 @@ namespace {
 
 // Bytes of a memory sector: rows of fewer waste bandwidth.
 constexpr int64_t kSector = 32;
-constexpr int kLargestCluster = 8;  // what every chip with clusters takes
+constexpr int64_t kReserved = 1024;  // bytes of shared memory that each block costs besides its own
 
 int element_size(const Args &a) { return a.dtype == FASTDDPM_FLOAT32 ? 4 : 2; }
 
@@ -26,8 +26,9 @@ struct Planner {
     const Args &a;
     Chip chip;
     bool backward;
+    int64_t vector;
     int64_t size = element_size(a), all_pixels = a.height * a.width, all_channels = a.c1 + a.c2;
-    int64_t per_group = all_channels / a.groups, vector = vector_of(a, backward);
+    int64_t per_group = all_channels / a.groups;
     bool nhwc = a.layout == FASTDDPM_NHWC;
     // The fewest channels that are whole groups and, in NHWC, whole vectors.
     int64_t unit = nhwc ? std::lcm(per_group, vector) : per_group;
@@ -46,12 +47,14 @@ struct Planner {
         const int64_t wanted = divide_up(divide_up(channels * pixels, vector), 4 * 32) * 32;
         plan.threads = static_cast<int>(std::min<int64_t>(wanted, kThreads));
         const int sums = backward ? 3 : 1, copies = backward ? (on_chip ? 2 : 0) : 1;
-        plan.stash = static_cast<int>(std::min<int64_t>(divide_up(channels * pixels * size, 16) * 16 * copies, INT32_MAX));
+        const int64_t stash = divide_up(channels * pixels * size, 16) * 16 * copies;
+        plan.stash = static_cast<int>(std::min<int64_t>(stash, INT32_MAX));
         const int lanes = lanes_in_rows(static_cast<int>(channels / vector), plan.threads);
-        plan.scratch = nhwc ? sums * (plan.threads / lanes) * plan.channels : 0;
+        const int64_t scratch = nhwc ? sums * (plan.threads / lanes) * channels : 0;
+        plan.scratch = static_cast<int>(std::min<int64_t>(scratch, INT32_MAX));
         // Sums of the block and of the cluster, six numbers a channel and four a group.
-        const int64_t floats = plan.scratch + (2 * sums + 6) * channels + 4 * (channels / per_group);
-        plan.shared = plan.stash + floats * static_cast<int64_t>(sizeof(float));
+        const int64_t floats = scratch + (2 * sums + 6) * channels + 4 * (channels / per_group);
+        plan.shared = stash + floats * static_cast<int64_t>(sizeof(float));
         return plan;
     }
 
@@ -60,8 +63,8 @@ struct Planner {
     // one of them loading while the other computes.
     bool on_chip(Plan *best) const {
         best->blocks = 0;
-        for (const int64_t budget : {int64_t{chip.shared} / 2, int64_t{chip.shared}}) {
-            for (int cluster = 1; cluster <= (chip.clusters ? kLargestCluster : 1); cluster *= 2) {
+        for (const int64_t budget : {(chip.shared - kReserved) / 2, int64_t{chip.shared}}) {
+            for (int cluster = 1; cluster <= chip.cluster; cluster *= 2) {
                 const int64_t grain = nhwc ? 1 : vector;
                 const int64_t pixels = divide_up(divide_up(all_pixels, cluster), grain) * grain;
                 if (divide_up(all_pixels, pixels) != cluster) continue;
@@ -101,13 +104,18 @@ struct Planner {
 
 int32_t make_plan(const Args &a, bool backward, Plan *plan) {
     const int64_t image = (a.c1 + a.c2) * a.height * a.width;
-    if (a.dtype < FASTDDPM_FLOAT32 || a.dtype > FASTDDPM_FLOAT16 || image >= INT32_MAX || a.groups < 1 ||
+    const auto floating = [](int32_t dtype) { return dtype >= FASTDDPM_FLOAT32 && dtype <= FASTDDPM_FLOAT16; };
+    if (!floating(a.dtype) || !floating(a.param_dtype) || image < 1 || image >= INT32_MAX || a.groups < 1 ||
         (a.c1 + a.c2) % a.groups != 0)
         return FASTDDPM_UNSUPPORTED;
     Chip chip{};
     if (const int32_t error = query_chip(&chip)) return error;
-    const Planner planner{a, chip, backward};
-    if (!planner.on_chip(plan) && !planner.in_parts(plan)) return FASTDDPM_UNSUPPORTED;
+    const auto planned = [&](int64_t vector) {
+        const Planner planner{a, chip, backward, vector};
+        return planner.on_chip(plan) || planner.in_parts(plan);
+    };
+    // Groups of an odd number of channels come whole into vectors only by several, which may be too many.
+    if (!planned(vector_of(a, backward)) && !planned(1)) return FASTDDPM_UNSUPPORTED;
     // Backward: the sums of an image's channels, for the weight's and the bias's gradients.
     if (backward) plan->workspace += 2 * a.n * (a.c1 + a.c2) * static_cast<int64_t>(sizeof(float));
     return FASTDDPM_OK;

@@ -22,7 +22,8 @@ namespace {
 
 constexpr size_t kStack = 64 * 1024, kGuard = 64;
 constexpr int kWarp = 32, kSharedOfEveryChip = 48 * 1024;
-constexpr int32_t kIllegalAddress = 700, kLaunchFailure = 719;  // cudaErrorIllegalAddress, cudaErrorLaunchFailure
+// cudaErrorInvalidConfiguration, IllegalAddress, MisalignedAddress, LaunchFailure
+constexpr int32_t kInvalidConfiguration = 9, kIllegalAddress = 700, kMisalignedAddress = 716, kLaunchFailure = 719;
 constexpr unsigned char kPoison = 0xFF, kGuardByte = 0xA5;      // as floats: NaN
 
 struct Barrier {
@@ -39,6 +40,8 @@ struct Block {
     unsigned index;
     std::unique_ptr<unsigned char[]> memory;
     unsigned char *shared;
+    size_t size;  // of shared
+    int running;  // threads that have not ended
     Barrier barrier;
     std::vector<Warp> warps;
 };
@@ -53,8 +56,9 @@ struct Fiber {
     jmp_buf at;
 };
 
-Chip chip{132, 227 * 1024, true};
+Chip chip{132, 227 * 1024, 8};
 unsigned fiber_order = 0;
+bool misaligned = false;
 int32_t launches = 0, largest_cluster = 0;
 
 Barrier cluster;
@@ -85,6 +89,8 @@ Warp &warp_of(const Fiber &fiber) { return fiber.block->warps[fiber.thread / kWa
 void fiber_main() {
     (*thread_body)();
     current->done = true;
+    Block &block = *current->block;
+    if (--block.running == 0) memset(block.shared, kPoison, block.size);
     _longjmp(scheduler, 1);
 }
 
@@ -112,6 +118,36 @@ class Stacks {
     char *base_;
 };
 
+struct Range {
+    Fiber **first, **last;
+};
+
+// Runs each of the fibers that can run to its next barrier; whether there was one.
+bool run_fibers(Range range) {
+    bool progress = false;
+    for (Fiber **at = range.first; at != range.last; ++at) {
+        Fiber &fiber = **at;
+        if (fiber.done || (fiber.waiting && fiber.waiting->generation == fiber.generation)) continue;
+        resume(fiber);
+        progress = true;
+    }
+    return progress;
+}
+
+// Runs each of the groups of adjacent fibers; a `greedy` one again and again, while that brings it on.
+template <typename Same, typename Run>
+bool run_groups(Range range, Same same, bool greedy, Run run) {
+    bool progress = false;
+    for (Fiber **first = range.first; first != range.last;) {
+        Fiber **last = std::find_if(first, range.last, [&](const Fiber *fiber) { return !same(*first, fiber); });
+        bool advanced = run(Range{first, last});
+        progress |= advanced;
+        while (greedy && advanced) advanced = run(Range{first, last});
+        first = last;
+    }
+    return progress;
+}
+
 int32_t run_cluster(std::vector<Fiber> &fibers, const Stacks &stacks) {
     std::vector<Fiber *> order;
     for (size_t i = 0; i < fibers.size(); ++i) {
@@ -123,19 +159,30 @@ int32_t run_cluster(std::vector<Fiber> &fibers, const Stacks &stacks) {
         makecontext(&fiber.start, fiber_main, 0);
         order.push_back(&fiber);
     }
+    // Shuffled as a whole and then sorted by block and by warp, each in an order of its own.
     if (fiber_order == 1) std::reverse(order.begin(), order.end());
-    if (fiber_order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(fiber_order));
-    for (size_t left = order.size(); left > 0;) {
-        bool progress = false;
-        for (Fiber *fiber : order) {
-            if (fiber->done || (fiber->waiting && fiber->waiting->generation == fiber->generation)) continue;
-            resume(*fiber);
-            progress = true;
-            left -= fiber->done;
-        }
-        if (!progress) return kLaunchFailure;
+    if (fiber_order > 1) {
+        std::mt19937 random(fiber_order);
+        std::shuffle(order.begin(), order.end(), random);
+        const uint32_t turn = random();
+        const auto place = [&](const Fiber *fiber) {
+            return std::pair{(fiber->block->index ^ turn) * 0x9E3779B9u, (fiber->thread / kWarp ^ turn) * 0x85EBCA6Bu};
+        };
+        std::stable_sort(order.begin(), order.end(), [&](auto *a, auto *b) { return place(a) < place(b); });
     }
-    return 0;
+    const auto same_block = [](const Fiber *a, const Fiber *b) { return a->block == b->block; };
+    const auto same_warp = [&](const Fiber *a, const Fiber *b) {
+        return same_block(a, b) && a->thread / kWarp == b->thread / kWarp;
+    };
+    const auto all = [](const auto &, const auto &) { return true; };
+    // In turns: every fiber to its next barrier. Otherwise a warp, and a block, runs as far as it can without the rest.
+    const bool in_turns = fiber_order == 0;
+    const auto run_warp = [&](Range range) { return run_fibers(range); };
+    const auto run_block = [&](Range range) { return run_groups(range, same_warp, !in_turns, run_warp); };
+    const auto run_all = [&](Range range) { return run_groups(range, same_block, !in_turns, run_block); };
+    const Range everything{order.data(), order.data() + order.size()};
+    run_groups(everything, all, true, run_all);
+    return std::all_of(order.begin(), order.end(), [](const Fiber *fiber) { return fiber->done; }) ? 0 : kLaunchFailure;
 }
 
 }  // namespace
@@ -159,10 +206,15 @@ const float *mapped(const float *pointer, int rank) {
     return reinterpret_cast<const float *>(blocks[static_cast<size_t>(rank)].shared + offset);
 }
 
+void check_alignment(const void *address, size_t bytes) {
+    misaligned |= reinterpret_cast<uintptr_t>(address) % bytes != 0;
+}
+
 int32_t run(int64_t grid, int threads, size_t shared, int cluster_size, const std::function<void()> &thread) {
-    if (grid % cluster_size != 0 || threads % kWarp != 0 || threads > 1024 || (cluster_size > 1 && !chip.clusters) ||
-        shared > static_cast<size_t>(std::max(chip.shared, kSharedOfEveryChip)))
-        return 9;  // cudaErrorInvalidConfiguration
+    if (grid % cluster_size != 0 || grid > INT32_MAX || threads % kWarp != 0 || threads > 1024 ||
+        cluster_size > chip.cluster || shared > static_cast<size_t>(std::max(chip.shared, kSharedOfEveryChip)))
+        return kInvalidConfiguration;
+    misaligned = false;
     ++launches;
     largest_cluster = std::max(largest_cluster, cluster_size);
     thread_body = &thread;
@@ -172,7 +224,7 @@ int32_t run(int64_t grid, int threads, size_t shared, int cluster_size, const st
         blocks.clear();
         cluster = Barrier{threads * cluster_size};
         for (int rank = 0; rank < cluster_size; ++rank) {
-            Block block{static_cast<unsigned>(first + rank), nullptr, nullptr, Barrier{threads}, {}};
+            Block block{static_cast<unsigned>(first + rank), nullptr, nullptr, shared, threads, Barrier{threads}, {}};
             block.memory = std::make_unique<unsigned char[]>(shared + kGuard + 16);
             const auto address = reinterpret_cast<uintptr_t>(block.memory.get());
             block.shared = block.memory.get() + (16 - address % 16) % 16;
@@ -190,6 +242,7 @@ int32_t run(int64_t grid, int threads, size_t shared, int cluster_size, const st
         for (const Block &block : blocks)
             for (size_t i = 0; i < kGuard; ++i)
                 if (block.shared[shared + i] != kGuardByte) return kIllegalAddress;
+        if (misaligned) return kMisalignedAddress;
     }
     return 0;
 }
@@ -203,10 +256,10 @@ int32_t query_chip(Chip *out) {
 
 }  // namespace fastddpm
 
-// For tests: the chip that the host code sees, and the order in which threads run (0 ascending, 1 descending, else a
-// seed). Both change what comes after.
-FASTDDPM_API void fastddpm_emulation_chip(int32_t multiprocessors, int32_t shared, int32_t clusters) {
-    fastddpm::emulation::chip = {multiprocessors, shared, clusters != 0};
+// For tests: the chip that the host code sees, and the order in which threads run (0 ascending and in turns; 1
+// descending, else a seed: a block, and in it a warp, as far as it can). Both change what comes after.
+FASTDDPM_API void fastddpm_emulation_chip(int32_t multiprocessors, int32_t shared, int32_t cluster) {
+    fastddpm::emulation::chip = {multiprocessors, shared, cluster};
 }
 FASTDDPM_API void fastddpm_emulation_order(uint32_t order) { fastddpm::emulation::fiber_order = order; }
 
@@ -220,6 +273,7 @@ FASTDDPM_API const char *fastddpm_cuda_error_text(int32_t code) {
     switch (code) {
         case 9: return "a launch that no chip takes";
         case 700: return "a write past the end of shared memory";
+        case 716: return "an access at an address that its size does not divide";
         case 719: return "a barrier that not all threads reached";
         case FASTDDPM_UNSUPPORTED: return "a dtype or size that this operation does not take";
         case FASTDDPM_NO_MEMORY: return "no memory for the operation's working space";

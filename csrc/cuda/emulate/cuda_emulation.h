@@ -2,8 +2,10 @@
 //
 // Every CUDA thread is a fiber with a stack of its own. One OS thread runs the blocks of a cluster together and the
 // clusters one after another; a fiber runs until a barrier or a shuffle stops it. The order in which fibers run can be
-// chosen: with a barrier missing, two orders give two results. Shared memory starts as NaN in every block and ends at
-// guard bytes; a barrier that not all threads reach ends the launch with an error.
+// chosen, in turns or one block far ahead of the others: with a barrier missing, two orders give two results. Shared
+// memory starts as NaN in every block and ends at guard bytes; when a block ends, the rest of its cluster reads NaN
+// there. A barrier that not all threads reach, and an access by packs at an address that they do not divide, end the
+// launch with an error.
 // What this cannot show: docs/cuda.md.
 #pragma once
 #include <algorithm>
@@ -43,6 +45,7 @@ void block_barrier();
 void cluster_barrier();
 float exchange_xor(float value, int mask);
 const float *mapped(const float *pointer, int rank);
+void check_alignment(const void *address, size_t bytes);
 
 // The running thread's.
 extern Index thread_index, block_index, block_size;
@@ -52,6 +55,19 @@ extern Index thread_index, block_index, block_size;
 inline float shuffle_xor(float value, int mask) { return emulation::exchange_xor(value, mask); }
 inline void cluster_sync() { emulation::cluster_barrier(); }
 inline const float *of_rank(const float *pointer, int rank) { return emulation::mapped(pointer, rank); }
+
+template <typename W>
+W read_word(const void *address) {
+    emulation::check_alignment(address, sizeof(W));
+    W word;
+    memcpy(&word, address, sizeof(W));
+    return word;
+}
+template <typename W>
+void write_word(void *address, const W &word) {
+    emulation::check_alignment(address, sizeof(W));
+    memcpy(address, &word, sizeof(W));
+}
 
 // The CUDA functions that the kernels call.
 
@@ -108,7 +124,8 @@ inline uint32_t round_f16x2(float low, float high) {
 
 inline float widen_f16(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float magnitude = std::ldexp(static_cast<float>(exponent ? 1024 + fraction : fraction), (exponent ? exponent : 1) - 25);
+    const auto units = static_cast<float>(exponent ? 1024 + fraction : fraction);
+    float magnitude = std::ldexp(units, (exponent ? exponent : 1) - 25);
     if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
     return bits >> 15 ? -magnitude : magnitude;
 }

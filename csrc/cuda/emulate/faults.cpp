@@ -22,6 +22,22 @@ __global__ void past_the_end(int floats) {
     if (threadIdx.x == 0) reinterpret_cast<float *>(memory)[floats] = 0.0f;
 }
 
+__global__ void one_off(const float *in, float *out) {
+    float values[4];
+    load<4>(in + threadIdx.x * 4 + 1).unpack(values);
+    store<4>(out + threadIdx.x * 4, values);
+}
+
+// What a block reads of its neighbour's shared memory, which ends with the neighbour.
+__global__ void neighbour_block(float *out, bool wait) {
+    FASTDDPM_SHARED(memory);
+    auto *values = reinterpret_cast<float *>(memory);
+    values[threadIdx.x] = static_cast<float>(blockIdx.x);
+    cluster_sync();
+    out[blockIdx.x * 32 + threadIdx.x] = of_rank(values, 1 - static_cast<int>(blockIdx.x))[threadIdx.x];
+    if (wait) cluster_sync();
+}
+
 }  // namespace
 }  // namespace fastddpm
 
@@ -33,4 +49,10 @@ FASTDDPM_API int32_t fastddpm_emulation_half_at_a_barrier() {
 }
 FASTDDPM_API int32_t fastddpm_emulation_past_the_end() {
     return fastddpm::launch(fastddpm::past_the_end, {1, 32, 64}, nullptr, 16);
+}
+FASTDDPM_API int32_t fastddpm_emulation_one_off(const float *in, float *out) {
+    return fastddpm::launch(fastddpm::one_off, {1, 32}, nullptr, in, out);
+}
+FASTDDPM_API int32_t fastddpm_emulation_neighbour_block(float *out, int32_t wait) {
+    return fastddpm::launch(fastddpm::neighbour_block, {2, 32, 32 * sizeof(float), 2}, nullptr, out, wait != 0);
 }
