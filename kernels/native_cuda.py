@@ -84,9 +84,9 @@ def _refusal(library: ctypes.CDLL) -> str | None:
     return f"the compiled CUDA library does not run here: {_words(library, code)}" if code else None
 
 
-def too_old(*args: object) -> str | None:
-    """Why the chip that holds the first tensor of `args` has no code in the library, or None."""
-    device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
+def too_old(**arguments: object) -> str | None:
+    """Why the chip that holds the first tensor of `arguments` has no code in the library, or None."""
+    device = next((arg.device for arg in arguments.values() if isinstance(arg, Tensor)), None)
     if device is None or device.type != "cuda":
         return None
     chip = torch.cuda.get_device_capability(device)
@@ -95,12 +95,12 @@ def too_old(*args: object) -> str | None:
     return f"the CUDA kernels need compute capability 8.0; {device} has {chip[0]}.{chip[1]}"
 
 
-def unsupported(*args: object) -> str | None:
+def unsupported(**arguments: object) -> str | None:
     """Why the CUDA kernels do not take an operation's arguments, or None: they compute in float32."""
-    for arg in args:
+    for arg in arguments.values():
         if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype not in FLOATS:
             return f"the CUDA kernels take float32, bfloat16 and float16, not {str(arg.dtype).removeprefix('torch.')}"
-    return too_old(*args)
+    return too_old(**arguments)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,15 @@
 
 import contextlib
 import ctypes
-import math
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from guarded import guarded
 from native_build import BuildError, build
 from torch import Tensor
 
@@ -20,7 +21,7 @@ CHIPS = {"H200": (132, 232448, 8), "A100": (108, 166912, 1), "RTX 4090": (128, 1
 # How group_norm_silu divides its work; None: the least memory with which an operation runs.
 PATHS = {"one block": (1, 227 * 1024, 8), "cluster": (132, 227 * 1024, 8), "parts": None}
 ORDERS = (0, 1, 20201216)  # in which threads run
-_GUARD = 64
+_OPERATIONS = ("group_norm_silu", "q_sample", "reverse_step", "random_normal")
 
 
 @cache
@@ -40,29 +41,12 @@ def emulated_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     path = _built()
     if isinstance(path, str):
         pytest.skip(path)
-    guarded: list[Tensor] = []
-    empty = torch.empty
-
-    def guarded_empty(*size: Any, dtype: Any = torch.float32, device: Any = None, memory_format: Any = None) -> Tensor:
-        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-        num_bytes = math.prod(shape) * dtype.itemsize
-        memory = empty(num_bytes + 2 * _GUARD, dtype=torch.uint8).fill_(0xA5)
-        memory[_GUARD : _GUARD + num_bytes] = 0xFF
-        guarded.append(memory)
-        flat = memory[_GUARD : _GUARD + num_bytes].view(dtype)
-        if memory_format == torch.channels_last:
-            n, c, h, w = shape
-            return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
-        return flat.reshape(shape)
-
     with native_cuda.emulated(path) as library:
         library.fastddpm_emulation_chip(*CHIPS["H200"])
         library.fastddpm_emulation_order(0)
-        monkeypatch.setattr(torch, "empty", guarded_empty)
-        yield library
-        monkeypatch.undo()
-    for memory in guarded:
-        assert (memory[:_GUARD] == 0xA5).all() and (memory[-_GUARD:] == 0xA5).all()
+        modules = [import_module(f"fastddpm.kernels.{operation}.cuda") for operation in _OPERATIONS]
+        with guarded(monkeypatch, *modules, native_cuda):
+            yield library
 
 
 def launches(library: ctypes.CDLL) -> tuple[int, int]:

@@ -23,8 +23,13 @@ class _GuardedTorch:
         return getattr(torch, name)
 
     def empty(
-        self, *size: Any, dtype: torch.dtype = torch.float32, memory_format: Any = torch.contiguous_format
+        self,
+        *size: Any,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+        memory_format: Any = torch.contiguous_format,
     ) -> Any:
+        assert device is None or torch.device(device).type == "cpu"
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         num_bytes = math.prod(shape) * dtype.itemsize
         memory = torch.full((num_bytes + 2 * GUARD,), 0xA5, dtype=torch.uint8)

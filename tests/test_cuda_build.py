@@ -116,6 +116,6 @@ def test_chips_without_code_are_left_to_another_backend(monkeypatch: pytest.Monk
     with FakeTensorMode():
         on = [torch.zeros(1, device=device) for device in chips]
     for module in (q_sample_cuda, reverse_step_cuda, random_normal_cuda, native_cuda):
-        assert "compute capability 8.0; cuda:0 has 7.5" in str(module.unsupported([3], on[0], None))
-        assert module.unsupported(on[1]) is None and module.unsupported(on[2], on[0]) is None
-        assert module.unsupported(torch.zeros(1)) is None
+        assert "compute capability 8.0; cuda:0 has 7.5" in str(module.unsupported(shape=[3], x=on[0], noise=None))
+        assert module.unsupported(x=on[1]) is None and module.unsupported(x=on[2], out=on[0]) is None
+        assert module.unsupported(x=torch.zeros(1)) is None

@@ -203,9 +203,7 @@ def test_errors_name_the_operation_the_shapes_and_the_cause(emulated: ctypes.CDL
 
 def test_what_another_backend_must_do_is_said_in_words() -> None:
     def reason(x: Tensor, groups: int, skip: Tensor | None = None, weight: Tensor | None = None) -> str | None:
-        return group_norm_cuda.unsupported(
-            x, weight, None, groups, 1e-6, skip, None, None, None, True, 0.0, *[None] * 4
-        )
+        return group_norm_cuda.unsupported(x=x, weight=weight, groups=groups, skip=skip, eps=1e-6)
 
     x = torch.zeros(1, 4, 2, 2)
     assert reason(x, 2) is None and reason(x.bfloat16(), 2, weight=torch.ones(4)) is None

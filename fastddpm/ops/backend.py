@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from types import ModuleType
 
@@ -33,25 +33,25 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def implementation(operation: str, device_type: str, args: Sequence[object] | None = None) -> ModuleType:
+def implementation(operation: str, device_type: str, arguments: Mapping[str, object] | None = None) -> ModuleType:
     """The module whose `forward` and `backward` run `operation`; `UsageError` if the forced backend cannot.
 
-    A backend's module says by `unsupported(*args)`, if it has that, which arguments of either it leaves to the next.
+    Which `arguments`, by name, it leaves to the next one a backend's module says by `unsupported(**arguments)`.
     """
     backend = chosen_backend()
     module = _resolve(operation, device_type, backend)
-    if args is None:
+    if arguments is None:
         return module
-    while (reason := _refusal(module, args)) is not None:
+    while (reason := _refusal(module, arguments)) is not None:
         if backend != "auto":
             raise UsageError(f"{operation}: backend {backend!r} was forced, but {reason}; leave the choice to auto")
         module = _next(operation, device_type, module)
     return module
 
 
-def _refusal(module: ModuleType, args: Sequence[object]) -> str | None:
+def _refusal(module: ModuleType, arguments: Mapping[str, object]) -> str | None:
     unsupported = getattr(module, "unsupported", None)
-    return None if unsupported is None else unsupported(*args)
+    return None if unsupported is None else unsupported(**arguments)
 
 
 @cache

@@ -19,26 +19,24 @@ def register(name: str, schema: str, fake: Callable[..., Any], *, operation: str
     verb = "forward" if operation is None else "backward"
 
     def run(*args: Any) -> Any:
-        device = _device(name, args)
-        return getattr(implementation(operation or name, device.type, args), verb)(*args)
+        arguments = dict(zip(names, args, strict=True))
+        device = _device(name, arguments)
+        return getattr(implementation(operation or name, device.type, arguments), verb)(*args)
 
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    names = [argument.name for argument in getattr(torch.ops.fastddpm, name).default._schema.arguments]
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastddpm::{name}", fake, lib=_library)
 
 
-def _device(name: str, args: tuple[Any, ...]) -> torch.device:
+def _device(name: str, arguments: dict[str, Any]) -> torch.device:
     """The one device of all tensors; ValueError, naming the argument, for a tensor on another."""
-    devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
-    if len(devices) == 1:
-        return devices.pop()
-    names = [argument.name for argument in getattr(torch.ops.fastddpm, name).default._schema.arguments]
-    places = {n: arg.device for n, arg in zip(names, args, strict=False) if isinstance(arg, torch.Tensor)}
+    places = {key: value.device for key, value in arguments.items() if isinstance(value, torch.Tensor)}
     first, device = next(iter(places.items()))
-    other = next(n for n, place in places.items() if place != device)
-    raise ValueError(
-        f"{name}: {first} is on {device}, but {other} is on {places[other]}; move all tensors to one device"
-    )
+    for other, place in places.items():
+        if place != device:
+            raise ValueError(f"{name}: {first} is on {device}, but {other} is on {place}; move all to one device")
+    return device
 
 
 def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

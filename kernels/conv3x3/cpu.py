@@ -12,9 +12,9 @@ from . import WINOGRAD, reference, winograd_wins
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
-def unsupported(*args: object) -> str | None:
+def unsupported(**arguments: object) -> str | None:
     """Why these arguments are left to PyTorch, or None."""
-    for arg in args:
+    for arg in arguments.values():
         if isinstance(arg, Tensor) and arg.dtype != torch.float32:
             return f"the compiled CPU library convolves float32, not {str(arg.dtype).removeprefix('torch.')}"
     return None

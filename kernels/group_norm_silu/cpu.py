@@ -11,7 +11,7 @@ from . import reference
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
-def unsupported(x: Tensor, *_: object) -> str | None:
+def unsupported(x: Tensor, **_: object) -> str | None:
     """Why these arguments are left to PyTorch, or None."""
     return native.unsupported_dtype(x)
 

@@ -1,7 +1,5 @@
 """group_norm_silu by the compiled CUDA library."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,15 +14,14 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 _CHANNELS_OF_A_GROUP = 1024
 
 
-def unsupported(*args: Any) -> str | None:
-    """Why forward's arguments are left to another backend, or None."""
-    x, groups, skip = args[0], args[3], args[5]
+def unsupported(x: Tensor, groups: int, skip: Tensor | None, **rest: object) -> str | None:
+    """Why arguments of forward or backward, by name, are left to another backend, or None."""
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     if channels * x.shape[2] * x.shape[3] >= 2**31 - 1:
         return f"the CUDA kernels take images of fewer than 2^31 - 1 elements, not {channels}x{x.shape[2]}x{x.shape[3]}"
     if channels > groups * _CHANNELS_OF_A_GROUP:
         return f"the CUDA kernels take up to {_CHANNELS_OF_A_GROUP} channels to a group, not {channels // groups}"
-    return native_cuda.unsupported(*args)
+    return native_cuda.unsupported(x=x, skip=skip, **rest)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

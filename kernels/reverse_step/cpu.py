@@ -43,5 +43,5 @@ def forward(
         dtype=native.dtype_code(out.dtype),
     )  # fmt: skip
     native.call("reverse_step", args)
-    if x0 is not None and dense_x0 is not x0:
+    if x0 is not None and dense_x0 is not None and dense_x0 is not x0:
         x0.copy_(dense_x0)

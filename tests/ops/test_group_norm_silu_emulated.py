@@ -336,7 +336,7 @@ def test_as_many_channels_to_a_group_as_are_supported(groups: int, c: int, chip:
     emulated.fastddpm_emulation_chip(*CHIPS[chip])
     for layout in LAYOUTS:
         arguments = Case(1, c, (2, 4), groups).arguments(torch.bfloat16, layout)
-        assert cuda.unsupported(*arguments.values()) is None
+        assert cuda.unsupported(**arguments) is None
         y, mean, rstd = forward(cuda, arguments)
         expected, *statistics = forward(reference, wide(arguments))
         assert_rounded_once(y, expected, 2e-6)
