@@ -73,7 +73,7 @@ void attend(const AttentionArgs &p, const Sequence &memory, int64_t n, int64_t f
     for (int64_t r = 0; r < rows; ++r) sums[r] = exponentiate(scores + r * score_row, p.l, p.scale);
     multiply(rows, scores, score_row, memory.values, p.c, p.l, out, out_row, kColumns);
     for (int64_t r = 0; r < rows; ++r) {
-        write_row(p, out + r * out_row, 1 / sums[r].total, p.out, n * p.out_stride[0] + (first + r) * p.out_stride[1]);
+        write(p, out + r * out_row, p.c, 1 / sums[r].total, p.out, n * p.out_stride[0] + (first + r) * p.out_stride[1]);
         if (p.lse != nullptr)
             p.lse[n * p.l + first + r] = static_cast<float>(sums[r].highest + __builtin_log(sums[r].total));
     }
@@ -83,37 +83,22 @@ void attend(const AttentionArgs &p, const Sequence &memory, int64_t n, int64_t f
 
 int32_t attention(const fastddpm_attention_args &p, int32_t threads) {
     if (!attention_supported(p)) return FASTDDPM_UNSUPPORTED;
-    const int64_t each = Sequence::floats(p), at_once = sequences_at_once(p, each, threads);
     const int64_t thread_floats = kTaskRows * (whole_columns(p.l) + whole_columns(p.c));
-    Memory memory((at_once * each + threads * thread_floats) * static_cast<int64_t>(sizeof(float)));
-    if (memory.failed()) return FASTDDPM_NO_MEMORY;
-    float *sequences = memory.take<float>(at_once * each), *scores = memory.take<float>(threads * thread_floats);
-    const int64_t key_tasks = divide_up(p.l, kColumns), pack_tasks = key_tasks + divide_up(p.c, kColumns);
-    const int64_t row_tasks = divide_up(p.l, kTaskRows);
-#pragma omp parallel num_threads(threads) if (threads > 1 && p.n * p.l * p.l * p.c > 65536)
-    for (int64_t start = 0; start < p.n; start += at_once) {
-        const int64_t count = smaller(at_once, p.n - start);
-        if (p.dtype != FASTDDPM_FLOAT32) {
-#pragma omp for
-            for (int64_t i = 0; i < count; ++i) widen_operands(p, Sequence(p, sequences + i * each), start + i);
-        }
-#pragma omp for
-        for (int64_t task = 0; task < count * pack_tasks; ++task) {
-            const int64_t i = task / pack_tasks, block = task % pack_tasks;
-            const Sequence own(p, sequences + i * each);
-            if (block < key_tasks)
-                pack_transposed(own.k(p, start + i), p.l, p.c, block * kColumns, own.keys);
+    const int64_t key_tasks = divide_up(p.l, kColumns);
+    const Phases phases{3, {1, key_tasks + divide_up(p.c, kColumns), divide_up(p.l, kTaskRows)}};
+    return for_sequences(
+        p, threads, Sequence::floats(p), thread_floats, phases,
+        [&](int64_t n, float *memory, int phase, int64_t task, float *scores) {
+            const Sequence own(p, memory);
+            if (phase == 0)
+                widen_operands(p, own, n);
+            else if (phase == 2)
+                attend(p, own, n, task * kTaskRows, smaller(kTaskRows, p.l - task * kTaskRows), scores);
+            else if (task < key_tasks)
+                pack_transposed(own.k(p, n), p.l, p.c, task * kColumns, own.keys);
             else
-                pack_rows(own.v(p, start + i), p.c, p.l, (block - key_tasks) * kColumns, own.values);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < count * row_tasks; ++task) {
-            const int64_t i = task / row_tasks, first = task % row_tasks * kTaskRows;
-            attend(p, Sequence(p, sequences + i * each), start + i, first, smaller(kTaskRows, p.l - first),
-                   scores + thread_number() * thread_floats);
-        }
-    }
-    return FASTDDPM_OK;
+                pack_rows(own.v(p, n), p.c, p.l, (task - key_tasks) * kColumns, own.values);
+        });
 }
 
 }  // namespace FASTDDPM_ISA

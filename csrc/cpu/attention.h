@@ -28,12 +28,6 @@ inline bool attention_supported(const AttentionArgs &p) {
     return dtypes && p.n > 0 && p.l > 0 && p.c > 0;
 }
 
-// How many sequences are worked on at once: enough for every thread, and enough that few wait at the end.
-inline int64_t sequences_at_once(const AttentionArgs &p, int64_t floats_of_one, int32_t threads) {
-    constexpr int64_t kFloats = 1 << 20;
-    return smaller(p.n, larger(2 * threads, kFloats / floats_of_one));
-}
-
 inline void widen(const uint16_t *from, int64_t count, float *to) {
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
@@ -73,23 +67,62 @@ inline void multiply(int64_t rows, const float *a, int64_t a_row, const float *p
                      float *c, int64_t c_row, int64_t c_panel) {
     for (int64_t d = 0; d < depth; d += kProductDepth)
         for (int64_t i = 0; i < columns; i += kPanel)
-            product(rows, a + d, a_row, packed + (i / kColumns * depth + d) * kColumns + i % kColumns,
+            product(rows, columns - i, a + d, a_row, packed + (i / kColumns * depth + d) * kColumns + i % kColumns,
                     smaller(kProductDepth, depth - d), c + i / kColumns * c_panel + i % kColumns, c_row, d > 0);
 }
 
-// Rows of results times a factor of each, in the tensor's dtype.
-inline void write_row(const AttentionArgs &p, const float *from, float factor, void *tensor, int64_t at) {
+// The work on a sequence as phases, whose tasks are independent of each other.
+struct Phases {
+    int count;
+    int64_t tasks[4];
+};
+
+// Calls run(sequence n, its memory, phase, task, the thread's memory) for all of them. Where there are enough sequences a
+// thread takes whole ones, which stay in its cache; otherwise the threads share the tasks of each phase.
+template <typename Run>
+int32_t for_sequences(const AttentionArgs &p, int32_t threads, int64_t sequence_floats, int64_t thread_floats,
+                      const Phases &phases, Run run) {
+    const bool whole = p.n >= 4 * threads;
+    const int64_t memories = whole ? threads : p.n;
+    Memory memory((memories * sequence_floats + threads * thread_floats) * static_cast<int64_t>(sizeof(float)));
+    if (memory.failed()) return FASTDDPM_NO_MEMORY;
+    float *sequences = memory.take<float>(memories * sequence_floats);
+    float *own = memory.take<float>(threads * thread_floats);
+#pragma omp parallel num_threads(threads) if (threads > 1 && p.n * p.l * p.l * p.c > 65536)
+    {
+        float *of_thread = own + thread_number() * thread_floats;
+        if (whole) {
+            float *of_sequence = sequences + thread_number() * sequence_floats;
+#pragma omp for schedule(dynamic)
+            for (int64_t n = 0; n < p.n; ++n)
+                for (int phase = 0; phase < phases.count; ++phase)
+                    for (int64_t task = 0; task < phases.tasks[phase]; ++task)
+                        run(n, of_sequence, phase, task, of_thread);
+        } else {
+            for (int phase = 0; phase < phases.count; ++phase) {
+                const int64_t tasks = phases.tasks[phase];
+#pragma omp for schedule(dynamic)
+                for (int64_t i = 0; i < p.n * tasks; ++i)
+                    run(i / tasks, sequences + i / tasks * sequence_floats, phase, i % tasks, of_thread);
+            }
+        }
+    }
+    return FASTDDPM_OK;
+}
+
+// `count` results times a factor, in the tensor's dtype, to its element `at` on.
+inline void write(const AttentionArgs &p, const float *from, int64_t count, float factor, void *tensor, int64_t at) {
     float *wide = static_cast<float *>(tensor) + at;
     uint16_t *narrow = static_cast<uint16_t *>(tensor) + at;
     const bool is_wide = p.dtype == FASTDDPM_FLOAT32;
     int64_t i = 0;
-    for (; i + kWidth <= p.c; i += kWidth) {
+    for (; i + kWidth <= count; i += kWidth) {
         const Vec v = load(from + i) * factor;
         is_wide ? store(wide + i, v) : store(narrow + i, v);
     }
-    if (i == p.c) return;
-    const Vec v = load_part(from + i, p.c - i) * factor;
-    is_wide ? store_part(wide + i, v, p.c - i) : store_part(narrow + i, v, p.c - i);
+    if (i == count) return;
+    const Vec v = load_part(from + i, count - i) * factor;
+    is_wide ? store_part(wide + i, v, count - i) : store_part(narrow + i, v, count - i);
 }
 
 }  // namespace FASTDDPM_ISA

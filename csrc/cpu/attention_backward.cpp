@@ -114,10 +114,10 @@ void differentiate_rows(const AttentionArgs &p, const Sequence &memory, int64_t 
         differentiate_row(p, weights + r * kColumns, grad_scores + r * kColumns, p.lse[n * p.l + first + r]);
     for (int64_t i = 0; i < p.c; i += kPanel)
         for (int64_t j = 0; j < p.l; j += kColumns)
-            product(rows, grad_scores + j / kColumns * panel, kColumns,
+            product(rows, p.c - i, grad_scores + j / kColumns * panel, kColumns,
                     memory.key_rows + (i / kColumns * p.l + j) * kColumns + i % kColumns, smaller(kColumns, p.l - j),
                     c + i, c_row, j > 0);
-    for (int64_t r = 0; r < rows; ++r) write_row(p, c + r * c_row, 1, p.grad_q, (n * p.l + first + r) * p.c);
+    for (int64_t r = 0; r < rows; ++r) write(p, c + r * c_row, p.c, 1, p.grad_q, (n * p.l + first + r) * p.c);
 }
 
 // Channels first .. first + rows - 1 of dV = P^T dO, or of dK = dS^T Q.
@@ -126,53 +126,33 @@ void differentiate_channels(const AttentionArgs &p, const Sequence &memory, int6
     const int64_t a_row = Sequence::turned_row(p), c_row = whole_columns(p.l);
     multiply(rows, (of_keys ? memory.q_turned : memory.grad_turned) + first * a_row, a_row,
              of_keys ? memory.grad_scores : memory.weights, p.l, p.l, c, c_row, kColumns);
+    float *turned = c + kTaskRows * c_row;
+    turn(c, c_row, 1, rows, p.l, turned, kTaskRows);
     void *tensor = of_keys ? p.grad_k : p.grad_v;
-    for (int64_t j = 0; j < p.l; ++j)
-        for (int64_t r = 0; r < rows; r += kWidth) {
-            const int64_t count = smaller(kWidth, rows - r), at = (n * p.l + j) * p.c + first + r;
-            Vec v{};
-            for (int64_t lane = 0; lane < count; ++lane) v[lane] = c[(r + lane) * c_row + j];
-            if (p.dtype == FASTDDPM_FLOAT32)
-                store_part(static_cast<float *>(tensor) + at, v, count);
-            else
-                store_part(static_cast<uint16_t *>(tensor) + at, v, count);
-        }
+    for (int64_t j = 0; j < p.l; ++j) write(p, turned + j * kTaskRows, rows, 1, tensor, (n * p.l + j) * p.c + first);
 }
 
 }  // namespace
 
 int32_t attention_backward(const fastddpm_attention_args &p, int32_t threads) {
     if (!attention_supported(p)) return FASTDDPM_UNSUPPORTED;
-    const int64_t each = Sequence::floats(p), at_once = sequences_at_once(p, each, threads);
-    const int64_t thread_floats = kTaskRows * larger(whole_columns(p.l), whole_columns(p.c));
-    Memory memory((at_once * each + threads * thread_floats) * static_cast<int64_t>(sizeof(float)));
-    if (memory.failed()) return FASTDDPM_NO_MEMORY;
-    float *sequences = memory.take<float>(at_once * each), *products = memory.take<float>(threads * thread_floats);
-    const int64_t row_tasks = divide_up(p.l, kTaskRows), channel_tasks = divide_up(p.c, kTaskRows);
-#pragma omp parallel num_threads(threads) if (threads > 1 && p.n * p.l * p.l * p.c > 32768)
-    for (int64_t start = 0; start < p.n; start += at_once) {
-        const int64_t count = smaller(at_once, p.n - start);
-        float *own = products + thread_number() * thread_floats;
-        if (p.dtype != FASTDDPM_FLOAT32) {
-#pragma omp for
-            for (int64_t i = 0; i < count; ++i) widen_operands(p, Sequence(p, sequences + i * each), start + i);
-        }
-#pragma omp for
-        for (int64_t task = 0; task < count * kPackKinds; ++task)
-            pack(p, Sequence(p, sequences + task / kPackKinds * each), start + task / kPackKinds, task % kPackKinds);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < count * row_tasks; ++task) {
-            const int64_t i = task / row_tasks, first = task % row_tasks * kTaskRows;
-            differentiate_rows(p, Sequence(p, sequences + i * each), start + i, first, smaller(kTaskRows, p.l - first), own);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < count * channel_tasks * 2; ++task) {
-            const int64_t i = task / (2 * channel_tasks), first = task % channel_tasks * kTaskRows;
-            differentiate_channels(p, Sequence(p, sequences + i * each), start + i, task / channel_tasks % 2, first,
-                                   smaller(kTaskRows, p.c - first), own);
-        }
-    }
-    return FASTDDPM_OK;
+    const int64_t thread_floats = kTaskRows * larger(2 * whole_columns(p.l), whole_columns(p.c));
+    const int64_t channel_tasks = divide_up(p.c, kTaskRows);
+    const Phases phases{4, {1, kPackKinds, divide_up(p.l, kTaskRows), 2 * channel_tasks}};
+    return for_sequences(
+        p, threads, Sequence::floats(p), thread_floats, phases,
+        [&](int64_t n, float *memory, int phase, int64_t task, float *product) {
+            const Sequence own(p, memory);
+            const int64_t row = task * kTaskRows, channel = task % channel_tasks * kTaskRows;
+            if (phase == 0)
+                widen_operands(p, own, n);
+            else if (phase == 1)
+                pack(p, own, n, task);
+            else if (phase == 2)
+                differentiate_rows(p, own, n, row, smaller(kTaskRows, p.l - row), product);
+            else
+                differentiate_channels(p, own, n, task >= channel_tasks, channel, smaller(kTaskRows, p.c - channel), product);
+        });
 }
 
 }  // namespace FASTDDPM_ISA

@@ -74,7 +74,7 @@ void block_of_output(const fastddpm_conv_args &p, const Plan &plan, int64_t firs
         const int64_t depth = smaller(kDepth, plan.depth - d);
         gather(p, plan, first, rows, d, depth, a);
         for (int64_t i = 0; i < columns; i += kPanel)
-            product(rows, a, plan.a_row, packed + ((k + i) / kColumns * plan.depth + d) * kColumns + (k + i) % kColumns,
+            product(rows, columns - i, a, plan.a_row, packed + ((k + i) / kColumns * plan.depth + d) * kColumns + (k + i) % kColumns,
                     depth, c + i, plan.c_row, d > 0);
     }
     const int64_t image_pixels = plan.size.out_height * plan.size.out_width;

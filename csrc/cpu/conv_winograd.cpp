@@ -197,7 +197,7 @@ void products(const fastddpm_conv_args &p, const Plan &plan, int64_t k, int64_t 
         transform_weights(p, k, columns, c, depth, g, u);
         for (int product_index = 0; product_index < kProducts; ++product_index)
             for (int64_t i = 0; i < columns; i += kPanel)
-                product(tiles, v + product_index * plan.v_plane + c / kDepth * plan.v_block, plan.v_row,
+                product(tiles, columns - i, v + product_index * plan.v_plane + c / kDepth * plan.v_block, plan.v_row,
                         u + product_index * kWeightPlane + i, depth, m + product_index * plan.m_plane + i, kColumns,
                         c > 0);
     }

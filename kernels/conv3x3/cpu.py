@@ -21,27 +21,35 @@ def unsupported(**arguments: object) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
-    """As the reference; channels_last, within 3e-6 of the largest value."""
+    """As the reference; channels_last, within 4e-6 of the largest value."""
     n, channels, height, width = x.shape
     factor = 2 if doubled else 1
-    if not winograd_wins(n, channels, weight.shape[0], factor * height, factor * width):
-        return reference.forward(x, weight, bias, doubled)
-    return _convolve(x, weight, weight.stride(), weight.shape[0], bias, doubled)
+    if winograd_wins(n, channels, weight.shape[0], factor * height, factor * width):
+        return winograd(x, weight, bias, doubled)
+    return reference.forward(x, weight, bias, doubled)
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, doubled: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference. The input's gradient is a convolution with the weights turned by 180 degrees."""
+    """As the reference."""
     out_channels, channels, _, _ = weight.shape
     if not (wanted[0] and winograd_wins(len(grad), out_channels, channels, grad.shape[2], grad.shape[3])):
         return reference.backward(grad, x, weight, doubled, wanted)
-    k, c, i, j = weight.stride()
-    grad_x = _convolve(grad, weight[:, :, 2:, 2:], (c, k, -i, -j), channels, None, False)
     _, grad_weight, grad_bias = reference.backward(grad, x, weight, doubled, [False, *wanted[1:]])
-    if doubled:
-        grad_x = reference.halve(grad_x).contiguous(memory_format=torch.channels_last)
-    return grad_x, grad_weight, grad_bias
+    return winograd_input_gradient(grad, weight, doubled), grad_weight, grad_bias
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+    """`forward` of float32 tensors of any size and strides by Winograd's algorithm, whether it wins or not."""
+    return _convolve(x, weight, weight.stride(), weight.shape[0], bias, doubled)
+
+
+def winograd_input_gradient(grad: Tensor, weight: Tensor, doubled: bool) -> Tensor:
+    """The gradient of x, channels_last: a convolution of `grad` with the weights turned by 180 degrees."""
+    k, c, i, j = weight.stride()
+    grad_x = _convolve(grad, weight[:, :, 2:, 2:], (c, k, -i, -j), weight.shape[1], None, False)
+    return reference.halve(grad_x).contiguous(memory_format=torch.channels_last) if doubled else grad_x
 
 
 def _convolve(
