@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "fastddpm" / "__init__.py").read_text(encoding="utf-8")).group(1)
+VERSION = re.findall(r'__version__ = "(.+?)"', (ROOT / "fastddpm" / "__init__.py").read_text(encoding="utf-8"))[0]
 KERNELS = ["fastddpm.kernels", *(f"fastddpm.kernels.{name}" for name in find_packages("kernels"))]
 
 
@@ -22,6 +23,7 @@ def library(name: str) -> Extension:
 def build_module() -> ModuleType:
     """csrc/build.py; an isolated build does not have the checkout on its path."""
     spec = importlib.util.spec_from_file_location("fastddpm_csrc_build", ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -35,34 +37,45 @@ class BuildNative(build_ext):
     """
 
     def run(self) -> None:
-        self.problems: dict[str, str] = {}
-        super().run()
-        for ext in self.extensions:
-            target = Path(self.get_ext_fullpath(ext.name))
-            name = ext.name.rpartition(".")[2]
-            problem = self.problems.get(ext.name)
-            for old in [*target.parent.glob(f"{name}.*"), *target.parent.glob(f"{name}_missing.txt")]:
-                if problem or old != target:  # a library of other sources must not be loaded
-                    old.unlink()
-            if problem:
-                self.mkpath(str(target.parent))
-                target.with_name(f"{name}_missing.txt").write_text(f"{problem}\n", encoding="utf-8")
-
-    def build_extension(self, ext: Extension) -> None:
         csrc = build_module()
-        target = Path(self.get_ext_fullpath(ext.name))
-        self.mkpath(str(target.parent))
-        try:
-            library = csrc.build(ext.name.rpartition(".")[2])
-        except csrc.BuildError as problem:
-            self.problems[ext.name] = str(problem)
-            self.warn(str(problem))
-            return
-        # Written elsewhere and renamed: a process that has the old file loaded keeps it.
-        new = target.with_name(f"{target.name}.new")
-        shutil.copyfile(library, new)
-        new.chmod(0o755)
-        new.replace(target)
+        base = Path(self.get_finalized_command("build").build_base).absolute()
+        for ext in self.extensions:
+            library, note = self.places(ext)
+            library.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                replace(library, csrc.build(note.name.removesuffix("_missing.txt"), base=base))
+                left = library
+            except csrc.BuildError as problem:
+                print(problem, file=sys.stderr)
+                note.write_text(f"{problem}\n", encoding="utf-8")
+                left = note
+            for old in [*library.parent.glob(f"{library.name.partition('.')[0]}.*"), note]:
+                if old != left:  # a library of other sources must not be loaded
+                    old.unlink(missing_ok=True)
+
+    def places(self, ext: Extension) -> tuple[Path, Path]:
+        """Where a library belongs and, when there is none, the reason."""
+        library = Path(self.get_ext_fullpath(ext.name))
+        return library, library.with_name(f"{ext.name.rpartition('.')[2]}_missing.txt")
+
+    def get_outputs(self) -> list[str]:
+        return list(self.get_output_mapping()) if self.inplace else [str(path) for path in self.left()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """For a build in place, the path in a wheel of what it left in the checkout: an editable install asks."""
+        folder = Path(self.build_lib, "fastddpm", "kernels")
+        return {str(folder / path.name): str(path) for path in self.left()} if self.inplace else {}
+
+    def left(self) -> list[Path]:
+        return [path for ext in self.extensions for path in self.places(ext) if path.exists()]
+
+
+def replace(path: Path, source: Path) -> None:
+    """Copies, written elsewhere and renamed: a process that has the old file loaded keeps it."""
+    new = path.with_name(f"{path.name}.new")
+    shutil.copyfile(source, new)
+    new.chmod(0o755)
+    new.replace(path)
 
 
 setup(

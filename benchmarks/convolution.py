@@ -126,11 +126,12 @@ def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
     times = dict(zip(names, (1e3 * seconds for seconds in alternating(sides, rounds)), strict=True))
     height = expected.shape[2]
     chosen = algorithm_for(3, 1, shape.channels, height, height)
+    wins = winograd_wins(batch, shape.channels, shape.out_channels, height, height)
     prepared = times["packed_winograd" if chosen == WINOGRAD else "packed_patches"]
     out = (tiles_out if chosen == WINOGRAD else patches_out).permute(0, 3, 1, 2)
     return {
         **asdict(shape), "batch": batch, "ms": times,
-        "operator_uses": "winograd" if winograd_wins(batch, shape.channels, shape.out_channels, height, height) else "pytorch",
+        "operator_uses": "winograd" if wins else "pytorch",
         "prepared_uses": "winograd" if chosen == WINOGRAD else "patches",
         "operator_ratio": times["pytorch"] / times["winograd"],
         "prepared_ratio": times["pytorch"] / prepared,
@@ -139,7 +140,10 @@ def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-HEADINGS = "batch size    C ->   K  x | PyTorch winograd ratio | patches winograd  uses  ratio | gradient winograd ratio | error"
+HEADINGS = (
+    "batch size    C ->   K  x | PyTorch winograd ratio | patches winograd  uses  ratio | "
+    "gradient winograd ratio | error"
+)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -148,7 +152,8 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['batch']:5} {size:>5} {row['channels']:4} -> {row['out_channels']:3} {row['count']:2} | "
         f"{ms['pytorch']:7.3f} {ms['winograd']:8.3f} {row['operator_ratio']:5.2f} | "
-        f"{ms['packed_patches']:7.3f} {ms['packed_winograd']:8.3f} {row['prepared_uses'][:5]:>5} {row['prepared_ratio']:6.2f} | "
+        f"{ms['packed_patches']:7.3f} {ms['packed_winograd']:8.3f} {row['prepared_uses'][:5]:>5} "
+        f"{row['prepared_ratio']:6.2f} | "
         f"{ms['gradient_pytorch']:8.3f} {ms['gradient_winograd']:8.3f} {row['gradient_ratio']:5.2f} | "
         f"{row['error']:.1e} (PyTorch {row['error_pytorch']:.1e})"
     )

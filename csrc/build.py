@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,34 +49,56 @@ class Recipe(NamedTuple):
 
     folder: Path  # of the objects and the library
     tool: str  # the compiler
-    plans: Sequence[str]  # what ninja reads; each is tried if the one before failed
+    plan: Iterable[str]  # what ninja reads
 
 
-def build(name: str, *, sanitize: bool = False) -> Path:
-    """The path of the library `name`, up to date; `BuildError` if that cannot be."""
+def build(name: str, *, sanitize: bool = False, base: Path = ROOT / "build") -> Path:
+    """The path of the library `name`, up to date, in a folder of `base`; `BuildError` if that cannot be."""
     ninja = _ninja()
     if ninja is None:
-        raise _build_error(name, "ninja was not there", "run `pip install ninja`")
-    recipe = _cuda() if name == "_native_cuda" else _emulated() if name == "_native_emulated" else _cpu(sanitize)
-    if shutil.which(recipe.tool) is None:
-        raise _build_error(name, f"there was no compiler ({recipe.tool})", "install one")
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    for plan in recipe.plans:
-        _write_if_changed(recipe.folder / "build.ninja", plan)
-        command = [ninja, "-C", str(recipe.folder), f"{name}.so"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode == 0:
-            return recipe.folder / f"{name}.so"
-        sys.stderr.write(done.stdout)
-    raise _build_error(name, f"{recipe.tool} could not compile it", "see the compiler's messages")
+        raise _build_error(name, "there was no ninja", "run `pip install ninja`")
+    try:
+        recipes = _recipes(name, sanitize, base)
+        for recipe in recipes:
+            if _made(recipe, name, ninja):
+                return recipe.folder / f"{name}.so"
+    except (OSError, ValueError) as error:
+        raise _build_error(name, f"its build could not run ({error})", "mend that") from error
+    raise _build_error(name, f"{recipes[0].tool} could not compile it", "see the compiler's messages")
 
 
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME or CUDA_PATH if set, else of PATH, else of /usr/local/cuda."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home is not None:
-            return shutil.which(str(Path(home) / "bin" / "nvcc"))
+        if home:
+            return shutil.which(str(Path(home).absolute() / "bin" / "nvcc"))
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def _recipes(name: str, sanitize: bool, base: Path) -> Sequence[Recipe]:
+    """The ways to make a library, each to be tried if the one before failed."""
+    if name == "_native_cuda":
+        return [_cuda(base / "native-cuda")]
+    if name == "_native_emulated":
+        return [_emulated(base / "native-emulated")]
+    folder = base / ("native-sanitize" if sanitize else "native")
+    # A compiler without OpenMP still makes a library: one that uses one thread. Its objects have a folder of their own,
+    # so trying OpenMP again in the next build does not compile them again.
+    serial = folder.with_name(f"{folder.name}-serial")
+    return [_cpu(folder, sanitize, "-fopenmp"), _cpu(serial, sanitize, "")]
+
+
+def _made(recipe: Recipe, name: str, ninja: str) -> bool:
+    """Whether ninja brought the library up to date; if not, the compiler's messages are on stderr."""
+    if shutil.which(recipe.tool) is None:
+        raise _build_error(name, f"there was no compiler ({recipe.tool})", "install one")
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    _write_if_changed(recipe.folder / "build.ninja", "\n".join(recipe.plan))
+    command = [ninja, "-C", str(recipe.folder), f"{name}.so"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        sys.stderr.write(done.stdout)
+    return done.returncode == 0
 
 
 def _build_error(name: str, cause: str, remedy: str) -> BuildError:
@@ -87,11 +109,12 @@ def _build_error(name: str, cause: str, remedy: str) -> BuildError:
 
 
 def _ninja() -> str | None:
+    """The one of the package `ninja`, whose environment need not be active, else of PATH."""
     try:
-        from ninja import BIN_DIR
+        from ninja import BIN_DIR  # "" when the package does not find its program
     except ImportError:
-        return shutil.which("ninja")
-    return str(Path(BIN_DIR) / "ninja")
+        BIN_DIR = ""
+    return shutil.which(str(Path(BIN_DIR) / "ninja")) or shutil.which("ninja")
 
 
 def _write_if_changed(path: Path, text: str) -> None:
@@ -100,17 +123,15 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 
 def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
+    return os.environ.get("CXX", "").strip() or "c++"
 
 
-def _cpu(sanitize: bool) -> Recipe:
-    folder = ROOT / "build" / ("native-sanitize" if sanitize else "native")
-    # A compiler without OpenMP still makes a library: one that uses one thread.
-    plans = ["\n".join(_cpu_lines(openmp, SANITIZE if sanitize else [])) for openmp in ("-fopenmp", "")]
-    return Recipe(folder, shlex.split(_compiler())[0], plans)
+def _cpu(folder: Path, sanitize: bool, openmp: str) -> Recipe:
+    plan = _cpu_lines(folder, openmp, SANITIZE if sanitize else [])
+    return Recipe(folder, shlex.split(_compiler())[0], plan)
 
 
-def _cpu_lines(openmp: str, sanitize: list[str]) -> Iterator[str]:
+def _cpu_lines(folder: Path, openmp: str, sanitize: list[str]) -> Iterator[str]:
     flags = " ".join([*COMMON, *sanitize, openmp, os.environ.get("CXXFLAGS", "")])
     yield from _rule("cc", f"{_compiler()} {flags} $options -MMD -MF $out.d -c $in -o $out", depfile=True)
     yield from _rule("link", f"{_compiler()} -shared {openmp} {' '.join(sanitize)} $in -o $out")
@@ -119,7 +140,7 @@ def _cpu_lines(openmp: str, sanitize: list[str]) -> Iterator[str]:
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         for variant, options in _variants(source.stem, x86).items():
             objects.append(f"{source.stem}.{variant}.o")
-            yield f"build {objects[-1]}: cc {_source(source)}\n  options = {' '.join(options)}"
+            yield f"build {objects[-1]}: cc {_source(source, folder)}\n  options = {' '.join(options)}"
     yield f"build _native.so: link {' '.join(objects)}\n"
 
 
@@ -132,47 +153,48 @@ def _variants(stem: str, x86: bool) -> dict[str, list[str]]:
     return {isa: [*options, contraction, f"-DFASTDDPM_ISA={isa}"] for isa, options in sets.items()}
 
 
-def _cuda() -> Recipe:
+def _cuda(folder: Path) -> Recipe:
     nvcc = find_nvcc()
     if nvcc is None:
         raise _build_error("_native_cuda", "there was no nvcc", "to have it, set CUDA_HOME to a CUDA toolkit")
-    return Recipe(ROOT / "build" / "native-cuda", nvcc, ["\n".join(_cuda_lines(nvcc))])
+    return Recipe(folder, nvcc, _cuda_lines(folder, nvcc))
 
 
-def _cuda_lines(nvcc: str) -> Iterator[str]:
-    chips = [f"-gencode=arch={CHIPS[chip]},code={chip}" for chip in _chips(nvcc)]
-    command = f"{shlex.quote(nvcc)} {' '.join([*NVCC, *chips])} -Xptxas -v $options -MD -MF $out.d -c $in -o $out"
+def _cuda_lines(folder: Path, nvcc: str) -> Iterator[str]:
+    command = (
+        f"{shlex.quote(nvcc)} {' '.join([*NVCC, *_chips(nvcc)])} -Xptxas -v $options -MD -MF $out.d -c $in -o $out"
+    )
     # What each kernel takes of registers and stack, which ptxas prints, is kept beside the object.
     yield from _rule("cc", f"{command} >$out.usage 2>&1 || (cat $out.usage; exit 1)", depfile=True)
     yield from _rule("link", f"{shlex.quote(nvcc)} -shared -cudart static $in -o $out")
     objects = []
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         objects.append(f"{source.stem}.o")
-        yield f"build {objects[-1]}: cc {_source(source)}"
+        yield f"build {objects[-1]}: cc {_source(source, folder)}"
         if source.stem in UNCONTRACTED:
             yield "  options = -fmad=false"
     yield f"build _native_cuda.so: link {' '.join(objects)}\n"
 
 
 def _chips(nvcc: str) -> list[str]:
-    """Those of CHIPS that this nvcc knows."""
-    listed = [
-        subprocess.run([nvcc, option], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.split()
-        for option in ("--list-gpu-code", "--list-gpu-arch")
-    ]
-    known = {name for names in listed for name in names}
-    # The lists leave out the variants with a letter, which came with 90a and 100.
-    return [chip for chip in CHIPS if chip.rstrip("a") in known or chip in known]
+    """The options for those of CHIPS that this nvcc knows."""
+    options = [f"-gencode=arch={architecture},code={chip}" for chip, architecture in CHIPS.items()]
+    # `nvcc --list-gpu-code` leaves out the variants with a letter; a compilation that is only planned tells.
+    known = [option for option in options if _accepts(nvcc, option)]
+    return known or options  # none: compiling says why
 
 
-def _emulated() -> Recipe:
+def _accepts(nvcc: str, option: str) -> bool:
+    command = [nvcc, "--dryrun", option, "-x", "cu", "-c", os.devnull]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def _emulated(folder: Path) -> Recipe:
     """The CUDA sources for the CPU: tests only."""
-    return Recipe(
-        ROOT / "build" / "native-emulated", shlex.split(_compiler())[0], ["\n".join(_emulated_lines(_compiler()))]
-    )
+    return Recipe(folder, shlex.split(_compiler())[0], _emulated_lines(folder, _compiler()))
 
 
-def _emulated_lines(compiler: str) -> Iterator[str]:
+def _emulated_lines(folder: Path, compiler: str) -> Iterator[str]:
     # Jumping between the stacks of a block's threads is what _FORTIFY_SOURCE takes for an attack.
     flags = " ".join([*EMULATED, "-DFASTDDPM_EMULATE", "-U_FORTIFY_SOURCE"])
     yield from _rule("cc", f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out", depfile=True)
@@ -180,7 +202,7 @@ def _emulated_lines(compiler: str) -> Iterator[str]:
     objects = []
     for source in sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda" / "emulate").glob("*.cpp")]):
         objects.append(f"{source.stem}.o")
-        yield f"build {objects[-1]}: cc {_source(source)}"
+        yield f"build {objects[-1]}: cc {_source(source, folder)}"
     yield f"build _native_emulated.so: link {' '.join(objects)}\n"
 
 
@@ -190,9 +212,9 @@ def _rule(name: str, command: str, *, depfile: bool = False) -> Iterator[str]:
         yield "  depfile = $out.d\n  deps = gcc"
 
 
-def _source(path: Path) -> str:
-    """A source as ninja names it in a folder of build/: a checkout that is moved or copied is not built again."""
-    return f"../../{path.relative_to(ROOT).as_posix()}"
+def _source(path: Path, folder: Path) -> str:
+    """A source as ninja names it in `folder`: a checkout that is moved or copied with its build is not built again."""
+    return Path(os.path.relpath(path, folder.resolve())).as_posix()
 
 
 if __name__ == "__main__":

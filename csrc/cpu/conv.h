@@ -36,7 +36,12 @@ FASTDDPM_INLINE void read_pixel(const fastddpm_conv_args &p, const ConvSize &siz
         from = to;
     }
     if (p.gain == nullptr) {
-        if (from != to) memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+        if (from == to) return;
+        if (count >= kWidth) {
+            memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+        } else {
+            for (int64_t i = 0; i < count; ++i) to[i] = from[i];  // a call would take longer
+        }
         return;
     }
     const float *gain = p.gain + n * size.channels + c, *offset = p.offset + n * size.channels + c;

@@ -41,19 +41,25 @@ struct Plan {
 void gather(const fastddpm_conv_args &p, const Plan &plan, int64_t first, int64_t rows, int64_t d, int64_t count,
             float *a) {
     const ConvSize &size = plan.size;
+    const int64_t first_tap = d / size.channels, first_channel = d % size.channels;
     for (int64_t r = 0; r < rows; ++r, a += plan.a_row) {
-        const int64_t pixel = first + r, x = pixel % size.out_width;
-        const int64_t y = pixel / size.out_width % size.out_height, n = pixel / size.out_width / size.out_height;
+        const int64_t pixel = first + r, x = pixel % size.out_width * p.stride - p.pad;
+        const int64_t line = pixel / size.out_width, y = line % size.out_height * p.stride - p.pad;
+        const int64_t n = line / size.out_height;
+        int64_t down = first_tap / p.kernel, across = first_tap % p.kernel, c = first_channel;
         for (int64_t at = 0; at < count;) {
-            const int64_t tap = (d + at) / size.channels, c = (d + at) % size.channels;
-            const int64_t seam = c < p.c1 ? p.c1 : size.channels;
-            const int64_t run = smaller(count - at, seam - c);
-            const int64_t row = y * p.stride - p.pad + tap / p.kernel, column = x * p.stride - p.pad + tap % p.kernel;
+            const int64_t run = smaller(count - at, (c < p.c1 ? p.c1 : size.channels) - c);
+            const int64_t row = y + down, column = x + across;
             if (row < 0 || row >= size.height || column < 0 || column >= size.width)
-                memset(a + at, 0, static_cast<size_t>(run) * sizeof(float));
+                for (int64_t i = 0; i < run; ++i) a[at + i] = 0;
             else
                 read_pixel(p, size, n, row, column, c, run, a + at);
             at += run;
+            c += run;
+            if (c < size.channels) continue;
+            c = 0;
+            across = across + 1 == p.kernel ? 0 : across + 1;
+            down += across == 0;
         }
     }
 }

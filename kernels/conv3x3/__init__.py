@@ -8,7 +8,7 @@ from ..interface import PATCHES, WINOGRAD
 __all__ = ["PATCHES", "WINOGRAD", "algorithm_for", "winograd_wins"]
 
 _FEWEST_CHANNELS = 16  # below, the transforms cost as much as the products save
-_FEWEST_TILES = 8  # below, transforming the weights does
+_FEWEST_TILES = 2  # for a single one, transforming the weights does
 
 
 def algorithm_for(kernel: int, stride: int, in_channels: int, height: int, width: int) -> int:

@@ -1,0 +1,159 @@
+"""A forward pass of the CIFAR-10 network on the CPU: prepared, and diffusers' UNet2DModel with the same weights.
+
+python benchmarks/inference.py [--batch 1 8] [--rounds 15] [--no-compile] [--out FILE.json]
+
+Ours is `Sampler.denoise`. diffusers runs in channels_last, eager and under torch.compile with freezing; the ratio is to
+the faster of the two. The sides take turns in one process. Errors are of the 2-norm against float64. Peak memory is the
+largest resident set of a process of its own for each side, imports and weights included.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastddpm
+from fastddpm.interchange import diffusers as interchange
+from fastddpm.kernels import native
+from fastddpm.model import Model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import alternating, description
+
+T = 500
+SIDES = ("prepared", "eager", "compiled")
+Side = Callable[[Tensor], Tensor]
+
+
+def random_weights() -> fastddpm.UNet:
+    """The network at initialization has zeros in the last layer of every block, and an output of zero."""
+    torch.manual_seed(0)
+    unet = fastddpm.UNet(fastddpm.preset("cifar10").unet).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.add_(noise / 10 if parameter.ndim == 1 else noise / parameter[0].numel() ** 0.5 / 2)
+    return unet.channels_last()
+
+
+def save_for_diffusers(unet: fastddpm.UNet, folder: Path) -> Path:
+    """The folder from which diffusers reads the network."""
+    preset = fastddpm.preset("cifar10")
+    interchange.save(Model(unet, fastddpm.Diffusion(preset.diffusion), preset), folder / "pipeline")
+    return folder / "pipeline" / "unet"
+
+
+def side(name: str, unet: fastddpm.UNet | None, theirs: torch.nn.Module | None) -> Side:
+    if name == "prepared":
+        assert unet is not None
+        sampler = fastddpm.Sampler(unet, fastddpm.Diffusion(fastddpm.preset("cifar10").diffusion))
+        return lambda x: sampler.denoise(x, T)
+    assert theirs is not None
+    if name == "compiled":
+        from torch._inductor import config
+
+        config.freezing = True
+        theirs = torch.compile(theirs)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return theirs(x.contiguous(memory_format=torch.channels_last), T).sample
+
+    return run
+
+
+def in_float64(unet: fastddpm.UNet, x: Tensor) -> Tensor:
+    with torch.no_grad(), fastddpm.ops.use_backend("reference"):
+        return copy.deepcopy(unet).double()(x.double(), torch.full((len(x),), T))
+
+
+def peak_memory(name: str, batch: int, folder: Path) -> float:
+    """MiB, of a process that runs one side a few times; `folder` as from `save_for_diffusers`."""
+    command = [sys.executable, __file__, "--memory-of", name, str(folder), "--batch", str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+def run_for_memory(name: str, folder: str, batch: int) -> None:
+    """Freshly initialized on either side: what reading weights takes is another matter."""
+    if name == "prepared":
+        run = side(name, fastddpm.UNet(fastddpm.preset("cifar10").unet).channels_last(), None)
+    else:
+        from diffusers import UNet2DModel
+
+        theirs = UNet2DModel.from_config(UNet2DModel.load_config(folder)).eval()
+        run = side(name, None, theirs.to(memory_format=torch.channels_last))
+    x = torch.randn(batch, 3, 32, 32)
+    for _ in range(3):
+        run(x)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def measure(unet: fastddpm.UNet, sides: dict[str, Side], batch: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """One line of the table."""
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+    for run in sides.values():  # compiles, allocates
+        run(x)
+        run(x)
+    calls = [lambda run=run: run(x) for run in sides.values()]
+    times = dict(zip(sides, (1e3 * seconds for seconds in alternating(calls, rounds)), strict=True))
+    expected = in_float64(unet, x)
+    errors = {name: float((run(x).double() - expected).norm() / expected.norm()) for name, run in sides.items()}
+    ratio = min(time for name, time in times.items() if name != "prepared") / times["prepared"]
+    memory = {name: peak_memory(name, batch, folder) for name in sides}
+    return {"batch": batch, "ms": times, "ratio": ratio, "error": errors, "peak_mib": memory}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="write the table as JSON, too")
+    options = parser.parse_args(arguments)
+    if native.unavailable() is not None:
+        print(native.unavailable(), file=sys.stderr)
+        return 2
+    if options.memory_of:
+        run_for_memory(*options.memory_of, options.batch[0])
+        return 0
+    try:
+        import diffusers
+    except ImportError:
+        print("this compares with diffusers, which is not installed: pip install -e '.[diffusers]'", file=sys.stderr)
+        return 2
+    unet = random_weights()
+    names = [name for name in SIDES if name != "compiled" or not options.no_compile]
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_for_diffusers(unet, Path(temporary))
+        theirs = diffusers.UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+        theirs = theirs.to(memory_format=torch.channels_last)
+        sides = {name: side(name, unet, theirs) for name in names}
+        for batch in options.batch:
+            rows.append(measure(unet, sides, batch, options.rounds, folder))
+            print(f"batch {batch}: {rows[-1]['ratio']:.2f} times as fast as the faster peer")
+            for name in names:
+                ms, error, mib = (rows[-1][key][name] for key in ("ms", "error", "peak_mib"))
+                print(f"  {name:9} {ms:8.1f} ms   error {error:.1e}   {mib:6.0f} MiB", flush=True)
+    if options.out:
+        machine = description() | {"diffusers": diffusers.__version__}
+        document = {"machine": machine, "rounds": options.rounds, "rows": rows}
+        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
