@@ -10,7 +10,6 @@ largest resident set of a process of its own for each side, imports and weights 
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -97,7 +96,9 @@ def run_for_memory(name: str, folder: str, batch: int) -> None:
     x = torch.randn(batch, 3, 32, 32)
     for _ in range(3):
         run(x)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Of this program alone; getrusage counts what the process was before it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    print(next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")))
 
 
 def measure(unet: fastddpm.UNet, sides: dict[str, Side], batch: int, rounds: int, folder: Path) -> dict[str, Any]:
