@@ -59,10 +59,10 @@ def main(arguments: Sequence[str]) -> None:
 
     from fastddpm.data import open_dataset
     from fastddpm.device import choose_device
-    from fastddpm.ops import status
+    from fastddpm.ops.backend import OPERATIONS, obstacles
 
     device = choose_device(command.device)
-    for reason in sorted({text.partition(" (")[2][:-1] for text in status(device.type).values()} - {""}):
+    for reason in sorted({reason for operation in OPERATIONS for reason in obstacles(operation, device.type)}):
         print(f"note: {reason}", file=sys.stderr)
     dataset = open_dataset(
         command.data,

@@ -2,7 +2,12 @@
 
 pytest tests/ops --backend reference        the operator tests on one backend of `fastddpm.ops`
 pytest tests/ops --device cuda              the operator tests on a GPU
+pytest -m gpu                               only what needs a GPU
+
+Where there is no GPU, the Triton kernels run in their interpreter.
 """
+
+import os
 
 import numpy as np
 import pytest
@@ -19,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The tensors are small: one thread is faster than several, and sums are in the same order on every machine.
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

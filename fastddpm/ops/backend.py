@@ -11,7 +11,10 @@ from types import ModuleType
 from ..errors import UsageError
 
 OPERATIONS = ("group_norm_silu", "attention", "conv3x3", "q_sample", "reverse_step", "random_normal")
-LADDERS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# ROCm devices are called cuda too; sdpa is the library's attention, behind the shapes that our kernel takes.
+LADDERS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "sdpa", "reference")}
+# What runs there when it is asked for and never by itself: Triton in its interpreter.
+BY_NAME_ONLY = {"cpu": ("triton",)}
 CHOICES = ("auto", "triton", "cuda", "cpu", "reference")
 
 # Of the process, not of a thread: autograd runs backward passes of a GPU in threads of its own.
@@ -58,39 +61,55 @@ def _refusal(module: ModuleType, arguments: Mapping[str, object]) -> str | None:
 def _next(operation: str, device_type: str, module: ModuleType) -> ModuleType:
     """The next slower implementation; the last, the reference, takes everything."""
     ladder = LADDERS[device_type]
-    slower = ladder[ladder.index(module.__name__.rpartition(".")[2]) + 1 :]
+    slower = ladder[ladder.index(_rung(module)) + 1 :]
     backend = next(rung for rung in slower if _problem(operation, rung) is None)
     return importlib.import_module(_module_name(operation, backend))
 
 
 @cache
 def _resolve(operation: str, device_type: str, backend: str) -> ModuleType:
-    ladder = LADDERS.get(device_type, ("reference",))
+    ladder = _ladder(device_type)
     if backend == "auto":
         backend = next(rung for rung in ladder if _problem(operation, rung) is None)
-    elif backend not in ladder or _problem(operation, backend) is not None:
-        reason = _problem(operation, backend) if backend in ladder else f"it does not run on {device_type}"
-        possible = ", ".join(rung for rung in ladder if _problem(operation, rung) is None)
-        raise UsageError(f"{operation}: backend {backend!r} was forced, but {reason}; possible here: {possible}")
+    else:
+        offered = backend in (*ladder, *BY_NAME_ONLY.get(device_type, ()))
+        reason = _problem(operation, backend) if offered else f"it does not run on {device_type}"
+        if reason is not None:
+            possible = ", ".join(rung for rung in ladder if _problem(operation, rung) is None)
+            raise UsageError(f"{operation}: backend {backend!r} was forced, but {reason}; possible here: {possible}")
     return importlib.import_module(_module_name(operation, backend))
 
 
 def status(device_type: str = "cpu") -> dict[str, str]:
-    """What each operation runs on, on this kind of device, and why a faster one that exists does not run."""
+    """What each operation runs on, on this kind of device, up to which shapes, and why nothing faster does."""
     lines = {}
     for operation in OPERATIONS:
-        active = implementation(operation, device_type).__name__.rpartition(".")[2]
-        ladder = LADDERS.get(device_type, ("reference",))
-        faster = ladder[: ladder.index(active)] if active in ladder else ()
-        reasons = [_problem(operation, rung) for rung in faster if _exists(operation, rung)]
-        lines[operation] = active + "".join(f" ({reason})" for reason in reasons if reason)
+        module = implementation(operation, device_type)
+        notes = [getattr(module, "LIMITS", None), *obstacles(operation, device_type)]
+        lines[operation] = _rung(module) + "".join(f" ({note})" for note in notes if note)
     return lines
+
+
+def obstacles(operation: str, device_type: str) -> list[str]:
+    """Why the implementations of `operation` that would be faster than the one in use do not run here."""
+    ladder, active = _ladder(device_type), _rung(implementation(operation, device_type))
+    faster = ladder[: ladder.index(active)] if active in ladder else ()
+    problems = [_problem(operation, rung) for rung in faster if _exists(operation, rung)]
+    return [problem for problem in dict.fromkeys(problems) if problem is not None]
+
+
+def _ladder(device_type: str) -> tuple[str, ...]:
+    return LADDERS.get(device_type, ("reference",))
 
 
 def _checked(name: str) -> str:
     if name not in CHOICES:
         raise UsageError(f"backend {name!r} does not exist; choose one of {', '.join(CHOICES)}")
     return name
+
+
+def _rung(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
 
 
 def _module_name(operation: str, backend: str) -> str:
@@ -105,5 +124,11 @@ def _problem(operation: str, backend: str) -> str | None:
     """Why an operation has no such backend here, or None; a backend's module may say so by `unavailable()`."""
     if not _exists(operation, backend):
         return f"{operation} has no {backend} implementation"
-    unavailable = getattr(importlib.import_module(_module_name(operation, backend)), "unavailable", None)
+    try:
+        module = importlib.import_module(_module_name(operation, backend))
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        return "Triton is not installed: pip install triton"
+    unavailable = getattr(module, "unavailable", None)
     return unavailable() if unavailable else None

@@ -1,0 +1,218 @@
+"""What the compiler makes of the Triton kernels at every shape of the presets: registers, stack, shared memory.
+
+    python benchmarks/resources.py                       the table of all presets and chips
+    python benchmarks/resources.py --chip sm_90 --preset cifar10 --json FILE
+
+No GPU is needed: kernels are compiled, not run. Stack must be 0 (no spilled registers), and shared memory must fit.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes import Call, distinct, network_calls, step_calls
+from torch import Tensor
+
+from fastddpm.presets import PRESETS
+
+# Chip: the backend, its name there, threads of a warp, bytes of shared memory a program may have.
+CHIPS = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One specialisation of one kernel, as Triton's compiler takes it."""
+
+    module: str
+    name: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]  # arguments divisible by 16, without which no load is wide
+    options: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs. registers and stack (bytes) are of a thread, shared (bytes) of a program."""
+
+    registers: int
+    stack: int
+    shared: int
+    wide: bool  # has 16-byte loads
+    matrix: bool  # has matrix instructions
+
+
+def kernel_of(launched: Any, args: Sequence[Any], options: dict[str, Any]) -> Kernel:
+    """As Triton itself specialises a launch: 1 and None are constants; multiples of 16 and tensors are aligned."""
+    signature, constants, aligned = [], [], []
+    named = dict(zip(launched.arg_names, args, strict=False)) | {k: v for k, v in options.items()}
+    for index, name in enumerate(launched.arg_names):
+        value = named.pop(name)
+        if isinstance(value, Tensor):
+            signature.append((name, _POINTERS[value.dtype]))
+            aligned.append(index)
+        elif value is None or name in options or (type(value) is int and value == 1):
+            signature.append((name, "constexpr"))
+            constants.append((name, value))
+        elif isinstance(value, float):
+            signature.append((name, "fp32"))
+        else:
+            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0:
+                aligned.append(index)
+    function = launched.fn
+    return Kernel(
+        function.__module__, function.__name__, tuple(signature), tuple(constants), tuple(aligned),
+        tuple(sorted(named.items())),
+    )  # fmt: skip
+
+
+def kernels_of(call: Call) -> list[Kernel]:
+    """What the Triton implementation launches for `call`."""
+    operation = call.name.removesuffix("_backward")
+    module = importlib.import_module(f"fastddpm.kernels.{operation}.triton")
+    recorded: list[Kernel] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+        recorded.append(kernel_of(kernel, args, options))
+
+    with _replaced(module, "launch", record):
+        getattr(module, "backward" if call.name.endswith("_backward") else "forward")(*call.args)
+    return recorded
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def compile_for(chip: str, kernel: Kernel) -> Resources:
+    """Compile; in a process without TRITON_INTERPRET."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, name, warp, _ = CHIPS[chip]
+    function = getattr(importlib.import_module(kernel.module), kernel.name)
+    source = ASTSource(
+        function, dict(kernel.signature), dict(kernel.constants),
+        {(i,): [["tt.divisibility", 16]] for i in kernel.aligned},
+    )  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget(backend, name, warp), options=dict(kernel.options))
+    shared = compiled.metadata.shared
+    if backend == "hip":
+        text = compiled.asm["amdgcn"]
+        number = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+        return Resources(
+            number["vgpr_count"], number["private_segment_fixed_size"], shared,
+            bool(re.search(r"(global|buffer)_load_dwordx4", text)), "v_mfma" in text,
+        )  # fmt: skip
+    registers, stack = _usage(compiled.asm["cubin"])
+    text = compiled.asm["ptx"]
+    return Resources(
+        registers, stack, shared,
+        bool(re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\S* .*, (0x10|16)", text)),
+        bool(re.search(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", text)),
+    )  # fmt: skip
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
+    assert found is not None, text.stdout
+    return int(found[1]), int(found[2])
+
+
+def compile_all(jobs: Sequence[tuple[str, Kernel]], workers: int | None = None) -> list[Resources]:
+    """In processes of their own, in which the kernels are not interpreted."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+            return list(pool.map(compile_for, *zip(*jobs, strict=True), chunksize=1)) if jobs else []
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def preset_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
+    """Every kind of call of a training and a sampling step."""
+    calls = network_calls(preset, batch, dtype, training=True)
+    calls += network_calls(preset, batch, dtype, training=False)
+    return [call for call, _ in distinct([*calls, *step_calls(preset, batch, dtype)])]
+
+
+def describe(call: Call) -> str:
+    """The operation with the shapes that tell its calls apart."""
+    tensors = [arg for arg in call.args if isinstance(arg, Tensor) and arg.ndim >= 2]
+    return " ".join(["x".join(map(str, tensor.shape)) for tensor in tensors[:1]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, action="append", help="default: all")
+    parser.add_argument("--chip", choices=CHIPS, action="append", help="default: all")
+    parser.add_argument("--batch", type=int, action="append", help="default: 1 and the preset's")
+    parser.add_argument("--json", type=Path, help="file to write the table to")
+    options = parser.parse_args()
+    rows: dict[Kernel, str] = {}
+    for preset in options.preset or PRESETS:
+        for batch in options.batch or (1, PRESETS[preset].train.batch):
+            for call in preset_calls(preset, batch, torch.bfloat16):
+                for kernel in kernels_of(call):
+                    rows.setdefault(kernel, f"{preset} {describe(call)}")
+    jobs = [(chip, kernel) for chip in options.chip or CHIPS for kernel in rows]
+    print(f"{len(rows)} kernels, {len(jobs)} compilations", file=sys.stderr)
+    results = compile_all(jobs)
+    table = []
+    for (chip, kernel), found in zip(jobs, results, strict=True):
+        shape = " ".join(f"{name}={value}" for name, value in kernel.constants if name.isupper())
+        table.append({"chip": chip, "kernel": kernel.name, "first use": rows[kernel], "constants": shape,
+                      "num_warps": dict(kernel.options).get("num_warps"), **asdict(found)})  # fmt: skip
+        print(
+            f"{chip:7} {kernel.name:46} {rows[kernel]:32} {found.registers:4} regs {found.stack:5} stack "
+            f"{found.shared:7} shared {'wide' if found.wide else '-':4} {'matrix' if found.matrix else '-':6} {shape}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

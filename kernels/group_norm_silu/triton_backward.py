@@ -1,0 +1,216 @@
+"""The backward kernels of group_norm_silu; they take an image in the same two ways as the forward ones.
+
+With g the gradient before SiLU and dropout and u = g gain: dx = (u - mean(u) - x_hat mean(u x_hat)) / deviation, means
+over the group. Sums over pixels are kept by channel, since scale, shift, weight and bias need them so.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_forward import dropout_factor, gain_and_offset, group_sums, load_temb, load_tile, of_groups, offsets
+
+
+@triton.jit
+def _before_silu(
+    grad, x_hat, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold,
+    C: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The gradient through dropout and SiLU, whose mask and argument are computed again."""
+    if DROPOUT:
+        grad *= dropout_factor(p, c0, channels, n, images, seed, step, stream, threshold, C, EIGHTS)
+    if SILU:
+        y = x_hat * gain[None, :] + offset[None, :]
+        sigmoid = 1.0 / (1.0 + tl.exp(-y))
+        grad *= sigmoid * (1.0 + y * (1.0 - sigmoid))
+    return grad
+
+
+@triton.jit
+def _store_tile(grad_x, grad_skip, values, n, p, c, mask, pixels, c1, c2, NHWC: tl.constexpr, HAS_SKIP: tl.constexpr):
+    """Each channel to the input that it came from."""
+    base, inside = offsets(n, p, c, pixels, c1, NHWC)
+    first = (c < c1)[None, :]
+    tl.store(grad_x + base + inside, values.to(grad_x.dtype.element_ty), mask & first)
+    if HAS_SKIP:
+        base, inside = offsets(n, p, c - c1, pixels, c2, NHWC)
+        tl.store(grad_skip + base + inside, values.to(grad_skip.dtype.element_ty), mask & ~first)
+
+
+@triton.jit
+def _store_parameters(
+    grad_gain, grad_offset, weight, bias, scale, parts, grad_scale, grad_shift, n, num_n, c, mask, channels,
+    HAS_AFFINE: tl.constexpr,
+):  # fmt: skip
+    """An image's share of the gradients of weight and bias, parts (2, N, C), and those of its scale and shift."""
+    at = n.to(tl.int64) * channels + c
+    if HAS_AFFINE:
+        w, b = tl.load(weight + c, mask, 0.0).to(tl.float32), tl.load(bias + c, mask, 0.0).to(tl.float32)
+        tl.store(grad_scale + at, (grad_gain * w + grad_offset * b).to(grad_scale.dtype.element_ty), mask)
+        tl.store(grad_shift + at, grad_offset.to(grad_shift.dtype.element_ty), mask)
+        factor = 1.0 + tl.load(scale + at, mask, 0.0).to(tl.float32)
+        grad_gain *= factor
+        grad_offset *= factor
+    tl.store(parts + at, grad_gain, mask)
+    tl.store(parts + num_n.to(tl.int64) * channels + at, grad_offset, mask)
+
+
+@triton.jit
+def _group_norm_silu_backward_whole_kernel(
+    grad, x, skip, temb, weight, bias, scale, shift, mean, rstd, images, seed, step,
+    grad_x, grad_skip, grad_temb, grad_scale, grad_shift, parts,
+    blocks, pixels, c1, c2, groups, stream, threshold,
+    CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """One program: GB groups of one image, all its pixels; grid (N x blocks of groups,)."""
+    n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    c0, g0 = block * GB * CPG, block * GB
+    channels = c1 + c2
+    p, c = tl.arange(0, P), c0 + tl.arange(0, C)
+    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
+    mask = (p < pixels)[:, None] & c_mask[None, :]
+    g = tl.arange(0, G)
+    g_mask = (g < GB) & (g0 + g < groups)
+    mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
+    rstd_c = of_groups(tl.load(rstd + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
+    if HAS_TEMB:
+        mean_c -= load_temb(temb, n, c, c_mask, channels)
+    h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+    x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
+    base, inside = offsets(n, p, c, pixels, channels, NHWC)
+    u = tl.load(grad + base + inside, mask, 0.0).to(tl.float32)
+    gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
+    u = _before_silu(
+        u, x_hat, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold, C, SILU, DROPOUT, EIGHTS
+    )
+    grad_gain, grad_offset = tl.sum(u * x_hat, axis=0), tl.sum(u, axis=0)
+    _store_parameters(
+        grad_gain, grad_offset, weight, bias, scale, parts, grad_scale, grad_shift, n, tl.num_programs(0) // blocks,
+        c, c_mask, channels, HAS_AFFINE,
+    )  # fmt: skip
+    ux_mean = of_groups(group_sums(grad_gain * gain, C, CPG, G) / (pixels * CPG), C, CPG, G)
+    u_mean = of_groups(group_sums(grad_offset * gain, C, CPG, G) / (pixels * CPG), C, CPG, G)
+    u = (u * gain[None, :] - u_mean[None, :] - x_hat * ux_mean[None, :]) * rstd_c[None, :]
+    if HAS_TEMB:
+        total = tl.sum(tl.where(mask, u, 0.0), axis=0)
+        tl.store(grad_temb + n.to(tl.int64) * channels + c, total.to(grad_temb.dtype.element_ty), c_mask)
+    _store_tile(grad_x, grad_skip, u, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+
+
+@triton.jit
+def _group_norm_silu_backward_sums_kernel(
+    grad, x, skip, temb, weight, bias, scale, shift, mean, rstd, images, seed, step, sums,
+    blocks, pixels, c1, c2, groups, chunk, stream, threshold,
+    CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Sums over one chunk of pixels of g x_hat and of g, by channel; grid (N x blocks, chunks).
+
+    sums: float32 (2, N, chunks, channels).
+    """
+    n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
+    channels, c0 = c1 + c2, g0 * CPG
+    c = c0 + tl.arange(0, C)
+    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
+    g = tl.arange(0, G)
+    g_mask = (g < GB) & (g0 + g < groups)
+    mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
+    rstd_c = of_groups(tl.load(rstd + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
+    if HAS_TEMB:
+        mean_c -= load_temb(temb, n, c, c_mask, channels)
+    gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
+    grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    end = tl.minimum((piece + 1) * chunk, pixels)
+    for start in range(piece * chunk, end, P):
+        p = start + tl.arange(0, P)
+        mask = (p < end)[:, None] & c_mask[None, :]
+        h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+        x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
+        base, inside = offsets(n, p, c, pixels, channels, NHWC)
+        u = tl.load(grad + base + inside, mask, 0.0).to(tl.float32)
+        u = _before_silu(
+            u, x_hat, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold, C, SILU, DROPOUT, EIGHTS
+        )
+        grad_gain += tl.sum(u * x_hat, axis=0)
+        grad_offset += tl.sum(u, axis=0)
+    num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
+    at = (n.to(tl.int64) * chunks + piece) * channels + c
+    tl.store(sums + at, grad_gain, c_mask)
+    tl.store(sums + num_n.to(tl.int64) * chunks * channels + at, grad_offset, c_mask)
+
+
+@triton.jit
+def _group_norm_silu_backward_apply_kernel(
+    grad, x, skip, temb, weight, bias, scale, shift, mean, rstd, images, seed, step, sums,
+    grad_x, grad_skip, temb_sums, grad_scale, grad_shift, parts,
+    blocks, pixels, c1, c2, groups, chunk, stream, threshold,
+    CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """dx of one chunk from the sums of all; grid (N x blocks, chunks). temb_sums: float32 (N, chunks, channels)."""
+    n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
+    num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
+    channels, c0 = c1 + c2, g0 * CPG
+    c = c0 + tl.arange(0, C)
+    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
+    grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for k in range(0, chunks):
+        at = (n.to(tl.int64) * chunks + k) * channels + c
+        grad_gain += tl.load(sums + at, c_mask, 0.0)
+        grad_offset += tl.load(sums + num_n.to(tl.int64) * chunks * channels + at, c_mask, 0.0)
+    if piece == 0:
+        _store_parameters(
+            grad_gain, grad_offset, weight, bias, scale, parts, grad_scale, grad_shift, n, num_n, c, c_mask, channels,
+            HAS_AFFINE,
+        )  # fmt: skip
+    g = tl.arange(0, G)
+    g_mask = (g < GB) & (g0 + g < groups)
+    mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
+    rstd_c = of_groups(tl.load(rstd + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
+    if HAS_TEMB:
+        mean_c -= load_temb(temb, n, c, c_mask, channels)
+    gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
+    ux_mean = of_groups(group_sums(grad_gain * gain, C, CPG, G) / (pixels * CPG), C, CPG, G)
+    u_mean = of_groups(group_sums(grad_offset * gain, C, CPG, G) / (pixels * CPG), C, CPG, G)
+    total = tl.zeros([C], tl.float32)
+    end = tl.minimum((piece + 1) * chunk, pixels)
+    for start in range(piece * chunk, end, P):
+        p = start + tl.arange(0, P)
+        mask = (p < end)[:, None] & c_mask[None, :]
+        h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+        x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
+        base, inside = offsets(n, p, c, pixels, channels, NHWC)
+        u = tl.load(grad + base + inside, mask, 0.0).to(tl.float32)
+        u = _before_silu(
+            u, x_hat, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold, C, SILU, DROPOUT, EIGHTS
+        )
+        u = (u * gain[None, :] - u_mean[None, :] - x_hat * ux_mean[None, :]) * rstd_c[None, :]
+        if HAS_TEMB:
+            total += tl.sum(tl.where(mask, u, 0.0), axis=0)
+        _store_tile(grad_x, grad_skip, u, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+    if HAS_TEMB:
+        tl.store(temb_sums + (n.to(tl.int64) * chunks + piece) * channels + c, total, c_mask)
+
+
+@triton.jit
+def _group_norm_silu_sum_kernel(values, out0, out1, rows, channels, R: tl.constexpr, C: tl.constexpr):
+    """Sums over the rows of values (2, rows, channels), or (M, rows, channels) with one output; in a fixed order.
+
+    grid (blocks of channels, 2 or M). The first sum goes to out0 and, with two outputs, the second to out1.
+    """
+    which, c = tl.program_id(1), tl.program_id(0) * C + tl.arange(0, C)
+    total = tl.zeros([C], tl.float32)
+    for start in range(0, rows, R):
+        r = start + tl.arange(0, R)
+        at = (which.to(tl.int64) * rows + r)[:, None] * channels + c[None, :]
+        total += tl.sum(tl.load(values + at, (r < rows)[:, None] & (c < channels)[None, :], 0.0), axis=0)
+    if out1 is None:
+        tl.store(out0 + which.to(tl.int64) * channels + c, total.to(out0.dtype.element_ty), c < channels)
+    else:
+        if which == 0:
+            tl.store(out0 + c, total.to(out0.dtype.element_ty), c < channels)
+        else:
+            tl.store(out1 + c, total.to(out1.dtype.element_ty), c < channels)
