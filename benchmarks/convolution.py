@@ -8,9 +8,7 @@ gradient of the input by PyTorch and by Winograd. A ratio above 1 is the library
 the 2-norm against float64. The rules of kernels/conv3x3 follow from these tables.
 """
 
-import argparse
 import ctypes
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +25,7 @@ from fastddpm.kernels.conv3x3 import PATCHES, WINOGRAD, algorithm_for, winograd_
 from fastddpm.kernels.conv3x3.cpu import winograd, winograd_input_gradient
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import alternating, description
+import machine
 
 
 @dataclass(frozen=True, order=True)
@@ -123,7 +121,7 @@ def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
         pytorch_gradient, lambda: winograd_input_gradient(grad, weight, shape.doubled),
     ]  # fmt: skip
     names = ["pytorch", "winograd", "packed_patches", "packed_winograd", "gradient_pytorch", "gradient_winograd"]
-    times = dict(zip(names, (1e3 * seconds for seconds in alternating(sides, rounds)), strict=True))
+    times = dict(zip(names, (1e3 * seconds for seconds in machine.alternating(sides, rounds)), strict=True))
     height = expected.shape[2]
     chosen = algorithm_for(3, 1, shape.channels, height, height)
     wins = winograd_wins(batch, shape.channels, shape.out_channels, height, height)
@@ -160,24 +158,16 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--preset", default="cifar10")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="write the table as JSON, too")
-    options = parser.parse_args(arguments)
-    if native.unavailable() is not None:
-        print(native.unavailable(), file=sys.stderr)
-        return 2
+    options = machine.parse(parser, arguments)
     rows = []
     print(HEADINGS)
     for batch in options.batch:
         for shape in shapes_of(options.preset):
             rows.append(measure(shape, batch, options.rounds))
             print(line(rows[-1]), flush=True)
-    if options.out:
-        document = {"machine": description(), "preset": options.preset, "rounds": options.rounds, "rows": rows}
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    machine.write(options, preset=options.preset, rows=rows)
     return 0
 
 

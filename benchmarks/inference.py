@@ -4,12 +4,12 @@ python benchmarks/inference.py [--batch 1 8] [--rounds 15] [--no-compile] [--out
 
 Ours is `Sampler.denoise`. diffusers runs in channels_last, eager and under torch.compile with freezing; the ratio is to
 the faster of the two. The sides take turns in one process. Errors are of the 2-norm against float64. Peak memory is the
-largest resident set of a process of its own for each side, imports and weights included.
+largest resident set of a process of its own for each side, imports and weights included: read from Linux's /proc, and
+unknown ("-", null in JSON) on other systems.
 """
 
 import argparse
 import copy
-import json
 import subprocess
 import sys
 import tempfile
@@ -22,11 +22,10 @@ from torch import Tensor
 
 import fastddpm
 from fastddpm.interchange import diffusers as interchange
-from fastddpm.kernels import native
 from fastddpm.model import Model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import alternating, description
+import machine
 
 T = 500
 SIDES = ("prepared", "eager", "compiled")
@@ -75,8 +74,10 @@ def in_float64(unet: fastddpm.UNet, x: Tensor) -> Tensor:
         return copy.deepcopy(unet).double()(x.double(), torch.full((len(x),), T))
 
 
-def peak_memory(name: str, batch: int, folder: Path) -> float:
-    """MiB, of a process that runs one side a few times; `folder` as from `save_for_diffusers`."""
+def peak_memory(name: str, batch: int, folder: Path) -> float | None:
+    """MiB, of a process that runs one side a few times; `folder` as from `save_for_diffusers`. None: unknown here."""
+    if machine.peak_resident_set() is None:
+        return None
     command = [sys.executable, __file__, "--memory-of", name, str(folder), "--batch", str(batch)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -96,9 +97,7 @@ def run_for_memory(name: str, folder: str, batch: int) -> None:
     x = torch.randn(batch, 3, 32, 32)
     for _ in range(3):
         run(x)
-    # Of this program alone; getrusage counts what the process was before it.
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    print(next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")))
+    print(machine.peak_resident_set())
 
 
 def measure(unet: fastddpm.UNet, sides: dict[str, Side], batch: int, rounds: int, folder: Path) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def measure(unet: fastddpm.UNet, sides: dict[str, Side], batch: int, rounds: int
         run(x)
         run(x)
     calls = [lambda run=run: run(x) for run in sides.values()]
-    times = dict(zip(sides, (1e3 * seconds for seconds in alternating(calls, rounds)), strict=True))
+    times = dict(zip(sides, (1e3 * seconds for seconds in machine.alternating(calls, rounds)), strict=True))
     expected = in_float64(unet, x)
     errors = {name: float((run(x).double() - expected).norm() / expected.norm()) for name, run in sides.items()}
     ratio = min(time for name, time in times.items() if name != "prepared") / times["prepared"]
@@ -117,16 +116,10 @@ def measure(unet: fastddpm.UNet, sides: dict[str, Side], batch: int, rounds: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = machine.parser(__doc__)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="write the table as JSON, too")
-    options = parser.parse_args(arguments)
-    if native.unavailable() is not None:
-        print(native.unavailable(), file=sys.stderr)
-        return 2
+    options = machine.parse(parser, arguments)
     if options.memory_of:
         run_for_memory(*options.memory_of, options.batch[0])
         return 0
@@ -148,11 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"batch {batch}: {rows[-1]['ratio']:.2f} times as fast as the faster peer")
             for name in names:
                 ms, error, mib = (rows[-1][key][name] for key in ("ms", "error", "peak_mib"))
-                print(f"  {name:9} {ms:8.1f} ms   error {error:.1e}   {mib:6.0f} MiB", flush=True)
-    if options.out:
-        machine = description() | {"diffusers": diffusers.__version__}
-        document = {"machine": machine, "rounds": options.rounds, "rows": rows}
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                memory = "-" if mib is None else f"{mib:.0f}"
+                print(f"  {name:9} {ms:8.1f} ms   error {error:.1e}   {memory:>6} MiB", flush=True)
+    machine.write(options, {"diffusers": diffusers.__version__}, rows=rows)
     return 0
 
 

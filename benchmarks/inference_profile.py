@@ -7,9 +7,7 @@ multiplications would take at the rate of PyTorch's product of two 1024 x 1024 m
 Winograd those of its 36 products, so that what it takes beyond is its transforms, and memory.
 """
 
-import argparse
 import ctypes
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +22,8 @@ from fastddpm.kernels import native
 from fastddpm.kernels.conv3x3 import WINOGRAD
 
 sys.path.insert(0, str(Path(__file__).parent))
+import machine
 from inference import random_weights
-from machine import description
 
 SIDE = 1024
 
@@ -80,14 +78,7 @@ def measure(batch: int, rounds: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="write the tables as JSON, too")
-    options = parser.parse_args(arguments)
-    if native.unavailable() is not None:
-        print(native.unavailable(), file=sys.stderr)
-        return 2
+    options = machine.parse(machine.parser(__doc__), arguments)
     tables = []
     for batch in options.batch:
         tables.append(measure(batch, options.rounds))
@@ -97,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"  {kind:30} {total['calls']:3.0f} calls {total['ms']:7.1f} ms   floor {total['floor_ms']:7.1f} ms"
                 f"   {total['gflop']:6.2f} GFLOP"
             )
-    if options.out:
-        document = {"machine": description(), "rounds": options.rounds, "tables": tables}
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    machine.write(options, tables=tables)
     return 0
 
 

@@ -1,8 +1,10 @@
-"""What a figure must say about where it was measured."""
+"""What the CPU benchmarks share: their options, clock and memory, and what a figure must say about its machine."""
 
+import argparse
 import datetime
+import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -11,6 +13,34 @@ from typing import Any
 import torch
 
 from fastddpm.kernels import native
+
+STATUS = Path("/proc/self/status")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """With the options of every benchmark: `batch` (a list), `rounds`, `out` (a path or None)."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    result.add_argument("--rounds", type=int, default=15)
+    result.add_argument("--out", type=Path, help="write what is measured as JSON, too")
+    return result
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; exits with 2, saying why on stderr, for a mistake in them and without the compiled library."""
+    options = parser.parse_args(arguments)
+    reason = native.unavailable()
+    if reason is not None:
+        parser.exit(2, f"{reason}\n")
+    return options
+
+
+def write(options: argparse.Namespace, versions: Mapping[str, str] | None = None, **measured: Any) -> None:
+    """The file that `--out` asks for, if it does: the machine with its `versions`, the rounds, what was measured."""
+    if options.out is None:
+        return
+    document = {"machine": description() | dict(versions or {}), "rounds": options.rounds, **measured}
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def description() -> dict[str, Any]:
@@ -47,3 +77,15 @@ def alternating(sides: Sequence[Callable[[], object]], rounds: int) -> list[floa
             side()
             times.append(perf_counter() - start)
     return [median(times) for times in seconds]
+
+
+def peak_resident_set() -> float | None:
+    """MiB, the most that this process has held; None where the system does not tell as Linux does.
+
+    Of this program alone: getrusage counts what the process was before it.
+    """
+    try:
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)

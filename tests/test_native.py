@@ -132,8 +132,6 @@ def test_every_operation_that_draws_noise_agrees_with_its_reference() -> None:
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
     x, one = torch.randn(1, 4, 2, 2), torch.ones(4)
-    with ops.use_backend("triton"), pytest.raises(UsageError, match="'triton' was forced, but it does not run on cpu"):
-        ops.group_norm_silu(x, one, one, 2)
     with ops.use_backend("cuda"), pytest.raises(UsageError, match="'cuda' was forced, but it does not run on cpu"):
         ops.group_norm_silu(x, one, one, 2)
     with pytest.raises(UsageError, match="does not exist; choose one of auto"), ops.use_backend("gpu"):
@@ -171,6 +169,23 @@ def test_a_missing_library_is_done_without_and_reported(nowhere: Path) -> None:
         native.random_normal(4, torch.arange(3), zero, zero, 1)
     with ops.use_backend("cpu"), pytest.raises(UsageError, match="'cpu' was forced, but no compiled library: none was"):
         ops.random_normal((4,), torch.arange(3), zero, zero, 1)
+
+
+def test_a_forced_backend_that_an_operation_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each CPU operation has all that its device offers; here the device offers one that no operation has.
+    monkeypatch.setitem(backend.LADDERS, "cpu", ("tpu", "reference"))
+    monkeypatch.setattr(backend, "CHOICES", (*backend.CHOICES, "tpu"))
+    backend._resolve.cache_clear()
+    try:
+        with ops.use_backend("tpu"), pytest.raises(UsageError) as error:
+            ops.random_normal((4,), torch.arange(3), torch.tensor(0), torch.tensor(0), 1)
+        assert str(error.value).endswith(
+            "'tpu' was forced, but random_normal has no tpu implementation; possible here: reference"
+        )
+        # Chosen by itself it is passed over, and what does not exist is not reported as missing.
+        assert set(ops.status().values()) == {"reference"}
+    finally:
+        backend._resolve.cache_clear()
 
 
 @pytest.mark.parametrize("note", [None, b"", b"\xff\xfe"])
