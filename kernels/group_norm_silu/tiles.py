@@ -1,25 +1,30 @@
 """Which part of an image one program of the Triton kernels takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..triton_launch import ceil_div, next_power_of_2
 
-# Float32 values of a tile that a thread keeps: x in the forward pass; x and the gradient in the backward pass.
-_VALUES = {False: 64, True: 32}
+# Values of a tile that a thread keeps without spilling, on every chip: x, or in the backward pass x and the gradient.
+_VALUES = {False: 32, True: 16}
+# What it rather keeps, where there are threads enough.
+_FEWER_VALUES = {False: 16, True: 8}
 _MAX_WARPS = 16
 _SECTOR = 32  # bytes that memory moves at least
+_ROW = 64  # bytes of a pixel that one program takes, where the image is not split
 # Programs below which a large image is rather split: a GPU has some hundred multiprocessors to fill.
 _FEW_PROGRAMS = 32
 _LARGE_IMAGE = 1024  # pixels
+# Pixels up to which the cache still holds, for a second loop, what all programs running at once have read.
+_CACHED_IMAGE = 2048
 _CHUNKS = 32  # into which an image is split at most; each program reads the sums of all
-_SPLIT_TILE = 4096  # values
+_LOOP_WARPS = 8
 
 
 @dataclass(frozen=True)
 class Tile:
     """`block_p` pixels by `block_c` channels, of which `groups` whole groups are used; `chunks` pieces of an image.
 
-    chunks == 0: the tile holds all pixels, and the image is read once.
+    chunks == 0: the tile holds all pixels. chunks == 1: a program loops over all pixels, twice.
     """
 
     block_p: int
@@ -36,12 +41,19 @@ class Tile:
 
 def choose(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool) -> Tile:
     """The tile for `n` images of `pixels` pixels and groups * cpg channels, `num_bytes` bytes an element."""
+    enough = _FEW_PROGRAMS if pixels >= _LARGE_IMAGE else 1
     whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward)
-    if whole is not None:
-        programs = n * ceil_div(groups, whole.groups)
-        if pixels < _LARGE_IMAGE or programs >= _FEW_PROGRAMS:
-            return whole
-    return _split(n, pixels, groups, cpg, num_bytes, channels_last)
+    if whole is not None and n * ceil_div(groups, whole.groups) >= enough:
+        return whole
+    if pixels <= _CACHED_IMAGE:
+        loop = _loop(pixels, groups, cpg, _ROW // num_bytes if channels_last else 1, backward)
+        if n * ceil_div(groups, loop.groups) >= enough:
+            return loop
+    # Rows of 256 bytes: the whole pixel of a narrow image, which is most of a large one.
+    split = _loop(pixels, groups, cpg, 256 // num_bytes if channels_last else 1, backward)
+    programs = n * ceil_div(groups, split.groups)
+    chunks = min(_CHUNKS, ceil_div(pixels, split.block_p), max(1, ceil_div(512, programs)))
+    return replace(split, chunks=chunks)
 
 
 def _whole_image(
@@ -50,7 +62,7 @@ def _whole_image(
     """As many channels as the registers hold, but no more than a 64-byte row; None where not even a sector's fit."""
     block_p = next_power_of_2(pixels)
     limit = _VALUES[backward] * 32 * _MAX_WARPS // block_p
-    together = _groups_within(max(min(limit, 64 // num_bytes), next_power_of_2(cpg)), groups, cpg)
+    together = _groups_within(max(min(limit, _ROW // num_bytes), next_power_of_2(cpg)), groups, cpg)
     block_c = next_power_of_2(together * cpg)
     if block_c > limit:
         return None
@@ -60,7 +72,7 @@ def _whole_image(
     while block_p * block_c < 1024 and together < groups:
         together = min(2 * together, groups)
         block_c = next_power_of_2(together * cpg)
-    warps = next_power_of_2(ceil_div(block_p * block_c, 32 * _VALUES[backward]))
+    warps = next_power_of_2(ceil_div(block_p * block_c, 32 * _FEWER_VALUES[backward]))
     return Tile(block_p, block_c, together, max(1, min(warps, _MAX_WARPS)), 0)
 
 
@@ -70,10 +82,9 @@ def _groups_within(channels: int, groups: int, cpg: int) -> int:
     return min(1 << (together.bit_length() - 1), groups)
 
 
-def _split(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool) -> Tile:
-    together = _groups_within(max(256 // num_bytes if channels_last else 1, cpg), groups, cpg)
+def _loop(pixels: int, groups: int, cpg: int, channels: int, backward: bool) -> Tile:
+    """Tiles of `channels` channels or one group, and of as many pixels as the registers hold."""
+    together = _groups_within(max(channels, cpg), groups, cpg)
     block_c = next_power_of_2(together * cpg)
-    block_p = max(1, min(next_power_of_2(pixels), _SPLIT_TILE // block_c))
-    programs = n * ceil_div(groups, together)
-    chunks = min(_CHUNKS, ceil_div(pixels, block_p), max(1, ceil_div(512, programs)))
-    return Tile(block_p, block_c, together, 4, chunks)
+    block_p = max(1, min(next_power_of_2(pixels), 32 * _LOOP_WARPS * _FEWER_VALUES[backward] // block_c))
+    return Tile(block_p, block_c, together, _LOOP_WARPS, 1)

@@ -135,8 +135,10 @@ def forward(
             *inputs, y, mean, rstd, *call.key, *call.sizes, eps, *call.dropout, **call.flags,
         )  # fmt: skip
         return y, mean, rstd
-    partial = call.numbers(2, call.n, call.chunks, groups)
-    call.launch(_group_norm_silu_moments_kernel, call.chunks, *inputs[:3], partial, *call.sizes, call.chunk)
+    partial = None
+    if call.chunks > 1:
+        partial = call.numbers(2, call.n, call.chunks, groups)
+        call.launch(_group_norm_silu_moments_kernel, call.chunks, *inputs[:3], partial, *call.sizes, call.chunk)
     call.launch(
         _group_norm_silu_apply_kernel, call.chunks,
         *inputs, partial, y, mean, rstd, *call.key, *call.sizes, call.chunk, eps, *call.dropout,
@@ -186,15 +188,17 @@ def backward(
             **call.flags,
         )  # fmt: skip
     else:
-        sums = call.numbers(2, call.n, call.chunks, call.channels)
-        temb_sums = None if temb is None else call.numbers(call.n, call.chunks, call.channels)
         tail = (*call.sizes, call.chunk, *call.dropout)
-        call.launch(_group_norm_silu_backward_sums_kernel, call.chunks, *inputs, sums, *tail, **call.flags)
+        sums, temb_sums = None, grad_temb
+        if call.chunks > 1:
+            sums = call.numbers(2, call.n, call.chunks, call.channels)
+            temb_sums = None if temb is None else call.numbers(call.n, call.chunks, call.channels)
+            call.launch(_group_norm_silu_backward_sums_kernel, call.chunks, *inputs, sums, *tail, **call.flags)
         call.launch(
             _group_norm_silu_backward_apply_kernel, call.chunks,
             *inputs, sums, grad_x, grad_skip, temb_sums, grad_scale, grad_shift, parts, *tail, **call.flags,
         )  # fmt: skip
-        if temb_sums is not None:
+        if call.chunks > 1 and temb_sums is not None:
             _sum(temb_sums, grad_temb, None)
     _sum(parts, grad_weight, grad_bias)
     grads = (grad_x, grad_skip, grad_weight, grad_bias, grad_temb, grad_scale, grad_shift)

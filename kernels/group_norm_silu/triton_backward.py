@@ -11,18 +11,38 @@ from .triton_forward import dropout_factor, gain_and_offset, group_sums, load_te
 
 
 @triton.jit
-def _before_silu(
-    grad, x_hat, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold,
-    C: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+def _x_hat_and_g(
+    grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
+    stream, threshold, C: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient through dropout and SiLU, whose mask and argument are computed again."""
+    """The normalised input and the gradient before SiLU and dropout, whose argument and mask are computed again."""
+    h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+    x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
+    base, inside = offsets(n, p, c, pixels, c1 + c2, NHWC)
+    g = tl.load(grad + base + inside, mask, 0.0).to(tl.float32)
     if DROPOUT:
-        grad *= dropout_factor(p, c0, channels, n, images, seed, step, stream, threshold, C, EIGHTS)
+        g *= dropout_factor(p, c0, c1 + c2, n, images, seed, step, stream, threshold, C, EIGHTS)
     if SILU:
         y = x_hat * gain[None, :] + offset[None, :]
         sigmoid = 1.0 / (1.0 + tl.exp(-y))
-        grad *= sigmoid * (1.0 + y * (1.0 - sigmoid))
-    return grad
+        g *= sigmoid * (1.0 + y * (1.0 - sigmoid))
+    return x_hat, g
+
+
+@triton.jit
+def _moments(
+    mean, rstd, temb, n, g0, groups, c, c_mask, channels,
+    GB: tl.constexpr, CPG: tl.constexpr, C: tl.constexpr, G: tl.constexpr, HAS_TEMB: tl.constexpr,
+):  # fmt: skip
+    """What is subtracted from x and what it is multiplied by then, (C,) both."""
+    g = tl.arange(0, G)
+    g_mask = (g < GB) & (g0 + g < groups)
+    mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
+    rstd_c = of_groups(tl.load(rstd + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
+    if HAS_TEMB:
+        mean_c -= load_temb(temb, n, c, c_mask, channels)
+    return mean_c, rstd_c
 
 
 @triton.jit
@@ -64,38 +84,50 @@ def _group_norm_silu_backward_whole_kernel(
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """One program: GB groups of one image, all its pixels; grid (N x blocks of groups,)."""
-    n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    c0, g0 = block * GB * CPG, block * GB
-    channels = c1 + c2
+    n, g0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * GB
+    channels, c0 = c1 + c2, g0 * CPG
     p, c = tl.arange(0, P), c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
     mask = (p < pixels)[:, None] & c_mask[None, :]
-    g = tl.arange(0, G)
-    g_mask = (g < GB) & (g0 + g < groups)
-    mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
-    rstd_c = of_groups(tl.load(rstd + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
-    if HAS_TEMB:
-        mean_c -= load_temb(temb, n, c, c_mask, channels)
-    h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
-    x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
-    base, inside = offsets(n, p, c, pixels, channels, NHWC)
-    u = tl.load(grad + base + inside, mask, 0.0).to(tl.float32)
+    mean_c, rstd_c = _moments(mean, rstd, temb, n, g0, groups, c, c_mask, channels, GB, CPG, C, G, HAS_TEMB)
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
-    u = _before_silu(
-        u, x_hat, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold, C, SILU, DROPOUT, EIGHTS
-    )
-    grad_gain, grad_offset = tl.sum(u * x_hat, axis=0), tl.sum(u, axis=0)
+    x_hat, g = _x_hat_and_g(
+        grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
+        stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+    )  # fmt: skip
+    grad_gain, grad_offset = tl.sum(g * x_hat, axis=0), tl.sum(g, axis=0)
     _store_parameters(
         grad_gain, grad_offset, weight, bias, scale, parts, grad_scale, grad_shift, n, tl.num_programs(0) // blocks,
         c, c_mask, channels, HAS_AFFINE,
     )  # fmt: skip
     ux_mean = of_groups(group_sums(grad_gain * gain, C, CPG, G) / (pixels * CPG), C, CPG, G)
     u_mean = of_groups(group_sums(grad_offset * gain, C, CPG, G) / (pixels * CPG), C, CPG, G)
-    u = (u * gain[None, :] - u_mean[None, :] - x_hat * ux_mean[None, :]) * rstd_c[None, :]
+    dx = (g * gain[None, :] - u_mean[None, :] - x_hat * ux_mean[None, :]) * rstd_c[None, :]
     if HAS_TEMB:
-        total = tl.sum(tl.where(mask, u, 0.0), axis=0)
+        total = tl.sum(tl.where(mask, dx, 0.0), axis=0)
         tl.store(grad_temb + n.to(tl.int64) * channels + c, total.to(grad_temb.dtype.element_ty), c_mask)
-    _store_tile(grad_x, grad_skip, u, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+    _store_tile(grad_x, grad_skip, dx, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+
+
+@triton.jit
+def _chunk_sums(
+    grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, piece, chunk, c0, c, c_mask, pixels, c1, c2,
+    stream, threshold, P: tl.constexpr, C: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Sums over one chunk of pixels of g x_hat and of g, by channel: (C,) both."""
+    grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    end = tl.minimum((piece + 1) * chunk, pixels)
+    for start in range(piece * chunk, end, P):
+        p = start + tl.arange(0, P)
+        mask = (p < end)[:, None] & c_mask[None, :]
+        x_hat, g = _x_hat_and_g(
+            grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
+            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+        )  # fmt: skip
+        grad_gain += tl.sum(g * x_hat, axis=0)
+        grad_offset += tl.sum(g, axis=0)
+    return grad_gain, grad_offset
 
 
 @triton.jit
@@ -106,36 +138,18 @@ def _group_norm_silu_backward_sums_kernel(
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one chunk of pixels of g x_hat and of g, by channel; grid (N x blocks, chunks).
-
-    sums: float32 (2, N, chunks, channels).
-    """
+    """`_chunk_sums` to sums, float32 (2, N, chunks, channels); grid (N x blocks, chunks)."""
     n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
+    num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
     channels, c0 = c1 + c2, g0 * CPG
     c = c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
-    g = tl.arange(0, G)
-    g_mask = (g < GB) & (g0 + g < groups)
-    mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
-    rstd_c = of_groups(tl.load(rstd + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
-    if HAS_TEMB:
-        mean_c -= load_temb(temb, n, c, c_mask, channels)
+    mean_c, rstd_c = _moments(mean, rstd, temb, n, g0, groups, c, c_mask, channels, GB, CPG, C, G, HAS_TEMB)
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
-    grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    end = tl.minimum((piece + 1) * chunk, pixels)
-    for start in range(piece * chunk, end, P):
-        p = start + tl.arange(0, P)
-        mask = (p < end)[:, None] & c_mask[None, :]
-        h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
-        x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
-        base, inside = offsets(n, p, c, pixels, channels, NHWC)
-        u = tl.load(grad + base + inside, mask, 0.0).to(tl.float32)
-        u = _before_silu(
-            u, x_hat, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold, C, SILU, DROPOUT, EIGHTS
-        )
-        grad_gain += tl.sum(u * x_hat, axis=0)
-        grad_offset += tl.sum(u, axis=0)
-    num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
+    grad_gain, grad_offset = _chunk_sums(
+        grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, piece, chunk, c0, c, c_mask, pixels,
+        c1, c2, stream, threshold, P, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+    )  # fmt: skip
     at = (n.to(tl.int64) * chunks + piece) * channels + c
     tl.store(sums + at, grad_gain, c_mask)
     tl.store(sums + num_n.to(tl.int64) * chunks * channels + at, grad_offset, c_mask)
@@ -150,29 +164,33 @@ def _group_norm_silu_backward_apply_kernel(
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk from the sums of all; grid (N x blocks, chunks). temb_sums: float32 (N, chunks, channels)."""
+    """dx of one chunk; grid (N x blocks, chunks). temb_sums: (N, chunks, channels), the sums of dx over each chunk.
+
+    The sums over all pixels are those of the chunks, or without `sums` come from a first loop over the image.
+    """
     n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
     num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
     channels, c0 = c1 + c2, g0 * CPG
     c = c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
-    grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for k in range(0, chunks):
-        at = (n.to(tl.int64) * chunks + k) * channels + c
-        grad_gain += tl.load(sums + at, c_mask, 0.0)
-        grad_offset += tl.load(sums + num_n.to(tl.int64) * chunks * channels + at, c_mask, 0.0)
+    mean_c, rstd_c = _moments(mean, rstd, temb, n, g0, groups, c, c_mask, channels, GB, CPG, C, G, HAS_TEMB)
+    gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
+    if sums is None:
+        grad_gain, grad_offset = _chunk_sums(
+            grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, piece, chunk, c0, c, c_mask, pixels,
+            c1, c2, stream, threshold, P, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+        )  # fmt: skip
+    else:
+        grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+        for k in range(0, chunks):
+            at = (n.to(tl.int64) * chunks + k) * channels + c
+            grad_gain += tl.load(sums + at, c_mask, 0.0)
+            grad_offset += tl.load(sums + num_n.to(tl.int64) * chunks * channels + at, c_mask, 0.0)
     if piece == 0:
         _store_parameters(
             grad_gain, grad_offset, weight, bias, scale, parts, grad_scale, grad_shift, n, num_n, c, c_mask, channels,
             HAS_AFFINE,
         )  # fmt: skip
-    g = tl.arange(0, G)
-    g_mask = (g < GB) & (g0 + g < groups)
-    mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
-    rstd_c = of_groups(tl.load(rstd + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
-    if HAS_TEMB:
-        mean_c -= load_temb(temb, n, c, c_mask, channels)
-    gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
     ux_mean = of_groups(group_sums(grad_gain * gain, C, CPG, G) / (pixels * CPG), C, CPG, G)
     u_mean = of_groups(group_sums(grad_offset * gain, C, CPG, G) / (pixels * CPG), C, CPG, G)
     total = tl.zeros([C], tl.float32)
@@ -180,19 +198,17 @@ def _group_norm_silu_backward_apply_kernel(
     for start in range(piece * chunk, end, P):
         p = start + tl.arange(0, P)
         mask = (p < end)[:, None] & c_mask[None, :]
-        h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
-        x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
-        base, inside = offsets(n, p, c, pixels, channels, NHWC)
-        u = tl.load(grad + base + inside, mask, 0.0).to(tl.float32)
-        u = _before_silu(
-            u, x_hat, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold, C, SILU, DROPOUT, EIGHTS
-        )
-        u = (u * gain[None, :] - u_mean[None, :] - x_hat * ux_mean[None, :]) * rstd_c[None, :]
+        x_hat, g = _x_hat_and_g(
+            grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
+            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+        )  # fmt: skip
+        dx = (g * gain[None, :] - u_mean[None, :] - x_hat * ux_mean[None, :]) * rstd_c[None, :]
         if HAS_TEMB:
-            total += tl.sum(tl.where(mask, u, 0.0), axis=0)
-        _store_tile(grad_x, grad_skip, u, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+            total += tl.sum(tl.where(mask, dx, 0.0), axis=0)
+        _store_tile(grad_x, grad_skip, dx, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
     if HAS_TEMB:
-        tl.store(temb_sums + (n.to(tl.int64) * chunks + piece) * channels + c, total, c_mask)
+        at = (n.to(tl.int64) * chunks + piece) * channels + c
+        tl.store(temb_sums + at, total.to(temb_sums.dtype.element_ty), c_mask)
 
 
 @triton.jit

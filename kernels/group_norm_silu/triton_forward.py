@@ -1,8 +1,9 @@
 """The forward kernels of group_norm_silu.
 
-A program takes whole groups of one image: a tile of pixels by channels. Either the tile holds every pixel, and the
-image is read once; or the image is split into chunks of pixels, moments are taken by one kernel and applied by a
-second. The variance is that of two passes over values in registers; moments of chunks are combined by Chan's formula.
+A program takes whole groups of one image, in one of three ways: all pixels in registers, read once; a loop over tiles
+of pixels for the moments and a second one, which finds them in the cache, for the output; or chunks of pixels to a
+program each, with the moments taken by one kernel and applied by another. The variance is that of two passes over
+values in registers; moments of tiles and chunks are combined by Chan's formula.
 """
 
 import triton
@@ -140,19 +141,12 @@ def _group_norm_silu_whole_kernel(
 
 
 @triton.jit
-def _group_norm_silu_moments_kernel(
-    x, skip, temb, partial, blocks, pixels, c1, c2, groups, chunk,
-    CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
+def _chunk_moments(
+    x, skip, temb, n, piece, chunk, c, c_mask, pixels, c1, c2,
+    CPG: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squares about it, of GB groups in one chunk of one image; grid (N x blocks, chunks).
-
-    partial: float32 (2, N, chunks, groups).
-    """
-    n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
-    channels = c1 + c2
-    c = g0 * CPG + tl.arange(0, C)
-    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
+    """Mean of each group over one chunk of an image, and the sum of squares about it: (G,) both."""
     mean, squares, count = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
     end = tl.minimum((piece + 1) * chunk, pixels)
     for start in range(piece * chunk, end, P):
@@ -168,15 +162,50 @@ def _group_norm_silu_moments_kernel(
         squares += tl.sum(centred * centred, axis=0) + delta * delta * (count * more / total)
         count = total
     if HAS_TEMB:
-        mean += load_temb(temb, n, c, c_mask, channels)
+        mean += load_temb(temb, n, c, c_mask, c1 + c2)
     group_mean = group_sums(mean, C, CPG, G) / CPG
     delta = tl.where(c_mask, mean - of_groups(group_mean, C, CPG, G), 0.0)
-    group_squares = group_sums(squares + count * delta * delta, C, CPG, G)
+    return group_mean, group_sums(squares + count * delta * delta, C, CPG, G)
+
+
+@triton.jit
+def _group_norm_silu_moments_kernel(
+    x, skip, temb, partial, blocks, pixels, c1, c2, groups, chunk,
+    CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr,
+):  # fmt: skip
+    """Moments of GB groups in one chunk of one image; grid (N x blocks, chunks).
+
+    partial: float32 (2, N, chunks, groups), the mean and the sum of squares about it.
+    """
+    n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
+    num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
+    c = g0 * CPG + tl.arange(0, C)
+    c_mask = (tl.arange(0, C) < GB * CPG) & (c < c1 + c2)
+    mean, squares = _chunk_moments(
+        x, skip, temb, n, piece, chunk, c, c_mask, pixels, c1, c2, CPG, P, C, G, NHWC, HAS_SKIP, HAS_TEMB
+    )
     g = tl.arange(0, G)
     g_mask = (g < GB) & (g0 + g < groups)
-    at = (n * tl.num_programs(1) + piece) * groups + g0 + g
-    tl.store(partial + at, group_mean, g_mask)
-    tl.store(partial + tl.num_programs(0) // blocks * tl.num_programs(1) * groups + at, group_squares, g_mask)
+    at = (n * chunks + piece) * groups + g0 + g
+    tl.store(partial + at, mean, g_mask)
+    tl.store(partial + num_n * chunks * groups + at, squares, g_mask)
+
+
+@triton.jit
+def _combined_moments(
+    partial, n, num_n, chunks, chunk, pixels, groups, g, mask, CPG: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """Mean and variance of groups g from the moments of all chunks, by Chan's formula."""
+    k = tl.arange(0, CHUNKS)
+    at = (n * chunks + k)[:, None] * groups + g[None, :]
+    both = (k < chunks)[:, None] & mask[None, :]
+    means = tl.load(partial + at, both, 0.0)
+    squares = tl.load(partial + num_n * chunks * groups + at, both, 0.0)
+    count = tl.maximum(tl.minimum((k + 1) * chunk, pixels) - k * chunk, 0)[:, None].to(tl.float32)
+    mean = tl.sum(means * (count / pixels), axis=0)
+    delta = tl.where(both, means - mean[None, :], 0.0)
+    return mean, tl.sum(squares + count * CPG * delta * delta, axis=0) / (pixels * CPG)
 
 
 @triton.jit
@@ -187,28 +216,31 @@ def _group_norm_silu_apply_kernel(
     NHWC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The output of one chunk from the moments of all; grid (N x blocks, chunks). The first stores the moments."""
+    """The output of one chunk; grid (N x blocks, chunks). The first chunk stores the moments.
+
+    The moments come from those of all chunks, or with CHUNKS == 1 from a first loop over the image.
+    """
     n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
-    chunks, channels = tl.num_programs(1), c1 + c2
+    channels, c0 = c1 + c2, g0 * CPG
+    c = c0 + tl.arange(0, C)
+    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
     g = tl.arange(0, G)
     g_mask = (g < GB) & (g0 + g < groups)
-    k = tl.arange(0, CHUNKS)
-    at = (n * chunks + k)[:, None] * groups + (g0 + g)[None, :]
-    both = (k < chunks)[:, None] & g_mask[None, :]
-    means = tl.load(partial + at, both, 0.0)
-    squares = tl.load(partial + tl.num_programs(0) // blocks * chunks * groups + at, both, 0.0)
-    count = tl.maximum(tl.minimum((k + 1) * chunk, pixels) - k * chunk, 0)[:, None].to(tl.float32)
-    mean = tl.sum(means * (count / pixels), axis=0)
-    delta = tl.where(both, means - mean[None, :], 0.0)
-    variance = tl.sum(squares + count * CPG * delta * delta, axis=0) / (pixels * CPG)
+    if CHUNKS == 1:
+        mean, squares = _chunk_moments(
+            x, skip, temb, n, piece, chunk, c, c_mask, pixels, c1, c2, CPG, P, C, G, NHWC, HAS_SKIP, HAS_TEMB
+        )
+        variance = squares / (pixels * CPG)
+    else:
+        mean, variance = _combined_moments(
+            partial, n, tl.num_programs(0) // blocks, tl.num_programs(1), chunk, pixels, groups, g0 + g, g_mask,
+            CPG, CHUNKS,
+        )  # fmt: skip
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     if piece == 0:
         tl.store(mean_out + n * groups + g0 + g, mean, g_mask)
         tl.store(rstd_out + n * groups + g0 + g, rstd, g_mask)
 
-    c0 = g0 * CPG
-    c = c0 + tl.arange(0, C)
-    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
     mean_c, rstd_c = of_groups(mean, C, CPG, G), of_groups(rstd, C, CPG, G)
     if HAS_TEMB:
         mean_c -= load_temb(temb, n, c, c_mask, channels)

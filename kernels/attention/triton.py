@@ -1,0 +1,206 @@
+"""attention by Triton kernels: all scores of a block of rows on the chip at once, so the softmax needs no rescaling.
+
+A program has BM rows of one image and their scores with all BN >= L tokens, (BM, BN) in registers; the C channels, of
+which there may be more than fit on the chip, are streamed in chunks of DC. No atomics: the same bits on every run.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import triton_launch
+from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
+
+__all__ = ["LIMITS", "backward", "forward", "unavailable", "unsupported"]
+
+_TOKENS, _CHANNELS = 256, 1024
+LIMITS = f"up to {_TOKENS} tokens and {_CHANNELS} channels; others by scaled_dot_product_attention"
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> str | None:
+    """Why arguments of forward or backward, by name, are left to another backend, or None."""
+    tokens, channels = q.shape[1:]
+    if tokens > _TOKENS or channels > _CHANNELS:
+        return f"the Triton kernels take up to {_TOKENS} tokens of {_CHANNELS} channels, not {tokens} of {channels}"
+    return triton_launch.unsupported(q=q, k=k, v=v, **rest)
+
+
+@triton.jit
+def _rows(tensor, n, row, d, stride_n, stride_l, rows, channels):
+    """Rows `row` and channels `d` of image n, zeros outside: (len(row), len(d))."""
+    inside = (row < rows)[:, None] & (d < channels)[None, :]
+    return tl.load(tensor + n.to(tl.int64) * stride_n + row[:, None] * stride_l + d[None, :], inside, 0.0)
+
+
+@triton.jit
+def _columns(tensor, n, row, d, stride_n, stride_l, rows, channels):
+    """The transpose of `_rows`: (len(d), len(row))."""
+    inside = (row < rows)[None, :] & (d < channels)[:, None]
+    return tl.load(tensor + n.to(tl.int64) * stride_n + row[None, :] * stride_l + d[:, None], inside, 0.0)
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """a b + total by the matrix unit, summed in float32."""
+    if PRECISION == "interpreted":
+        # The interpreter multiplies the bits of bfloat16 as if they were integers.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _products(
+    a, b, n, i, j, a_n, a_l, b_n, b_l, rows, channels,
+    M: tl.constexpr, J: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a_i . b_j for rows i of a and j of b, summed over the channels: float32 (M, J)."""
+    total = tl.zeros([M, J], tl.float32)
+    for start in range(0, channels, DC):
+        d = start + tl.arange(0, DC)
+        left = _rows(a, n, i, d, a_n, a_l, rows, channels)
+        right = _columns(b, n, j, d, b_n, b_l, rows, channels)
+        total = _dot(left, right, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _store_products(
+    out, weights, by_row, b, n, i, j, b_n, b_l, rows, channels,
+    M: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """weights (M, J) times rows j of b, each row times `by_row`, to rows i of the dense `out` (N, rows, channels)."""
+    for start in range(0, channels, DC):
+        d = start + tl.arange(0, DC)
+        right = _rows(b, n, j, d, b_n, b_l, rows, channels)
+        value = _dot(weights, right, tl.zeros([M, DC], tl.float32), PRECISION)
+        if by_row is not None:
+            value *= by_row[:, None]
+        at = n.to(tl.int64) * rows * channels + i[:, None] * channels + d[None, :]
+        tl.store(out + at, value.to(out.dtype.element_ty), (i < rows)[:, None] & (d < channels)[None, :])
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q, k, v, out, lse, q_n, q_l, k_n, k_l, v_n, v_l, rows, channels, blocks, scale,
+    BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of BM rows of one image; grid (N x blocks,)."""
+    n = tl.program_id(0) // blocks
+    i, j = tl.program_id(0) % blocks * BM + tl.arange(0, BM), tl.arange(0, BN)
+    scores = _products(q, k, n, i, j, q_n, q_l, k_n, k_l, rows, channels, BM, BN, DC, PRECISION) * scale
+    scores = tl.where((j < rows)[None, :], scores, float("-inf"))
+    highest = tl.max(scores, axis=1)
+    weights = tl.exp(scores - highest[:, None])
+    tl.store(lse + n * rows + i, highest + tl.log(tl.sum(weights, axis=1)), i < rows)
+    # Divided by the sum of the weights as rounded: the output stays a mean of the values.
+    weights = weights.to(v.dtype.element_ty)
+    total = tl.sum(weights.to(tl.float32), axis=1)
+    _store_products(out, weights, 1.0 / total, v, n, i, j, v_n, v_l, rows, channels, BM, DC, PRECISION)
+
+
+@triton.jit
+def _attention_bwd_q_kernel(
+    grad, q, k, v, lse, row_sums, grad_q, g_n, g_l, q_n, q_l, k_n, k_l, v_n, v_l, rows, channels, blocks, scale,
+    BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BM rows of q, and rowsum(P dP) of them, which the gradients of k and v need; grid (N x blocks,)."""
+    n = tl.program_id(0) // blocks
+    i, j = tl.program_id(0) % blocks * BM + tl.arange(0, BM), tl.arange(0, BN)
+    scores = _products(q, k, n, i, j, q_n, q_l, k_n, k_l, rows, channels, BM, BN, DC, PRECISION) * scale
+    of_row = tl.load(lse + n * rows + i, i < rows, 0.0)
+    weights = tl.where((j < rows)[None, :], tl.exp(scores - of_row[:, None]), 0.0)
+    grad_weights = _products(grad, v, n, i, j, g_n, g_l, v_n, v_l, rows, channels, BM, BN, DC, PRECISION)
+    total = tl.sum(weights * grad_weights, axis=1)
+    tl.store(row_sums + n * rows + i, total, i < rows)
+    grad_scores = (weights * (grad_weights - total[:, None]) * scale).to(k.dtype.element_ty)
+    _store_products(grad_q, grad_scores, None, k, n, i, j, k_n, k_l, rows, channels, BM, DC, PRECISION)
+
+
+@triton.jit
+def _attention_bwd_kv_kernel(
+    grad, q, k, v, lse, row_sums, grad_k, grad_v, g_n, g_l, q_n, q_l, k_n, k_l, v_n, v_l,
+    rows, channels, blocks, scale,
+    BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BM rows of k and v, from the transposed scores (BM of k, BN of q); grid (N x blocks,)."""
+    n = tl.program_id(0) // blocks
+    j, i = tl.program_id(0) % blocks * BM + tl.arange(0, BM), tl.arange(0, BN)
+    scores = _products(k, q, n, j, i, k_n, k_l, q_n, q_l, rows, channels, BM, BN, DC, PRECISION) * scale
+    of_row = tl.load(lse + n * rows + i, i < rows, 0.0)
+    weights = tl.where((i < rows)[None, :], tl.exp(scores - of_row[None, :]), 0.0)
+    _store_products(
+        grad_v, weights.to(grad.dtype.element_ty), None, grad, n, j, i, g_n, g_l, rows, channels, BM, DC, PRECISION
+    )  # fmt: skip
+    grad_weights = _products(v, grad, n, j, i, v_n, v_l, g_n, g_l, rows, channels, BM, BN, DC, PRECISION)
+    total = tl.load(row_sums + n * rows + i, i < rows, 0.0)
+    grad_scores = (weights * (grad_weights - total[None, :]) * scale).to(q.dtype.element_ty)
+    _store_products(grad_k, grad_scores, None, q, n, j, i, q_n, q_l, rows, channels, BM, DC, PRECISION)
+
+
+def _rows_of_channels(tensor: Tensor) -> Tensor:
+    """A tensor whose channels lie side by side; its other strides may be any."""
+    return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+
+
+def _tiles(q: Tensor, *, keys: bool = False) -> dict[str, Any]:
+    """Sides of the tiles that fit in registers beside the scores with all tokens; `keys`: for gradients of k and v.
+
+    float32 takes three passes of the matrix unit in tf32, which keep its digits, except where registers for that lack,
+    and on AMD, whose matrix unit multiplies float32.
+    """
+    columns = max(16, next_power_of_2(q.shape[1]))
+    rows, chunk, stages, precision = min(64, columns), 64, 2, "ieee"
+    if q.dtype == torch.float32:
+        rows, chunk, stages = min(32, columns), 32, 1
+        if columns > 64:
+            rows, chunk = 16, 16 if keys else 32
+        if not (torch.version.hip or (keys and columns > 64)):
+            precision = "tf32x3"
+    if triton_launch.interpreted():
+        precision = "interpreted"
+    return {
+        "BM": rows, "BN": columns, "DC": min(chunk, max(16, next_power_of_2(q.shape[2]))), "PRECISION": precision,
+        "num_warps": 8 if columns > 64 else 4, "num_stages": stages,
+    }  # fmt: skip
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As the reference: the output in q's dtype, and the log-sum-exp of each score row, float32 (N, L)."""
+    n, tokens, channels = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((n, tokens), dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return out, lse
+    q, k, v = map(_rows_of_channels, (q, k, v))
+    tiles = _tiles(q)
+    blocks = ceil_div(tokens, tiles["BM"])
+    launch(
+        _attention_fwd_kernel, (n * blocks,), q.device,
+        q, k, v, out, lse, *_strides(q, k, v), tokens, channels, blocks, scale, **tiles,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference; the same bits on every run."""
+    n, tokens, channels = q.shape
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if q.numel() == 0:
+        return grad_q, grad_k, grad_v
+    grad, q, k, v = map(_rows_of_channels, (grad, q, k, v))
+    row_sums, lse = torch.empty((n, tokens), dtype=torch.float32, device=q.device), lse.contiguous()
+    inputs, strides = (grad, q, k, v, lse, row_sums), _strides(grad, q, k, v)
+    for kernel, outputs, tiles in (
+        (_attention_bwd_q_kernel, (grad_q,), _tiles(q)),
+        (_attention_bwd_kv_kernel, (grad_k, grad_v), _tiles(q, keys=True)),
+    ):
+        blocks = ceil_div(tokens, tiles["BM"])
+        launch(kernel, (n * blocks,), q.device, *inputs, *outputs, *strides, tokens, channels, blocks, scale, **tiles)
+    return grad_q, grad_k, grad_v
