@@ -89,8 +89,8 @@ def kernel_of(launched: Any, args: Sequence[Any], options: dict[str, Any]) -> Ke
     )  # fmt: skip
 
 
-def kernels_of(call: Call) -> list[Kernel]:
-    """What the Triton implementation launches for `call`."""
+def kernels_of(call: Call, chip: str = "sm_90") -> list[Kernel]:
+    """What the Triton implementation launches for `call` on `chip`."""
     operation = call.name.removesuffix("_backward")
     module = importlib.import_module(f"fastddpm.kernels.{operation}.triton")
     recorded: list[Kernel] = []
@@ -98,7 +98,8 @@ def kernels_of(call: Call) -> list[Kernel]:
     def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
         recorded.append(kernel_of(kernel, args, options))
 
-    with _replaced(module, "launch", record):
+    rocm = "0" if CHIPS[chip][0] == "hip" else None
+    with _replaced(module, "launch", record), _replaced(torch.version, "hip", rocm):
         getattr(module, "backward" if call.name.endswith("_backward") else "forward")(*call.args)
     return recorded
 
@@ -178,6 +179,20 @@ def preset_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
     return [call for call, _ in distinct([*calls, *step_calls(preset, batch, dtype)])]
 
 
+def preset_kernels(
+    presets: Sequence[str], chips: Sequence[str], batches: Sequence[int] | None = None
+) -> dict[tuple[str, Kernel], str]:
+    """Each kernel on each chip once, with its first use; batches are 1 and the preset's own unless given."""
+    jobs: dict[tuple[str, Kernel], str] = {}
+    for preset in presets:
+        for batch in batches or (1, PRESETS[preset].train.batch):
+            for call in preset_calls(preset, batch, torch.bfloat16):
+                for chip in chips:
+                    for kernel in kernels_of(call, chip):
+                        jobs.setdefault((chip, kernel), f"{preset} {describe(call)}")
+    return jobs
+
+
 def describe(call: Call) -> str:
     """The operation with the shapes that tell its calls apart."""
     tensors = [arg for arg in call.args if isinstance(arg, Tensor) and arg.ndim >= 2]
@@ -191,22 +206,16 @@ def main() -> int:
     parser.add_argument("--batch", type=int, action="append", help="default: 1 and the preset's")
     parser.add_argument("--json", type=Path, help="file to write the table to")
     options = parser.parse_args()
-    rows: dict[Kernel, str] = {}
-    for preset in options.preset or PRESETS:
-        for batch in options.batch or (1, PRESETS[preset].train.batch):
-            for call in preset_calls(preset, batch, torch.bfloat16):
-                for kernel in kernels_of(call):
-                    rows.setdefault(kernel, f"{preset} {describe(call)}")
-    jobs = [(chip, kernel) for chip in options.chip or CHIPS for kernel in rows]
-    print(f"{len(rows)} kernels, {len(jobs)} compilations", file=sys.stderr)
-    results = compile_all(jobs)
+    jobs = preset_kernels(options.preset or list(PRESETS), options.chip or list(CHIPS), options.batch)
+    print(f"{len(jobs)} compilations", file=sys.stderr)
+    results = compile_all(list(jobs))
     table = []
     for (chip, kernel), found in zip(jobs, results, strict=True):
         shape = " ".join(f"{name}={value}" for name, value in kernel.constants if name.isupper())
-        table.append({"chip": chip, "kernel": kernel.name, "first use": rows[kernel], "constants": shape,
+        table.append({"chip": chip, "kernel": kernel.name, "first use": jobs[chip, kernel], "constants": shape,
                       "num_warps": dict(kernel.options).get("num_warps"), **asdict(found)})  # fmt: skip
         print(
-            f"{chip:7} {kernel.name:46} {rows[kernel]:32} {found.registers:4} regs {found.stack:5} stack "
+            f"{chip:7} {kernel.name:46} {jobs[chip, kernel]:32} {found.registers:4} regs {found.stack:5} stack "
             f"{found.shared:7} shared {'wide' if found.wide else '-':4} {'matrix' if found.matrix else '-':6} {shape}"
         )
     if options.json:

@@ -1,0 +1,62 @@
+"""random_normal by a Triton kernel: the bits of the compiled libraries."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..philox.triton import normals, words
+from ..triton_launch import ceil_div, launch, unavailable
+from ..triton_launch import elsewhere as unsupported
+
+__all__ = ["forward", "philox_words", "unavailable", "unsupported"]
+
+_BLOCKS = 256  # Philox blocks of a program
+
+
+@triton.jit
+def _random_normal_kernel(out, images, seed, step, num, pieces, stream, B: tl.constexpr):
+    """B Philox blocks of one image; grid (N x pieces,)."""
+    n, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * B
+    z = normals(first + tl.arange(0, B), tl.load(images + n), tl.load(step), stream, tl.load(seed))
+    i = 4 * first + tl.arange(0, 4 * B)
+    tl.store(out + n.to(tl.int64) * num + i, z, i < num)
+
+
+@triton.jit
+def _philox_words_kernel(out, images, seed, step, num, pieces, stream, B: tl.constexpr):
+    """The four words of B Philox blocks of one image, int32 (N, num, 4); grid (N x pieces,)."""
+    n, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * B
+    block = first + tl.arange(0, B)
+    w0, w1, w2, w3 = words(block, tl.load(images + n), tl.load(step), stream, tl.load(seed))
+    at = out + (n.to(tl.int64) * num + block) * 4
+    tl.store(at, w0.to(tl.int32, bitcast=True), block < num)
+    tl.store(at + 1, w1.to(tl.int32, bitcast=True), block < num)
+    tl.store(at + 2, w2.to(tl.int32, bitcast=True), block < num)
+    tl.store(at + 3, w3.to(tl.int32, bitcast=True), block < num)
+
+
+def forward(shape: list[int], images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    """As the reference, within 1e-6 of it."""
+    out = torch.empty((len(images), *shape), dtype=torch.float32, device=images.device)
+    if out.numel():
+        num = math.prod(shape)
+        pieces = ceil_div(num, 4 * _BLOCKS)
+        launch(
+            _random_normal_kernel, (len(images) * pieces,), out.device,
+            out, images.contiguous(), seed, step, num, pieces, stream, B=_BLOCKS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def philox_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    """The raw output words, their bits as int32 (N, num_blocks, 4)."""
+    out = torch.empty((len(images), num_blocks, 4), dtype=torch.int32, device=images.device)
+    pieces = ceil_div(num_blocks, _BLOCKS)
+    launch(
+        _philox_words_kernel, (len(images) * pieces,), out.device,
+        out, images.contiguous(), seed, step, num_blocks, pieces, stream, B=_BLOCKS,
+    )  # fmt: skip
+    return out
