@@ -109,6 +109,8 @@ setup(
             "diffusers>=0.42.1",
             "pyarrow",
             "scipy",
+            # Comes with a CUDA build of torch; here for the interpreter and for compiling without a GPU.
+            "triton>=3.6,<3.8; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "setuptools",
             "ninja",
             "ruff",

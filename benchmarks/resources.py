@@ -3,7 +3,8 @@
     python benchmarks/resources.py                       the table of all presets and chips
     python benchmarks/resources.py --chip sm_90 --preset cifar10 --json FILE
 
-No GPU is needed: kernels are compiled, not run. Stack must be 0 (no spilled registers), and shared memory must fit.
+No GPU is needed: kernels are compiled, not run. The exit code is 1 when one spills registers (stack is not 0), needs
+more shared memory than the chip has, moves images without 16-byte accesses, or multiplies without the matrix unit.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Resources:
     registers: int
     stack: int
     shared: int
-    wide: bool  # has 16-byte loads
+    wide: bool  # has 16-byte loads or stores
     matrix: bool  # has matrix instructions
 
 
@@ -93,13 +94,18 @@ def kernels_of(call: Call, chip: str = "sm_90") -> list[Kernel]:
     """What the Triton implementation launches for `call` on `chip`."""
     operation = call.name.removesuffix("_backward")
     module = importlib.import_module(f"fastddpm.kernels.{operation}.triton")
+    triton_launch = importlib.import_module("fastddpm.kernels.triton_launch")
     recorded: list[Kernel] = []
 
     def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
         recorded.append(kernel_of(kernel, args, options))
 
     rocm = "0" if CHIPS[chip][0] == "hip" else None
-    with _replaced(module, "launch", record), _replaced(torch.version, "hip", rocm):
+    with (
+        _replaced(module, "launch", record),
+        _replaced(triton_launch, "interpreted", lambda: False),
+        _replaced(torch.version, "hip", rocm),
+    ):
         getattr(module, "backward" if call.name.endswith("_backward") else "forward")(*call.args)
     return recorded
 
@@ -133,15 +139,32 @@ def compile_for(chip: str, kernel: Kernel) -> Resources:
         number = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
         return Resources(
             number["vgpr_count"], number["private_segment_fixed_size"], shared,
-            bool(re.search(r"(global|buffer)_load_dwordx4", text)), "v_mfma" in text,
+            bool(re.search(r"(global|buffer)_(load|store)_dwordx4", text)), "v_mfma" in text,
         )  # fmt: skip
     registers, stack = _usage(compiled.asm["cubin"])
     text = compiled.asm["ptx"]
     return Resources(
         registers, stack, shared,
-        bool(re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\S* .*, (0x10|16)", text)),
+        bool(re.search(r"(ld|st)\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\S* .*, (0x10|16)", text)),
         bool(re.search(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", text)),
     )  # fmt: skip
+
+
+def problems(chip: str, kernel: Kernel, found: Resources) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    signature, constants = dict(kernel.signature), dict(kernel.constants)
+    wrong = []
+    if found.stack:
+        wrong.append(f"{found.stack} bytes of stack")
+    if found.shared > CHIPS[chip][3]:
+        wrong.append(f"{found.shared} bytes of shared memory of {CHIPS[chip][3]}")
+    if "attention" in kernel.name and not found.matrix and signature["q"] != "*fp32":
+        wrong.append("no matrix instructions")
+    # The sums of a kernel's parts are short rows; 16 tokens are few for 64 threads.
+    small = "_sum" in kernel.name or (chip == "gfx942" and constants.get("BN") == 16)
+    if not found.wide and not small:
+        wrong.append("no 16-byte accesses")
+    return wrong
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -209,7 +232,7 @@ def main() -> int:
     jobs = preset_kernels(options.preset or list(PRESETS), options.chip or list(CHIPS), options.batch)
     print(f"{len(jobs)} compilations", file=sys.stderr)
     results = compile_all(list(jobs))
-    table = []
+    table, wrong = [], []
     for (chip, kernel), found in zip(jobs, results, strict=True):
         shape = " ".join(f"{name}={value}" for name, value in kernel.constants if name.isupper())
         table.append({"chip": chip, "kernel": kernel.name, "first use": jobs[chip, kernel], "constants": shape,
@@ -218,9 +241,13 @@ def main() -> int:
             f"{chip:7} {kernel.name:46} {jobs[chip, kernel]:32} {found.registers:4} regs {found.stack:5} stack "
             f"{found.shared:7} shared {'wide' if found.wide else '-':4} {'matrix' if found.matrix else '-':6} {shape}"
         )
+        wrong += [
+            f"{chip} {kernel.name} {jobs[chip, kernel]} {shape}: {text}" for text in problems(chip, kernel, found)
+        ]
+    print("\n".join([f"{len(wrong)} problems", *wrong]), file=sys.stderr)
     if options.json:
         options.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

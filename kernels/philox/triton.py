@@ -58,9 +58,10 @@ def _normal_pair(w, v):
 @triton.jit
 def words(block, image, step, stream, seed):
     """The four uint32 of each `block`; seed is int64, the other words of the counter count by their low 32 bits."""
-    zero = block.to(tl.uint32) * 0
-    return tl.philox(seed, zero + block.to(tl.uint32), zero + image.to(tl.uint32), zero + step.to(tl.uint32),
-                     zero + stream.to(tl.uint32))  # fmt: skip
+    c0 = block.to(tl.uint32)
+    # Added to zeros: `stream` is a constant of the compiler where it is 1, and all four words must have one shape.
+    zero = c0 * 0
+    return tl.philox(seed, c0, zero + image.to(tl.uint32), zero + step.to(tl.uint32), (zero + stream).to(tl.uint32))
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from guarded import guarded
+from triton_ladder import forget_choices, triton_modules
 
 from fastddpm.kernels import native
 from fastddpm.ops import backend, use_backend
@@ -42,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" not in metafunc.fixturenames:
         return
     names = _implementations(metafunc.config)
-    if metafunc.module.__name__.endswith("_emulated"):
+    if metafunc.module.__name__.endswith(("_emulated", "_sdpa")):
         names = ["auto"]
     elif _is_once(metafunc.function.__name__) and len(names) > 1:
         names = ["auto", names[-1]]
@@ -92,18 +93,12 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch, guard: bool) -> Iterator[None]
 
     Not guarded where torch looks at how an output lies in its memory.
     """
-    names = [name for name in backend.OPERATIONS if backend._exists(name, "triton")]
-    modules = [importlib.import_module(f"fastddpm.kernels.{name}.triton") for name in names]
+    modules = triton_modules()
     with monkeypatch.context() as patch:
         patch.setitem(backend.LADDERS, "cpu", ("triton", "reference"))
-        _forget_choices()
+        forget_choices()
         try:
             with guarded(monkeypatch, *modules) if guard else contextlib.nullcontext():
                 yield
         finally:
-            _forget_choices()
-
-
-def _forget_choices() -> None:
-    backend._resolve.cache_clear()
-    backend._next.cache_clear()
+            forget_choices()

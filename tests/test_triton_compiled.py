@@ -1,0 +1,66 @@
+"""The Triton kernels compiled ahead of time, without a GPU: what the compiler says of them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+pytest.importorskip("triton")
+if importlib.util.find_spec("triton.backends.nvidia") is None:
+    pytest.skip("Triton has no compiler for NVIDIA here", allow_module_level=True)
+
+import resources
+import shapes
+
+
+def compiled(jobs: dict[tuple[str, resources.Kernel], str]) -> list[str]:
+    """What is wrong with them, by kernel and first use."""
+    results = resources.compile_all(list(jobs))
+    return [
+        f"{chip} {kernel.name} {jobs[chip, kernel]}: {problem}"
+        for (chip, kernel), found in zip(jobs, results, strict=True)
+        for problem in resources.problems(chip, kernel, found)
+    ]
+
+
+@pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
+def test_mnist_fits_every_chip(chip: str) -> None:
+    """Its few shapes here; benchmarks/resources.py compiles those of every preset for every chip."""
+    jobs = resources.preset_kernels(["mnist"], [chip], [1])
+    names = {kernel.name for _, kernel in jobs}
+    assert {"_attention_fwd_kernel", "_q_sample_kernel", "_reverse_step_kernel", "_random_normal_kernel"} <= names
+    assert len([name for name in names if "group_norm_silu" in name]) >= 3
+    assert compiled(jobs) == []
+
+
+def test_sizes_of_one_compile() -> None:
+    """Triton makes a constant of every argument that is 1, which is another program: one of each thing."""
+
+    def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    integer, one = meta(dtype=torch.int64), meta(1, dtype=torch.int64)
+    key = (one, integer, integer)
+    x, c, nc = meta(1, 1, 1, 1), meta(1), meta(1, 1)
+    options = (x, nc, nc, nc, True, 0.5, *key, 0)
+    wide, nwide = meta(2), meta(1, 2)
+    calls = [
+        shapes.Call("group_norm_silu", (x, c, c, 1, 1e-6, None, nc, nc, nc, True, 0.5, *key, 0)),
+        shapes.Call("group_norm_silu", (x, wide, wide, 1, 1e-6, x, nwide, nwide, nwide, *options[4:])),
+        shapes.Call("group_norm_silu_backward", (x, x, c, c, nc, nc, 1, None, nc, nc, nc, True, 0.5, *key, 0)),
+        shapes.Call("group_norm_silu", (meta(1, 1, 64, 128), c, c, 1, 1e-6, None, nc, nc, nc, True, 0.5, *key, 0)),
+        shapes.Call("group_norm_silu_backward", (meta(1, 1, 64, 128), meta(1, 1, 64, 128), c, c, nc, nc, 1, None, nc,
+                                                 nc, nc, True, 0.5, *key, 0)),
+        shapes.Call("attention", (meta(1, 1, 1), meta(1, 1, 1), meta(1, 1, 1), 1.0)),
+        shapes.Call("attention_backward", (*(meta(1, 1, 1) for _ in range(4)), nc, 1.0)),
+        shapes.Call("random_normal", ([1], *key, 1)),
+        shapes.Call("q_sample", (x, one, meta(1, 2), meta(1, dtype=torch.bool), x, *key)),
+        shapes.Call("reverse_step", (x, meta(1, 2, 1, 1), meta(1, 8), one, integer, one, integer, 1.0, 2, None, x)),
+    ]  # fmt: skip
+    jobs = {("sm_90", kernel): call.name for call in calls for kernel in resources.kernels_of(call)}
+    assert len(jobs) >= 12
+    for found in resources.compile_all(list(jobs)):
+        assert found.stack == 0
