@@ -12,13 +12,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """Attention with one head: q, k, v and the result are (N, L, C) of one floating dtype.
 
     Scores and softmax are float32 (float64 for float64 inputs). `scale` is C**-0.5 unless given.
+    Under torch.autocast q, k and v are brought to its dtype.
     Raises ValueError for other shapes or mixed dtypes.
     """
     if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
             f"attention: q, k, v must be (N, L, C), all alike; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
+    mixed = not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type)
+    if mixed or not q.dtype.is_floating_point:
         raise ValueError(f"attention: q, k, v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -50,7 +52,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor
     return *torch.ops.fastddpm.attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-register("attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", _fake)
+register(
+    "attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", _fake, autocast=("q", "k", "v")
+)
 register(
     "attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",

@@ -33,7 +33,8 @@ def group_norm_silu(
     those of x; C = C1 + C2. `weight`, `bias`: (C,). `temb`: (N, C), added before the norm.
     `scale`, `shift`: (N, C), given together: y (1 + scale) + shift after the norm. `dropout`: probability
     in [0, 1), its mask a function of (seed, images, step, layer). Statistics are float32 (float64 for
-    float64), the variance is the biased one of two passes. Returns (N, C, H, W) in x's dtype.
+    float64), the variance is the biased one of two passes. Under torch.autocast x and skip are brought to its dtype,
+    and nothing else. Returns (N, C, H, W) in x's dtype.
     Raises ValueError for other shapes, or for dropout without images, seed and step.
     """
     _check(x, weight, bias, groups, skip, temb, scale, shift, dropout)
@@ -63,7 +64,8 @@ def _check(
         raise ValueError(f"group_norm_silu: x must be floating (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
     n, channels = x.shape[:2]
     if skip is not None:
-        if skip.shape[:1] + skip.shape[2:] != x.shape[:1] + x.shape[2:] or skip.dtype != x.dtype:
+        mixed = skip.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+        if skip.shape[:1] + skip.shape[2:] != x.shape[:1] + x.shape[2:] or mixed:
             raise ValueError(
                 f"group_norm_silu: skip must match x in all but channels; x is {x.dtype} {tuple(x.shape)}, "
                 f"skip is {skip.dtype} {tuple(skip.shape)}"
@@ -160,6 +162,7 @@ register(
     " Tensor? shift, bool silu, float dropout, Tensor? images, Tensor? seed, Tensor? step, int layer)"
     " -> (Tensor, Tensor, Tensor)",
     _fake,
+    autocast=("x", "skip"),
 )
 register(
     "group_norm_silu_backward",
