@@ -9,7 +9,9 @@ more shared memory than the chip has, moves images without 16-byte accesses, or 
 
 import argparse
 import contextlib
+import datetime
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from shapes import Call, distinct, network_calls, step_calls
 from torch import Tensor
 
@@ -40,6 +43,8 @@ _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,6 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def compile_for(chip: str, kernel: Kernel) -> Resources:
     """Compile; in a process without TRITON_INTERPRET."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -168,8 +172,6 @@ def problems(chip: str, kernel: Kernel, found: Resources) -> list[str]:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    import triton
-
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -203,16 +205,19 @@ def preset_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
 
 
 def preset_kernels(
-    presets: Sequence[str], chips: Sequence[str], batches: Sequence[int] | None = None
+    presets: Sequence[str],
+    chips: Sequence[str],
+    batches: Sequence[int] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
 ) -> dict[tuple[str, Kernel], str]:
     """Each kernel on each chip once, with its first use; batches are 1 and the preset's own unless given."""
     jobs: dict[tuple[str, Kernel], str] = {}
     for preset in presets:
-        for batch in batches or (1, PRESETS[preset].train.batch):
-            for call in preset_calls(preset, batch, torch.bfloat16):
+        for batch, dtype in itertools.product(batches or (1, PRESETS[preset].train.batch), dtypes):
+            for call in preset_calls(preset, batch, dtype):
                 for chip in chips:
                     for kernel in kernels_of(call, chip):
-                        jobs.setdefault((chip, kernel), f"{preset} {describe(call)}")
+                        jobs.setdefault((chip, kernel), f"{preset} {str(dtype)[6:]} {describe(call)}")
     return jobs
 
 
@@ -227,9 +232,11 @@ def main() -> int:
     parser.add_argument("--preset", choices=PRESETS, action="append", help="default: all")
     parser.add_argument("--chip", choices=CHIPS, action="append", help="default: all")
     parser.add_argument("--batch", type=int, action="append", help="default: 1 and the preset's")
+    parser.add_argument("--dtype", choices=_DTYPES, action="append", help="default: bfloat16 and float32")
     parser.add_argument("--json", type=Path, help="file to write the table to")
     options = parser.parse_args()
-    jobs = preset_kernels(options.preset or list(PRESETS), options.chip or list(CHIPS), options.batch)
+    jobs = preset_kernels(options.preset or list(PRESETS), options.chip or list(CHIPS), options.batch,
+                          [_DTYPES[name] for name in options.dtype or _DTYPES])  # fmt: skip
     print(f"{len(jobs)} compilations", file=sys.stderr)
     results = compile_all(list(jobs))
     table, wrong = [], []
@@ -238,7 +245,7 @@ def main() -> int:
         table.append({"chip": chip, "kernel": kernel.name, "first use": jobs[chip, kernel], "constants": shape,
                       "num_warps": dict(kernel.options).get("num_warps"), **asdict(found)})  # fmt: skip
         print(
-            f"{chip:7} {kernel.name:46} {jobs[chip, kernel]:32} {found.registers:4} regs {found.stack:5} stack "
+            f"{chip:7} {kernel.name:46} {jobs[chip, kernel]:40} {found.registers:4} regs {found.stack:5} stack "
             f"{found.shared:7} shared {'wide' if found.wide else '-':4} {'matrix' if found.matrix else '-':6} {shape}"
         )
         wrong += [
@@ -246,7 +253,9 @@ def main() -> int:
         ]
     print("\n".join([f"{len(wrong)} problems", *wrong]), file=sys.stderr)
     if options.json:
-        options.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        rows = ",\n".join(json.dumps(row) for row in table)
+        head = json.dumps({"triton": triton.__version__, "date": datetime.date.today().isoformat()})[:-1]
+        options.json.write_text(f'{head}, "kernels": [\n{rows}\n]}}\n', encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -25,12 +25,15 @@ class Call:
         """Equal for calls that do the same work."""
         return self.name, *(
             (value.dtype, tuple(value.shape), value.stride()) if isinstance(value, Tensor) else str(value)
-            for value in (arg for name, arg in zip(_names(self.name), self.args, strict=True) if name != "layer")
+            for name, value in named(self).items()
+            if name != "layer"
         )
 
 
-def _names(operation: str) -> list[str]:
-    return [argument.name for argument in getattr(torch.ops.fastddpm, operation).default._schema.arguments]
+def named(call: Call) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    schema = getattr(torch.ops.fastddpm, call.name).default._schema
+    return dict(zip([argument.name for argument in schema.arguments], call.args, strict=True))
 
 
 class _Recorder(TorchDispatchMode):
