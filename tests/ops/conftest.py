@@ -45,6 +45,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = _implementations(metafunc.config)
     if metafunc.module.__name__.endswith(("_emulated", "_sdpa")):
         names = ["auto"]
+    elif metafunc.module.__name__.startswith("test_triton"):
+        names = names[-1:]
     elif _is_once(metafunc.function.__name__) and len(names) > 1:
         names = ["auto", names[-1]]
     metafunc.parametrize("implementation", names, indirect=True)
