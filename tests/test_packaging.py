@@ -60,7 +60,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env=os.environ | NO_NVCC | environment,
+        env={name: value for name, value in (os.environ | NO_NVCC | environment).items() if name != "TRITON_INTERPRET"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
