@@ -89,7 +89,11 @@ setup(
     package_dir={"fastddpm.kernels": "kernels"},
     ext_modules=[library("_native"), library("_native_cuda")],
     cmdclass={"build_ext": BuildNative},
-    package_data={"fastddpm": ["py.typed"], "fastddpm.data": ["mnist5k.npz"]},
+    package_data={
+        "fastddpm": ["py.typed"],
+        "fastddpm.data": ["mnist5k.npz"],
+        "fastddpm.kernels": ["triton_tiles.json"],
+    },
     install_requires=[
         # Bounded: an open range would replace a fitting build by the newest one and its gigabytes.
         "torch>=2.11,<2.14",

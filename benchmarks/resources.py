@@ -110,6 +110,7 @@ def kernels_of(call: Call, chip: str = "sm_90") -> list[Kernel]:
         _replaced(module, "launch", record),
         _replaced(triton_launch, "interpreted", lambda: False),
         _replaced(torch.version, "hip", rocm),
+        _replaced(module, "chip", lambda device: chip) if hasattr(module, "chip") else contextlib.nullcontext(),
     ):
         getattr(module, "backward" if call.name.endswith("_backward") else "forward")(*call.args)
     return recorded

@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_launch
-from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
+from ..triton_launch import ceil_div, launch, unavailable
+from ..triton_tiles import chip
+from . import tiles
 
 __all__ = ["LIMITS", "backward", "forward", "unavailable", "unsupported"]
 
@@ -145,25 +147,22 @@ def _rows_of_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
 
 
-def _tiles(q: Tensor, *, keys: bool = False) -> dict[str, Any]:
-    """Sides of the tiles that fit in registers beside the scores with all tokens; `keys`: for gradients of k and v.
+def _tiles(kernel: str, q: Tensor) -> dict[str, Any]:
+    """The kernel's constants for `q`.
 
     float32 takes three passes of the matrix unit in tf32, which keep its digits, except where registers for that lack,
     and on AMD, whose matrix unit multiplies float32.
     """
-    columns = max(16, next_power_of_2(q.shape[1]))
-    rows, chunk, stages, precision = min(64, columns), 64, 2, "ieee"
-    if q.dtype == torch.float32:
-        rows, chunk, stages = min(32, columns), 32, 1
-        if columns > 64:
-            rows, chunk = 16, 16 if keys else 32
-        if not (torch.version.hip or (keys and columns > 64)):
-            precision = "tf32x3"
+    tokens, channels = q.shape[1:]
+    tile, columns = tiles.choose(kernel, tokens, channels, q.element_size(), chip(q.device)), tiles.columns(tokens)
+    precision = "ieee"
+    if q.dtype == torch.float32 and not (torch.version.hip or (kernel == "keys" and columns > 64)):
+        precision = "tf32x3"
     if triton_launch.interpreted():
         precision = "interpreted"
     return {
-        "BM": rows, "BN": columns, "DC": min(chunk, max(16, next_power_of_2(q.shape[2]))), "PRECISION": precision,
-        "num_warps": 8 if columns > 64 else 4, "num_stages": stages,
+        "BM": tile.rows, "BN": columns, "DC": tile.chunk, "PRECISION": precision,
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 
@@ -179,11 +178,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     if q.numel() == 0:
         return out, lse
     q, k, v = map(_rows_of_channels, (q, k, v))
-    tiles = _tiles(q)
-    blocks = ceil_div(tokens, tiles["BM"])
+    constants = _tiles("forward", q)
+    blocks = ceil_div(tokens, constants["BM"])
     launch(
         _attention_fwd_kernel, (n * blocks,), q.device,
-        q, k, v, out, lse, *_strides(q, k, v), tokens, channels, blocks, scale, **tiles,
+        q, k, v, out, lse, *_strides(q, k, v), tokens, channels, blocks, scale, **constants,
     )  # fmt: skip
     return out, lse
 
@@ -197,10 +196,10 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: 
     grad, q, k, v = map(_rows_of_channels, (grad, q, k, v))
     row_sums, lse = torch.empty((n, tokens), dtype=torch.float32, device=q.device), lse.contiguous()
     inputs, strides = (grad, q, k, v, lse, row_sums), _strides(grad, q, k, v)
-    for kernel, outputs, tiles in (
-        (_attention_bwd_q_kernel, (grad_q,), _tiles(q)),
-        (_attention_bwd_kv_kernel, (grad_k, grad_v), _tiles(q, keys=True)),
+    for kernel, outputs, constants in (
+        (_attention_bwd_q_kernel, (grad_q,), _tiles("queries", q)),
+        (_attention_bwd_kv_kernel, (grad_k, grad_v), _tiles("keys", q)),
     ):
-        blocks = ceil_div(tokens, tiles["BM"])
-        launch(kernel, (n * blocks,), q.device, *inputs, *outputs, *strides, tokens, channels, blocks, scale, **tiles)
+        blocks, sizes = ceil_div(tokens, constants["BM"]), (tokens, channels)
+        launch(kernel, (n * blocks,), q.device, *inputs, *outputs, *strides, *sizes, blocks, scale, **constants)
     return grad_q, grad_k, grad_v

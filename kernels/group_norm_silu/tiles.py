@@ -1,7 +1,9 @@
 """Which part of an image one program of the Triton kernels takes."""
 
+import functools
 from dataclasses import dataclass, replace
 
+from .. import triton_tiles
 from ..triton_launch import ceil_div, next_power_of_2
 
 # Values of a tile that a thread keeps without spilling, on every chip: x, or in the backward pass x and the gradient.
@@ -39,8 +41,27 @@ class Tile:
         return 1 if self.groups == 1 else max(4, next_power_of_2(self.groups))
 
 
-def choose(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool) -> Tile:
-    """The tile for `n` images of `pixels` pixels and groups * cpg channels, `num_bytes` bytes an element."""
+def shape(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool) -> str:
+    """The key of a timed tile; it holds up to twice as many images."""
+    images, layout = 1 << (n.bit_length() - 1), "channels_last" if channels_last else "contiguous"
+    return f"{images} images of {pixels} pixels, {groups} groups of {cpg} channels of {num_bytes} bytes, {layout}"
+
+
+@functools.cache
+def choose(
+    n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool, chip: str
+) -> Tile:
+    """The tile for `n` images of `pixels` pixels and groups * cpg channels, `num_bytes` bytes an element.
+
+    The timed one of this chip and shape, or that of the rules.
+    """
+    kernel = "group_norm_silu backward" if backward else "group_norm_silu forward"
+    timed = triton_tiles.timed(chip, kernel, shape(n, pixels, groups, cpg, num_bytes, channels_last))
+    return by_rules(n, pixels, groups, cpg, num_bytes, channels_last, backward) if timed is None else Tile(**timed)
+
+
+def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool) -> Tile:
+    """The tile for a shape that nobody has timed."""
     enough = _FEW_PROGRAMS if pixels >= _LARGE_IMAGE else 1
     whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward)
     if whole is not None and n * ceil_div(groups, whole.groups) >= enough:

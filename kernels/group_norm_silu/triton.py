@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import triton_launch
 from ..philox import STREAM_DROPOUT
 from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
+from ..triton_tiles import chip
 from . import reference, tiles
 from .triton_backward import (
     _group_norm_silu_backward_apply_kernel,
@@ -72,7 +73,7 @@ class _Call:
         cpg = self.channels // groups
         # Dense in both ways (one channel, or one pixel): contiguous rows of channels.
         nhwc = self.memory_format == torch.channels_last
-        self.tile = tiles.choose(self.n, self.pixels, groups, cpg, x.element_size(), nhwc, backward)
+        self.tile = tiles.choose(self.n, self.pixels, groups, cpg, x.element_size(), nhwc, backward, chip(x.device))
         self.blocks = ceil_div(groups, self.tile.groups)
         self.chunk = ceil_div(ceil_div(self.pixels, max(self.tile.chunks, 1)), self.tile.block_p) * self.tile.block_p
         self.chunks = ceil_div(self.pixels, self.chunk)

@@ -54,9 +54,7 @@ def take_apart(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Small tiles, so that small images have several."""
     from fastddpm.kernels.group_norm_silu import tiles
 
-    def choose(
-        n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool
-    ) -> tiles.Tile:
+    def choose(n: int, pixels: int, groups: int, cpg: int, *rest: object) -> tiles.Tile:
         together = min(2, groups)
         block_c = tiles.next_power_of_2(together * cpg)
         block_p = tiles.next_power_of_2(pixels) if way == "whole" else 4

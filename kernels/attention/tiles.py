@@ -1,0 +1,57 @@
+"""The tiles of the Triton kernels of attention."""
+
+import functools
+from dataclasses import dataclass
+
+from .. import triton_tiles
+from ..triton_launch import next_power_of_2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program has `rows` rows and their scores with all tokens, and streams `chunk` channels at a time."""
+
+    rows: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+# Kernel (that of dq is "queries", of dk and dv "keys"), bytes of an element, up to how many tokens: the largest tiles
+# that the compiler fits into registers without a spill, on sm_80, sm_90, sm_100 and gfx942.
+_TABLE = {
+    ("forward", 2, 64): Tile(64, 64, warps=4, stages=2),
+    ("forward", 2, 256): Tile(64, 64, warps=8, stages=2),
+    ("forward", 4, 64): Tile(32, 32, warps=4, stages=1),
+    ("forward", 4, 256): Tile(16, 32, warps=8, stages=1),
+    ("queries", 2, 64): Tile(64, 64, warps=4, stages=2),
+    ("queries", 2, 256): Tile(64, 64, warps=8, stages=2),
+    ("queries", 4, 64): Tile(32, 32, warps=4, stages=1),
+    ("queries", 4, 256): Tile(16, 32, warps=8, stages=1),
+    ("keys", 2, 64): Tile(64, 64, warps=4, stages=2),
+    ("keys", 2, 256): Tile(64, 64, warps=8, stages=2),
+    ("keys", 4, 64): Tile(32, 32, warps=4, stages=1),
+    ("keys", 4, 256): Tile(16, 16, warps=8, stages=1),
+}
+_SMALLEST = 16  # side of a matrix that tl.dot takes
+
+
+def columns(tokens: int) -> int:
+    """Scores of a row, with those that stand for no token."""
+    return max(_SMALLEST, next_power_of_2(tokens))
+
+
+def shape(tokens: int, channels: int, num_bytes: int) -> str:
+    """The key of a timed tile."""
+    return f"{tokens} tokens of {channels} channels of {num_bytes} bytes"
+
+
+@functools.cache
+def choose(kernel: str, tokens: int, channels: int, num_bytes: int, chip: str) -> Tile:
+    """The tile of "forward", "queries" or "keys": the timed one of this chip and shape, or the table's."""
+    timed = triton_tiles.timed(chip, f"attention {kernel}", shape(tokens, channels, num_bytes))
+    if timed is not None:
+        return Tile(**timed)
+    tile = _TABLE[kernel, num_bytes, 64 if columns(tokens) <= 64 else 256]
+    chunk = min(tile.chunk, max(_SMALLEST, next_power_of_2(channels)))
+    return Tile(min(tile.rows, columns(tokens)), chunk, tile.warps, tile.stages)
