@@ -1,7 +1,7 @@
 """Tiles that were timed on a GPU and found faster than those of the rules: kernels/triton_tiles.json.
 
-The file has an object for each chip, in it one for each kernel, in it a tile for each shape; `benchmarks/tune.py` writes
-it. Nothing is timed in a user's process.
+The file has an object for each chip, in it one for each kernel, in it a tile for each shape. `benchmarks/tune.py`
+writes it; nothing is timed in a user's process.
 """
 
 import functools

@@ -41,15 +41,15 @@ def columns(tokens: int) -> int:
     return max(_SMALLEST, next_power_of_2(tokens))
 
 
-def shape(tokens: int, channels: int, num_bytes: int) -> str:
-    """The key of a timed tile."""
-    return f"{tokens} tokens of {channels} channels of {num_bytes} bytes"
+def key(kernel: str, tokens: int, channels: int, num_bytes: int) -> tuple[str, str]:
+    """Kernel and shape of a timed tile."""
+    return f"attention {kernel}", f"{tokens} tokens of {channels} channels of {num_bytes} bytes"
 
 
 @functools.cache
 def choose(kernel: str, tokens: int, channels: int, num_bytes: int, chip: str) -> Tile:
     """The tile of "forward", "queries" or "keys": the timed one of this chip and shape, or the table's."""
-    timed = triton_tiles.timed(chip, f"attention {kernel}", shape(tokens, channels, num_bytes))
+    timed = triton_tiles.timed(chip, *key(kernel, tokens, channels, num_bytes))
     if timed is not None:
         return Tile(**timed)
     tile = _TABLE[kernel, num_bytes, 64 if columns(tokens) <= 64 else 256]

@@ -41,10 +41,15 @@ class Tile:
         return 1 if self.groups == 1 else max(4, next_power_of_2(self.groups))
 
 
-def shape(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool) -> str:
-    """The key of a timed tile; it holds up to twice as many images."""
+def key(
+    n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool
+) -> tuple[str, str]:
+    """Kernel and shape of a timed tile; it holds for up to twice as many images."""
     images, layout = 1 << (n.bit_length() - 1), "channels_last" if channels_last else "contiguous"
-    return f"{images} images of {pixels} pixels, {groups} groups of {cpg} channels of {num_bytes} bytes, {layout}"
+    return (
+        f"group_norm_silu {'backward' if backward else 'forward'}",
+        f"{images} images of {pixels} pixels, {groups} groups of {cpg} channels of {num_bytes} bytes, {layout}",
+    )
 
 
 @functools.cache
@@ -55,9 +60,9 @@ def choose(
 
     The timed one of this chip and shape, or that of the rules.
     """
-    kernel = "group_norm_silu backward" if backward else "group_norm_silu forward"
-    timed = triton_tiles.timed(chip, kernel, shape(n, pixels, groups, cpg, num_bytes, channels_last))
-    return by_rules(n, pixels, groups, cpg, num_bytes, channels_last, backward) if timed is None else Tile(**timed)
+    sizes = (n, pixels, groups, cpg, num_bytes, channels_last, backward)
+    timed = triton_tiles.timed(chip, *key(*sizes))
+    return by_rules(*sizes) if timed is None else Tile(**timed)
 
 
 def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool) -> Tile:
