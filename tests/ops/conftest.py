@@ -18,38 +18,52 @@ from fastddpm.ops import backend, use_backend
 _IN_MODULES = ("group_norm_silu", "attention", "conv3x3", "q_sample", "reverse_step")
 # What torch asks of an operator hardly depends on how it is computed: once for the compiled library, once for Triton.
 _ONCE = ("opcheck", "compile", "refuses", "export")
+_ON_A_GPU = ("triton", "cuda")
 
 
 def _implementations(config: pytest.Config) -> list[Any]:
     asked = config.getoption("--backend")
     if asked is not None:
         return [asked]
+    if torch.cuda.is_available():
+        triton = [pytest.param(name, marks=pytest.mark.gpu) for name in _ON_A_GPU]
+    else:
+        missing = importlib.util.find_spec("triton") is None
+        triton = [pytest.param("triton", marks=pytest.mark.skipif(missing, reason="Triton is not installed"))]
     if config.getoption("--device") != "cpu":
-        return ["auto"]
-    triton = [pytest.param("triton", marks=_triton_marks())]
+        return ["reference", "auto", *triton]
     if native.unavailable() is not None:
         return ["auto", *triton]
     best = native.isa()
     return ["reference", *native.ISAS[: native.ISAS.index(best) + 1], *triton]
 
 
-def _triton_marks() -> list[pytest.MarkDecorator]:
-    if torch.cuda.is_available():
-        return [pytest.mark.gpu]
-    return [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" not in metafunc.fixturenames:
         return
-    names = _implementations(metafunc.config)
-    if metafunc.module.__name__.endswith(("_emulated", "_sdpa")):
+    module = metafunc.module.__name__
+    names = [name for name in _implementations(metafunc.config) if _computes(_name(name), module)]
+    if module.endswith(("_emulated", "_sdpa")):
         names = ["auto"]
-    elif metafunc.module.__name__.startswith("test_triton"):
-        names = names[-1:]
+    elif module.endswith("_graph"):
+        names = [name for name in names if _name(name) in _ON_A_GPU]
+    elif module.startswith("test_triton"):
+        names = [name for name in names if _name(name) == "triton"]
     elif _is_once(metafunc.function.__name__) and len(names) > 1:
-        names = ["auto", names[-1]]
+        names = ["auto", *(name for name in names if _name(name) in _ON_A_GPU)]
     metafunc.parametrize("implementation", names, indirect=True)
+
+
+def _name(implementation: Any) -> str:
+    return implementation if isinstance(implementation, str) else str(implementation.values[0])
+
+
+def _computes(implementation: str, module: str) -> bool:
+    """Whether this test module's operation, if it is of one alone, has this implementation on a GPU."""
+    operation = module.removeprefix("test_")
+    if operation not in backend.OPERATIONS or implementation not in _ON_A_GPU:
+        return True
+    return backend._exists(operation, implementation)
 
 
 def _is_once(test: str) -> bool:
@@ -62,7 +76,9 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     name = request.param
     if name in native.ISAS:
         running = _instruction_set(name, monkeypatch)
-    elif name == "triton" and not torch.cuda.is_available():
+    elif name in _ON_A_GPU and torch.cuda.is_available():
+        running = _first_on_a_gpu(name, monkeypatch)
+    elif name == "triton":
         running = _interpreter(monkeypatch, guard=not _is_once(request.node.name))
     else:
         running = use_backend(name)
@@ -72,7 +88,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, implementation: str) -> torch.device:
-    if implementation == "triton" and torch.cuda.is_available():
+    if implementation in _ON_A_GPU and torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device(request.config.getoption("--device"))
 
@@ -102,5 +118,20 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch, guard: bool) -> Iterator[None]
         try:
             with guarded(monkeypatch, *modules) if guard else contextlib.nullcontext():
                 yield
+        finally:
+            forget_choices()
+
+
+@contextlib.contextmanager
+def _first_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One kind of kernel, and the reference for what it leaves to others (float64)."""
+    reason = backend._problem("group_norm_silu", name)
+    if reason is not None:
+        pytest.skip(reason)
+    with monkeypatch.context() as patch:
+        patch.setitem(backend.LADDERS, "cuda", (name, "reference"))
+        forget_choices()
+        try:
+            yield
         finally:
             forget_choices()
