@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .random_normal import check_counter
-from .registry import register
+from .registry import register, register_without_gradient
 
 
 def q_sample(
@@ -38,8 +38,7 @@ def q_sample(
     check_counter("q_sample", images, seed, step)
     if images.shape != t.shape:
         raise ValueError(f"q_sample: images must be ({x0.shape[0]},); got {tuple(images.shape)}")
-    with torch.no_grad():
-        return torch.ops.fastddpm.q_sample(x0, t, table, flip, noise, images, seed, step)
+    return torch.ops.fastddpm.q_sample(x0, t, table, flip, noise, images, seed, step)
 
 
 def _fake(
@@ -61,3 +60,4 @@ register(
     " -> (Tensor, Tensor)",
     _fake,
 )
+register_without_gradient("q_sample")

@@ -68,5 +68,17 @@ def _device(name: str, arguments: dict[str, Any]) -> torch.device:
     return device
 
 
+def register_without_gradient(name: str) -> None:
+    """Its results never require a gradient. A rule of the dispatcher, since a saved export has none of torch.no_grad
+    around an operation that returns nothing."""
+    overload = getattr(torch.ops.fastddpm, name).default
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    _library.impl(name, run, "Autograd")
+
+
 def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     torch.library.register_autograd(f"fastddpm::{name}", backward, setup_context=setup_context, lib=_library)

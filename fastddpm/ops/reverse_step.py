@@ -6,7 +6,7 @@ from torch import Tensor
 from fastddpm.kernels.reverse_step import COLUMNS, FIXED, LEARNED, LEARNED_RANGE
 
 from .random_normal import check_counter
-from .registry import register
+from .registry import register, register_without_gradient
 
 VARIANCES = {"fixed": FIXED, "learned": LEARNED, "learned_range": LEARNED_RANGE}
 
@@ -54,10 +54,9 @@ def reverse_step(
     check_counter("reverse_step", images, seed, index)
     if images.shape != x.shape[:1]:
         raise ValueError(f"reverse_step: images must be ({n},); got {tuple(images.shape)}")
-    with torch.no_grad():
-        torch.ops.fastddpm.reverse_step(
-            x, out, table, timesteps, index, images, seed, float(clip), VARIANCES[variance], noise, x0
-        )
+    torch.ops.fastddpm.reverse_step(
+        x, out, table, timesteps, index, images, seed, float(clip), VARIANCES[variance], noise, x0
+    )
     return x
 
 
@@ -83,3 +82,4 @@ register(
     " float clip, int variance, Tensor? noise, Tensor(b!)? x0) -> ()",
     _fake,
 )
+register_without_gradient("reverse_step")
