@@ -16,6 +16,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     dtype = _compute_dtype(q.dtype)
     scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(1, 2)).mul_(scale)
     lse = torch.logsumexp(scores, dim=-1)
+    lse.masked_fill_(lse == torch.inf, torch.nan)  # infinity over infinity: as a softmax, the whole row is NaN
     weights = scores.sub_(lse.unsqueeze(-1)).exp_()
     return torch.matmul(weights, v.to(dtype)).to(q.dtype), lse
 
