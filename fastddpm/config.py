@@ -15,6 +15,7 @@ Prediction = Literal["eps", "x0", "xprev", "v"]
 Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
 Loss = Literal["simple", "vlb", "hybrid", "min_snr"]
 Method = Literal["ancestral", "ddim"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -225,6 +226,33 @@ class SampleConfig:
             raise UsageError(f"count must be 0 or more; got {self.count}")
         if self.guidance < 0:
             raise UsageError(f"guidance must be 0 or more; got {self.guidance}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the sampler evaluates the network. Whatever is switched here, the images stay, up to rounding."""
+
+    precision: Precision = "auto"
+    """Of the network: auto is bf16 on a GPU and fp32 on a CPU. The chain itself is float32."""
+    native: bool = True
+    """On a CPU in fp32: the compiled library's network; then the switches below do not matter."""
+    channels_last: bool = True
+    """Weights and images with the channels of a pixel side by side."""
+    time_table: bool = True
+    """All time embeddings and their projections computed once, before the chain."""
+    fused_qkv: bool = True
+    """One projection for queries, keys and values."""
+    phase_convolutions: bool = True
+    """Doubling and the convolution behind it as 2x2 convolutions with summed weights."""
+    accumulate: bool = True
+    """Shortcuts added by the matrix product that computes them."""
+    graph: bool = True
+    """On a CUDA device: a step captured once and replayed."""
+    compile: bool = False
+    """The network through torch.compile (minutes, once)."""
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "precision")
 
 
 @dataclass(frozen=True)

@@ -271,10 +271,14 @@ class UNet(nn.Module):
 
     def embed(self, t: Tensor, label: Tensor | None) -> Tensor:
         """The activated embedding of timestep and label that every residual block takes, (N, 4 width)."""
-        temb = self.time2(F.silu(self.time1(timestep_embedding(t, self.config.width).to(self.time1.weight.dtype))))
+        temb = self.embed_time(t)
         if self.label is not None:
             temb = temb + self.label(label)
         return F.silu(temb)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """The embedding of the timestep alone, before the label's is added and before the activation, (N, 4 width)."""
+        return self.time2(F.silu(self.time1(timestep_embedding(t, self.config.width).to(self.time1.weight.dtype))))
 
     def check(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> None:
         """Raise ValueError, saying what is expected, for arguments that `forward` does not take."""

@@ -1,4 +1,4 @@
-"""The U-Net prepared for inference on a CPU: what the sampler runs there.
+"""The U-Net on the compiled library of a CPU.
 
 A plan for one batch size is a list of calls of the compiled library over buffers that are allocated once. Every
 residual block is four to five calls: GroupNorm's statistics, then a convolution that applies GroupNorm and SiLU to its
@@ -8,7 +8,7 @@ is an index, and the projections of the time embedding are computed for all time
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,32 +17,9 @@ from torch import Tensor, nn
 
 from fastddpm.kernels import interface, native
 from fastddpm.kernels.conv3x3 import algorithm_for
-from fastddpm.ops.backend import chosen_backend
 from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
 
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-def prepare(unet: nn.Module, timesteps: Sequence[int]) -> Network:
-    """The fastest way to evaluate `unet(x_t, t, label)` without gradients for t in `timesteps`.
-
-    A `PreparedUNet` for a float32 UNet on the CPU with the compiled library at hand, otherwise `unet` itself, as also
-    where another backend than "auto" or "cpu" is forced.
-    """
-    return PreparedUNet(unet, timesteps) if isinstance(unet, UNet) and _can_prepare(unet) else unet
-
-
-def is_current(network: Network, unet: nn.Module) -> bool:
-    """Whether `network` is what `prepare` would make of `unet` as it is now."""
-    if isinstance(network, PreparedUNet):
-        return network.unet is unet and _can_prepare(network.unet) and not network.stale()
-    return network is unet and not (isinstance(unet, UNet) and _can_prepare(unet))
-
-
-def _can_prepare(unet: UNet) -> bool:
-    if chosen_backend() not in ("auto", "cpu") or native.unavailable() is not None:
-        return False
-    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in unet.parameters())
+from .versions import weight_versions
 
 
 class PreparedUNet:
@@ -57,7 +34,7 @@ class PreparedUNet:
     def __init__(self, unet: UNet, timesteps: Sequence[int] = ()) -> None:
         native.library()
         self.unet = unet
-        self._versions = _versions(unet)
+        self._versions = weight_versions(unet)
         self._blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         with torch.no_grad():
             self._rows = {} if unet.label is not None or not len(timesteps) else self._rows_of(timesteps)
@@ -67,7 +44,7 @@ class PreparedUNet:
 
     def stale(self) -> bool:
         """Whether the network's weights have been changed or replaced since this was made."""
-        return _versions(self.unet) != self._versions
+        return weight_versions(self.unet) != self._versions
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.unet.check(x_t, t, label)
@@ -139,10 +116,6 @@ def _layer(module: nn.Module, height: int, width: int) -> _Layer:
 def _padding(kernel: int, stride: int) -> int:
     """Zeros above and to the left; with stride 2 the network pads at the right and bottom alone."""
     return 1 if kernel == 3 and stride == 1 else 0
-
-
-def _versions(unet: UNet) -> list[tuple[int, int]]:
-    return [(p.data_ptr(), p._version) for p in unet.parameters()]
 
 
 class _Arena:
