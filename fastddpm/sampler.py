@@ -1,22 +1,26 @@
 """The reverse process run to the end: ancestral sampling (Algorithm 2 of the paper) and DDIM."""
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastddpm.chain import Chain, Process, padded
+from fastddpm.config import EngineConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.inference import Network, is_current, prepare
-from fastddpm.kernels.philox import STREAM_INITIAL
 from fastddpm.kernels.reverse_step import COLUMNS
 from fastddpm.noise import image_seeds
-from fastddpm.ops import random_normal, reverse_step
 from fastddpm.unet import UNet
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
+
+_KEPT_CHAINS = 2
 
 
 def spread_timesteps(timesteps: int, steps: int) -> np.ndarray:
@@ -65,13 +69,26 @@ def coefficient_table(diffusion: Diffusion, timesteps: np.ndarray, method: str, 
     return table
 
 
+@dataclass(frozen=True)
+class State:
+    """A chain after one of its steps: `step` 0..steps-1 at timestep `t`; `x`, `x0`: float32 (N, C, H, W).
+
+    `x` is x_{t-1} and `x0` the x_0 prediction that it was made from; both are overwritten by the next step.
+    """
+
+    step: int
+    t: int
+    x: Tensor
+    x0: Tensor
+
+
 class Sampler:
     """Draws images from a network: `Sampler(unet, diffusion, steps=250).sample(range(64))`.
 
     `steps` of the T timesteps are taken, all of them unless given, spread evenly with both ends included;
     `timesteps` names them one by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in
     [0, 1]. `guidance`: scale of classifier-free guidance, 1 for none. `seed`: 64-bit key shared by all images
-    of this sampler, -2^63..2^63-1.
+    of this sampler, -2^63..2^63-1. `engine`: how the network is evaluated.
     Raises `UsageError` for values outside these ranges.
     """
 
@@ -86,6 +103,7 @@ class Sampler:
         guidance: float = 1.0,
         seed: int = 0,
         timesteps: Sequence[int] | None = None,
+        engine: EngineConfig | None = None,
     ) -> None:
         if method not in ("ancestral", "ddim"):
             raise UsageError(f"method must be ancestral or ddim; got {method!r}")
@@ -94,6 +112,7 @@ class Sampler:
         if not -(2**63) <= seed < 2**63:
             raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
         self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
+        self.engine = EngineConfig() if engine is None else engine
         if timesteps is None:
             self.timesteps = spread_timesteps(diffusion.timesteps, diffusion.timesteps if steps is None else steps)
         else:
@@ -106,6 +125,7 @@ class Sampler:
         if guidance != 1 and getattr(unet, "null_label", None) is None:
             raise UsageError("guidance needs a network trained with label_dropout > 0")
         self._prepared: Network | None = None
+        self._chains: dict[int, Chain] = {}
 
     @property
     def steps(self) -> int:
@@ -113,41 +133,79 @@ class Sampler:
         return len(self.timesteps)
 
     def sample(
-        self, seeds: Sequence[int], labels: Sequence[int] | None = None, callback: Callback | None = None
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        watch: Collection[int] | None = None,
     ) -> Tensor:
         """Images, float32 (N, C, H, W) in [-1, 1], one for each seed.
 
         An image depends on its seed (0..2^32-1), its label and the sampler, not on the rest of the batch.
         `labels`: 0..num_classes-1, (N,); seed modulo num_classes when the network wants labels and none are
-        given. `callback(i, t, x_t, x0)` sees each step's state after it, and the x_0 prediction it was made
-        from; both are overwritten by the next step. Raises `UsageError` for seeds or labels out of range.
+        given. `callback(i, t, x_t, x0)` sees the state after each step, or those of `watch` (0..steps-1), as `State`
+        says. Raises `UsageError` for seeds or labels out of range.
         """
+        chain = self._begin(seeds, labels)
+        watched = _watched(self.steps, watch) if callback else set()
+        for state in self._states(chain, len(seeds), watched):
+            assert callback is not None
+            callback(state.step, state.t, state.x, state.x0)
+        self._keep(chain)
+        return chain.x[: len(seeds)].clamp(-1, 1)
+
+    def trajectory(
+        self, seeds: Sequence[int], labels: Sequence[int] | None = None, watch: Collection[int] | None = None
+    ) -> Iterator[State]:
+        """The states of a chain after each step, or those of `watch`, as they come; arguments as for `sample`.
+
+        The steps between are taken at full speed. The last state's x, clamped to [-1, 1], is the images.
+        """
+        chain = self._begin(seeds, labels)
+        yield from self._states(chain, len(seeds), _watched(self.steps, watch))
+        self._keep(chain)
+
+    def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None) -> Chain:
+        """A chain at x_T, taken out of those that are kept: nobody else moves it."""
         device = next(self.unet.parameters()).device
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
         classes = self.labels_for(seeds, labels)
         label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
-        config = self.unet.config
-        shape = (config.image_channels, config.image_size, config.image_size)
-        table = torch.tensor(self.table, dtype=torch.float32, device=device)
-        timesteps = torch.tensor(self.timesteps, device=device)
-        seed = torch.tensor(self.seed, dtype=torch.int64, device=device)
-        index = torch.zeros((), dtype=torch.int64, device=device)
-        variance = self.diffusion.config.variance
-        learned = variance if self.method == "ancestral" and self.diffusion.config.learned_variance else "fixed"
-        clip = 1.0 if self.diffusion.config.clip_x0 else 0.0
+        with torch.no_grad():
+            network = self._network()  # which forgets the chains of an older one
+            graph = self.engine.graph and device.type == "cuda"
+            batch = padded(len(seeds)) if graph else len(seeds)
+            chain = self._chains.pop(batch, None)
+            if chain is None:
+                predict = functools.partial(self._predict, network)
+                chain = Chain(predict, self._process(device), batch, labels=label is not None, graph=graph)
+            chain.begin(images, label)
+        return chain
 
-        with torch.no_grad(), _evaluating(self.unet):
-            network = self._network()
-            x = random_normal(shape, images, seed, torch.zeros_like(seed), STREAM_INITIAL)
-            x0 = torch.empty_like(x) if callback else None
-            for i, t in enumerate(self.timesteps.tolist()):
-                out = self._predict(network, x, timesteps[i].expand(len(x)), label)
-                reverse_step(x, out, table, timesteps, index, images, seed, clip=clip, variance=learned, x0=x0)
-                index += 1
-                if callback:
-                    assert x0 is not None
-                    callback(i, t, x, x0)
-            return x.clamp_(-1, 1)
+    def _keep(self, chain: Chain) -> None:
+        """For the next batch of this size; the oldest size is given up, so that memory is bounded."""
+        self._chains[chain.batch] = chain
+        while len(self._chains) > _KEPT_CHAINS:
+            del self._chains[next(iter(self._chains))]
+
+    def _process(self, device: torch.device) -> Process:
+        config = self.unet.config
+        learned = self.method == "ancestral" and self.diffusion.config.learned_variance
+        return Process(
+            table=torch.tensor(self.table, dtype=torch.float32, device=device),
+            timesteps=torch.tensor(self.timesteps, device=device),
+            seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
+            shape=(config.image_channels, config.image_size, config.image_size),
+            clip=1.0 if self.diffusion.config.clip_x0 else 0.0,
+            variance=self.diffusion.config.variance if learned else "fixed",
+        )
+
+    def _states(self, chain: Chain, num_images: int, watched: Collection[int]) -> Iterator[State]:
+        for i, t in enumerate(self.timesteps.tolist()):
+            with torch.no_grad():
+                chain.advance(i in watched)
+            if i in watched:
+                yield State(i, t, chain.x[:num_images], chain.x0[:num_images])
 
     def denoise(self, x_t: Tensor, t: Tensor | int, label: Tensor | None = None) -> Tensor:
         """The network's prediction for `x_t`, with guidance: what `sample` evaluates at every step, at its speed.
@@ -158,23 +216,28 @@ class Sampler:
         """
         if isinstance(t, int):
             t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        with torch.no_grad(), _evaluating(self.unet):
+        with torch.no_grad():
             return self._predict(self._network(), x_t, t, label)
 
     def _network(self) -> Network:
         """`unet` prepared for inference, anew when its weights or the chosen backend have changed."""
-        if self._prepared is None or not is_current(self._prepared, self.unet):
-            self._prepared = prepare(self.unet, self.timesteps.tolist())
+        if self._prepared is None or not is_current(self._prepared, self.unet, self.engine):
+            self._prepared = prepare(self.unet, self.timesteps.tolist(), self.engine)
+            self._chains.clear()
         return self._prepared
 
     def _predict(self, network: Network, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        if isinstance(network, nn.Module) and network.training:
+            with _evaluating(network):
+                return self._predict(network, x, t, label)
         if self.guidance == 1:
             return network(x, t, label)
         if label is None:
             raise ValueError("guidance needs a label for each image; got none")
         assert self.unet.null_label is not None
         none = torch.full_like(label, self.unet.null_label)
-        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, none]))
+        twice = t[:1].expand(2 * len(x)) if t.stride(0) == 0 else torch.cat([t, t])
+        both = network(torch.cat([x, x]), twice, torch.cat([label, none]))
         conditional, unconditional = both.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
@@ -196,6 +259,16 @@ class Sampler:
         if wrong:
             raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
         return list(labels)
+
+
+def _watched(steps: int, watch: Collection[int] | None) -> set[int]:
+    """The steps to show; `UsageError` for one that the chain does not take."""
+    if watch is None:
+        return set(range(steps))
+    wrong = [step for step in watch if not 0 <= step < steps]
+    if wrong:
+        raise UsageError(f"watch must name steps in 0..{steps - 1}; got {wrong[0]}")
+    return set(watch)
 
 
 @contextmanager

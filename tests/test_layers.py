@@ -12,7 +12,7 @@ LAYERS = {
     4: {"train", "sample", "cli", "dry_run"},
     3: {"trainer", "sampler", "generate", "checkpoint", "manifest", "untrusted", "model", "data", "interchange",
         "figures", "runlog", "device"},
-    2: {"unet", "inference", "diffusion", "likelihood", "schedules", "noise", "optim", "config", "presets"},
+    2: {"unet", "inference", "chain", "diffusion", "likelihood", "schedules", "noise", "optim", "config", "presets"},
     1: {"ops"},
     0: {"kernels"},
 }  # fmt: skip

@@ -44,6 +44,7 @@ class FusedUNet:
             )
             self._attention = _Attention(unet.mid.attention, engine, cast_to)
             self._up = [_Level(level, self._time, engine, cast_to) for level in cast(Sequence[Level], unet.up)]
+        self._run = torch.compile(self._forward, fullgraph=True, dynamic=False) if engine.compile else self._forward
 
     def stale(self) -> bool:
         """Whether the network's weights have been changed or replaced since this was made."""
@@ -52,7 +53,7 @@ class FusedUNet:
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.unet.check(x_t, t, label)
         with torch.no_grad():
-            return self._forward(x_t.to(self.dtype).contiguous(memory_format=self._layout), self._time(t, label))
+            return self._run(x_t.to(self.dtype).contiguous(memory_format=self._layout), self._time(t, label))
 
     def _forward(self, x_t: Tensor, temb: Tensor) -> Tensor:
         h = self._conv_in(x_t)

@@ -1,0 +1,122 @@
+"""The reverse process of one batch: its state, in memory that stays where it is, and the step that moves it on.
+
+A step reads its index, the seed and the images' numbers where they lie on the device and the host decides nothing: so a
+CUDA graph of one step, replayed, is the whole chain.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastddpm.kernels.philox import STREAM_INITIAL
+from fastddpm.ops import random_normal, reverse_step
+
+Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Replay = Callable[[], None]
+
+_LARGEST_STEP = 64  # between two sizes of batches that are captured
+
+
+@dataclass(frozen=True)
+class Process:
+    """What every batch of a sampler shares. `table`, `timesteps`: as `reverse_step` takes them, on the device."""
+
+    table: Tensor
+    timesteps: Tensor
+    seed: Tensor
+    shape: tuple[int, int, int]
+    clip: float
+    variance: str
+
+
+class Chain:
+    """`batch` images from noise to the end: `begin`, then `advance` once for each row of the process' table.
+
+    `predict(x_t, t, label)`: the network; `t` int64 (batch,) expanded from one value. `x`, `x0`: float32 (batch, C, H,
+    W), the state and, after `advance(watched=True)`, the x_0 prediction of that step. With `graph` a step is captured
+    when it is first taken, on a CUDA device; if that fails, steps are launched one by one, and a warning says why.
+    """
+
+    def __init__(
+        self, predict: Predict, process: Process, batch: int, *, labels: bool = False, graph: bool = False
+    ) -> None:
+        device = process.table.device
+        self.batch, self._predict, self._process = batch, predict, process
+        self.x = torch.zeros(batch, *process.shape, device=device)
+        self.x0 = torch.zeros_like(self.x)
+        self._images = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._label = torch.zeros_like(self._images) if labels else None
+        self._index = torch.zeros((), dtype=torch.int64, device=device)
+        self._graph = graph and device.type == "cuda"
+        self._steps: dict[bool, Replay] = {}
+
+    def begin(self, images: Tensor, label: Tensor | None) -> None:
+        """x_T of `images`, int64 (n,) with n <= batch; the rest of the batch draws the image 0 and is of no account."""
+        self._images.zero_()
+        self._images[: len(images)] = images
+        if self._label is not None:
+            assert label is not None
+            self._label.zero_()
+            self._label[: len(label)] = label
+        self._index.zero_()
+        process = self._process
+        start = torch.zeros_like(process.seed)
+        self.x.copy_(random_normal(process.shape, self._images, process.seed, start, STREAM_INITIAL))
+
+    def step(self, watched: bool) -> None:
+        """One step as the host launches it: x_t becomes x_{t-1}, the index moves on."""
+        process = self._process
+        t = process.timesteps.index_select(0, self._index.reshape(1)).expand(self.batch)
+        out = self._predict(self.x, t, self._label)
+        reverse_step(
+            self.x, out, process.table, process.timesteps, self._index, self._images, process.seed,
+            clip=process.clip, variance=process.variance, x0=self.x0 if watched else None,
+        )  # fmt: skip
+        self._index.add_(1)
+
+    def advance(self, watched: bool) -> None:
+        """One step, replayed where it is captured."""
+        if watched not in self._steps:
+            self._steps[watched] = self._captured(watched) if self._graph else lambda: self.step(watched)
+        self._steps[watched]()
+
+    def _captured(self, watched: bool) -> Replay:
+        """A replay of the step; capturing it leaves the state as it was."""
+        before = [tensor.clone() for tensor in (self.x, self._index)]
+        try:
+            replay = capture(lambda: self.step(watched))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"sampling without a CUDA graph, since a step could not be captured: {reason}", stacklevel=2)
+            self._graph = False
+            replay = lambda: self.step(watched)  # noqa: E731
+        for tensor, value in zip((self.x, self._index), before, strict=True):
+            tensor.copy_(value)
+        return replay
+
+
+def capture(step: Replay) -> Replay:
+    """`step` as a CUDA graph, after runs on another stream, in which kernels are compiled and choose their algorithms.
+
+    Raises RuntimeError where something in it cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def padded(batch: int) -> int:
+    """The size of the batch that is captured for `batch` images: a power of two up to 64, then a multiple of 64."""
+    if batch >= _LARGEST_STEP:
+        return -(-batch // _LARGEST_STEP) * _LARGEST_STEP
+    return 1 << max(batch - 1, 0).bit_length()
