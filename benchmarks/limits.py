@@ -12,8 +12,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from resources import describe
-from shapes import Call, distinct, named, network_calls, step_calls
+from shapes import Call, describe, distinct, named, network_calls, step_calls
 from torch import Tensor
 
 from fastddpm.presets import PRESETS

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import triton
-from shapes import Call, distinct, network_calls, step_calls
+from shapes import Call, describe, distinct, network_calls, step_calls
 from torch import Tensor
 
 from fastddpm.presets import PRESETS
@@ -220,12 +220,6 @@ def preset_kernels(
                     for kernel in kernels_of(call, chip):
                         jobs.setdefault((chip, kernel), f"{preset} {str(dtype)[6:]} {describe(call)}")
     return jobs
-
-
-def describe(call: Call) -> str:
-    """The operation with the shapes that tell its calls apart."""
-    tensors = [arg for arg in call.args if isinstance(arg, Tensor) and arg.ndim >= 2]
-    return " ".join(["x".join(map(str, tensor.shape)) for tensor in tensors[:1]])
 
 
 def main() -> int:

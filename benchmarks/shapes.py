@@ -102,3 +102,9 @@ def distinct(calls: list[Call]) -> Iterator[tuple[Call, int]]:
         if call.key not in seen:
             seen.add(call.key)
             yield call, counts[call.key]
+
+
+def describe(call: Call) -> str:
+    """The operation with the shapes that tell its calls apart."""
+    tensors = [arg for arg in call.args if isinstance(arg, Tensor) and arg.ndim >= 2]
+    return " ".join(["x".join(map(str, tensor.shape)) for tensor in tensors[:1]])

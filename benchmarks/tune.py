@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import triton
-from resources import describe, preset_calls
-from shapes import Call
+from resources import preset_calls
+from shapes import Call, describe
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
