@@ -106,11 +106,13 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "diffusers": ["diffusers>=0.42.1"],  # to run an exported pipeline; earlier versions have security advisories
+        "report": ["matplotlib"],  # plots of benchmarks
         "test": [
             "pytest",
             "pytest-benchmark",
             "hypothesis",
             "diffusers>=0.42.1",
+            "matplotlib",
             "pyarrow",
             "scipy",
             # Comes with a CUDA build of torch; here for the interpreter and for compiling without a GPU.

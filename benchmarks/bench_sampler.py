@@ -10,6 +10,7 @@ from harness import DEVICE, DTYPE, ON_GPU, forward_flop, record, synchronised_ti
 
 import fastddpm
 from fastddpm.config import EngineConfig
+from fastddpm.kernels import native
 
 pytestmark = pytest.mark.benchmark(timer=synchronised_timer, min_rounds=3, max_time=2.0, warmup=True,
                                    warmup_iterations=1)  # fmt: skip
@@ -18,6 +19,15 @@ STEPS = 50 if ON_GPU else 10  # of the chain, by which a chain is timed
 BATCHES = (1, 16, 128, 256, 512) if ON_GPU else (1, 8)
 CASES = [("cifar10", batch) for batch in BATCHES] + [("celebahq256", batch) for batch in (1, 8, 64) if ON_GPU]
 PEERS = ("fastddpm", "fastddpm, no graph", "fastddpm, torch.compile", "diffusers", "diffusers, compiled", "lucidrains")
+
+# Words in the names of kernels.
+KERNELS = {
+    "group_norm_silu": ("group_norm",),
+    "attention": ("attention",),
+    "convolution": ("conv", "xmma", "cudnn", "implicit", "fprop"),
+    "matrix product": ("gemm", "cutlass", "cublas", "nvjet"),
+    "elementwise": ("elementwise", "copy", "fill", "index", "cat"),
+}
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -45,6 +55,41 @@ def test_a_whole_chain(benchmark: Any) -> None:
     benchmark.pedantic(run, rounds=1, warmup_rounds=0)
     record(benchmark, "fastddpm", images=batch, flop=T * forward_flop(preset, batch), preset=preset, batch=batch,
            steps_timed=T)  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", BATCHES[:3])
+def test_where_the_time_goes(benchmark: Any, batch: int) -> None:
+    """One evaluation of the CIFAR-10 network, split by operation."""
+    network = peers.unet("cifar10")
+    sampler = fastddpm.Sampler(network, fastddpm.Diffusion(fastddpm.preset("cifar10").diffusion))
+    x = torch.randn(batch, 3, 32, 32, device=DEVICE)
+    benchmark.group = f"split of an evaluation cifar10 batch {batch}"
+    benchmark(sampler.denoise, x, 500)
+    split = split_on_a_gpu(sampler, x) if ON_GPU else split_on_a_cpu(batch)
+    record(benchmark, "fastddpm", images=batch, flop=forward_flop("cifar10", batch), preset="cifar10", batch=batch,
+           split_ms=split)  # fmt: skip
+
+
+def split_on_a_cpu(batch: int) -> dict[str, float]:
+    """Milliseconds of each kind of call of the compiled library; all in one where there is none."""
+    if native.unavailable() is not None:
+        return {"PyTorch's operators": 1.0}
+    from inference_profile import measure
+
+    return {kind: total["ms"] for kind, total in measure(batch, rounds=5)["kinds"].items()}
+
+
+def split_on_a_gpu(sampler: fastddpm.Sampler, x: torch.Tensor) -> dict[str, float]:
+    """Milliseconds on the device by what the kernels are named for."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sampler.denoise(x, 500)
+        torch.cuda.synchronize()
+    split: dict[str, float] = {}
+    for event in profile.key_averages():
+        name = event.key.lower()
+        kind = next((kind for kind, words in KERNELS.items() if any(word in name for word in words)), "other")
+        split[kind] = split.get(kind, 0.0) + event.self_device_time_total / 1e3
+    return split
 
 
 def rate(benchmark: Any, images: float) -> float:

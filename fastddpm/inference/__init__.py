@@ -24,8 +24,8 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
     """The fastest way to evaluate `unet(x_t, t, label)` without gradients for t in `timesteps`.
 
     A `PreparedUNet` for a float32 UNet on the CPU with the compiled library at hand, unless another backend than "auto"
-    or "cpu" is forced; a `FusedUNet` for a UNet on another device or in another precision, or where `engine` says not
-    to take the library; otherwise `unet` itself.
+    or "cpu" is forced; a `FusedUNet` for a UNet on another device or in another precision, or where `engine` asks for
+    torch.compile or not for the library; otherwise `unet` itself.
     """
     engine = EngineConfig() if engine is None else engine
     kind = _kind(unet, engine)
