@@ -230,7 +230,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the sampler evaluates the network. Whatever is switched here, the images stay, up to rounding."""
+    """How the sampler evaluates the network. The images stay, up to rounding, whatever is switched but fp8."""
 
     precision: Precision = "auto"
     """Of the network: auto is bf16 on a GPU and fp32 on a CPU. The chain itself is float32."""
@@ -250,6 +250,9 @@ class EngineConfig:
     """On a CUDA device: a step captured once and replayed."""
     compile: bool = False
     """The network through torch.compile (minutes, once)."""
+    fp8: bool = False
+    """Convolutions of residual blocks in 8-bit floating point, on a GPU that has it. This changes the images: how far
+    the network's output is from what it was is said when it is prepared."""
 
     def __post_init__(self) -> None:
         _require_choice(self, "precision")

@@ -8,8 +8,9 @@ import torch
 from networks import TINY, batch, shaken, tiny
 from torch import Tensor
 
-from fastddpm import ops
+from fastddpm import inference, ops
 from fastddpm.config import EngineConfig, UNetConfig
+from fastddpm.errors import UsageError
 from fastddpm.inference import FusedUNet, PreparedUNet, is_current, prepare
 from fastddpm.unet import UNet
 
@@ -155,3 +156,40 @@ def test_wrong_arguments_are_refused_as_by_the_network() -> None:
     ours = FusedUNet(network(TINY), 10, EngineConfig(), torch.float32)
     with pytest.raises(ValueError, match=r"UNet: x_t must be \(N, 3, 12, 12\)"):
         ours(torch.zeros(2, 3, 12, 11), torch.zeros(2, dtype=torch.int64))
+
+
+# 8-bit convolutions
+
+
+def test_8_bit_convolutions_are_near() -> None:
+    """Rounded to three bits behind the leading one; what no kernel of ours computes stays as it was."""
+    unet = network(CONFIGS["three levels"])
+    x_t, t, label = arguments(3, CONFIGS["three levels"])
+    expected = exact(unet, x_t, t, label)
+    ours = FusedUNet(unet, 1000, EngineConfig(fp8=True), torch.float32)(x_t, t, label)
+    assert 1e-3 < relative_error(ours, expected) < 0.1
+
+
+def test_8_bit_convolutions_are_refused_without_a_gpu_that_has_them() -> None:
+    with pytest.raises(UsageError, match=r"8-bit convolutions \(fp8\) need a GPU that has them, sm_89 or later"):
+        prepare(network(TINY), range(1000), EngineConfig(fp8=True))
+
+
+def test_what_8_bit_convolutions_change_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has them: the stated errors are those of the outputs."""
+    monkeypatch.setattr(inference, "_check_fp8", lambda device: None)
+    unet = network(TINY)
+    with pytest.warns(UserWarning, match=r"8-bit convolutions change the network's output") as caught:
+        ours = prepare(unet, range(1000), EngineConfig(fp8=True))
+    x_t = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    for t in (99, 499, 999):
+        timesteps = torch.full((4,), t)
+        error = relative_error(ours(x_t, timesteps, None), exact(unet, x_t, timesteps, None))
+        assert f"{error:.1%} at t = {t}" in str(caught[0].message)
+
+
+@pytest.mark.gpu
+def test_8_bit_convolutions_on_a_gpu() -> None:
+    unet = network(CONFIGS["three levels"]).cuda()
+    with pytest.warns(UserWarning, match="8-bit convolutions change"):
+        prepare(unet, range(1000), EngineConfig(fp8=True))

@@ -36,6 +36,23 @@ def test_mnist_fits_every_chip(chip: str) -> None:
     assert compiled(jobs) == []
 
 
+@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
+def test_8_bit_convolutions_use_the_matrix_unit(chip: str) -> None:
+    """At the CIFAR-10 network's shapes: no spills, 16-byte accesses, 8-bit products."""
+
+    def image(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.float8_e4m3fn, device="meta").contiguous(memory_format=torch.channels_last)
+
+    jobs = {}
+    for channels, size in ((384, 32), (256, 4)):
+        scale = torch.empty(256, device="meta")
+        x, weight = image(128, channels, size, size), image(256, channels, 3, 3)
+        call = shapes.Call("conv3x3_fp8", (x, weight, scale, scale.bfloat16(), torch.bfloat16))
+        jobs |= {(chip, kernel): f"{channels} at {size}x{size}" for kernel in resources.kernels_of(call, chip)}
+    assert compiled(jobs) == []
+    assert all(found.matrix for found in resources.compile_all(list(jobs)))
+
+
 def test_sizes_of_one_compile() -> None:
     """Triton makes a constant of every argument that is 1, which is another program: one of each thing."""
 

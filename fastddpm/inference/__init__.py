@@ -1,13 +1,16 @@
 """The U-Net prepared for inference: what the sampler evaluates a thousand times."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fastddpm.config import EngineConfig
+from fastddpm.errors import UsageError
 from fastddpm.kernels import native as library
-from fastddpm.ops.backend import chosen_backend
+from fastddpm.ops.backend import chosen_backend, obstacles
 from fastddpm.unet import UNet
 
 from .fused import FusedUNet
@@ -25,16 +28,23 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
 
     A `PreparedUNet` for a float32 UNet on the CPU with the compiled library at hand, unless another backend than "auto"
     or "cpu" is forced; a `FusedUNet` for a UNet on another device or in another precision, or where `engine` asks for
-    torch.compile or not for the library; otherwise `unet` itself.
+    torch.compile, for 8-bit convolutions or not for the library; otherwise `unet` itself. `UsageError` for 8-bit
+    convolutions where there are none, and a warning that says what they change where there are.
     """
     engine = EngineConfig() if engine is None else engine
     kind = _kind(unet, engine)
     if kind is None:
         return unet
     assert isinstance(unet, UNet)
+    if engine.fp8:
+        _check_fp8(next(unet.parameters()).device)
     if kind is PreparedUNet:
         return PreparedUNet(unet, timesteps)
-    return FusedUNet(unet, max(timesteps) + 1 if len(timesteps) else 0, engine, precision_of(unet, engine))
+    rows = max(timesteps) + 1 if len(timesteps) else 0
+    network = FusedUNet(unet, rows, engine, precision_of(unet, engine))
+    if engine.fp8:
+        _report_fp8(network, FusedUNet(unet, rows, replace(engine, fp8=False), network.dtype), max(rows - 1, 0))
+    return network
 
 
 def is_current(network: Network, unet: nn.Module, engine: EngineConfig | None = None) -> bool:
@@ -58,8 +68,35 @@ def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[Fu
         return None
     on_cpu = all(p.device.type == "cpu" for p in unet.parameters())
     as_it_is = all(p.dtype == precision_of(unet, engine) for p in unet.parameters())
-    if not on_cpu or not as_it_is or not engine.native or engine.compile:
+    if not on_cpu or not as_it_is or not engine.native or engine.compile or engine.fp8:
         return FusedUNet
     if chosen_backend() not in ("auto", "cpu") or library.unavailable() is not None:
         return None
     return PreparedUNet if next(unet.parameters()).dtype == torch.float32 else None
+
+
+def _check_fp8(device: torch.device) -> None:
+    """UsageError, with the reason, where convolutions in 8-bit floating point are not the GPU's own."""
+    if device.type != "cuda":
+        raise UsageError(
+            f"8-bit convolutions (fp8) need a GPU that has them, sm_89 or later; this is the {device.type}"
+        )
+    reasons = obstacles("conv3x3_fp8", "cuda")
+    if reasons:
+        raise UsageError(f"8-bit convolutions (fp8) do not run here: {reasons[0]}")
+
+
+def _report_fp8(network: FusedUNet, exact: FusedUNet, last: int) -> None:
+    """Warn how far the outputs are from those without 8-bit convolutions, on noise at three timesteps."""
+    config, device = network.unet.config, next(network.unet.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (4, config.image_channels, config.image_size, config.image_size)
+    x_t = torch.randn(shape, generator=generator, device=device)
+    label = torch.zeros(4, dtype=torch.int64, device=device) if config.num_classes else None
+    errors = []
+    for t in (last // 10, last // 2, last):
+        ours, expected = (each(x_t, torch.tensor([t], device=device).expand(4), label) for each in (network, exact))
+        errors.append(f"{float((ours - expected).float().norm() / expected.float().norm()):.1%} at t = {t}")
+    warnings.warn(
+        f"8-bit convolutions change the network's output (2-norm, noise as x_t): {', '.join(errors)}", stacklevel=4
+    )

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.config import EngineConfig
-from fastddpm.ops import attention, group_norm_silu
+from fastddpm.ops import attention, conv3x3_fp8, group_norm_silu
+from fastddpm.ops.conv3x3_fp8 import quantised, to_e4m3
 from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up
 
 from .versions import weight_versions
@@ -37,7 +38,9 @@ class FusedUNet:
         self._layout = cast_to.layout
         with torch.no_grad():
             self._time = _Time(unet, timesteps, engine, cast_to)
-            self._conv_in, self._conv_out = _Conv(unet.conv_in, cast_to), _Conv(unet.conv_out, cast_to)
+            self._conv_in, self._conv_out = (
+                _Conv3x3(layer, layer.bias, cast_to) for layer in (unet.conv_in, unet.conv_out)
+            )
             self._down = [_Level(level, self._time, engine, cast_to) for level in cast(Sequence[Level], unet.down)]
             self._first, self._last = (
                 _ResBlock(block, self._time, engine, cast_to) for block in (unet.mid.block1, unet.mid.block2)
@@ -134,14 +137,25 @@ def _norm(norm: GroupNormSiLU, h: Tensor, skip: Tensor | None = None, temb: Tens
     return group_norm_silu(h, norm.weight, norm.bias, norm.groups, GROUP_NORM_EPS, skip=skip, temb=temb, silu=norm.silu)
 
 
-class _Conv:
-    """A convolution with stride 1 that keeps the size."""
+class _Conv3x3:
+    """3x3 convolution with stride 1."""
 
-    def __init__(self, layer: nn.Conv2d, cast_to: _Cast, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = cast_to(layer.weight), cast_to(layer.bias if bias is None else bias)
+    def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: _Cast) -> None:
+        self._weight, self._bias = cast_to(layer.weight), None if bias is None else cast_to(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding="same")
+        return F.conv2d(x, self._weight, self._bias, padding=1)
+
+
+class _Conv8Bit:
+    """The same of numbers rounded to e4m3. Its input is a norm's output: within e4m3's range as it is."""
+
+    def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: _Cast) -> None:
+        self._weight, self._scale = quantised(layer.weight)
+        self._bias = None if bias is None else cast_to(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return conv3x3_fp8(to_e4m3(x), self._weight, self._scale, self._bias, x.dtype)
 
 
 class _ResBlock:
@@ -149,18 +163,18 @@ class _ResBlock:
 
     def __init__(self, block: ResBlock, time: _Time, engine: EngineConfig, cast_to: _Cast) -> None:
         self._norm1, self._norm2 = block.norm1, block.norm2
-        self._conv1 = cast_to(block.conv1.weight)  # its bias comes with the time embedding
+        convolution = _Conv8Bit if engine.fp8 else _Conv3x3
+        self._conv1 = convolution(block.conv1, None, cast_to)  # its bias comes with the time embedding
         self._columns = time.columns(block)
-        self._conv2 = cast_to(block.conv2.weight)
         self._shortcut = None if block.shortcut is None else cast_to(block.shortcut.weight[:, :, 0, 0])
-        self._bias = cast_to(_sum(block.conv2.bias, None if block.shortcut is None else block.shortcut.bias))
+        bias = _sum(block.conv2.bias, None if block.shortcut is None else block.shortcut.bias)
+        self._conv2 = convolution(block.conv2, bias, cast_to)
         self._accumulate = engine.accumulate
 
     def __call__(self, h: Tensor, temb: Tensor, skip: Tensor | None = None) -> Tensor:
         first, end = self._columns
-        residual = F.conv2d(_norm(self._norm1, h, skip), self._conv1, padding=1)
-        residual = _norm(self._norm2, residual, temb=temb[:, first:end])
-        out = F.conv2d(residual, self._conv2, self._bias, padding=1)
+        residual = self._conv1(_norm(self._norm1, h, skip))
+        out = self._conv2(_norm(self._norm2, residual, temb=temb[:, first:end]))
         if self._shortcut is None:
             return out.add_(h)
         inputs = [h] if skip is None else [h, skip]
@@ -214,7 +228,7 @@ class _Doubling:
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 
     def __init__(self, layer: Up, cast_to: _Cast) -> None:
-        self._conv = _Conv(layer.conv, cast_to)
+        self._conv = _Conv3x3(layer.conv, layer.conv.bias, cast_to)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

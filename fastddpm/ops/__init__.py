@@ -1,13 +1,14 @@
 """The operations of a diffusion model's hot paths, each with several implementations behind one contract.
 
-`group_norm_silu`, `attention`, `conv3x3`, `q_sample`, `reverse_step` and `random_normal` are also registered as
-`torch.ops.fastddpm.*`. The reference implementation in `fastddpm/kernels/<op>/reference.py` is the
+`group_norm_silu`, `attention`, `conv3x3`, `conv3x3_fp8`, `q_sample`, `reverse_step` and `random_normal` are also
+registered as `torch.ops.fastddpm.*`. The reference implementation in `fastddpm/kernels/<op>/reference.py` is the
 specification. FASTDDPM_BACKEND or `use_backend` chooses another; `status` says which one runs.
 """
 
 from .attention import attention
 from .backend import status, use_backend
 from .conv3x3 import conv3x3
+from .conv3x3_fp8 import conv3x3_fp8
 from .group_norm_silu import group_norm_silu
 from .q_sample import q_sample
 from .random_normal import random_normal
@@ -16,6 +17,7 @@ from .reverse_step import reverse_step
 __all__ = [
     "attention",
     "conv3x3",
+    "conv3x3_fp8",
     "group_norm_silu",
     "q_sample",
     "random_normal",

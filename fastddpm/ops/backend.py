@@ -10,7 +10,7 @@ from types import ModuleType
 
 from ..errors import UsageError
 
-OPERATIONS = ("group_norm_silu", "attention", "conv3x3", "q_sample", "reverse_step", "random_normal")
+OPERATIONS = ("group_norm_silu", "attention", "conv3x3", "conv3x3_fp8", "q_sample", "reverse_step", "random_normal")
 # ROCm devices are called cuda too; sdpa is the library's attention, behind the shapes that our kernel takes.
 LADDERS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "sdpa", "reference")}
 # What runs there when it is asked for and never by itself: Triton in its interpreter.

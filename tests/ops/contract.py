@@ -11,9 +11,9 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
-def opcheck(op: Any, args: Sequence[Any]) -> None:
+def opcheck(op: Any, args: Sequence[Any], checks: Sequence[str] = OPCHECKS) -> None:
     """The schema is honest about mutation, gradients are registered, fake and compiled agree with eager."""
-    torch.library.opcheck(op, tuple(args), test_utils=OPCHECKS)
+    torch.library.opcheck(op, tuple(args), test_utils=tuple(checks))
 
 
 def _poison(x: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""conv3x3_fp8 by a Triton kernel: an implicit product of matrices, pixels by 9 C by output channels.
+
+A program has BM pixels, of as many images as they come from, and BK output channels; it walks through the nine
+neighbours and, for each, the channels BC at a time. Both operands have their channels side by side, as the matrix unit
+wants 8-bit numbers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import triton_launch
+from ..triton_launch import ceil_div, launch, next_power_of_2
+
+__all__ = ["forward", "unavailable", "unsupported"]
+
+_OLDEST_CHIP = (8, 9)
+
+
+def unavailable() -> str | None:
+    """Why the kernel does not run here, or None."""
+    reason = triton_launch.unavailable()
+    if reason is not None or triton_launch.interpreted():
+        return reason
+    if torch.version.hip:
+        return "e4m3 as PyTorch has it (float8_e4m3fn) is NVIDIA's; AMD's chips take another"
+    chip = torch.cuda.get_device_capability()
+    if chip < _OLDEST_CHIP:
+        return f"the GPU is sm_{chip[0]}{chip[1]}, and 8-bit floating point begins with sm_89"
+    return None
+
+
+def unsupported(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
+    """Why these arguments are left to another backend, or None."""
+    if x.shape[1] % 16 or weight.shape[0] % 16:
+        return f"the Triton kernel takes channels in multiples of 16, not {x.shape[1]} and {weight.shape[0]}"
+    if x.numel() * 2 >= 2**31 or weight.shape[0] * x.numel() // x.shape[1] >= 2**31:
+        return f"the Triton kernel takes images below 2^31 elements in all, not {tuple(x.shape)}"
+    return triton_launch.elsewhere(x=x)
+
+
+@triton.jit
+def _conv3x3_fp8_kernel(
+    x, weight, scale, bias, out, pixels, height, width, channels, outputs, blocks,
+    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """out (N, H, W, K) from x (N, H, W, C) and weight (K, 9, C); grid (blocks of pixels x blocks of channels,)."""
+    pixel = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
+    k = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
+    column, row = pixel % width, pixel // width % height
+    total = tl.zeros([BM, BK], tl.float32)
+    chunks = tl.cdiv(channels, BC)
+    for i in range(9 * chunks):
+        tap, c = i // chunks, i % chunks * BC + tl.arange(0, BC)
+        down, right = tap // 3 - 1, tap % 3 - 1
+        inside = (pixel < pixels) & (row + down >= 0) & (row + down < height)
+        inside &= (column + right >= 0) & (column + right < width)
+        neighbour = pixel + down * width + right
+        left = tl.load(x + neighbour[:, None] * channels + c[None, :], inside[:, None] & (c < channels)[None, :], 0.0)
+        mask = (k < outputs)[:, None] & (c < channels)[None, :]
+        of_k = tl.load(weight + (k * 9 + tap)[:, None] * channels + c[None, :], mask, 0.0)
+        if WIDEN:  # the interpreter multiplies the bits
+            left, of_k = left.to(tl.float32), of_k.to(tl.float32)
+        total = tl.dot(left, tl.trans(of_k), total)
+    total *= tl.load(scale + k, k < outputs, 0.0)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + k, k < outputs, 0.0).to(tl.float32)[None, :]
+    at = pixel[:, None] * outputs + k[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), (pixel < pixels)[:, None] & (k < outputs)[None, :])
+
+
+def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As the reference."""
+    n, channels, height, width = x.shape
+    outputs, pixels = weight.shape[0], n * height * width
+    out = torch.empty((n, outputs, height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    block_m, block_k = min(128, max(16, next_power_of_2(pixels))), min(128, max(16, next_power_of_2(outputs)))
+    blocks = ceil_div(outputs, block_k)
+    launch(
+        _conv3x3_fp8_kernel, (ceil_div(pixels, block_m) * blocks,), x.device,
+        x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last),
+        scale.contiguous(), None if bias is None else bias.contiguous(), out, pixels, height, width, channels, outputs,
+        blocks, BM=block_m, BK=block_k, BC=min(64, max(32, next_power_of_2(channels))), HAS_BIAS=bias is not None,
+        WIDEN=triton_launch.interpreted(), num_warps=8 if block_m * block_k >= 128 * 128 else 4, num_stages=4,
+    )  # fmt: skip
+    return out
