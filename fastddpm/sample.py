@@ -1,6 +1,7 @@
 """python -m fastddpm.sample CHECKPOINT: draw images from a trained model."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fastddpm import cli
+from fastddpm.config import EngineConfig
 from fastddpm.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from fastddpm.model import Model
+    from fastddpm.sampler import Sampler
 
 PROGRAM = "fastddpm.sample"
 MAX_SEEDS = 10_000_000
+MOST_IN_ONE_FILE = 1024
+SHARD_SIZE = 1000
 
 
 @dataclass(frozen=True)
@@ -39,18 +46,19 @@ class Command:
     """Classifier-free guidance scale; 1 is none."""
     noise_seed: int = 0
     """64-bit key of all noise: another value gives every seed another image."""
-    batch: int = 64
-    """Images drawn at once."""
+    batch: int | None = None
+    """Images drawn at once; what the device's memory holds unless given."""
+    shard_size: int | None = None
+    """Images of one shard-NNNNN.npz. Without it, up to 1,024 images are one file and more are shards of 1,000."""
     out: Path | None = None
     """Directory for the images. Without it, samples-FIRST-LAST in the run's directory."""
     png: bool = False
     """Also one PNG for each image, named by its seed."""
     gif: bool = False
-    """Also an animation of the x_0 predictions of the first batch."""
+    """Also an animation of the x_0 predictions of the first batch; not of shards."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA or ROCm device when there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the network under autocast; the chain itself stays float32."""
+    engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
@@ -73,20 +81,22 @@ def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
     seeds = parse_numbers(command.seeds, "seeds")
     labels = _labels(command, len(seeds))
-    if command.batch < 1:
+    if command.batch is not None and command.batch < 1:
         raise UsageError(f"--batch must be positive; got {command.batch}")
+    if command.shard_size is not None and command.shard_size < 1:
+        raise UsageError(f"--shard-size must be positive; got {command.shard_size}")
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
-
-    import numpy as np
-    import torch
+    rank, processes = _place()
+    sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or processes > 1
+    if sharded and command.gif:
+        raise UsageError(f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, by one process")
 
     from fastddpm.device import choose_device
-    from fastddpm.figures import grid, save_png
-    from fastddpm.generate import FrameRecorder, sample_batches, save_pictures
+    from fastddpm.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
     from fastddpm.sampler import Sampler
 
-    device = choose_device(command.device)
+    device = choose_device(command.device, int(os.environ.get("LOCAL_RANK", 0)))
     model = _load(command.checkpoint, str(device))
     config = dataclasses.replace(
         model.preset.sample,
@@ -98,25 +108,82 @@ def main(arguments: Sequence[str]) -> None:
     )
     sampler = Sampler(
         model.unet, model.diffusion, config.steps, config.method, config.eta,
-        guidance=config.guidance, seed=command.noise_seed,
+        guidance=config.guidance, seed=command.noise_seed, engine=command.engine,
     )  # fmt: skip
     out = command.out or _default_out(command.checkpoint, seeds)
-    out.mkdir(parents=True, exist_ok=True)
+    batch = command.batch or _batch(sampler, device)
     print(
         f"{len(seeds)} images, {config.method}, {sampler.steps} steps, guidance {config.guidance}, on {device}",
         file=sys.stderr,
     )
-    recorder = FrameRecorder(sampler.steps, min(command.batch, 64)) if command.gif else None
+    if sharded:
+        _sample_shards(command, sampler, seeds, labels, out, batch, (rank, processes))
+        return
+    recorder = FrameRecorder(sampler.steps, min(batch, 64)) if command.gif else None
     parts = []
-    with torch.autocast(device.type, torch.bfloat16, enabled=command.precision == "bf16"):
-        for batch in sample_batches(sampler, seeds, labels, batch=command.batch, recorder=recorder):
-            parts.append(batch.images)
-            if command.png:
-                for seed, image in zip(batch.seeds, batch.images, strict=True):
-                    save_png(grid(image[None], padding=0, scale=1), out / f"{seed:010d}.png")
+    for drawn in sample_batches(sampler, seeds, labels, batch=batch, recorder=recorder):
+        parts.append(drawn.images)
+        if command.png:
+            save_png_of_each(drawn, out)
     frames = recorder.frames if recorder is not None else []
+    import numpy as np
+
     for path in save_pictures(np.concatenate(parts), seeds, sampler.labels_for(seeds, labels), frames, out):
         print(path)
+
+
+def _place() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says; 0 and 1 without it."""
+    try:
+        rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    except ValueError:
+        raise UsageError("RANK and WORLD_SIZE in the environment must be numbers, as torchrun sets them") from None
+    if not 0 <= rank < processes:
+        raise UsageError(f"RANK must be in 0..WORLD_SIZE-1; got {rank} of {processes}")
+    return rank, processes
+
+
+def _batch(sampler: "Sampler", device: "torch.device") -> int:
+    from fastddpm import batching
+
+    config = sampler.unet.config
+    if device.type != "cuda":
+        return batching.on_a_cpu(config)
+    return batching.on_a_gpu(sampler.probe, config, device)
+
+
+def _sample_shards(
+    command: Command,
+    sampler: "Sampler",
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    out: Path,
+    batch: int,
+    place: tuple[int, int],
+) -> None:
+    """Draw what is missing in `out` of this process's shards."""
+    from fastddpm.generate import fill, save_first_grid
+    from fastddpm.shards import Shards
+
+    rank, processes = place
+    config = sampler.unet.config
+    shape = (config.image_channels, config.image_size, config.image_size)
+    size = command.shard_size or SHARD_SIZE
+    shards = Shards(out, seeds, sampler.labels_for(seeds, labels), size, shape)
+    shards.claim(sampler.settings())
+    with shards.locked(rank):
+        shards.forget_temporaries(rank, processes)
+        missing, damaged = shards.missing(rank, processes)
+        for line in damaged:
+            print(line, file=sys.stderr)
+        mine = len(range(rank, len(shards), processes))
+        if len(missing) < mine:
+            print(f"{mine - len(missing)} of {mine} shards are there already", file=sys.stderr)
+        rate = fill(shards, missing, sampler, batch, png=command.png)
+        if rank == 0:
+            print(save_first_grid(shards))
+        drawn = f", {rate:.2f} images/s" if missing else ""
+        print(f"{out}: {mine} shards of {size} images{drawn}")
 
 
 def _labels(command: Command, num_seeds: int) -> list[int] | None:

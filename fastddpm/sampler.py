@@ -1,9 +1,12 @@
 """The reverse process run to the end: ancestral sampling (Algorithm 2 of the paper) and DDIM."""
 
+import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from fastddpm.chain import Chain, Process, padded
 from fastddpm.config import EngineConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
-from fastddpm.inference import Network, is_current, prepare
+from fastddpm.inference import Network, is_current, precision_of, prepare
 from fastddpm.kernels.reverse_step import COLUMNS
 from fastddpm.noise import image_seeds
 from fastddpm.unet import UNet
@@ -218,6 +221,32 @@ class Sampler:
             t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
         with torch.no_grad():
             return self._predict(self._network(), x_t, t, label)
+
+    def probe(self, x_t: Tensor) -> Tensor:
+        """One evaluation of `x_t` at the last timestep, labels and guidance as in `sample`: to see what it takes."""
+        classes = self.unet.config.num_classes
+        label = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device) if classes else None
+        return self.denoise(x_t, int(self.timesteps[0]), label)
+
+    def settings(self) -> dict[str, Any]:
+        """What, besides seed and label, an image is a function of: for a file beside the images."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.unet.named_parameters()):
+            values = parameter.detach().cpu().reshape(-1)
+            digest.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
+        return {
+            "network": digest.hexdigest(),
+            "timesteps": hashlib.sha256(self.timesteps.tobytes()).hexdigest(),
+            "diffusion": dataclasses.asdict(self.diffusion.config),
+            "method": self.method,
+            "coefficients": hashlib.sha256(self.table.tobytes()).hexdigest(),
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "noise_seed": self.seed,
+            "precision": str(precision_of(self.unet, self.engine)).removeprefix("torch."),
+            "fp8": self.engine.fp8,
+            "device": next(self.unet.parameters()).device.type,
+        }
 
     def _network(self) -> Network:
         """`unet` prepared for inference, anew when its weights or the chosen backend have changed."""

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     4: {"train", "sample", "cli", "dry_run"},
     3: {"trainer", "sampler", "generate", "checkpoint", "manifest", "untrusted", "model", "data", "interchange",
-        "figures", "runlog", "device"},
+        "figures", "runlog", "device", "shards", "batching"},
     2: {"unet", "inference", "chain", "diffusion", "likelihood", "schedules", "noise", "optim", "config", "presets"},
     1: {"ops"},
     0: {"kernels"},
