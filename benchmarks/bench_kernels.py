@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastddpm import ops
 from fastddpm.kernels.reverse_step import COLUMNS, FIXED
+from fastddpm.selftest import plain_attention, plain_group_norm_silu, plain_q_sample, plain_reverse_step
 
 pytestmark = pytest.mark.benchmark(timer=synchronised_timer, min_rounds=10, max_time=0.5, warmup=True,
                                    warmup_iterations=2)  # fmt: skip
@@ -35,10 +36,11 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
-def note(benchmark: Any, peer: str, call: Call, shape: str) -> None:
-    """With what the operation must move and compute, each tensor once, whoever does it."""
-    bound = limit(call)
+def time_call(benchmark: Any, peer: str, run: Callable[[], object], call: Call, shape: str) -> None:
+    """Times `run`, with what the operation must move and compute, each tensor once, whoever does it."""
     benchmark.group = f"{call.name} {shape}"
+    benchmark(run)
+    bound = limit(call)
     record(benchmark, peer, flop=bound.matrix_flop, num_bytes=bound.num_bytes, operation=call.name, shape=shape,
            batch=BATCH)  # fmt: skip
 
@@ -60,20 +62,19 @@ def test_group_norm_silu(benchmark: Any, shape: str, backward: bool, peer: str) 
     def norm() -> Tensor:
         if peer == "fastddpm":
             return ops.group_norm_silu(x, weight, bias, GROUPS, skip=skip)
+        if apex is None:
+            return plain_group_norm_silu(x, skip, weight, bias, GROUPS)
         both = x if skip is None else torch.cat([x, skip], dim=1)
-        if apex is not None:
-            return apex.cuda_group_norm_nhwc_one_pass(both, GROUPS, weight, bias, 1e-6, "silu")
-        return F.silu(F.group_norm(both, GROUPS, weight.to(both.dtype), bias.to(both.dtype), 1e-6))
+        return apex.cuda_group_norm_nhwc_one_pass(both, GROUPS, weight, bias, 1e-6, "silu")
 
     grad = torch.ones_like(norm())
-    benchmark(lambda: torch.autograd.grad(norm(), leaves, grad) if backward else norm())
     forward = (x, weight, bias, GROUPS, 1e-6, skip, *[None] * 3, True, 0.0, *[None] * 3, 0)
     call = Call("group_norm_silu", tuple(map(meta, forward)))
     if backward:
         moments = torch.empty(BATCH, GROUPS, device="meta")
         arguments = (grad, x, weight, bias, moments, moments, GROUPS, *forward[5:])
         call = Call("group_norm_silu_backward", tuple(map(meta, arguments)))
-    note(benchmark, peer, call, shape)
+    time_call(benchmark, peer, lambda: torch.autograd.grad(norm(), leaves, grad) if backward else norm(), call, shape)
 
 
 @pytest.mark.parametrize("peer", ["fastddpm", *SDPA])
@@ -86,19 +87,13 @@ def test_attention(benchmark: Any, shape: str, peer: str) -> None:
         if peer == "fastddpm":
             return ops.attention(q, k, v)
         with sdpa_kernel(SDPA[peer]):
-            return F.scaled_dot_product_attention(*(x.unsqueeze(1) for x in (q, k, v))).squeeze(1)
+            return plain_attention(q, k, v)
 
     try:
         attend()
     except RuntimeError as error:
         pytest.skip(f"{peer} does not take {shape} here: {str(error).splitlines()[0]}")
-    benchmark(attend)
-    note(benchmark, peer, Call("attention", tuple(map(meta, (q, k, v, channels**-0.5)))), shape)
-
-
-def timed(benchmark: Any, peers: dict[str, Callable[[], object]], peer: str, call: Call, shape: str) -> None:
-    benchmark(peers[peer])
-    note(benchmark, peer, call, shape)
+    time_call(benchmark, peer, attend, Call("attention", tuple(map(meta, (q, k, v, channels**-0.5)))), shape)
 
 
 SIDES = pytest.mark.parametrize("peer", ["fastddpm", "torch"])
@@ -114,14 +109,12 @@ def test_q_sample(benchmark: Any, peer: str) -> None:
     x0 = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
     t, table = images * 7 % 1000, torch.rand(1000, 2, device=DEVICE)
 
-    def plain() -> tuple[Tensor, Tensor]:
-        eps = torch.randn(x0.shape, device=DEVICE)
-        signal, noise = table[t][:, :, None, None, None].unbind(1)
-        return signal * (x0.float() / 127.5 - 1) + noise * eps, eps
-
-    sides = {"fastddpm": lambda: ops.q_sample(x0, t, table, images, seed, step), "torch": plain}
+    sides = {
+        "fastddpm": lambda: ops.q_sample(x0, t, table, images, seed, step),
+        "torch": lambda: plain_q_sample(x0, t, table),
+    }
     call = Call("q_sample", tuple(map(meta, (x0, t, table, None, None, images, seed, step))))
-    timed(benchmark, sides, peer, call, "3x32x32")
+    time_call(benchmark, peer, sides[peer], call, "3x32x32")
 
 
 @SIDES
@@ -130,16 +123,14 @@ def test_reverse_step(benchmark: Any, peer: str) -> None:
     x, out = torch.randn(BATCH, 3, 32, 32, device=DEVICE), randn(BATCH, 3, 32, 32)
     table, timesteps = torch.rand(1000, COLUMNS, device=DEVICE), torch.arange(1000, device=DEVICE)
 
-    def plain() -> Tensor:
-        row = table[step]
-        x0 = (row[0] * x + row[1] * out).clamp(-1, 1)
-        return row[2] * x0 + row[3] * x + row[5] * torch.randn_like(x)
-
-    sides = {"fastddpm": lambda: ops.reverse_step(x, out, table, timesteps, step, images, seed), "torch": plain}
+    sides = {
+        "fastddpm": lambda: ops.reverse_step(x, out, table, timesteps, step, images, seed),
+        "torch": lambda: plain_reverse_step(x, out, table[step]),
+    }
     call = Call(
         "reverse_step", tuple(map(meta, (x, out, table, timesteps, step, images, seed, 1.0, FIXED, None, None)))
     )
-    timed(benchmark, sides, peer, call, "3x32x32")
+    time_call(benchmark, peer, sides[peer], call, "3x32x32")
 
 
 @SIDES
@@ -150,7 +141,7 @@ def test_random_normal(benchmark: Any, peer: str) -> None:
         "torch": lambda: torch.randn(BATCH, 3, 32, 32, device=DEVICE),
     }
     call = Call("random_normal", ([3, 32, 32], *map(meta, (images, seed, step)), 0))
-    timed(benchmark, sides, peer, call, "3x32x32")
+    time_call(benchmark, peer, sides[peer], call, "3x32x32")
 
 
 @SIDES
@@ -163,9 +154,9 @@ def test_conv3x3(benchmark: Any, channels: int, size: int, peer: str) -> None:
         "fastddpm": lambda: ops.conv3x3(x, weight, bias),
         "torch": lambda: F.conv2d(x, weight, bias, padding=1),
     }
-    benchmark(sides[peer])
     shape = f"{channels} at {size}x{size}"
     benchmark.group = f"conv3x3 {shape}"
+    benchmark(sides[peer])
     moved = 4 * (2 * x.numel() + weight.numel())
     record(benchmark, peer, flop=18 * x.numel() * channels, num_bytes=moved, operation="conv3x3", shape=shape,
            batch=BATCH)  # fmt: skip

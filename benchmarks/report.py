@@ -2,6 +2,7 @@
 
     python -m benchmarks.report FILE [FILE ...]                           Markdown on stdout
     python -m benchmarks.report FILE --plots DIR                          and throughput, split and scaling as PNG
+    python -m benchmarks.report FILE --store SMALLER.json                 the same without every single round
     python -m benchmarks.report --compare OLD NEW [--tolerance 1.15]      exit code 1 where NEW is slower by more
 
 --relative compares shares of the limit that each run measured rather than times: on a machine that was slower as a
@@ -145,14 +146,11 @@ def _throughput(benchmarks: Sequence[Timed], kind: str, preset: str, folder: Pat
     info = chosen[0].info
     images = info["images_per_s"] * chosen[0].median
     limit = info["limit_tflop_per_s"] * 1e3 / (info["gflop"] / images)
-    axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit: a matrix product's rate")
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s",
+    axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="limit: these FLOPs\nat a product's rate")
+    axes.set(xlabel="batch", ylabel="images/s",
              title=f"{'1000-step chain' if kind == 'chain' else 'one evaluation'}, {preset}")  # fmt: skip
-    sizes = sorted({timed.info["batch"] for timed in chosen})
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    _logarithmic(axes, sorted({timed.info["batch"] for timed in chosen}))
+    figure.legend(fontsize="x-small", loc="outside right center")
     return _save(figure, folder / f"throughput-{kind}-{preset}.png", chosen[0])
 
 
@@ -163,7 +161,7 @@ def _split(benchmarks: Sequence[Timed], folder: Path) -> Path | None:
     chosen = [timed for timed in benchmarks if "split_ms" in timed.info]
     if not chosen:
         return None
-    figure, axes = plt.subplots(figsize=(PANEL[0], 1.2 + 0.6 * len(chosen)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(1.3 * PANEL[0], 1.2 + 0.6 * len(chosen)), layout="constrained")
     kinds = dict.fromkeys(kind for timed in chosen for kind in timed.info["split_ms"])
     for row, timed in enumerate(chosen):
         total, left = sum(timed.info["split_ms"].values()), 0.0
@@ -176,7 +174,7 @@ def _split(benchmarks: Sequence[Timed], folder: Path) -> Path | None:
     labels = [f"batch {timed.info['batch']}\n{sum(timed.info['split_ms'].values()):.1f} ms" for timed in chosen]
     axes.set_yticks(range(len(chosen)), labels)
     axes.set(xlim=(0, 1), xlabel="share of the time of an evaluation", title=chosen[0].info["preset"])
-    figure.legend(fontsize="x-small", loc="outside lower center", ncols=2)
+    figure.legend(fontsize="x-small", loc="outside right center")
     return _save(figure, folder / "split.png", chosen[0])
 
 
@@ -193,16 +191,37 @@ def _scaling(benchmarks: Sequence[Timed], folder: Path) -> Path | None:
         points = sorted((timed.info["value"], timed.median, timed.info["gflop"]) for timed in chosen
                         if timed.info["scaling"] == kind)  # fmt: skip
         values, seconds, flop = zip(*points, strict=True)
-        axes.plot(values, seconds, marker="o", label="measured")
-        axes.plot(values, [seconds[-1] * f / flop[-1] for f in flop], "--", color="black", linewidth=1,
+        axes.plot(values, [1e3 * time for time in seconds], marker="o", label="measured")
+        axes.plot(values, [1e3 * seconds[-1] * f / flop[-1] for f in flop], "--", color="black", linewidth=1,
                   label="in proportion to the FLOPs")  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel=kind, ylabel="s")
-        axes.set_xticks(values, [str(value) for value in values], fontsize="x-small")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        axes.set(xlabel=kind, ylabel="ms")
+        _logarithmic(axes, values)
         axes.legend(fontsize="x-small")
     figure.suptitle(f"{chosen[0].info['preset']}, sampling", fontsize="medium")
     return _save(figure, folder / "scaling.png", chosen[0])
+
+
+def _logarithmic(axes: Any, values: Sequence[int]) -> None:
+    """Both axes, `values` marked on the horizontal one, plain numbers on the vertical one."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(values, [str(value) for value in values], fontsize="x-small")
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+
+
+def store(files: Sequence[Path], target: Path) -> None:
+    """One file of pytest-benchmark's kind with the benchmarks of `files`, their statistics and no single rounds."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    benchmarks = [found for document in documents for found in document["benchmarks"]]
+    for found in benchmarks:
+        found["stats"].pop("data", None)
+    kept = {"datetime": documents[0].get("datetime"), "version": documents[0].get("version"), "benchmarks": benchmarks}
+    target.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def _save(figure: Any, path: Path, timed: Timed) -> Path:
@@ -219,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--plots", type=Path, help="folder for PNGs")
+    parser.add_argument("--store", type=Path, help="write the files, without every single round, as one")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     parser.add_argument("--tolerance", type=float, default=1.15)
     parser.add_argument("--relative", action="store_true")
@@ -232,6 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1 if slower else 0
         benchmarks = [timed for path in options.files for timed in read(path)]
         print(markdown(benchmarks), end="")
+        if options.store:
+            store(options.files, options.store)
         if options.plots:
             for path in plots(benchmarks, options.plots):
                 print(path, file=sys.stderr)

@@ -14,6 +14,11 @@ _GRAPHS = 2.0  # a captured step keeps its memory beside what launching it took
 _PROBES = (4, 12)
 
 
+def choose(evaluate: Callable[[Tensor], object], config: UNetConfig, device: torch.device) -> int:
+    """The batch of this device; `evaluate` takes images (N, C, H, W) and is tried out on a GPU."""
+    return on_a_gpu(evaluate, config, device) if device.type == "cuda" else on_a_cpu(config)
+
+
 def largest_batch(free: float, fixed: float, per_image: float) -> int:
     """The largest power of two up to 512 whose `fixed` + n `per_image` bytes are within 80 % of `free`; at least 1."""
     images = (_SHARE * free - fixed) / max(per_image, 1.0)

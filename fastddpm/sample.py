@@ -1,7 +1,6 @@
 """python -m fastddpm.sample CHECKPOINT: draw images from a trained model."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastddpm import cli
+from fastddpm import cli, processes
 from fastddpm.config import EngineConfig
 from fastddpm.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
-    from fastddpm.model import Model
     from fastddpm.sampler import Sampler
 
 PROGRAM = "fastddpm.sample"
@@ -87,17 +83,18 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"--shard-size must be positive; got {command.shard_size}")
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
-    rank, processes = _place()
-    sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or processes > 1
+    where = processes.place()
+    sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or where.count > 1
     if sharded and command.gif:
         raise UsageError(f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, by one process")
 
+    from fastddpm import batching, interchange
     from fastddpm.device import choose_device
     from fastddpm.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
     from fastddpm.sampler import Sampler
 
-    device = choose_device(command.device, int(os.environ.get("LOCAL_RANK", 0)))
-    model = _load(command.checkpoint, str(device))
+    device = choose_device(command.device, processes.local_rank())
+    model = interchange.load(command.checkpoint, device)
     config = dataclasses.replace(
         model.preset.sample,
         **{
@@ -111,13 +108,13 @@ def main(arguments: Sequence[str]) -> None:
         guidance=config.guidance, seed=command.noise_seed, engine=command.engine,
     )  # fmt: skip
     out = command.out or _default_out(command.checkpoint, seeds)
-    batch = command.batch or _batch(sampler, device)
+    batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
     print(
         f"{len(seeds)} images, {config.method}, {sampler.steps} steps, guidance {config.guidance}, on {device}",
         file=sys.stderr,
     )
     if sharded:
-        _sample_shards(command, sampler, seeds, labels, out, batch, (rank, processes))
+        _sample_shards(command, sampler, seeds, labels, out, batch, where)
         return
     recorder = FrameRecorder(sampler.steps, min(batch, 64)) if command.gif else None
     parts = []
@@ -132,26 +129,6 @@ def main(arguments: Sequence[str]) -> None:
         print(path)
 
 
-def _place() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says; 0 and 1 without it."""
-    try:
-        rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    except ValueError:
-        raise UsageError("RANK and WORLD_SIZE in the environment must be numbers, as torchrun sets them") from None
-    if not 0 <= rank < processes:
-        raise UsageError(f"RANK must be in 0..WORLD_SIZE-1; got {rank} of {processes}")
-    return rank, processes
-
-
-def _batch(sampler: "Sampler", device: "torch.device") -> int:
-    from fastddpm import batching
-
-    config = sampler.unet.config
-    if device.type != "cuda":
-        return batching.on_a_cpu(config)
-    return batching.on_a_gpu(sampler.probe, config, device)
-
-
 def _sample_shards(
     command: Command,
     sampler: "Sampler",
@@ -159,24 +136,24 @@ def _sample_shards(
     labels: Sequence[int] | None,
     out: Path,
     batch: int,
-    place: tuple[int, int],
+    where: processes.Place,
 ) -> None:
     """Draw what is missing in `out` of this process's shards."""
     from fastddpm.generate import fill, save_first_grid
     from fastddpm.shards import Shards
 
-    rank, processes = place
+    rank, count = where.rank, where.count
     config = sampler.unet.config
     shape = (config.image_channels, config.image_size, config.image_size)
     size = command.shard_size or SHARD_SIZE
     shards = Shards(out, seeds, sampler.labels_for(seeds, labels), size, shape)
     shards.claim(sampler.settings())
     with shards.locked(rank):
-        shards.forget_temporaries(rank, processes)
-        missing, damaged = shards.missing(rank, processes)
+        shards.forget_temporaries(rank, count)
+        missing, damaged = shards.missing(rank, count)
         for line in damaged:
             print(line, file=sys.stderr)
-        mine = len(range(rank, len(shards), processes))
+        mine = len(range(rank, len(shards), count))
         if len(missing) < mine:
             print(f"{mine - len(missing)} of {mine} shards are there already", file=sys.stderr)
         rate = fill(shards, missing, sampler, batch, png=command.png)
@@ -197,17 +174,6 @@ def _labels(command: Command, num_seeds: int) -> list[int] | None:
             f"--labels gives {len(labels)} classes for {num_seeds} seeds; give one for each, or one for all"
         )
     return labels
-
-
-def _load(path: Path, device: str) -> "Model":
-    from fastddpm import model
-
-    if (path / "model_index.json").exists() or (path / "unet" / "config.json").exists():
-        from fastddpm.interchange import diffusers
-
-        loaded = diffusers.load(path)
-        return dataclasses.replace(loaded, unet=loaded.unet.to(device))
-    return model.load(path, device)
 
 
 def _default_out(checkpoint: Path, seeds: Sequence[int]) -> Path:

@@ -115,10 +115,10 @@ def test_plots(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     lines = {line.get_label(): line for line in drawn["throughput-forward-cifar10.png"][0][0]}
     assert [list(axis) for axis in lines["fastddpm"].get_data()] == [[1, 8], [20, pytest.approx(8 / 0.3)]]
-    assert lines["limit: a matrix product's rate"].get_ydata()[0] == pytest.approx(0.2e12 / 12e9)
+    assert lines["limit: these FLOPs\nat a product's rate"].get_ydata()[0] == pytest.approx(0.2e12 / 12e9)
     bars = drawn["split.png"][0][1]
     assert [bar.get_width() for bar in bars] == pytest.approx([0.75, 0.225, 0.025] * 2)
-    assert [panel[0][0].get_ydata()[2] for panel in drawn["scaling.png"]] == [0.04, 0.04]
+    assert [panel[0][0].get_ydata()[2] for panel in drawn["scaling.png"]] == [40, 40]  # ms
     assert not plt.get_fignums()
 
 
@@ -142,6 +142,17 @@ def test_a_file_that_is_none_is_named(
     assert report.main([str(path)]) == 2
     error = capsys.readouterr().err
     assert message in error and str(path) in error
+
+
+def test_what_is_stored_reports_the_same_without_the_rounds(stored: Path, tmp_path: Path) -> None:
+    document = json.loads(stored.read_text())
+    for found in document["benchmarks"]:
+        found["stats"]["data"] = [found["stats"]["median"]] * 1000
+    raw, kept = tmp_path / "raw.json", tmp_path / "kept.json"
+    raw.write_text(json.dumps(document))
+    assert report.main([str(raw), "--store", str(kept)]) == 0
+    assert "data" not in kept.read_text() and kept.stat().st_size < raw.stat().st_size / 10
+    assert [timed.median for timed in report.read(kept)] == [timed.median for timed in report.read(raw)]
 
 
 def test_files_or_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:

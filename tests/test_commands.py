@@ -30,8 +30,15 @@ def python(*arguments: str, cwd: Path, **options: object) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize("module", ["fastddpm.train", "fastddpm.sample"])
-def test_help_and_mistyped_flags_answer_without_torch(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "mistyped", "meant"),
+    [
+        ("fastddpm.train", "--stpes", "--steps"),
+        ("fastddpm.sample", "--stpes", "--steps"),
+        ("fastddpm.doctor", "--bacth", "--batch"),
+    ],
+)
+def test_help_and_mistyped_flags_answer_without_torch(module: str, mistyped: str, meant: str, tmp_path: Path) -> None:
     program = (
         "import runpy, sys, json\n"
         "sys.argv = [sys.argv[1], *sys.argv[2:]]\n"
@@ -39,10 +46,10 @@ def test_help_and_mistyped_flags_answer_without_torch(module: str, tmp_path: Pat
         "except SystemExit as e:\n    code = e.code or 0\n"
         "print(json.dumps({'code': code, 'torch': 'torch' in sys.modules}))\n"
     )
-    for flags, code in ((["--help"], 0), (["x", "--stpes", "3"], 2)):
+    for flags, code in ((["--help"], 0), (["x", mistyped, "3"], 2)):
         done = python("-c", program, module, *flags, cwd=tmp_path)
         assert json.loads(done.stdout.splitlines()[-1]) == {"code": code, "torch": False}, done.stderr
-    assert "--steps" in done.stderr + done.stdout  # the suggestion
+    assert meant in done.stderr + done.stdout  # the suggestion
 
 
 def test_the_answer_to_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    4: {"train", "sample", "cli", "dry_run"},
+    4: {"train", "sample", "cli", "dry_run", "doctor", "evaluate", "inpaint", "compress", "ablation"},
     3: {"trainer", "sampler", "generate", "checkpoint", "manifest", "untrusted", "model", "data", "interchange",
-        "figures", "runlog", "device", "shards", "batching"},
+        "figures", "runlog", "device", "selftest", "shards", "batching", "processes", "metrics", "evaluation", "codec"},
     2: {"unet", "inference", "chain", "diffusion", "likelihood", "schedules", "noise", "optim", "config", "presets"},
     1: {"ops"},
     0: {"kernels"},
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
-EVERYWHERE = {"errors"}  # no layer; kernels know nothing of the package at all
+EVERYWHERE = {"errors", "__version__"}  # no layer; kernels know nothing of the package at all
 
 
 def imported(source: str, package: str) -> set[str]:

@@ -16,11 +16,11 @@ from fastddpm.unet import UNet
 from .fused import FusedUNet
 from .native import PreparedUNet
 
-__all__ = ["FusedUNet", "Network", "PreparedUNet", "is_current", "precision_of", "prepare"]
+__all__ = ["PRECISIONS", "FusedUNet", "Network", "PreparedUNet", "is_current", "precision_of", "prepare"]
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | None = None) -> Network:
@@ -59,7 +59,7 @@ def precision_of(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
     """What the network is computed in: as `engine` asks, by itself bfloat16 for float32 weights on a GPU."""
     weight = next(unet.parameters())
     if engine.precision != "auto":
-        return _PRECISIONS[engine.precision]
+        return PRECISIONS[engine.precision]
     return torch.bfloat16 if weight.device.type == "cuda" and weight.dtype == torch.float32 else weight.dtype
 
 

@@ -1,0 +1,147 @@
+"""python -m fastddpm.doctor: what runs here, how exactly and how fast, and what keeps something faster from running."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastddpm import __version__, cli
+
+if TYPE_CHECKING:
+    import torch
+
+PROGRAM = "fastddpm.doctor"
+LIBRARIES = ("torch", "triton", "numpy", "pillow", "safetensors")
+EXTRAS = ("diffusers", "matplotlib", "pyarrow", "scipy", "tensorboard", "torch-fidelity")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Check this installation: device, versions, and for each operation what runs, its error and its speed.
+
+    Exits with 1 if an operation is further from float64 than it may be.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA or ROCm device when there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the operations are tried in: what the sampler takes by itself unless given."""
+    batch: int | None = None
+    """Images of a trial; 8 on a CPU and 128 on a GPU unless given."""
+    json: bool = False
+    """Print JSON, for a report of a fault."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    command = cli.parse(Command, arguments, program=PROGRAM)
+    if command.batch is not None and command.batch < 1:
+        from fastddpm.errors import UsageError
+
+        raise UsageError(f"--batch must be positive; got {command.batch}")
+
+    import torch
+
+    from fastddpm import selftest
+    from fastddpm.device import choose_device
+    from fastddpm.inference import PRECISIONS
+    from fastddpm.ops import status
+
+    device = choose_device(command.device)
+    on_gpu = device.type == "cuda"
+    natural = torch.bfloat16 if on_gpu else torch.float32
+    dtype = natural if command.precision == "auto" else PRECISIONS[command.precision]
+    batch = command.batch or (128 if on_gpu else 8)
+    if not command.json:
+        print("\n".join(_lines(system(device))))
+        if busy():
+            print("note: other programs keep this machine busy, so the speeds below are not to be relied on")
+        print(f"\ntrying each operation on {batch} images in {_name(dtype)} ...", file=sys.stderr, flush=True)
+    findings = selftest.run(device, dtype, batch)
+    runs = status(device.type)
+    failed = [finding.operation for finding in findings if not finding.passed]
+    if command.json:
+        report = {**system(device), "precision": _name(dtype), "batch": batch, "backends": runs}
+        print(json.dumps(report | {"trials": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        print(table(findings))
+        print("\nwhat runs, and why nothing faster does")
+        print("\n".join(f"  {operation:16} {line}" for operation, line in runs.items()))
+    if failed:
+        print(f"further from float64 than they may be: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def table(findings: Sequence[Any]) -> str:
+    """The trials (`selftest.Finding`), one a line."""
+    lines = [f"  {'operation':28} {'error':>8} {'at most':>8}   against PyTorch's operators"]
+    for found in findings:
+        speed = f"{found.speed:.2f} times as fast" + ("" if found.passed else "   FAILED")
+        lines.append(f"  {found.operation:28} {found.error:8.1e} {found.tolerance:8.0e}   {speed}")
+    return "\n".join(lines)
+
+
+def system(device: "torch.device") -> dict[str, Any]:
+    """Versions, the device, and what of the environment changes results or speed."""
+    import torch
+
+    from fastddpm.kernels import native, native_cuda
+
+    found: dict[str, Any] = {"fastddpm": __version__, "python": platform.python_version()}
+    found |= {name: version(name) for name in LIBRARIES}
+    found |= {"system": platform.platform(), "device": _device_name(device)}
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda or torch.version.hip}
+        found["cuda library"] = native_cuda.unavailable() or "built"
+    else:
+        found["threads"] = torch.get_num_threads()
+        reason = native.unavailable()
+        found["cpu library"] = reason or f"built, running its {native.isa()} code"
+    found["FASTDDPM_BACKEND"] = os.environ.get("FASTDDPM_BACKEND", "not set")
+    found["optional"] = {name: version(name) for name in EXTRAS}
+    return found
+
+
+def version(library: str) -> str:
+    """The installed version, or that there is none."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def busy() -> bool:
+    """Whether more programs want to compute than there are cores; False where the system does not tell."""
+    try:
+        return os.getloadavg()[0] > (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return False
+
+
+def _device_name(device: "torch.device") -> str:
+    import torch
+
+    if device.type != "cuda":
+        return device.type
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB"
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, value in found.items():
+        text = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
+        lines.append(f"{name:17} {text}")
+    return lines
+
+
+def _name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
