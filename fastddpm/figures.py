@@ -1,13 +1,13 @@
-"""Pictures: grids and animations of uint8 images, written whole or not at all."""
+"""Pictures: grids and animations of uint8 images, and arrays beside them, written whole or not at all."""
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from fastddpm.errors import DataError, StorageError, UsageError
 
@@ -65,9 +65,55 @@ def grid(
     return Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
 
 
+def labelled(
+    images: np.ndarray,
+    columns: int,
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    scale: int | None = None,
+) -> Image.Image:
+    """The `grid` of `images` with a text left of each row and above each column, as far as there are texts.
+
+    Texts are black on white margins, middle to middle, and none begins left of the picture. Images are enlarged until
+    a column is as wide as its text, unless `scale` is given. Raises `UsageError` as `grid` does.
+    """
+    padding, margin = 2, 4
+    font = ImageFont.load_default()
+    if scale is None:
+        widest = max((math.ceil(font.getlength(text)) for text in column_labels), default=0)
+        scale = max(1, GRID_PIXELS // (columns * images.shape[-1]), math.ceil(widest / images.shape[-1]))
+    picture = grid(images, columns, padding=padding, scale=scale)
+    left = max((math.ceil(font.getlength(text)) + 2 * margin for text in row_labels), default=0)
+    _, above, _, below = font.getbbox("0Ag|")
+    top = math.ceil(below) + 2 * margin if column_labels else 0
+    canvas = Image.new(picture.mode, (left + picture.width, top + picture.height), "white")
+    canvas.paste(picture, (left, top))
+
+    draw = ImageDraw.Draw(canvas)
+    height, width = (side * scale + padding for side in images.shape[-2:])
+    for i, text in enumerate(column_labels):
+        before = left + i * width + (width - padding - font.getlength(text)) / 2
+        draw.text((max(before, margin), margin), text, fill="black", font=font)
+    for i, text in enumerate(row_labels):
+        middle = top + i * height + (height - padding) / 2
+        draw.text((margin, middle - (above + below) / 2), text, fill="black", font=font)
+    return canvas
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG; a reader of `path` finds the old file or the new one. Raises `StorageError`."""
     _replace(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write a compressed .npz; a reader of `path` finds the old file or the new one. Raises `StorageError`."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    _replace(path, write)
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, duration_ms: int = 80, hold_ms: int = 2000) -> None:

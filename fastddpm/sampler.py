@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.chain import Chain, Process, padded
+from fastddpm.chain import Chain, Process, Start, padded
 from fastddpm.config import EngineConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
@@ -115,6 +115,7 @@ class Sampler:
         if not -(2**63) <= seed < 2**63:
             raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
         self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
+        self.eta = eta
         self.engine = EngineConfig() if engine is None else engine
         if timesteps is None:
             self.timesteps = spread_timesteps(diffusion.timesteps, diffusion.timesteps if steps is None else steps)
@@ -141,35 +142,63 @@ class Sampler:
         labels: Sequence[int] | None = None,
         callback: Callback | None = None,
         watch: Collection[int] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Images, float32 (N, C, H, W) in [-1, 1], one for each seed.
 
         An image depends on its seed (0..2^32-1), its label and the sampler, not on the rest of the batch.
-        `labels`: 0..num_classes-1, (N,); seed modulo num_classes when the network wants labels and none are
-        given. `callback(i, t, x_t, x0)` sees the state after each step, or those of `watch` (0..steps-1), as `State`
-        says. Raises `UsageError` for seeds or labels out of range.
+        `labels`: 0..num_classes-1, (N,), or the network's null label; seed modulo num_classes when the network wants
+        labels and none are given. `callback(i, t, x_t, x0)` sees the state after each step, or those of `watch`
+        (0..steps-1), as `State` says. `start`: go on from a state x_t, (N, C, H, W), instead of from noise; from the
+        same state the same seeds draw the same images. Raises `UsageError` for seeds, labels or a start out of range.
         """
-        chain = self._begin(seeds, labels)
-        watched = _watched(self.steps, watch) if callback else set()
-        for state in self._states(chain, len(seeds), watched):
-            assert callback is not None
-            callback(state.step, state.t, state.x, state.x0)
-        self._keep(chain)
-        return chain.x[: len(seeds)].clamp(-1, 1)
+        first = 0 if start is None else start.step
+        watched = _watched(first, self.steps, watch) if callback else set()
+        with self.chain(seeds, labels, start) as chain:
+            for state in self._states(chain, len(seeds), first, watched):
+                assert callback is not None
+                callback(state.step, state.t, state.x, state.x0)
+            return chain.x[: len(seeds)].clamp(-1, 1)
 
     def trajectory(
-        self, seeds: Sequence[int], labels: Sequence[int] | None = None, watch: Collection[int] | None = None
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        watch: Collection[int] | None = None,
+        start: Start | None = None,
     ) -> Iterator[State]:
         """The states of a chain after each step, or those of `watch`, as they come; arguments as for `sample`.
 
         The steps between are taken at full speed. The last state's x, clamped to [-1, 1], is the images.
         """
-        chain = self._begin(seeds, labels)
-        yield from self._states(chain, len(seeds), _watched(self.steps, watch))
+        first = 0 if start is None else start.step
+        watched = _watched(first, self.steps, watch)
+        with self.chain(seeds, labels, start) as chain:
+            yield from self._states(chain, len(seeds), first, watched)
+
+    @contextmanager
+    def chain(
+        self, seeds: Sequence[int], labels: Sequence[int] | None = None, start: Start | None = None
+    ) -> Iterator[Chain]:
+        """The chain of a batch before its first step, to be moved by hand inside the block; arguments as for `sample`.
+
+        Its first len(seeds) images are theirs; on a GPU the rest is padding. `advance` takes `timesteps` one by one.
+        """
+        chain = self._begin(seeds, labels, start)
+        yield chain
         self._keep(chain)
 
-    def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None) -> Chain:
-        """A chain at x_T, taken out of those that are kept: nobody else moves it."""
+    def guided(self, guidance: float) -> "Sampler":
+        """This sampler at another scale of guidance."""
+        return Sampler(
+            self.unet, self.diffusion, None, self.method, self.eta,
+            guidance=guidance, seed=self.seed, timesteps=self.timesteps.tolist(), engine=self.engine,
+        )  # fmt: skip
+
+    def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None, start: Start | None) -> Chain:
+        """A chain at its first state, taken out of those that are kept: nobody else moves it."""
+        if start is not None:
+            self._check(start, len(seeds))
         device = next(self.unet.parameters()).device
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
         classes = self.labels_for(seeds, labels)
@@ -182,8 +211,16 @@ class Sampler:
             if chain is None:
                 predict = functools.partial(self._predict, network)
                 chain = Chain(predict, self._process(device), batch, labels=label is not None, graph=graph)
-            chain.begin(images, label)
+            chain.begin(images, label, start)
         return chain
+
+    def _check(self, start: Start, num_images: int) -> None:
+        config = self.unet.config
+        expected = (num_images, config.image_channels, config.image_size, config.image_size)
+        if not 0 <= start.step < self.steps:
+            raise UsageError(f"a chain starts before a step in 0..{self.steps - 1}; got {start.step}")
+        if start.x.shape != expected or start.x.dtype != torch.float32:
+            raise UsageError(f"a chain starts from float32 {expected}; got {start.x.dtype} {tuple(start.x.shape)}")
 
     def _keep(self, chain: Chain) -> None:
         """For the next batch of this size; the oldest size is given up, so that memory is bounded."""
@@ -197,14 +234,15 @@ class Sampler:
         return Process(
             table=torch.tensor(self.table, dtype=torch.float32, device=device),
             timesteps=torch.tensor(self.timesteps, device=device),
+            total=self.diffusion.timesteps,
             seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
             shape=(config.image_channels, config.image_size, config.image_size),
             clip=1.0 if self.diffusion.config.clip_x0 else 0.0,
             variance=self.diffusion.config.variance if learned else "fixed",
         )
 
-    def _states(self, chain: Chain, num_images: int, watched: Collection[int]) -> Iterator[State]:
-        for i, t in enumerate(self.timesteps.tolist()):
+    def _states(self, chain: Chain, num_images: int, first: int, watched: Collection[int]) -> Iterator[State]:
+        for i, t in enumerate(self.timesteps[first:].tolist(), first):
             with torch.no_grad():
                 chain.advance(i in watched)
             if i in watched:
@@ -273,7 +311,7 @@ class Sampler:
     def labels_for(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> list[int] | None:
         """The class that each seed is drawn from: `labels`, or seed modulo num_classes; None without classes.
 
-        Raises `UsageError` for a wrong number of labels, or one out of range.
+        Raises `UsageError` for a wrong number of labels, or one that is neither in range nor the null label.
         """
         num_classes = self.unet.config.num_classes
         if not num_classes:
@@ -284,19 +322,19 @@ class Sampler:
             return [seed % num_classes for seed in seeds]
         if len(labels) != len(seeds):
             raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(seeds)} seeds")
-        wrong = [label for label in labels if not 0 <= label < num_classes]
+        wrong = [label for label in labels if not 0 <= label < num_classes and label != self.unet.null_label]
         if wrong:
             raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
         return list(labels)
 
 
-def _watched(steps: int, watch: Collection[int] | None) -> set[int]:
+def _watched(first: int, steps: int, watch: Collection[int] | None) -> set[int]:
     """The steps to show; `UsageError` for one that the chain does not take."""
     if watch is None:
-        return set(range(steps))
-    wrong = [step for step in watch if not 0 <= step < steps]
+        return set(range(first, steps))
+    wrong = [step for step in watch if not first <= step < steps]
     if wrong:
-        raise UsageError(f"watch must name steps in 0..{steps - 1}; got {wrong[0]}")
+        raise UsageError(f"watch must name steps in {first}..{steps - 1}; got {wrong[0]}")
     return set(watch)
 
 

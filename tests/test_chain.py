@@ -4,6 +4,8 @@ import dataclasses
 import warnings
 from typing import Any
 
+import numpy as np
+import oracle
 import pytest
 import torch
 from networks import SMALLEST, TINY, Formula, shaken, tiny
@@ -64,10 +66,14 @@ def test_a_step_reads_nothing_on_the_host_and_moves_no_memory(labels: bool) -> N
     owner = sampler(config, guidance=2.0 if labels else 1.0)
     chain = chain_of(owner, 2, [5, 6], [0, 2] if labels else None)
     state = {name: value.data_ptr() for name, value in vars(chain).items() if isinstance(value, Tensor)}
-    assert len(state) == (5 if labels else 4)
+    assert len(state) == (6 if labels else 5)
     with HostReads() as reads, torch.no_grad():
         for _ in range(STEPS):
             chain.step(watched=True)
+        after = chain.x.clone()
+        chain.rewind(STEPS - 1)
+        chain.step(watched=True)
+        chain.x.copy_(after)
     assert reads.names == []
     assert {name: value.data_ptr() for name, value in vars(chain).items() if isinstance(value, Tensor)} == state
     torch.testing.assert_close(
@@ -102,7 +108,7 @@ def graphed(owner: Sampler, batch: int, images: list[int]) -> chains.Chain:
 
 
 def test_replays_of_one_captured_step_are_the_chain(pretended_graphs: list[str]) -> None:
-    """Index, seed and images are read from memory; capturing leaves the state as it was."""
+    """Index, seed, images and counters are read from memory; capturing leaves the state as it was."""
     owner = sampler(TINY)
     plain, replayed = chain_of(owner, 2, [1, 2]), graphed(owner, 2, [1, 2])
     for images in ([1, 2], [9, 4]):
@@ -114,8 +120,14 @@ def test_replays_of_one_captured_step_are_the_chain(pretended_graphs: list[str])
                 replayed.advance(watched=i == 3)
                 assert torch.equal(plain.x, replayed.x)
                 assert torch.equal(plain.x0, replayed.x0) == (i == 3)
+            for chain in (plain, replayed):
+                chain.rewind(STEPS - 2)
+            for _ in range(2):
+                plain.step(watched=True)
+                replayed.advance(watched=False)
+                assert torch.equal(plain.x, replayed.x)
     assert pretended_graphs.count("capture") == 2  # with and without the x_0 prediction, once each
-    assert pretended_graphs.count("replay") == 2 * STEPS
+    assert pretended_graphs.count("replay") == 2 * (STEPS + 2)
 
 
 def test_a_step_that_cannot_be_captured_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +165,94 @@ def test_padding_changes_no_image() -> None:
             exact.step(watched=False)
             wide.step(watched=False)
     torch.testing.assert_close(wide.x[:3], exact.x, rtol=0, atol=1e-5)
+
+
+# Other beginnings
+
+
+def wave(x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    return torch.sin(2 * x_t + 0.01 * t)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_chain_that_starts_in_the_middle_ends_where_the_whole_one_does(batch: int) -> None:
+    """Bit for bit, in a batch that was used before and is wider than the images."""
+    owner = sampler()
+    whole = chain_of(owner, batch, [4, 9])
+    with torch.no_grad():
+        for _ in range(2):
+            whole.step(watched=False)
+        start = chains.Start(whole.x[:2].clone(), 2)
+        for _ in range(2, STEPS):
+            whole.step(watched=False)
+        end = whole.x[:2].clone()
+        whole.begin(torch.tensor([4, 9]), None, start)
+        for _ in range(2, STEPS):
+            whole.step(watched=False)
+    assert torch.equal(whole.x[:2], end)
+    assert torch.equal(owner.sample([4, 9], start=start), owner.sample([4, 9]))
+    assert [state.step for state in owner.trajectory([4, 9], start=start)] == [2, 3, 4, 5]
+
+
+def test_a_step_taken_again_draws_other_noise() -> None:
+    """After r times back, the counter of timestep t is t + r T; a new beginning counts from t again."""
+    owner = Sampler(Formula(wave), Diffusion(), STEPS)
+    process, bar = oracle.Process.respaced(owner.timesteps), np.cumprod(1 - oracle.betas("linear", 1000))
+    chain = chains.Chain(
+        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner._process(torch.device("cpu")), 2
+    )
+    for round_ in range(2):
+        chain.begin(torch.tensor([4, 9]), None)
+        chain.step(watched=False)
+        for times in range(3):
+            before, t = chain.x.double().numpy(), int(owner.timesteps[1])
+            chain.step(watched=False)
+            x0 = (before - np.sqrt(1 - bar[t]) * np.sin(2 * before + 0.01 * t)) / np.sqrt(bar[t])
+            mean = process.posterior_mean(np.ones(2, int), x0.clip(-1, 1), before)
+            z = oracle.normals((1, 2, 2), np.array([4, 9]), 0, t + 1000 * times, 1)
+            np.testing.assert_allclose(
+                chain.x.numpy(), mean + np.sqrt(process.beta[1]) * z, atol=1e-5, err_msg=str(round_)
+            )
+            chain.rewind(1)
+
+
+@pytest.mark.parametrize(
+    ("x", "step", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4), STEPS, r"a chain starts before a step in 0..5; got 6"),
+        (torch.zeros(2, 1, 4, 4), -1, r"a chain starts before a step in 0..5; got -1"),
+        (torch.zeros(1, 1, 4, 4), 0, r"starts from float32 \(2, 1, 4, 4\); got torch.float32 \(1, 1, 4, 4\)"),
+        (torch.zeros(2, 1, 4, 4).double(), 0, r"starts from float32 \(2, 1, 4, 4\); got torch.float64"),
+    ],
+)
+def test_beginnings_that_cannot_be_are_refused(x: Tensor, step: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sampler().sample([1, 2], start=chains.Start(x, step))
+
+
+def test_steps_before_the_beginning_cannot_be_watched() -> None:
+    with pytest.raises(UsageError, match=r"watch must name steps in 3..5; got 2"):
+        list(sampler().trajectory([1], watch=[2], start=chains.Start(torch.zeros(1, 1, 4, 4), 3)))
+
+
+def test_the_null_label_draws_without_a_class() -> None:
+    network = Formula(lambda x, t, label: 0.9 * x + 0.1 * label.reshape(-1, 1, 1, 1), num_classes=3, label_dropout=0.1)
+    given = Sampler(network, Diffusion(), STEPS, guidance=2.0).sample([5], labels=[3])
+    expected = oracle.reverse_chain(
+        lambda x, t: 0.9 * x + 0.1 * 3, Sampler(network, Diffusion(), STEPS).timesteps, np.array([5]), 0
+    )
+    np.testing.assert_allclose(given.numpy(), expected, atol=1e-4)
+    without = Formula(lambda x, t, label: x, num_classes=3)
+    with pytest.raises(UsageError, match=r"labels must be in 0..2; got 3"):
+        Sampler(without, Diffusion(), STEPS).sample([5], labels=[3])
+
+
+def test_guided_changes_the_scale_alone() -> None:
+    network = Formula(lambda x, t, label: 0.9 * x + 0.1 * label.reshape(-1, 1, 1, 1), num_classes=3, label_dropout=0.1)
+    owner = Sampler(network, Diffusion(), method="ddim", eta=0.5, seed=7, timesteps=[900, 300, 20])
+    same = Sampler(network, Diffusion(), method="ddim", eta=0.5, seed=7, timesteps=[900, 300, 20], guidance=3.0)
+    assert torch.equal(owner.guided(3.0).sample([1, 2]), same.sample([1, 2]))
+    assert owner.guided(3.0).settings() == same.settings()
 
 
 # Engines

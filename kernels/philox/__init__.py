@@ -20,4 +20,6 @@ STREAM_REVERSE = 1  # z of a reverse step
 STREAM_FORWARD = 2  # eps of q(x_t | x_0)
 STREAM_EXAMPLE = 3  # a training example's t, flip and dropped label
 STREAM_ORDER = 4  # data order; step is the epoch, image the example's index
+STREAM_BOUND = 5  # eps of the bound's terms; at step T, which is no timestep, who evaluates which of them
+STREAM_RENOISE = 6  # eps that takes a state of the reverse process back to an earlier one; step counts how often
 STREAM_DROPOUT = 8  # dropout masks; stream = STREAM_DROPOUT + 256 * layer

@@ -1,0 +1,79 @@
+"""Images to complete, and what of them is missing, as files hold them. Imports no torch."""
+
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from fastddpm.data import open_dataset
+from fastddpm.data.collection import is_image
+from fastddpm.data.dataset import Images
+from fastddpm.data.decode import BadImageError, Rule, decode
+from fastddpm.errors import DataError, UsageError
+
+DIGITS = "digits"
+_WHITE = 128  # and above
+
+
+def read_images(source: str, rule: Rule) -> tuple[Images, np.ndarray | None]:
+    """Images, uint8 (N, C, S, S), and their labels, int64 (N,), or None.
+
+    `source`: `DIGITS`, an image file, an .npz that holds `images` (and `labels`) as they are returned, or what
+    `open_dataset` takes. Raises `UsageError` and `DataError` as that does.
+    """
+    path = Path(source)
+    if source != DIGITS and path.is_file() and path.suffix.lower() == ".npz":
+        return _read_arrays(path, rule)
+    if source != DIGITS and path.is_file() and is_image(PurePosixPath(path.name)):
+        return _decoded(path, rule)[None], None
+    dataset = open_dataset(
+        None if source == DIGITS else source, image_size=rule.image_size, channels=rule.channels, resize=rule.resize
+    )
+    return dataset.images, dataset.labels
+
+
+def read_hole(mask: str, rule: Rule) -> np.ndarray:
+    """What is to be drawn, bool (S, S): a place by its name, or the white part of an image file.
+
+    A file of another size is treated as an image would be. Raises `UsageError` for what is neither, `DataError` for a
+    file that cannot be read.
+    """
+    size = rule.image_size
+    half, quarter = size // 2, size // 4
+    places: dict[str, tuple[slice, slice]] = {
+        "left-half": np.s_[:, :half],
+        "right-half": np.s_[:, half:],
+        "top-half": np.s_[:half, :],
+        "bottom-half": np.s_[half:, :],
+        "center": np.s_[quarter : size - quarter, quarter : size - quarter],
+        "every-other-row": np.s_[::2, :],
+    }
+    if mask in places:
+        hole = np.zeros((size, size), dtype=bool)
+        hole[places[mask]] = True
+        return hole
+    if not Path(mask).is_file():
+        raise UsageError(f"--mask takes {', '.join(places)}, or an image file; got {mask!r}")
+    return _decoded(Path(mask), Rule(size, 1, rule.resize))[0] >= _WHITE
+
+
+def _decoded(path: Path, rule: Rule) -> np.ndarray:
+    try:
+        return decode(path.read_bytes(), rule)
+    except (BadImageError, OSError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _read_arrays(path: Path, rule: Rule) -> tuple[np.ndarray, np.ndarray | None]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images = arrays["images"]
+            labels = arrays.get("labels")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} holds no images that can be read: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != rule.shape:
+        wanted = ", ".join(map(str, rule.shape))
+        raise DataError(f"{path} must hold images uint8 (N, {wanted}); got {images.dtype} {images.shape}")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise DataError(f"{path} holds {len(images)} images and labels {labels.shape}")
+    return images, labels
