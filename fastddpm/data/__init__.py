@@ -1,6 +1,6 @@
-"""Data sets as uint8 arrays: the embedded digits, CIFAR-10, parquet, folders and zip files of images.
+"""Data sets of images: decoded once into uint8 arrays, or packed encoded and decoded while training.
 
-Importing this package does not import torch; `fastddpm.data.batches` does.
+Importing this package does not import torch; `fastddpm.data.batches` does. docs/data.md tells formats and guarantees.
 """
 
 from .dataset import Dataset

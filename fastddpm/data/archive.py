@@ -1,7 +1,9 @@
 """Images in a zip file, read in memory: nothing is ever extracted, so members' paths and links lead nowhere."""
 
+import itertools
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -9,7 +11,7 @@ from fastddpm.errors import DataError
 
 from .collection import MAX_ENCODED_BYTES, Collection, Item, choose, is_hidden, is_image, left_alone
 
-_MAX_MEMBERS = 2_000_000
+_MAX_MEMBERS = 2_000_000  # zipfile keeps about 0.7 KB for each
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the other two without a bound on memory
 
 
@@ -26,20 +28,38 @@ def zip_collection(path: Path, split: str) -> Collection:
     infos = archive.infolist()
     if len(infos) > _MAX_MEMBERS:
         raise DataError(f"{path} has {len(infos):,} members; at most {_MAX_MEMBERS:,} are read")
-    files = [(PurePosixPath(info.filename), info) for info in infos if not info.is_dir()]
-    members = {name: info for name, info in files if is_image(name)}
-    if len(members) < sum(is_image(name) for name, _ in files):
+    others: Counter[str] = Counter()
+    members = []
+    for info in infos:
+        name = PurePosixPath(info.filename)
+        if info.is_dir() or is_hidden(name):
+            continue
+        if is_image(name):
+            members.append(info)
+        else:
+            others[name.suffix.lower()] += 1
+    members.sort(key=_parts)
+    if any(_parts(one) == _parts(two) for one, two in itertools.pairwise(members)):
         raise DataError(f"{path} has several members of the same name; pack it anew")
-    images = choose(members, split, path)
+    choice = choose(map(_path, members), split, path)
 
     def items() -> Iterator[Item]:
-        for name, label in images:
-            yield Item(str(name), label, _reader(archive, members[name]))
+        for info in members:
+            name = _path(info)
+            if choice.takes(name):
+                yield Item(str(name), choice.label(name), _reader(archive, info))
 
     status = path.stat()
     listing = [status.st_size, status.st_mtime_ns, split]
-    notes = left_alone(name for name, _ in files if not is_image(name) and not is_hidden(name))
-    return Collection(str(path), len(images), listing, items, notes)
+    return Collection(str(path), choice.count, listing, items, left_alone(others))
+
+
+def _path(info: zipfile.ZipInfo) -> PurePosixPath:
+    return PurePosixPath(info.filename)
+
+
+def _parts(info: zipfile.ZipInfo) -> tuple[str, ...]:
+    return PurePosixPath(info.filename).parts
 
 
 def _reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:

@@ -6,16 +6,21 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from fastddpm.errors import DataError, StorageError
+
 from .collection import Collection
 from .dataset import Dataset, checksum
 from .decode import Rule
-from .decoding import Report, decode_all
+from .decoding import decode_all
+from .pack import ENDING, open_pack
+from .packing import write_pack
+from .problems import Report
 
 _VERSION = 2
 _VERIFY_ALL_BYTES = 2**30
@@ -52,6 +57,28 @@ def decoded(collection: Collection, rule: Rule, *, skip_bad: bool, directory: Pa
         )
     labels, _ = decode_all(collection, rule, images.append, skip_bad=skip_bad, report=report, full_list=full_list)
     return Dataset.of(np.stack(images), labels, collection.name)
+
+
+def packed(collection: Collection, rule: Rule, *, skip_bad: bool, directory: Path, report: Report) -> Dataset:
+    """The collection's images as a pack (`packing.py`) in `directory`, made now unless it is there.
+
+    For what is too large to keep decoded. Raises DataError as `write_pack` does, StorageError where it cannot be
+    written.
+    """
+    for note in collection.notes:
+        report(f"{collection.name}: {note}")
+    path = directory / f"{_key(collection, rule, skip_bad)}{ENDING}"
+    if path.exists():
+        try:
+            return replace(open_pack(path).dataset(), name=collection.name)
+        except DataError as error:
+            report(f"{error}; packing again")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cache {directory} cannot be made: {error.strerror or error}") from error
+    made = write_pack(collection, path, rule, skip_bad=skip_bad, report=report)
+    return replace(made.dataset(), name=collection.name)
 
 
 class _Rows:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import re
 import tarfile
 import zlib
@@ -15,6 +16,7 @@ from fastddpm.errors import DataError
 
 from .collection import read_file
 from .pickles import read_pickle
+from .tars import Tar
 
 IMAGE_SIZE = 32
 _PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
@@ -29,7 +31,7 @@ Batches = dict[str, Callable[[], bytes]]
 def find_batches(source: Path) -> Batches | None:
     """CIFAR-10's batch files by name, each with how to read it; None if `source` is something else.
 
-    Raises DataError for a tar file without any, or a damaged one.
+    Raises DataError for a packed tar file without any, or a damaged one.
     """
     if source.is_dir():
         for folder in (source, *(source / name for name in _FOLDERS)):
@@ -38,7 +40,8 @@ def find_batches(source: Path) -> Batches | None:
             if files:
                 return {name: _file_reader(path) for name, path in files.items()}
         return None
-    if source.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
+    name = source.name.lower()
+    if name.endswith((".tar.gz", ".tgz")) or (name.endswith(".tar") and _starts_with_a_batch(source)):
         return _tar_batches(source)
     return None
 
@@ -82,6 +85,14 @@ class _Bounded(io.RawIOBase):
         return data
 
 
+def _starts_with_a_batch(source: Path) -> bool:
+    """Whether one of a tar file's first members is a batch: there are eight files."""
+    try:
+        return any(_BATCH.fullmatch(member.path.name) for member in itertools.islice(Tar(source).members(), 8))
+    except DataError:
+        return False  # the reader of tar files will say it again
+
+
 def _tar_batches(source: Path) -> Batches:
     """Members are read into memory by name and never extracted, so their paths and links cannot lead anywhere."""
     found: dict[str, bytes] = {}
@@ -99,7 +110,9 @@ def _tar_batches(source: Path) -> Batches:
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read as a tar file: {error}") from error
     if not found:
-        raise DataError(f"{source} holds no CIFAR-10 batch (data_batch_1, ..); pack other images as a .zip")
+        raise DataError(
+            f"{source} holds no CIFAR-10 batch (data_batch_1, ..); unpack other images: .tar and .zip are read"
+        )
     return {name: (lambda data=data: data) for name, data in found.items()}  # type: ignore[misc]
 
 

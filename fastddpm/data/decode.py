@@ -1,6 +1,8 @@
 """One encoded image to uint8 pixels, or the reason why not."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Resize = Literal["none", "area", "lanczos"]
+RESIZES = ("none", "area", "lanczos")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 64_000_000
 _FILTERS = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
@@ -37,6 +40,15 @@ class Rule:
         return self.channels, self.image_size, self.image_size
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A decoded file: its format and mode as stored, and its pixels in mode L or RGB, turned as EXIF says."""
+
+    format: str
+    mode: str
+    image: Image.Image
+
+
 def decode(data: bytes, rule: Rule) -> np.ndarray:
     """The image in `data`, uint8 (C, S, S). EXIF rotation is applied; of an animation the first frame counts.
 
@@ -44,14 +56,42 @@ def decode(data: bytes, rule: Rule) -> np.ndarray:
     the high byte. Raises BadImageError for what is damaged, not an image, too large, of another size, or cannot
     become C channels of 8 bits without a choice that is its owner's: transparency, CMYK, colour for a grey model.
     """
+    return as_planes(fitted(open_picture(data), rule), rule)
+
+
+def open_picture(data: bytes) -> Picture:
+    """The image in `data` at its own size. Raises BadImageError as `decode` does."""
+    with _reasons():
+        return _opened(data)
+
+
+def fitted(picture: Picture, rule: Rule) -> Image.Image:
+    """A picture as the rule has it, in mode L or RGB. Raises BadImageError as `decode` does."""
+    with _reasons():
+        return fit(_to_channels(picture.image, rule.channels), rule)
+
+
+def as_planes(image: Image.Image, rule: Rule) -> np.ndarray:
+    """An image of the rule's size and channels as uint8 (C, S, S)."""
+    return np.asarray(image).reshape(rule.image_size, rule.image_size, rule.channels).transpose(2, 0, 1)
+
+
+def _opened(data: bytes) -> Picture:
     if not data:
         raise BadImageError("the file is empty")
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImageError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
+        stored = image.format or "", image.mode
+        image.load()
+        return Picture(*stored, _eight_bits(ImageOps.exif_transpose(image)))
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever goes wrong inside the block becomes a BadImageError."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImageError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
-            image.load()
-            fitted = fit(_to_channels(_eight_bits(ImageOps.exif_transpose(image)), rule.channels), rule)
+        yield
     except BadImageError:
         raise
     except UnidentifiedImageError:
@@ -60,7 +100,6 @@ def decode(data: bytes, rule: Rule) -> np.ndarray:
         raise BadImageError(f"its header claims far more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise BadImageError(f"damaged: {str(error) or type(error).__name__}") from error
-    return np.asarray(fitted).reshape(rule.image_size, rule.image_size, rule.channels).transpose(2, 0, 1)
 
 
 def fit(image: Image.Image, rule: Rule) -> Image.Image:

@@ -1,24 +1,30 @@
-"""All images of a collection, and one message about all those that cannot be used."""
+"""All images of a collection, decoded by threads, in order."""
 
 import os
 import warnings
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from fastddpm.errors import DataError
+from fastddpm.runlog import Meter
 
 from .collection import Collection, Item
 from .decode import BadImageError, Rule, decode
+from .problems import Problems, Report
 
-Report = Callable[[str], None]
-_AHEAD = 128  # encoded images in memory at a time
-_TASK = 16  # images a thread takes at once; one by one, small images would spend more time in the queue
-_SHOWN = 20
+T = TypeVar("T")
+_SHOWN_FROM = 10_000  # images: fewer take seconds
+_TASK = 8  # images a thread takes at once; one by one, small images would spend more time in the queue
+_TASKS_AHEAD = 2  # for each thread
 
 
 def decode_all(
@@ -35,66 +41,104 @@ def decode_all(
     Raises DataError that lists the bad images, unless `skip_bad`, and always if none is good. When there are more
     than a message holds, the list goes to the file `full_list`, or line by line to `report` if that cannot be.
     """
-    labels: list[int | None] = []
-    problems: list[str] = []
-    for item, result in _decoded(collection, rule):
-        if isinstance(result, str):
-            problems.append(f"{item.name if item.name.isprintable() else repr(item.name)}: {result}")
-        else:
-            append(result)
-            labels.append(item.label)
-    if problems:
-        text = _message(collection, problems, full_list, report)
-        if not labels:
+    labels = Labels(collection.name)
+    problems = Problems(collection, full_list, report)
+    for _, item, image in each(collection, lambda item: decode(item.read(), rule), problems):
+        append(image)
+        labels.append(item.label)
+    settle(problems, len(labels), skip_bad=skip_bad, report=report)
+    return labels.array(), problems.count
+
+
+def each(
+    collection: Collection, work: Callable[[Item], T], problems: Problems, *, title: str = "decoding"
+) -> Iterator[tuple[int, Item, T]]:
+    """(number, image, its `work`) in order, the work done by threads; BadImageError, OSError, ValueError are problems.
+
+    At most 16 images for each processor are in memory, with their results. Progress shows on stderr for collections
+    of 10,000 or more.
+    """
+    items = enumerate(collection.items())
+    meter = Meter(title, collection.count, "images") if collection.count >= _SHOWN_FROM else None
+    threads = os.cpu_count() or 1
+    running: deque[Future[list[tuple[int, Item, T | _Reason]]]] = deque()
+    with meter or nullcontext(), warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` has a lower limit of its own
+        task = list(islice(items, _TASK))
+        while task or running:
+            if task:
+                running.append(pool.submit(_try_all, task, work))
+                task = list(islice(items, _TASK))
+                if len(running) < _TASKS_AHEAD * threads:
+                    continue
+            done = running.popleft().result()
+            for number, item, result in done:
+                if isinstance(result, _Reason):
+                    problems.add(item.name, result)
+                else:
+                    yield number, item, result
+            if meter:
+                meter.update(meter.done + len(done), f"{problems.count} bad" if problems.count else "")
+
+
+def settle(problems: Problems, num_good: int, *, skip_bad: bool, report: Report) -> None:
+    """Raise DataError if no image is good or, without `skip_bad`, any is bad; else report the bad ones."""
+    if problems.count:
+        text = problems.message()
+        if not num_good:
             raise DataError(f"{text}\nno image is left")
         if not skip_bad:
             raise DataError(f"{text}\nmend or remove them, or use --skip-bad to go on without them")
         report(f"{text}\nleft out, as --skip-bad asks")
-    elif not labels:
-        raise DataError(f"{collection.name} holds no images")
-    return _label_array(labels, collection.name), len(problems)
+    elif not num_good:
+        raise DataError(f"{problems.collection.name} holds no images")
 
 
-def _decoded(collection: Collection, rule: Rule) -> Iterator[tuple[Item, np.ndarray | str]]:
-    items = collection.items()
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` has a lower limit of its own
-        while ahead := list(islice(items, _AHEAD)):
-            tasks = [ahead[i : i + _TASK] for i in range(0, len(ahead), _TASK)]
-            results = pool.map(lambda task: [_try(item, rule) for item in task], tasks)
-            yield from zip(ahead, (result for done in results for result in done), strict=True)
+class Labels:
+    """Classes as they come: all of the images have one, or none has."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._values = array("q")
+        self._num_unknown = 0
+        self._largest = -1
+
+    def append(self, label: int | None) -> None:
+        if label is None:
+            self._num_unknown += 1
+            label = -1
+        self._largest = max(self._largest, label)
+        # A label that no class has is refused at the end; until then it need not fit into 64 bits.
+        self._values.append(min(label, 2**31))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def array(self) -> np.ndarray | None:
+        """int64 (N,), or None without labels. Raises DataError for a mixture, or labels of 2^31 and above."""
+        if self._num_unknown == len(self._values):
+            return None
+        if self._num_unknown:
+            raise DataError(f"{self._name}: {self._num_unknown} images have no label, the others do")
+        if self._largest >= 2**31:
+            raise DataError(f"{self._name}: label {self._largest} is too large to be a class")
+        return np.array(self._values, dtype=np.int64)
 
 
-def _try(item: Item, rule: Rule) -> np.ndarray | str:
+class _Reason(str):
+    """Why an image cannot be used."""
+
+
+def _try_all(task: list[tuple[int, Item]], work: Callable[[Item], T]) -> list[tuple[int, Item, T | _Reason]]:
+    return [(number, item, _try(item, work)) for number, item in task]
+
+
+def _try(item: Item, work: Callable[[Item], T]) -> T | _Reason:
     try:
-        return decode(item.read(), rule)
+        return work(item)
     except BadImageError as error:
-        return str(error)
+        return _Reason(error)
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        return _Reason(f"cannot be read: {error.strerror or error}")
     except ValueError as error:
-        return f"cannot be read: {error}"
-
-
-def _message(collection: Collection, problems: list[str], full_list: Path, report: Report) -> str:
-    lines = [f"{len(problems)} of {collection.count} images in {collection.name} cannot be used:"]
-    lines += [f"  {problem}" for problem in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        where = f"the whole list is in {full_list}"
-        try:
-            full_list.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
-        except OSError:
-            where = "listed above"
-            for problem in problems:
-                report(problem)
-        lines.append(f"  and {len(problems) - _SHOWN} more; {where}")
-    return "\n".join(lines)
-
-
-def _label_array(labels: list[int | None], name: str) -> np.ndarray | None:
-    known = [label for label in labels if label is not None]
-    if known and len(known) < len(labels):
-        raise DataError(f"{name}: {len(labels) - len(known)} images have no label, the others do")
-    if known and max(known) >= 2**31:
-        raise DataError(f"{name}: label {max(known)} is too large to be a class")
-    return np.array(known, dtype=np.int64) if known else None
+        return _Reason(f"cannot be read: {error}")

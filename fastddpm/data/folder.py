@@ -1,55 +1,128 @@
-"""Images in a folder and the folders below it."""
+"""Images in a folder and the folders below it, walked in order without keeping their names."""
 
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from .collection import Collection, Item, choose, is_hidden, is_image, left_alone, read_file
+from .collection import Choice, Collection, Item, choose, is_hidden, is_image, left_alone, read_file
+
+_NAMED_LINKS = 5
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file, a link to a folder, or a folder that cannot be listed; `path` is relative to the walk's start."""
+
+    path: PurePosixPath
+    is_link: bool = False
+    failure: OSError | None = None
 
 
 def folder_collection(folder: Path, split: str) -> Collection:
-    """All images below `folder`; `collection.choose` tells which, in which order and with which labels.
+    """All images below `folder`, sorted by path; `collection.choose` tells which and with which labels.
 
-    Links to files are read; links to folders are not followed, and a note says so. A folder that cannot be
-    listed counts as an image that cannot be read. Raises DataError when there is no image.
+    Links to files are read; links to folders are not followed, and a note says so. A folder that cannot be listed
+    counts as an image that cannot be read. The folder is walked anew for each purpose, so that memory holds the names
+    of one folder (and those above it) at a time. Raises DataError when there is no image.
     """
-    files, links, failures = _walk(folder)
-    images = choose([path for path in files if is_image(path)], split, folder)
-    notes = left_alone(path for path in files if not is_image(path))
-    if links:
-        notes += (f"{len(links)} links to folders are not followed: {', '.join(map(str, links[:5]))}",)
+    others: Counter[str] = Counter()
+    links: list[str] = []
+    num_links = num_failures = 0
+
+    def images() -> Iterator[PurePosixPath]:
+        nonlocal num_links, num_failures
+        for entry in _walk(folder):
+            if entry.failure:
+                num_failures += 1
+            elif entry.is_link:
+                num_links += 1
+                if num_links <= _NAMED_LINKS:
+                    links.append(str(entry.path))
+            elif is_image(entry.path):
+                yield entry.path
+            else:
+                others[entry.path.suffix.lower()] += 1
+
+    choice = choose(images(), split, folder)
+    notes = left_alone(others)
+    if num_links:
+        notes += (f"{num_links} links to folders are not followed: {', '.join(links)}",)
 
     def items() -> Iterator[Item]:
-        for error in failures:
-            yield Item(str(error.filename), None, _failing(error))
-        for path, label in images:
-            yield Item(str(path), label, _reader(folder / path))
+        for entry in _chosen(folder, choice):
+            if entry.failure:
+                yield Item(str(entry.failure.filename), None, _failing(entry.failure))
+            else:
+                yield Item(str(entry.path), choice.label(entry.path), _reader(folder / entry.path))
 
-    listing = [_status(folder, path) for path, _ in images]
-    listing += [[str(error.filename), error.errno, 0] for error in failures]
-    return Collection(str(folder), len(listing), listing, items, notes)
-
-
-def _walk(folder: Path) -> tuple[list[PurePosixPath], list[PurePosixPath], list[OSError]]:
-    """Files and links to folders, relative to `folder` and none of them hidden, and folders that cannot be listed."""
-    files: list[PurePosixPath] = []
-    links: list[PurePosixPath] = []
-    failures: list[OSError] = []
-    for directory, subfolders, names in os.walk(folder, onerror=failures.append):
-        here = PurePosixPath(Path(directory).relative_to(folder).as_posix())
-        subfolders[:] = sorted(name for name in subfolders if not is_hidden(PurePosixPath(name)))
-        links += [here / name for name in subfolders if os.path.islink(os.path.join(directory, name))]
-        files += [here / name for name in names if not is_hidden(PurePosixPath(name))]
-    return files, links, failures
+    listing = [choice.count, num_failures, _digest(folder, choice)]
+    return Collection(str(folder), choice.count + num_failures, listing, items, notes)
 
 
-def _status(folder: Path, path: PurePosixPath) -> list[Any]:
+def _walk(folder: Path) -> Iterator[_Entry]:
+    """Everything below `folder` that is not hidden, in the order of sorted paths."""
+    stack = [_listed(folder, PurePosixPath())]
+    while stack:
+        entry = next(stack[-1], None)
+        if entry is None:
+            stack.pop()
+        elif isinstance(entry, PurePosixPath):
+            stack.append(_listed(folder, entry))
+        else:
+            yield entry
+
+
+def _listed(folder: Path, here: PurePosixPath) -> Iterator[_Entry | PurePosixPath]:
+    """What a folder holds, sorted by name: entries, and the paths of folders to enter."""
+    names: list[str] = []
+    folders: set[str] = set()
+    links: set[str] = set()
     try:
-        status = (folder / path).stat()
+        with os.scandir(folder / here) as found:
+            for entry in found:
+                if is_hidden(PurePosixPath(entry.name)):
+                    continue
+                names.append(entry.name)
+                if _is_folder(entry):
+                    (links if entry.is_symlink() else folders).add(entry.name)
     except OSError as error:
-        return [str(path), error.errno, 0]
-    return [str(path), status.st_size, status.st_mtime_ns]
+        yield _Entry(here, failure=error)
+        return
+    names.sort()
+    for name in names:
+        yield here / name if name in folders else _Entry(here / name, is_link=name in links)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links: reading it as a file will say so
+        return False
+
+
+def _chosen(folder: Path, choice: Choice) -> Iterator[_Entry]:
+    """The images of the split, and the folders that cannot be listed."""
+    for entry in _walk(folder):
+        if entry.failure or (not entry.is_link and is_image(entry.path) and choice.takes(entry.path)):
+            yield entry
+
+
+def _digest(folder: Path, choice: Choice) -> str:
+    """sha256 over the names, sizes and times of the images."""
+    digest = hashlib.sha256()
+    for entry in _chosen(folder, choice):
+        try:
+            if entry.failure:
+                raise entry.failure
+            status = os.stat(folder / entry.path)
+            facts = f"{entry.path}\0{status.st_size}\0{status.st_mtime_ns}\0"
+        except OSError as error:
+            facts = f"{entry.path}\0{error.errno}\0"
+        digest.update(facts.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _reader(path: Path) -> Callable[[], bytes]:

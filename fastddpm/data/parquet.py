@@ -7,9 +7,8 @@ from typing import Any
 
 from fastddpm.errors import DataError, UsageError
 
-from .collection import MAX_ENCODED_BYTES, Collection, Item
+from .collection import MAX_ENCODED_BYTES, Collection, Item, check_size, split_files, status_of
 
-_SPLIT = re.compile(r"(train|test|validation|valid|val)[-._]")
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.parquet")
 _ROWS = 128
 
@@ -21,14 +20,7 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
     other splits, or when a shard is missing.
     """
     tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
-    folders = sorted({table.parent.name for table in tables})
-    if len(folders) > 1:
-        raise DataError(f"{folder} has parquet files in several folders; name one of {', '.join(folders)}")
-    if any(_SPLIT.match(table.name) for table in tables):
-        names = ", ".join(table.name for table in tables[:10])
-        tables = [table for table in tables if (found := _SPLIT.match(table.name)) and found[1] == split]
-        if not tables:
-            raise DataError(f"{folder} has no {split}-*.parquet; it has {names}")
+    tables = split_files(tables, split, folder, "parquet")
     for shard in map(_SHARD.fullmatch, (table.name for table in tables)):
         present = sum(table.name.startswith(f"{shard[1]}-") for table in tables) if shard else 0
         if shard and present != int(shard[2]):
@@ -64,9 +56,8 @@ def parquet_collection(files: list[Path]) -> Collection:
             except (ArrowException, OSError) as error:
                 raise DataError(f"{path} is damaged: {error}") from error
 
-    listing = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     name = str(files[0] if len(files) == 1 else files[0].parent)
-    return Collection(name, sum(counts), listing, items)
+    return Collection(name, sum(counts), status_of(files), items)
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
@@ -103,8 +94,7 @@ def _reader(value: Any) -> Callable[[], bytes]:
         if data is None:
             path = value.get("path") if isinstance(value, dict) else None
             raise ValueError(f"the row names the file {path} but holds no bytes" if path else "the row is empty")
-        if len(data) > MAX_ENCODED_BYTES:
-            raise ValueError(f"{len(data):,} bytes; at most {MAX_ENCODED_BYTES:,} are read")
+        check_size(len(data), MAX_ENCODED_BYTES)
         return bytes(data)
 
     return read

@@ -1,7 +1,10 @@
 """What `--data` may name, and which reader it goes to."""
 
+import io
+import math
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -13,16 +16,25 @@ from fastddpm.errors import DataError, UsageError
 from . import cache as image_cache
 from .archive import zip_collection
 from .cifar import IMAGE_SIZE, Batches, find_batches, read_batches
-from .collection import Collection
+from .collection import Collection, Item, split_files
 from .dataset import Dataset
 from .decode import Resize, Rule, fit
-from .decoding import Report
 from .digits import load_digits
 from .folder import folder_collection
+from .hub import PREFIX, hub_collection
+from .lsun import lmdb_collection, lmdb_file
+from .pack import ENDING, Pack, open_pack
 from .parquet import parquet_collection, parquet_files
+from .problems import Report
+from .tars import tar_collection
 
 Split = Literal["train", "test"]
-_ACCEPTED = "a folder or .zip of images, .parquet (or a folder of them), or CIFAR-10 (its folder or .tar.gz)"
+Keep = Literal["auto", "decoded", "encoded"]
+DECODED_LIMIT_BYTES = 32 * 2**30
+ACCEPTED = (
+    "a folder, .zip or .tar of images, .parquet (or a folder of these or of .tar), LSUN's LMDB, a .fdpack, "
+    "hf:NAME, or CIFAR-10 (its folder or .tar.gz)"
+)
 
 
 def _to_stderr(line: str) -> None:
@@ -37,45 +49,113 @@ def open_dataset(
     resize: Resize = "none",
     skip_bad: bool = False,
     split: Split = "train",
+    keep: Keep = "auto",
     cache: Path | None = None,
     report: Report | None = None,
 ) -> Dataset:
     """The images at `source`, uint8 (N, channels, image_size, image_size).
 
-    `source`: None for the embedded digits; CIFAR-10's Python or binary directory or its tar.gz; a parquet file
-    or a directory of them (`train-*`, `test-*`); a folder or a zip of images, whose first-level folders are
-    their classes. `split` chooses where the source has splits; one that has none gives all its images.
-    `resize`: see `decode.Rule`; the digits have a rule of their own. `skip_bad`: leave out images that cannot be
-    used, telling `report`, instead of raising DataError with their list. `cache`: where decoded images are kept,
-    ~/.cache/fastddpm unless given. `report` gets one line at a time, stderr unless given. Raises UsageError for a
-    path or a wish that cannot be, DataError for data that cannot be read.
+    `source`: None for the embedded digits; CIFAR-10's Python or binary directory or its tar.gz; a folder, zip or tar
+    of images, whose first-level folders are their classes; a directory of tar shards; a parquet file or a directory of
+    them (`train-*`, `test-*`); LSUN's LMDB; hf:NAME[:SPLIT]; a pack. `split` chooses where the source has splits; one
+    that has none gives all its images. `resize`: see `decode.Rule`; the digits have a rule of their own, and a pack
+    was made by one. `skip_bad`: leave out images that cannot be used, telling `report`, instead of raising DataError
+    with their list.
+
+    `keep`: decoded once into an array, or encoded and decoded in every epoch, by the processes of `batches.Batches`;
+    auto: encoded when the array would have more than 32 GiB. `cache`: where either is kept, ~/.cache/fastddpm unless
+    given. `report` gets one line at a time, stderr unless given. Raises UsageError for a path or a wish that cannot be,
+    DataError for data that cannot be read, StorageError for a pack that cannot be written.
     """
     if channels not in (1, 3) or image_size < 1:
         raise UsageError(f"images have 1 or 3 channels and a positive size; got {channels} channels, size {image_size}")
     if source is None:
         return Dataset.of(*load_digits(image_size, channels), "digits")
     rule = Rule(image_size, channels, resize)
-    path = _existing(source)
+    found = _found(source, split)
+    directory = cache or image_cache.default_directory()
+    report = report or _to_stderr
+    if isinstance(found, Collection):
+        large = found.count * math.prod(rule.shape) > DECODED_LIMIT_BYTES
+        make = image_cache.packed if keep == "encoded" or (keep == "auto" and large) else image_cache.decoded
+        return make(found, rule, skip_bad=skip_bad, directory=directory, report=report)
+    if isinstance(found, Pack):
+        return _of_pack(found, rule, keep, directory, report)
+    return _cifar(Path(source), found, rule, split)
+
+
+def open_collection(source: str | os.PathLike[str], split: Split = "train") -> Collection:
+    """The encoded images at `source`, as `open_dataset` takes it; CIFAR-10's as PNG. Raises UsageError, DataError."""
+    found = _found(source, split)
+    if isinstance(found, Collection):
+        return found
+    if isinstance(found, Pack):
+        return found.collection()
+    images, labels = read_batches(found, split, Path(source))
+
+    def items() -> Iterator[Item]:
+        for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            yield Item(f"image {number}", label, _as_png(image))
+
+    return Collection(str(source), len(images), [], items)
+
+
+def _found(source: str | os.PathLike[str], split: Split) -> Collection | Pack | Batches:
+    """What lies at `source`."""
+    name = os.fspath(source)
+    if name.startswith(PREFIX) and not os.path.exists(name):
+        return hub_collection(name, split)
+    path = _existing(name)
     try:
+        if path.is_file() and path.suffix.lower() == ENDING:
+            return open_pack(path)
         batches = find_batches(path)
-        if batches is not None:
-            return _cifar(path, batches, rule, split)
-        collection = _collection(path, split)
+        return _collection(path, split) if batches is None else batches
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    directory = cache or image_cache.default_directory()
-    return image_cache.decoded(collection, rule, skip_bad=skip_bad, directory=directory, report=report or _to_stderr)
 
 
-def _existing(source: str | os.PathLike[str]) -> Path:
-    """`source` as a path to a file or folder; reading anything else, such as a pipe, could block."""
-    name = os.fspath(source)
+def _existing(name: str) -> Path:
+    """`name` as a path to a file or folder; reading anything else, such as a pipe, could block."""
     if not name or not os.path.exists(name):
         raise UsageError(f"--data {name!r} does not exist")
     path = Path(name)
     if not (path.is_dir() or path.is_file()):
-        raise UsageError(f"--data {path} is neither a file nor a folder; it may be {_ACCEPTED}")
+        raise UsageError(f"--data {path} is neither a file nor a folder; it may be {ACCEPTED}")
     return path
+
+
+def _collection(path: Path, split: Split) -> Collection:
+    database = lmdb_file(path)
+    if database:
+        return lmdb_collection(database)
+    if path.is_dir():
+        tables = parquet_files(path, split)
+        if tables:
+            return parquet_collection(tables)
+        shards = split_files(sorted(path.glob("*.tar")), split, path, "tar")
+        return tar_collection(shards, split) if shards else folder_collection(path, split)
+    if path.suffix.lower() == ".parquet":
+        return parquet_collection([path])
+    if path.suffix.lower() == ".zip":
+        return zip_collection(path, split)
+    if path.suffix.lower() == ".tar":
+        return tar_collection([path], split)
+    raise UsageError(f"--data {path} is a {path.suffix or 'nameless kind of'} file; it may be {ACCEPTED}")
+
+
+def _of_pack(pack: Pack, rule: Rule, keep: Keep, directory: Path, report: Report) -> Dataset:
+    made = pack.rule
+    if (made.image_size, made.channels) != (rule.image_size, rule.channels):
+        raise UsageError(
+            f"{pack.path} was packed at {made.image_size}x{made.image_size} with {made.channels} channels; the model "
+            f"takes {rule.image_size}x{rule.image_size} with {rule.channels}: pack the images for it"
+        )
+    dataset = pack.dataset()
+    if keep == "encoded" or (keep == "auto" and dataset.images.nbytes > DECODED_LIMIT_BYTES):
+        return dataset
+    collection, by = pack.collection(), pack.images().rule
+    return image_cache.decoded(collection, by, skip_bad=False, directory=directory, report=report)
 
 
 def _cifar(path: Path, batches: Batches, rule: Rule, split: Split) -> Dataset:
@@ -95,12 +175,12 @@ def _cifar(path: Path, batches: Batches, rule: Rule, split: Split) -> Dataset:
     return Dataset.of(images, labels, str(path))
 
 
-def _collection(path: Path, split: Split) -> Collection:
-    if path.is_dir():
-        tables = parquet_files(path, split)
-        return parquet_collection(tables) if tables else folder_collection(path, split)
-    if path.suffix.lower() == ".parquet":
-        return parquet_collection([path])
-    if path.suffix.lower() == ".zip":
-        return zip_collection(path, split)
-    raise UsageError(f"--data {path} is a {path.suffix or 'nameless kind of'} file; it may be {_ACCEPTED}")
+def _as_png(image: np.ndarray) -> Callable[[], bytes]:
+    """uint8 (3, H, W)."""
+
+    def read() -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+    return read

@@ -1,0 +1,230 @@
+"""python -m fastddpm.data: what is in a data set, whether it is whole, and one file of it for training."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from fastddpm import cli
+from fastddpm.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from fastddpm.data.pack import Pack
+    from fastddpm.data.scan import Findings
+
+PROGRAM = "fastddpm.data"
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Count images, kinds, sizes, classes, equal images, and those that cannot be used. Exits 3 if any is bad."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Whatever training takes as --data."""
+    split: Literal["train", "test"] = "train"
+    """Where the source has splits."""
+    duplicates: bool = True
+    """Compare the pixels of all images."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read everything: of a .fdpack every byte and pixel, of other sources every image. Exits 3 if any is bad."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Whatever training takes as --data."""
+    split: Literal["train", "test"] = "train"
+    """Where the source has splits."""
+    image_size: int | None = None
+    """Also ask for what a model of this size takes; a .fdpack has a size of its own."""
+    image_channels: Literal[1, 3] = 3
+    """With --image-size: 1 for grey."""
+    resize: Literal["none", "area", "lanczos"] = "none"
+    """With --image-size: none refuses other sizes."""
+
+
+@dataclass(frozen=True)
+class MakePack:
+    """Write all images into one .fdpack, each decoded once to know that it can be used. Exits 3 if any is bad."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Whatever training takes as --data."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The file to write, NAME.fdpack."""
+    image_size: int
+    """Width and height that the model takes."""
+    image_channels: Literal[1, 3] = 3
+    """1 for grey."""
+    resize: Literal["none", "area", "lanczos"] = "none"
+    """For images of another size: crop to the centre square and resize with this antialiasing filter."""
+    store: Literal["fitted", "original"] = "fitted"
+    """fitted: resized now, stored without loss. original: files as they are, resized whenever they are read."""
+    split: Literal["train", "test"] = "train"
+    """Where the source has splits."""
+    skip_bad: bool = False
+    """Leave out images that cannot be used, rather than stop with a list of them."""
+    overwrite: bool = False
+    """Replace --out if it exists."""
+
+
+COMMANDS: Any = (
+    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[MakePack, tyro.conf.subcommand("pack")]
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    command = cli.parse(COMMANDS, arguments, program=PROGRAM)
+    if isinstance(command, Inspect):
+        _inspect(command)
+    elif isinstance(command, Verify):
+        _verify(command)
+    else:
+        _pack(command)
+
+
+def _inspect(command: Inspect) -> None:
+    from fastddpm.data.pack import ENDING, open_pack
+    from fastddpm.data.scan import scan
+    from fastddpm.data.sources import open_collection
+
+    collection = open_collection(command.source, command.split)
+    pack = open_pack(Path(command.source)) if command.source.lower().endswith(ENDING) else None
+    with _problem_list() as full_list:
+        found = scan(collection, duplicates=command.duplicates, full_list=full_list, report=_say)
+    if command.json:
+        print(json.dumps({**vars(found), "pack": pack and _described(pack)}, indent=1))
+    else:
+        print("\n".join(_lines(found, pack)))
+    if found.bad:
+        raise DataError(found.problems)
+
+
+def _verify(command: Verify) -> None:
+    from fastddpm.data.decode import Rule
+    from fastddpm.data.pack import ENDING, open_pack
+    from fastddpm.data.scan import scan
+    from fastddpm.data.sources import open_collection
+    from fastddpm.data.verify import faults
+
+    with _problem_list() as full_list:
+        if command.source.lower().endswith(ENDING) and Path(command.source).is_file():
+            pack = open_pack(Path(command.source))
+            wrong = faults(pack, full_list=full_list, report=_say)
+            what = f"{len(pack):,} images, {_rule_text(pack)}, sha256 of the pixels {pack.checksum}"
+        else:
+            rule = None
+            if command.image_size is not None:
+                rule = Rule(_size(command.image_size), command.image_channels, command.resize)
+            collection = open_collection(command.source, command.split)
+            found = scan(collection, rule=rule, duplicates=False, full_list=full_list, report=_say)
+            wrong = [found.problems] if found.bad else []
+            what = f"{found.good:,} images" + (f", fit for {rule.image_size}x{rule.image_size}" if rule else "")
+    if wrong:
+        raise DataError("\n".join(wrong))
+    print(f"{command.source}: whole; {what}")
+
+
+def _pack(command: MakePack) -> None:
+    from fastddpm.data.decode import Rule
+    from fastddpm.data.pack import ENDING
+    from fastddpm.data.packing import write_pack
+    from fastddpm.data.sources import open_collection
+
+    if command.out.suffix.lower() != ENDING:
+        raise UsageError(f"the file to write must end in {ENDING}; got {command.out}")
+    if command.out.exists() and not command.overwrite:
+        raise UsageError(f"{command.out} exists; --overwrite replaces it")
+    if not command.out.parent.is_dir():
+        raise UsageError(f"there is no folder {command.out.parent}; make it first")
+    rule = Rule(_size(command.image_size), command.image_channels, command.resize)
+    collection = open_collection(command.source, command.split)
+    for note in collection.notes:
+        _say(note)
+    made = write_pack(collection, command.out, rule, store=command.store, skip_bad=command.skip_bad, report=_say)
+    size = command.out.stat().st_size
+    print(f"{command.out}: {len(made):,} images, {_rule_text(made)}, {size:,} bytes")
+    print(f"sha256 of the pixels {made.checksum}")
+    channels = "" if made.rule.channels == 3 else f" --image-channels {made.rule.channels}"
+    print(f"next: python -m fastddpm.train --data {command.out} --image-size {made.rule.image_size}{channels}")
+
+
+def _size(image_size: int) -> int:
+    from fastddpm.data.pack import MAX_SIZE
+
+    if not 1 <= image_size <= MAX_SIZE:
+        raise UsageError(f"--image-size must be in 1..{MAX_SIZE}; got {image_size}")
+    return image_size
+
+
+def _lines(found: "Findings", pack: "Pack | None") -> list[str]:
+    lines = [
+        f"{found.source}: {found.images:,} images, {found.good:,} of them good, {found.bad:,} bad",
+        f"kinds      {_counts(found.kinds)}",
+        f"sizes      {_counts(found.sizes)}; shorter side {found.smallest} to {found.largest}",
+        f"bytes      {found.encoded_bytes:,} encoded",
+        f"classes    {len(found.classes) or 'none'}"
+        + (
+            f", {min(found.classes.values()):,} to {max(found.classes.values()):,} images each" if found.classes else ""
+        ),
+    ]
+    if found.duplicates is not None:
+        lines.append(f"duplicates {found.duplicates:,} images equal an earlier one, pixel by pixel")
+        lines += [f"  {_safe(later)} = {_safe(first)}" for first, later in found.equal]
+        if found.duplicates > len(found.equal):
+            lines.append(f"  and {found.duplicates - len(found.equal):,} more")
+    if pack is not None:
+        lines += [f"packed     {name}: {_safe(str(value))}" for name, value in _described(pack).items()]
+    return [*lines, *(f"note       {note}" for note in found.notes)]
+
+
+def _described(pack: "Pack") -> dict[str, Any]:
+    names = ("source", "store", "decoder", "left_out", "checksum", "sha256")
+    return {"rule": dataclasses.asdict(pack.rule)} | {name: getattr(pack, name) for name in names}
+
+
+def _rule_text(pack: "Pack") -> str:
+    rule = pack.rule
+    resize = "" if rule.resize == "none" else f", resized by {rule.resize}"
+    return f"{rule.image_size}x{rule.image_size}x{rule.channels}{resize}, stored {pack.store}"
+
+
+def _counts(counts: Counter[str]) -> str:
+    shown = ", ".join(f"{count:,} {name}" for name, count in counts.most_common(_SHOWN)) or "none"
+    return shown + (f", and {len(counts) - _SHOWN:,} others" if len(counts) > _SHOWN else "")
+
+
+def _safe(text: str) -> str:
+    """Text of a stranger's, harmless for a terminal."""
+    return text if text.isprintable() else repr(text)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _problem_list() -> Iterator[Path]:
+    """Where to list what is bad; the file stays when there is one, for the message names it."""
+    folder = Path(tempfile.mkdtemp(prefix="fastddpm-data-"))
+    try:
+        yield folder / "problems.txt"
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+if __name__ == "__main__":
+    cli.run(main)

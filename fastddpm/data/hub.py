@@ -1,0 +1,64 @@
+"""Data sets of the Hugging Face hub, by explicit name. `datasets` is imported only here, and only when it is used."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastddpm.errors import DataError, UsageError
+
+from .collection import Collection, Item, check_size, read_file
+
+PREFIX = "hf:"
+_IMAGES = ("image", "img")
+_LABELS = ("label", "labels")
+
+
+def hub_collection(source: str, split: str) -> Collection:
+    """The images of "hf:NAME" or "hf:NAME:SPLIT", in the data set's order, with its integer labels if it has any.
+
+    The library downloads what it does not have; nothing else of fastddpm does. Raises UsageError without the library
+    or a name, and DataError for what it cannot load or a data set without a column of images.
+    """
+    name, _, named = source.removeprefix(PREFIX).partition(":")
+    split = named or split
+    if not name:
+        raise UsageError(f"{source!r} names no data set: hf:NAME or hf:NAME:SPLIT, as in hf:uoft-cs/cifar10:train")
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError("data sets of the hub need datasets: pip install 'fastddpm[hf]'") from error
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library, and what it uses, raise many kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(f"datasets cannot load {name!r}, split {split!r}: {reason}") from error
+    image = next((column for column in _IMAGES if column in table.column_names), None)
+    if image is None:
+        columns = ", ".join(table.column_names)
+        raise DataError(f"{source} has columns {columns}; images are expected in image or img")
+    label = next((column for column in _LABELS if column in table.column_names), None)
+    table = table.select_columns([image, *([label] if label else [])])
+    table = table.cast_column(image, datasets.Image(decode=False))
+
+    def items() -> Iterator[Item]:
+        for number, row in enumerate(table):
+            yield Item(f"row {number}", _class(row.get(label)), _reader(row[image]))
+
+    return Collection(source, len(table), [str(table._fingerprint), split], items)
+
+
+def _class(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
+
+
+def _reader(value: Any) -> Callable[[], bytes]:
+    def read() -> bytes:
+        if not isinstance(value, dict) or (value.get("bytes") is None and not value.get("path")):
+            raise ValueError("the row is empty")
+        data = value.get("bytes")
+        if data is None:
+            return read_file(Path(value["path"]))
+        check_size(len(data))
+        return bytes(data)
+
+    return read

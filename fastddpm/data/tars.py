@@ -1,0 +1,197 @@
+"""Images in tar files (the layout of webdataset), read in place: nothing is extracted, so paths and links lead nowhere.
+
+Files in a row whose names agree up to the first dot are one sample: 0001.jpg, and its class in 0001.cls (a number) or
+0001.json (label or cls).
+"""
+
+import itertools
+import json
+import os
+import tarfile
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from fastddpm.errors import DataError
+
+from .collection import EXTENSIONS, Collection, Item, check_size, choose, is_hidden, is_image, left_alone, status_of
+
+_MAX_HEADER_BYTES = 2**20
+_MAX_LABEL_BYTES = 2**20
+_MAX_SAMPLE_FILES = 64
+_LABELS = (".cls", ".json")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar file."""
+
+    path: PurePosixPath
+    offset: int
+    size: int
+    sparse: bool
+
+    @property
+    def stem(self) -> str:
+        """What the members of one sample have in common."""
+        return f"{self.path.parent}/{self.path.name.partition('.')[0]}"
+
+    @property
+    def ending(self) -> str:
+        """All that follows the first dot, with it."""
+        _, dot, rest = self.path.name.partition(".")
+        return (dot + rest).lower()
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An image with its label, or what is wrong with them."""
+
+    image: Member
+    label: int | None
+    problem: str
+
+
+def tar_collection(files: list[Path], split: str) -> Collection:
+    """All images in tar files, file by file and in the order they lie there.
+
+    Without .cls and .json, labels and splits are those of a folder (`collection.choose`). Memory does not grow with
+    the files: their headers are read once to count, and again for `items`. Raises DataError for a file that is no
+    tar, or a damaged one, or if there is no image.
+    """
+    others: Counter[str] = Counter()
+    labelled = False
+
+    def images() -> Iterator[PurePosixPath]:
+        nonlocal labelled
+        for path in files:
+            for sample in _samples(Tar(path), others):
+                labelled = labelled or sample.label is not None or bool(sample.problem)
+                yield sample.image.path
+
+    where = files[0] if len(files) == 1 else files[0].parent
+    choice = choose(images(), split, where)
+
+    def items() -> Iterator[Item]:
+        for path in files:
+            tar = Tar(path)
+            for sample in _samples(tar, Counter()):
+                member = sample.image
+                if choice.takes(member.path):
+                    label = sample.label if labelled else choice.label(member.path)
+                    yield Item(f"{path.name}: {member.path}", label, _reader(tar, sample))
+
+    return Collection(str(where), choice.count, [split, *status_of(files)], items, left_alone(others))
+
+
+class Tar:
+    """An open tar file; it closes when nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def members(self) -> Iterator[Member]:
+        """Regular files, in order."""
+        last = -1
+        try:
+            with open(self._descriptor, "rb", closefd=False) as file:
+                file.seek(0)
+                archive = tarfile.open(fileobj=_Headers(file), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+                while (info := archive.next()) is not None:
+                    archive.members = []  # it would keep them all
+                    if archive.offset <= last:
+                        raise tarfile.ReadError("a member of negative size")
+                    last = archive.offset
+                    if info.isreg():
+                        yield Member(PurePosixPath(info.name), info.offset_data, info.size, info.issparse())
+                # tarfile stops without a word at a damaged header. A whole file ends with blocks of zeros.
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset:,}")
+        except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{self.path} cannot be read as a tar file: {error}") from error
+
+    def read(self, member: Member) -> bytes:
+        """The content of a member; ValueError if it is not all there."""
+        if member.sparse:
+            raise ValueError("a sparse file")
+        check_size(member.size)
+        data = os.pread(self._descriptor, member.size, member.offset)
+        if len(data) != member.size:
+            raise ValueError("the tar file is cut off")
+        return data
+
+
+class _Headers:
+    """A file that gives tarfile its headers, which claim their own length, and nothing of more than 1 MiB."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of more than {_MAX_HEADER_BYTES:,} bytes")
+        return self._file.read(size)
+
+
+def _samples(tar: Tar, others: Counter[str]) -> Iterator[_Sample]:
+    """The samples that have an image; endings of what is neither image nor label are counted in `others`."""
+    members = (member for member in tar.members() if not is_hidden(member.path))
+    for stem, group in itertools.groupby(members, key=lambda member: member.stem):
+        files = list(itertools.islice(group, _MAX_SAMPLE_FILES + 1))
+        if len(files) > _MAX_SAMPLE_FILES:
+            raise DataError(
+                f"{tar.path}: more than {_MAX_SAMPLE_FILES} files in a row have the name {stem!r} before the first "
+                "dot, which makes them one sample; rename them, or pack them as a .zip"
+            )
+        images = [file for file in files if is_image(file.path)]
+        others.update(file.path.suffix.lower() for file in files if file not in images and file.ending not in _LABELS)
+        if images:
+            yield _sample(tar, files, [file for file in images if file.ending in EXTENSIONS] or images)
+
+
+def _sample(tar: Tar, files: list[Member], images: list[Member]) -> _Sample:
+    label, problem = None, ""
+    try:
+        for file in files:
+            if file.ending in _LABELS and label is None:
+                label = _label(tar, file)
+    except ValueError as error:
+        problem = f"its label: {error}"
+    if len(images) > 1:
+        problem = f"several images of one sample: {', '.join(image.path.name for image in images)}"
+    return _Sample(images[0], label, problem)
+
+
+def _label(tar: Tar, file: Member) -> int | None:
+    """The number in a .cls file, or in label or cls of a .json; ValueError for anything else in a .cls."""
+    check_size(file.size, _MAX_LABEL_BYTES)
+    try:
+        text = tar.read(file).decode()
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if file.ending == ".cls":
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{file.path.name} holds no number")
+        return value
+    found = [value.get(name) for name in ("label", "cls")] if isinstance(value, dict) else []
+    return next((number for number in found if type(number) is int and number >= 0), None)
+
+
+def _reader(tar: Tar, sample: _Sample) -> Callable[[], bytes]:
+    def read() -> bytes:
+        if sample.problem:
+            raise ValueError(sample.problem)
+        return tar.read(sample.image)
+
+    return read

@@ -1,0 +1,224 @@
+"""Worker processes that decode a pack ahead of training.
+
+Each decodes its part of every batch into memory that all share. They are programs of their own, not forks and not
+multiprocessing's children: these would import the caller's main module again, and torch with it.
+"""
+
+import dataclasses
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import NoReturn
+
+import numpy as np
+
+from fastddpm.errors import DataError, StorageError
+
+from .packed import PackedImages, damaged
+from .worker import DONE, PLACE, TASK, num_bytes, views
+
+_PROGRAM = """
+import json, sys
+options = json.loads(sys.argv[1])
+sys.path[:] = options.pop("sys_path")
+from fastddpm.data.worker import main
+main(**options)
+"""
+
+
+def default_workers(processes: int = 1) -> int:
+    """A worker for each processor that this process may use, shared with `processes` others; 1 to 8."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, available // processes))
+
+
+@dataclass
+class _Slot:
+    """A place for a batch: which step it holds, the workers that have not finished with it, what went wrong."""
+
+    step: int | None = None
+    numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    waiting: set[int] = field(default_factory=set)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: "subprocess.Popen[bytes]"
+    connection: Connection
+
+    def stop(self) -> None:
+        """It ends by itself when the connection closes, unless it hangs."""
+        self.connection.close()
+        try:
+            self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Workers:
+    """`num_workers` processes that decode batches of up to `rows` images of a pack, `slots` batches at a time.
+
+    `submit` a step's images, then `take` its pixels; what is decoded does not depend on the number of workers. A
+    worker that is killed, or does not answer for `timeout_s`, raises DataError that names it, from `take` or `submit`.
+    Shared memory: slots x rows x (C H W + 16) bytes.
+    """
+
+    def __init__(self, images: PackedImages, rows: int, *, num_workers: int, slots: int, timeout_s: float) -> None:
+        self._images, self._timeout_s = images, timeout_s
+        shape = images.rule.shape
+        self._slots = [_Slot() for _ in range(slots)]
+        descriptor = _memory(num_bytes(slots, rows, shape))
+        self._workers: list[_Worker] = []
+        self.close = weakref.finalize(self, _stop, self._workers)
+        try:
+            self._tasks, self._pixels = views(mmap.mmap(descriptor, num_bytes(slots, rows, shape)), slots, rows, shape)
+            for _ in range(num_workers):
+                self._workers.append(self._start(descriptor, slots, rows))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(descriptor)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def processes(self) -> list[int]:
+        """Their process numbers."""
+        return [worker.process.pid for worker in self._workers]
+
+    def has(self, step: int) -> bool:
+        """Whether the step was submitted and not taken."""
+        return any(slot.step == step for slot in self._slots)
+
+    def submit(self, step: int, numbers: np.ndarray, wanted: range) -> None:
+        """Have the images `numbers`, int64 (n,), decoded for `step`, in the place of a step that is not `wanted`."""
+        index, slot = next((i, slot) for i, slot in enumerate(self._slots) if slot.step not in wanted)
+        self._finish(slot)  # of a step that nobody took
+        slot.step, slot.numbers, slot.problem = step, numbers, ""
+        self._tasks[index, : len(numbers)] = self._images.index[numbers]
+        count = len(self._workers)
+        for i, worker in enumerate(self._workers):
+            first, end = (part * len(numbers) // count for part in (i, i + 1))
+            if first < end:
+                slot.waiting.add(i)
+                try:
+                    worker.connection.send_bytes(TASK.pack(index, first, end))
+                except OSError:
+                    self._fail(i)
+
+    def take(self, step: int) -> np.ndarray:
+        """The pixels of a step, uint8 (n, C, H, W), a copy; its place is free afterwards."""
+        index, slot = next((i, slot) for i, slot in enumerate(self._slots) if slot.step == step)
+        self._finish(slot)
+        slot.step = None
+        if slot.problem:
+            raise DataError(slot.problem)
+        pixels: np.ndarray = self._pixels[index, : len(slot.numbers)].copy()
+        return pixels
+
+    def _finish(self, slot: _Slot) -> None:
+        """Wait until all workers are through with their parts of a slot."""
+        if not self.close.alive:
+            raise DataError(f"the data workers of {self._images.path} were stopped")
+        deadline = time.monotonic() + self._timeout_s
+        while slot.waiting:
+            connections = {self._workers[i].connection: i for i in slot.waiting}
+            ready = wait(list(connections), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(min(slot.waiting), hangs=True)
+            for connection in ready:
+                self._receive(connections[connection])  # type: ignore[index]
+
+    def _receive(self, number: int) -> None:
+        try:
+            answer = self._workers[number].connection.recv_bytes()
+        except (EOFError, OSError):
+            self._fail(number)
+        slot = self._slots[DONE.unpack_from(answer)[0]]
+        slot.waiting.discard(number)
+        if len(answer) > DONE.size and not slot.problem:
+            place = PLACE.unpack_from(answer, DONE.size)[0]
+            reason = answer[DONE.size + PLACE.size :].decode(errors="replace")
+            slot.problem = damaged(self._images.path, int(slot.numbers[place]), reason)
+
+    def _fail(self, number: int, *, hangs: bool = False) -> NoReturn:
+        process = self._workers[number].process
+        if hangs:
+            what = f"has not answered for {self._timeout_s:g} s and was stopped; the disk may hang"
+        else:
+            what = _ended(process)
+        self.close()
+        raise DataError(
+            f"data worker {number} of {len(self._workers)} (process {process.pid}) {what}; "
+            f"it was decoding {self._images.path}"
+        )
+
+    def _start(self, memory: int, slots: int, rows: int) -> _Worker:
+        ours, theirs = Pipe()
+        options = {
+            "sys_path": sys.path,
+            "path": str(self._images.path.absolute()),
+            "connection": theirs.fileno(),
+            "memory": memory,
+            "slots": slots,
+            "rows": rows,
+            "rule": dataclasses.asdict(self._images.rule),
+        }
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, json.dumps(options)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), memory],
+                start_new_session=True,  # Ctrl-C on a terminal is for the training process, which still needs them
+            )
+        return _Worker(process, ours)
+
+
+def _stop(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.connection.close()
+    for worker in workers:
+        worker.stop()
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> str:
+    """How a process ended whose connection is closed."""
+    try:
+        code = process.wait(5.0)
+    except subprocess.TimeoutExpired:
+        return "closed its connection"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+    return f"ended with exit code {code}; what it said is above"
+
+
+def _memory(size: int) -> int:
+    """A descriptor of memory without a name, so that nothing is left behind however the processes end."""
+    try:
+        if hasattr(os, "memfd_create"):  # unlike files in /dev/shm not bounded by what a container gives to that
+            descriptor = os.memfd_create("fastddpm-batches")
+        else:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        raise StorageError(f"no shared memory of {size:,} bytes for decoded batches: {error.strerror}") from error
+    return descriptor
