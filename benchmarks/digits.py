@@ -4,12 +4,12 @@
 
 SAMPLES.npz holds `images`, uint8 (N, 1, S, S), and perhaps `labels`, int64 (N,), the classes that were asked for.
 
-The judge is three nets trained on 4,000 of the embedded digits at the samples' size; 1,000 are held out. Half of those,
-the probe, plays the part of the samples; the other half is the reference that everything is compared with, and on which
-the temperature is fitted. A net that has seen digits only is sure that a black image is a digit, and uniform noise too;
-so random fields without a class are a fifth of each batch, and the figures for noise say whether that worked. Of 1,000
-held-out digits at 16x16 about 93% are given a class with more than 0.9, of either noise none; without the fields it is
-93% of the digits, 2% of shuffled digits, and all uniform noise. Training takes about 25 s of one core.
+The judge is three nets of fastddpm.metrics.digits trained on 4,000 of the embedded digits at the samples' size; 1,000
+are held out. Half of those, the probe, plays the part of the samples; the other half is the reference that everything
+is compared with, and on which the temperature is fitted. The nets have seen random fields without a class, and the
+figures for noise say whether that worked. Of 1,000 held-out digits at 16x16 about 93% are given a class with more than
+0.9, of either noise none; without the fields it is 93% of the digits, 2% of shuffled digits, and all uniform noise.
+Training takes about 25 s of one core.
 
 Confidence alone is fooled by one good digit repeated: the classifier Fréchet distance, recall and the entropy of the
 classes show that. None of them shows copies of the training set, and a model trained on all 5,000 has seen the probe.
@@ -29,100 +29,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastddpm.data import open_dataset
 from fastddpm.errors import DataError, FastddpmError, UsageError
+from fastddpm.metrics.digits import CLASSES, EPOCHS, SEEDS, SMALLEST, held_out_halves, to_float, train_net
+from fastddpm.metrics.frechet import Moments, frechet_distance
+from fastddpm.metrics.manifolds import NEIGHBOURS, precision_recall
 
-CLASSES = 10
 CONFIDENT = 0.9
-NEIGHBOURS = 3
-SEEDS = (0, 1, 2)
-EPOCHS = 10
 DRAWS = 20  # of as many real digits as there are samples, for the floor and its spread
 LIKENESS = ("classifier_frechet_distance", "precision", "recall")
-_BATCH, _FIELDS_PER_BATCH = 64, 16
-_SMALLEST = 8
-
-
-class DigitNet(nn.Module):
-    """Three convolutions and two linear layers on (N, 1, S, S) float32 in [-1, 1]; 32 features, 10 logits."""
-
-    def __init__(self, size: int, width: int = 12, features: int = 32) -> None:
-        super().__init__()
-        stride = _stride(size)
-        self.trunk = nn.Sequential(
-            nn.Conv2d(1, width, stride + 2, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.BatchNorm2d(4 * width), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * width, features), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(features, CLASSES)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate features (N, 32) and logits (N, 10)."""
-        features = self.trunk(x)
-        return features, self.head(features)
-
-
-def _stride(size: int) -> int:
-    """The first convolution's stride: larger images cost about what 16x16 costs."""
-    return max(1, size // 16)
-
-
-def _to_float(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
-
-
-def random_fields(count: int, size: int, rng: torch.Generator) -> Tensor:
-    """Gaussian fields (count, 1, size, size) in [-1, 1] of several grain sizes, contrasts and brightnesses."""
-    grains = torch.tensor([1, *(_stride(size) * g for g in (2, 3, 5, 7))])
-    fields = torch.empty(count, 1, size, size)
-    for i, grain in enumerate(grains.tolist()):
-        part = fields[i :: len(grains)]
-        white = torch.randn(len(part), 1, size + grain - 1, size + grain - 1, generator=rng)
-        contrast = 1.5 * torch.rand(len(part), 1, 1, 1, generator=rng)
-        brightness = 0.8 * torch.randn(len(part), 1, 1, 1, generator=rng)
-        part.copy_((contrast * grain * F.avg_pool2d(white, grain, 1) + brightness).clamp(-1, 1))
-    return fields
-
-
-def train_net(images: np.ndarray, labels: np.ndarray, seed: int, epochs: int = EPOCHS) -> DigitNet:
-    """A net trained on uint8 (N, 1, S, S) and int64 (N,): shifted digits, and random fields of no class."""
-    size, steps = images.shape[-1], len(images) // _BATCH
-    shift = _stride(size)
-    rng = torch.Generator().manual_seed(seed)
-    fields = random_fields(2000, size, rng)
-    padded = F.pad(_to_float(images), (shift,) * 4, value=-1.0)
-    targets = F.one_hot(torch.from_numpy(labels), CLASSES).float()
-    no_class = torch.full((_FIELDS_PER_BATCH, CLASSES), 1 / CLASSES)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = DigitNet(size)
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=epochs * steps)
-    for _ in range(epochs):
-        order = torch.randperm(len(images), generator=rng)
-        for chosen in order[: steps * _BATCH].split(_BATCH):
-            top, left = torch.randint(0, 2 * shift + 1, (2,), generator=rng).tolist()
-            digits = padded[chosen, :, top : top + size, left : left + size]
-            picked = torch.randint(0, len(fields), (_FIELDS_PER_BATCH,), generator=rng)
-            _, logits = net(torch.cat([digits, fields[picked]]))
-            optimizer.zero_grad()
-            F.cross_entropy(logits, torch.cat([targets[chosen], no_class])).backward()
-            optimizer.step()
-            schedule.step()
-    return net.eval()
-
-
-def held_out_halves(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices to train on, of the reference and of the probe: of every ten of a class, in order, 8, 1 and 1."""
-    rank = np.empty(len(labels), dtype=np.int64)
-    for label in range(CLASSES):
-        members = np.flatnonzero(labels == label)
-        rank[members] = np.arange(len(members)) % 10
-    return np.flatnonzero(~np.isin(rank, (4, 9))), np.flatnonzero(rank == 4), np.flatnonzero(rank == 9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +81,7 @@ class Judge:
         """Scaled features, and logits (nets, N, 10)."""
         features, logits = [], []
         for net, scale in zip(self.nets, self._scales, strict=True):
-            parts = [net(_to_float(images[i : i + 500])) for i in range(0, len(images), 500)]
+            parts = [net(to_float(images[i : i + 500])) for i in range(0, len(images), 500)]
             features.append(torch.cat([f for f, _ in parts]).double().numpy() * scale)
             logits.append(torch.cat([z for _, z in parts]).double().numpy())
         return features, np.stack(logits)
@@ -183,35 +100,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(max(grid, key=lambda t: np.log(_mean_probabilities(logits, t)[rows, labels]).mean()))
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean_a - mean_b|² + Tr(A + B - 2 (A B)^½), A and B the covariances of features float64 (N, d) and (M, d).
-
-    With A = RᵀR and B = SᵀS from QR factors of the centred features, Tr (A B)^½ is the sum of the singular values of
-    R Sᵀ: no square root of a singular matrix, so N may be below d. Needs N, M >= 2.
-    """
-    x, y = torch.from_numpy(a), torch.from_numpy(b)
-    r, s = (torch.linalg.qr(z - z.mean(0), mode="r").R / math.sqrt(len(z) - 1) for z in (x, y))
-    cross = torch.linalg.svdvals(r @ s.T).sum()
-    shift = x.mean(0) - y.mean(0)
-    return max(0.0, float(shift @ shift + (r**2).sum() + (s**2).sum() - 2 * cross))
-
-
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2) of features float64 (N, d), (M, d).
-
-    Precision: the share of `fake` no further from some real point than that point's k-th nearest other real point.
-    Recall: the same with the roles swapped. Needs N, M > k.
-    """
-    x, y = torch.from_numpy(real), torch.from_numpy(fake)
-    exact = "donot_use_mm_for_euclid_dist"
-    between = torch.cdist(x, y, compute_mode=exact)
-    # The nearest point is the point itself: k + 1.
-    radius_x, radius_y = (torch.cdist(p, p, compute_mode=exact).kthvalue(k + 1).values for p in (x, y))
-    precision = (between <= radius_x[:, None]).any(0).double().mean()
-    recall = (between <= radius_y[None, :]).any(1).double().mean()
-    return float(precision), float(recall)
-
-
 def _confidence(probabilities: np.ndarray, asked: np.ndarray | None) -> dict[str, Any]:
     """Shares of confident and of rightly recognised images, and how the images spread over the classes."""
     found = probabilities.argmax(axis=1)
@@ -228,9 +116,9 @@ def _confidence(probabilities: np.ndarray, asked: np.ndarray | None) -> dict[str
 
 def _likeness(reference: list[np.ndarray], features: list[np.ndarray]) -> dict[str, float]:
     """Distance to the reference, precision and recall: the mean over the nets."""
-    pairs = list(zip(reference, features, strict=True))
-    figures = np.mean([(frechet_distance(f, r), *precision_recall(r, f)) for r, f in pairs], axis=0)
-    return dict(zip(LIKENESS, figures.tolist(), strict=True))
+    pairs = [(torch.from_numpy(r), torch.from_numpy(f)) for r, f in zip(reference, features, strict=True)]
+    rows = [(frechet_distance(Moments.of(f), Moments.of(r)), *precision_recall(r, f)) for r, f in pairs]
+    return dict(zip(LIKENESS, np.mean(rows, axis=0).tolist(), strict=True))
 
 
 def _real_at(judge: Judge, count: int) -> dict[str, Any]:
@@ -268,8 +156,8 @@ def noise_images(judge: Judge, count: int) -> dict[str, np.ndarray]:
 def check_samples(images: np.ndarray, labels: np.ndarray | None) -> None:
     """Raise `DataError` unless images are uint8 (N > 3, 1, S, S), S >= 8, and labels (N,) integers in 0..9."""
     shape = images.shape
-    if images.dtype != np.uint8 or len(shape) != 4 or shape[1] != 1 or shape[2] != shape[3] or shape[2] < _SMALLEST:
-        raise DataError(f"images must be uint8 (N, 1, S, S) with S >= {_SMALLEST}; got {images.dtype} {shape}")
+    if images.dtype != np.uint8 or len(shape) != 4 or shape[1] != 1 or shape[2] != shape[3] or shape[2] < SMALLEST:
+        raise DataError(f"images must be uint8 (N, 1, S, S) with S >= {SMALLEST}; got {images.dtype} {shape}")
     if len(images) <= NEIGHBOURS:
         raise DataError(f"at least {NEIGHBOURS + 1} images are needed to compare their spread; got {len(images)}")
     if labels is None:

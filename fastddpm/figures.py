@@ -103,7 +103,7 @@ def labelled(
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG; a reader of `path` finds the old file or the new one. Raises `StorageError`."""
-    _replace(path, lambda temporary: image.save(temporary, format="PNG"))
+    write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
@@ -113,7 +113,7 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
         with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
-    _replace(path, write)
+    write_whole(path, write)
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, duration_ms: int = 80, hold_ms: int = 2000) -> None:
@@ -137,7 +137,7 @@ def save_animation(frames: Sequence[Image.Image], path: Path, *, duration_ms: in
             temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False
         )
 
-    _replace(path, write)
+    write_whole(path, write)
 
 
 def _shared_palette(frames: Sequence[Image.Image]) -> Image.Image:
@@ -154,7 +154,11 @@ def _shared_palette(frames: Sequence[Image.Image]) -> Image.Image:
     return mosaic.quantize(256, method=Image.Quantize.MAXCOVERAGE)
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file beside `path`, then give it that name: a reader finds the old file or the new one.
+
+    Raises `StorageError`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from fastddpm import cli
-from fastddpm.config import EngineConfig
+from fastddpm.chain_options import ChainOptions
 from fastddpm.errors import UsageError
 from fastddpm.sample import parse_numbers
 
@@ -46,16 +46,7 @@ class Command:
     """How often each stretch of the chain is taken; 1 is fastest and fits least."""
     jump_length: int = 10
     """Steps of a stretch."""
-    method: Literal["ancestral", "ddim"] | None = None
-    """ancestral (Algorithm 2) or ddim; the run's own choice unless given."""
-    steps: int | None = None
-    """Steps of the chain; the run's own choice unless given."""
-    eta: float | None = None
-    """DDIM's noise, 0 to 1."""
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
-    noise_seed: int = 0
-    """64-bit key of all noise: another value gives every seed another completion."""
+    chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
     batch: int | None = None
     """Images drawn at once; what the device's memory holds unless given."""
     frames: int = 40
@@ -64,7 +55,6 @@ class Command:
     """Directory for the pictures. Without it, inpainting in the run's directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA or ROCm device when there is one."""
-    engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -79,18 +69,10 @@ def main(arguments: Sequence[str]) -> None:
 
     from fastddpm import batching, interchange
     from fastddpm.device import choose_device
-    from fastddpm.sampler import Sampler
 
     device = choose_device(command.device)
     model = interchange.load(command.checkpoint, device)
-    chosen = {name: getattr(command, name) for name in ("method", "steps", "eta", "guidance")}
-    config = dataclasses.replace(
-        model.preset.sample, **{name: value for name, value in chosen.items() if value is not None}
-    )
-    sampler = Sampler(
-        model.unet, model.diffusion, config.steps, config.method, config.eta,
-        guidance=config.guidance, seed=command.noise_seed, engine=command.engine,
-    )  # fmt: skip
+    sampler = command.chain.sampler(model)
     batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
     for path in _complete(command, sampler, seeds, batch):
         print(path)

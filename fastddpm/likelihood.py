@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .diffusion import Diffusion
+    from .diffusion import Diffusion, Gaussian
 
 _LOG_2 = math.log(2.0)
 
@@ -45,9 +45,18 @@ def bound_term(diffusion: "Diffusion", out: Tensor, x0: Tensor, x_t: Tensor, t: 
     """
     posterior = diffusion.q_posterior(x0, x_t, t)
     model, _ = diffusion.p(out, x_t, t, clip=clip)
+    return torch.where(t == 0, decoder_bits(x0, model), kl_bits(posterior, model))
+
+
+def kl_bits(posterior: "Gaussian", model: "Gaussian") -> Tensor:
+    """KL(posterior || model), (N,), bits per dimension: the term of a timestep t > 0."""
     kl = gaussian_kl(posterior.mean, posterior.log_variance, model.mean, model.log_variance)
-    decoder = -discretized_log_likelihood(x0, model.mean, model.log_variance)
-    return torch.where(t == 0, decoder.mean((1, 2, 3)), kl.mean((1, 2, 3))) / _LOG_2
+    return kl.mean((1, 2, 3)) / _LOG_2
+
+
+def decoder_bits(x0: Tensor, model: "Gaussian") -> Tensor:
+    """-log2 of the mass that p(x_0 | x_1) puts on the pixels' bins, (N,), per dimension: the term of t = 0."""
+    return -discretized_log_likelihood(x0, model.mean, model.log_variance).mean((1, 2, 3)) / _LOG_2
 
 
 def prior_term(diffusion: "Diffusion", x0: Tensor) -> Tensor:

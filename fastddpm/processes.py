@@ -1,14 +1,31 @@
-"""Several processes at one piece of work, as torchrun starts them: who this one is, and what all of them found."""
+"""Several processes at one piece of work, as torchrun starts them: who this one is, and what all of them found.
+
+The contract is that of torchrun, which SLURM scripts, Ray Train and accelerate fulfil as well: RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. A group that the starter has formed is used as it is.
+"""
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import FastddpmError, UsageError
 
 T = TypeVar("T")
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+# How gloo, NCCL and the store between them say that another process is gone or does not answer.
+_LOST = re.compile(
+    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|timeout caused pair closure|TCPStore"
+)
+
+
+class LostProcessError(FastddpmError):
+    """Another process died or does not answer: exit code 75, that of what may be tried again."""
+
+    exit_code = 75
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,13 @@ class Place:
     def first(self) -> bool:
         """Whether this is the process that writes what all of them share."""
         return self.rank == 0
+
+    def part(self, num: int) -> range:
+        """This process's share of 0..num-1: contiguous, in the order of ranks; lengths differ by one at most."""
+        return range(self.rank * num // self.count, (self.rank + 1) * num // self.count)
+
+
+ALONE = Place()
 
 
 def place() -> Place:
@@ -40,19 +64,50 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def restarted() -> bool:
+    """Whether torchrun (--max-restarts) or SLURM (--requeue) started this command again after it had stopped."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
+
+
 @contextlib.contextmanager
-def together(where: Place) -> Iterator[None]:
-    """A group of all processes, over the CPU (gloo), for `gathered` inside the block; nothing for one alone."""
+def together(where: Place, *, device: str = "cpu", timeout_s: float | None = None) -> Iterator[None]:
+    """A group of all processes inside the block, for `gathered` and the rest; nothing for one alone.
+
+    Tensors on the CPU travel by gloo; with `device` "cuda" those on GPUs by NCCL. A process that does not answer for
+    `timeout_s` (torch's own limits unless given) counts as lost. Raises `LostProcessError` when one is.
+    """
     if where.count == 1:
         yield
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", rank=where.rank, world_size=where.count)
+    with _losses_told(timeout_s):
+        if dist.is_initialized():
+            if "cpu" not in str(dist.get_backend_config()):
+                raise UsageError("the process group that was formed has NCCL alone; form it with cpu:gloo,cuda:nccl")
+            yield
+            return
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        limit = None if timeout_s is None else timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, rank=where.rank, world_size=where.count, timeout=limit)
+        yield
+        # Not where an error leaves the block: other processes may be waiting for this one to take part.
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _losses_told(timeout_s: float | None) -> Iterator[None]:
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, FastddpmError) or not _LOST.search(reason):
+            raise
+        limit = "in time" if timeout_s is None else f"for {timeout_s:g} s"
+        raise LostProcessError(
+            f"another process died or did not answer {limit} ({reason[:160]}). What was saved is whole: start again to "
+            "go on from it (training: --resume, which torchrun --max-restarts does by itself)"
+        ) from error
 
 
 def gathered(value: T, where: Place) -> list[T]:
@@ -64,3 +119,33 @@ def gathered(value: T, where: Place) -> list[T]:
     values: list[T | None] = [None] * where.count
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def by_first(action: Callable[[], T], where: Place) -> T:
+    """What `action` returns in the first process, in each of them; a `FastddpmError` that it raises is raised in each.
+
+    The others wait for it.
+    """
+    if where.count == 1:
+        return action()
+    import torch.distributed as dist
+
+    outcome: list[tuple[T | None, FastddpmError | None]] = [(None, None)]
+    if where.first:
+        try:
+            outcome = [(action(), None)]
+        except FastddpmError as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def agree(value: object, what: str, where: Place) -> None:
+    """Raise `UsageError`, in every process, unless `value`, which is `what`, is the same in all of them."""
+    values = gathered(value, where)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UsageError(f"the processes differ in {what}: {values[0]} in process 0, {other} in process {rank}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fastddpm import cli, processes
-from fastddpm.config import EngineConfig
+from fastddpm.chain_options import ChainOptions
 from fastddpm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,16 +32,7 @@ class Command:
     """One image for each seed: numbers and ranges, as in 0-63 or 1,5,10-19; each in 0..4294967295."""
     labels: str | None = None
     """Classes to draw, as in seeds: one for each seed, or one for all. Without it: seed modulo classes."""
-    method: Literal["ancestral", "ddim"] | None = None
-    """ancestral (Algorithm 2) or ddim; the run's own choice unless given."""
-    steps: int | None = None
-    """Steps of the chain; the run's own choice unless given."""
-    eta: float | None = None
-    """DDIM's noise, 0 to 1."""
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
-    noise_seed: int = 0
-    """64-bit key of all noise: another value gives every seed another image."""
+    chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
     batch: int | None = None
     """Images drawn at once; what the device's memory holds unless given."""
     shard_size: int | None = None
@@ -54,7 +45,6 @@ class Command:
     """Also an animation of the x_0 predictions of the first batch; not of shards."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA or ROCm device when there is one."""
-    engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
@@ -91,26 +81,14 @@ def main(arguments: Sequence[str]) -> None:
     from fastddpm import batching, interchange
     from fastddpm.device import choose_device
     from fastddpm.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
-    from fastddpm.sampler import Sampler
 
     device = choose_device(command.device, processes.local_rank())
     model = interchange.load(command.checkpoint, device)
-    config = dataclasses.replace(
-        model.preset.sample,
-        **{
-            name: value
-            for name in ("method", "steps", "eta", "guidance")
-            if (value := getattr(command, name)) is not None
-        },
-    )
-    sampler = Sampler(
-        model.unet, model.diffusion, config.steps, config.method, config.eta,
-        guidance=config.guidance, seed=command.noise_seed, engine=command.engine,
-    )  # fmt: skip
+    sampler = command.chain.sampler(model)
     out = command.out or _default_out(command.checkpoint, seeds)
     batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
     print(
-        f"{len(seeds)} images, {config.method}, {sampler.steps} steps, guidance {config.guidance}, on {device}",
+        f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}",
         file=sys.stderr,
     )
     if sharded:

@@ -126,11 +126,15 @@ class Shards:
         return None
 
     def write(self, index: int, images: np.ndarray) -> None:
-        """A shard, onto the disk itself, whole or not at all; `StorageError` where that fails."""
+        """The images of a shard, with their seeds and labels; as `put_arrays`."""
         seeds, labels = self.part(index)
         arrays = {"images": images, "seeds": np.asarray(seeds, dtype=np.int64)}
         if labels is not None:
             arrays["labels"] = np.asarray(labels, dtype=np.int64)
+        self.put_arrays(index, arrays)
+
+    def put_arrays(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """The file of a shard, onto the disk itself, whole or not at all; `StorageError` where that fails."""
         path = self.path(index)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

@@ -36,7 +36,8 @@ def python(*arguments: str, cwd: Path, **options: object) -> subprocess.Complete
         ("fastddpm.train", "--stpes", "--steps"),
         ("fastddpm.sample", "--stpes", "--steps"),
         ("fastddpm.doctor", "--bacth", "--batch"),
-        ("fastddpm.inpaint", "--sede", "--seeds"),
+        ("fastddpm.evaluate", "--metircs", "--metrics"),
+        ("fastddpm.inpaint", "--gudance", "--guidance"),
     ],
 )
 def test_help_and_mistyped_flags_answer_without_torch(module: str, mistyped: str, meant: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from fastddpm.data import open_dataset
 from fastddpm.errors import DataError
+from fastddpm.metrics.digits import held_out_halves
 
 
 def _load() -> ModuleType:
@@ -48,7 +49,7 @@ def real(judge: Any, chosen: np.ndarray) -> dict[str, Any]:
 def test_halves_are_disjoint_and_balanced() -> None:
     labels = open_dataset(None, image_size=16, channels=1).labels
     assert labels is not None
-    train, reference, probe = digits.held_out_halves(labels)
+    train, reference, probe = held_out_halves(labels)
     assert sorted([*train, *reference, *probe]) == list(range(5000))
     assert [np.bincount(labels[part]).tolist() for part in (train, reference, probe)] == [
         [400] * 10,
@@ -122,48 +123,6 @@ def test_shuffled_digits_keep_their_pixels(judge: Any) -> None:
     assert digits.noise_images(judge, 600)["shuffled_digits"].shape == (600, 1, 16, 16)
 
 
-def test_frechet_distance_is_the_matrix_square_root_formula(rng: np.random.Generator) -> None:
-    linalg = pytest.importorskip("scipy.linalg")
-    a = rng.normal(size=(200, 8)) @ rng.normal(size=(8, 8))
-    b = rng.normal(size=(90, 8)) @ rng.normal(size=(8, 8)) + rng.normal(size=8)
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    root = linalg.sqrtm(cov_a @ cov_b).real
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
-    assert digits.frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
-
-
-def test_frechet_distance_with_fewer_images_than_features(rng: np.random.Generator) -> None:
-    a, b = rng.normal(size=(100, 32)), rng.normal(size=(10, 32)) * 2 + 1
-    eigenvalues = np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).real.clip(0)
-    traces = np.trace(np.cov(a.T)) + np.trace(np.cov(b.T))
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * np.sqrt(eigenvalues).sum()
-    # The formula takes roots of rounding errors of the 23 eigenvalues that are zero: about 1e-7 each.
-    assert digits.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_distance_of_known_sets(rng: np.random.Generator) -> None:
-    a = rng.normal(size=(50, 6))
-    assert digits.frechet_distance(a, a[::-1].copy()) == pytest.approx(0, abs=1e-12)
-    assert digits.frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-12)
-    point = np.repeat(a.mean(axis=0, keepdims=True), 20, axis=0)
-    assert digits.frechet_distance(point, a) == pytest.approx(a.var(axis=0, ddof=1).sum(), rel=1e-12)
-
-
-def test_precision_recall_by_counting(rng: np.random.Generator) -> None:
-    real, fake = rng.normal(size=(40, 3)), rng.normal(size=(25, 3)) + 1
-
-    def covered(points: np.ndarray, centres: np.ndarray) -> float:
-        radii = [
-            sorted(np.linalg.norm(c - o) for j, o in enumerate(centres) if j != i)[2] for i, c in enumerate(centres)
-        ]
-        inside = [any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True)) for p in points]
-        return sum(inside) / len(points)
-
-    precision, recall = digits.precision_recall(real, fake, k=3)
-    assert (precision, recall) == pytest.approx((covered(fake, real), covered(real, fake)))
-    assert 0 < recall < precision < 1
-
-
 def test_temperature_recovers_a_known_one(rng: np.random.Generator) -> None:
     logits = rng.normal(size=(8000, 10)) * 2
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)  # drawn from softmax(logits)
@@ -175,24 +134,6 @@ def test_features_are_scaled_to_a_total_variance_of_one(judge: Any) -> None:
     for features in judge.reference.features:
         assert features.dtype == np.float64
         assert np.trace(np.cov(features.T)) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("size", [8, 16, 28, 32, 64])
-def test_nets_and_fields_of_other_sizes(size: int) -> None:
-    fields = digits.random_fields(10, size, torch.Generator().manual_seed(0))
-    assert fields.shape == (10, 1, size, size) and fields.abs().max() <= 1
-    features, logits = digits.DigitNet(size)(fields)
-    assert features.shape == (10, 32) and logits.shape == (10, 10)
-
-
-def test_training_is_fixed_by_the_seed() -> None:
-    data = open_dataset(None, image_size=16, channels=1)
-    assert data.labels is not None
-    images, labels = data.images[::40], data.labels[::40]
-    before = torch.get_rng_state()
-    first, again, other = (digits.train_net(images, labels, seed, epochs=1).head.weight for seed in (3, 3, 4))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 IMAGES = np.zeros((5, 1, 16, 16), dtype=np.uint8)

@@ -1,0 +1,248 @@
+"""python -m fastddpm.evaluate CHECKPOINT: the paper's figures and pictures of a trained model."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from fastddpm import cli, processes
+from fastddpm.chain_options import ChainOptions
+from fastddpm.errors import UsageError
+from fastddpm.evaluation.options import BitsOptions
+from fastddpm.evaluation.picture_options import PICTURE_NAMES, PictureOptions
+from fastddpm.evaluation.quality_options import QUALITY_METRICS, QualityOptions
+
+if TYPE_CHECKING:
+    from fastddpm.evaluation.report import Report
+    from fastddpm.evaluation.subject import Subject
+    from fastddpm.metrics.features import FeatureNetwork
+
+PROGRAM = "fastddpm.evaluate"
+BITS_METRICS = ("bpd", "rate-distortion")
+METRICS = (*QUALITY_METRICS, *BITS_METRICS)
+
+
+@dataclass(frozen=True)
+class Command:
+    """Measure a checkpoint. What is done stays in --out: the same command goes on, another one adds to it."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A run, one of its checkpoints, or a diffusers pipeline directory."""
+    metrics: Annotated[str | None, tyro.conf.arg(metavar=",".join(METRICS))] = None
+    """One or more, with commas, or none; all that can be had here unless given."""
+    pictures: Annotated[str, tyro.conf.arg(metavar="all|none|NAME,..")] = "none"
+    """progressive, shared-latent, interpolation, interpolation-depths, neighbours, strips, classes."""
+    data: str | None = None
+    """Images to compare with, as for training. Without it, the embedded digits."""
+    split: Literal["train", "test"] = "train"
+    """Where the data have splits. The published FID is of train, the published bits/dim of test."""
+    resize: Literal["none", "area", "lanczos"] = "none"
+    """For images of another size: crop to the centre square and resize."""
+    skip_bad: bool = False
+    """Leave out images that cannot be used, rather than stop with a list of them."""
+    features: Annotated[str | None, tyro.conf.arg(metavar="inception|digits|efficientnet-lite0|PATH")] = None
+    """Network of the scores, or a .pth or .safetensors of Inception weights. Without it: inception where its weights
+    are, else digits for the embedded digits. Only scores from the published Inception are called FID."""
+    out: Path | None = None
+    """Directory for figures, features and pictures. Without it, evaluation in the run's directory."""
+    batch: int | None = None
+    """Images evaluated at once; what the device's memory holds unless given."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA or ROCm device when there is one."""
+    chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
+    quality: Annotated[QualityOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=QualityOptions)
+    bits: BitsOptions = dataclasses.field(default_factory=BitsOptions)
+    picture: PictureOptions = dataclasses.field(default_factory=PictureOptions)
+
+
+def parse_names(text: str, known: Sequence[str], option: str) -> list[str]:
+    """The names in "fid,is", each once, in the order of `known`; `UsageError` names one that is not known."""
+    wanted = {name.strip() for name in text.split(",")}
+    if wanted == {"all"}:
+        return list(known)
+    unknown = sorted(wanted.difference(known, ["none"]))
+    if unknown:
+        raise UsageError(f"--{option} takes {', '.join(known)}, all or none; got {unknown[0]!r}")
+    return [name for name in known if name in wanted]
+
+
+def main(arguments: Sequence[str]) -> None:
+    command = cli.parse(Command, arguments, program=PROGRAM)
+    metrics = parse_names(command.metrics or "all", METRICS, "metrics")
+    pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
+    if command.batch is not None and command.batch < 1:
+        raise UsageError(f"--batch must be positive; got {command.batch}")
+    if not command.checkpoint.exists():
+        raise UsageError(f"no checkpoint at {command.checkpoint}")
+    where = processes.place()
+    # Scores are computed by the first process alone, for hours perhaps, while the others wait.
+    with processes.together(where, timeout_s=7 * 24 * 3600):
+        subject = _subject(command, where)
+        network = _network(command, subject) if set(metrics).intersection(QUALITY_METRICS) else None
+        if network is None:
+            metrics = [metric for metric in metrics if metric not in QUALITY_METRICS]
+        if command.pictures == "all" and not subject.sampler.unet.config.num_classes:
+            pictures.remove("classes")
+        _evaluate(command, subject, network, metrics, pictures)
+
+
+def _subject(command: Command, where: processes.Place) -> "Subject":
+    from fastddpm import batching, interchange
+    from fastddpm.data import open_dataset
+    from fastddpm.device import choose_device
+    from fastddpm.evaluation.subject import Subject
+
+    device = choose_device(command.device, processes.local_rank())
+    model = interchange.load(command.checkpoint, device)
+    sampler = command.chain.sampler(model)
+    dataset = open_dataset(
+        command.data, image_size=model.preset.unet.image_size, channels=model.preset.unet.image_channels,
+        resize=command.resize, skip_bad=command.skip_bad, split=command.split,
+    )  # fmt: skip
+    out = command.out or _default_out(command.checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
+    return Subject(model, sampler, dataset, batch, device, out, where)
+
+
+def _network(command: Command, subject: "Subject") -> "FeatureNetwork | None":
+    """The feature network; None, with a line that says why, where none is here and none was asked for."""
+    from fastddpm.metrics import inception
+    from fastddpm.metrics.networks import open_network
+
+    name = command.features
+    if name is None and inception.find_weights() is not None:
+        name = "inception"
+    elif name is None and command.data is None:
+        name = "digits"
+    if name is None:
+        problem = f"{inception.how_to_get_them()}; or take --features efficientnet-lite0, whose scores are no FID"
+        if command.metrics is not None:
+            raise UsageError(problem)
+        if subject.place.first:
+            print(f"{', '.join(QUALITY_METRICS)} are left out: {problem}", file=sys.stderr)
+        return None
+    size, network = subject.dataset.images.shape[-1], None
+    for turn in (True, False):  # the first process may have to train it; the others find it in the cache
+        if subject.place.first == turn:
+            network = open_network(name, image_size=size, device=subject.device, report=_say)
+        processes.gathered(None, subject.place)
+    return network
+
+
+def _evaluate(
+    command: Command,
+    subject: "Subject",
+    network: "FeatureNetwork | None",
+    metrics: Sequence[str],
+    pictures: Sequence[str],
+) -> None:
+    """Every process comes here; the first one estimates, writes and tells."""
+    from fastddpm.evaluation.report import Report
+
+    first = subject.place.first
+    report = Report(subject, command.checkpoint) if first else None
+    if first:
+        for line in _estimates(command, subject, network, metrics, pictures):
+            _say(line)
+    if network is not None:
+        _add_quality(command, subject, network, metrics, report)
+    if set(metrics).intersection(BITS_METRICS):
+        _add_bits(command, subject, metrics, report)
+    if report is not None:
+        _add_pictures(command, subject, pictures, report)
+        print(report.table())
+
+
+def _estimates(
+    command: Command,
+    subject: "Subject",
+    network: "FeatureNetwork | None",
+    metrics: Sequence[str],
+    pictures: Sequence[str],
+) -> list[str]:
+    """What each part will take, from a batch of each network that is timed now."""
+    from fastddpm.evaluation.bits import bits_cost
+    from fastddpm.evaluation.pictures import picture_cost
+    from fastddpm.evaluation.quality import quality_cost, seconds_per_evaluation
+    from fastddpm.runlog import duration
+
+    each = seconds_per_evaluation(subject)
+    count = subject.place.count
+    where = f"{subject.device}" + (f", {count} processes" if count > 1 else "")
+    lines = [f"{subject.model.preset.name} on {where}: {1 / each:,.0f} evaluations of one image per second, each"]
+    if network is not None:
+        wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
+        cost = quality_cost(subject, network, wanted, command.quality, each)
+        lines.append(
+            f"{','.join(wanted)}: {cost.images:,} samples to draw, {cost.evaluations:,} evaluations; {cost.features:,} "
+            f"images through {network.name}: about {duration(cost.seconds)}"
+        )
+    if set(metrics).intersection(BITS_METRICS):
+        evaluations = bits_cost(subject, command.bits)
+        lines.append(
+            f"bpd, rate-distortion: {evaluations:,} evaluations (images x timesteps), unless they are there already: "
+            f"about {duration(evaluations * each / count)}"
+        )
+    for name in pictures:
+        evaluations = picture_cost(name, subject, command.picture)
+        lines.append(f"{name}: {evaluations:,} evaluations: about {duration(evaluations * each)}")
+    return lines
+
+
+def _add_quality(
+    command: Command, subject: "Subject", network: "FeatureNetwork", metrics: Sequence[str], report: "Report | None"
+) -> None:
+    from fastddpm.evaluation.quality import measure_quality
+
+    wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
+    for name, record in measure_quality(subject, network, wanted, command.quality).items():
+        if report is not None:
+            report.add(command.split, name, record | _data(subject))
+
+
+def _add_bits(command: Command, subject: "Subject", metrics: Sequence[str], report: "Report | None") -> None:
+    from fastddpm.evaluation.bits import measure_bits
+    from fastddpm.evaluation.rate_distortion import measure_rate_distortion
+
+    own = dataclasses.replace(subject, out=subject.out / command.split)  # the other split's bits stay
+    own.out.mkdir(exist_ok=True)
+    for name, measure in (("bpd", measure_bits), ("rate-distortion", measure_rate_distortion)):
+        if name in metrics:
+            record = measure(own, command.bits)
+            if report is not None:
+                report.add(command.split, name, record | _data(subject))
+
+
+def _add_pictures(command: Command, subject: "Subject", pictures: Sequence[str], report: "Report") -> None:
+    from fastddpm.evaluation.pictures import PICTURES
+
+    for name in pictures:
+        paths = PICTURES[name](subject, command.picture)
+        sampling = subject.sampler.settings()
+        files = [str(path.relative_to(subject.out)) for path in paths]
+        options = dataclasses.asdict(command.picture)
+        report.add("pictures", name, {"files": files, "options": options, "sampling": sampling} | _data(subject))
+        for path in paths:
+            print(path)
+
+
+def _data(subject: "Subject") -> dict[str, dict[str, str]]:
+    return {"data": {"name": subject.dataset.name, "sha256": subject.dataset.checksum}}
+
+
+def _default_out(checkpoint: Path) -> Path:
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    return run / "evaluation"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

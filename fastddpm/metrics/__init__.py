@@ -1,0 +1,27 @@
+"""How good samples are: distances and scores of features, in float64, and the networks that give the features.
+
+The names are imported when first used, so that the command answers `--help` without loading torch.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Activations": ".features",
+    "FeatureNetwork": ".features",
+    "Moments": ".frechet",
+    "Pretrained": ".features",
+    "frechet_distance": ".frechet",
+    "inception_score": ".class_score",
+    "kernel_distance": ".kid",
+    "kernel_distance_of_subsets": ".kid",
+    "open_network": ".networks",
+    "precision_recall": ".manifolds",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastddpm.metrics' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,31 @@
+"""The Inception Score: how sure a classifier is of each image, and how varied its answers are."""
+
+import torch
+from torch import Tensor
+
+from fastddpm.errors import DataError, UsageError
+
+SPLITS = 10
+
+
+def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
+    """exp(mean KL(p(y|x) || p(y))) of each of `splits` parts of the images: mean and standard deviation (over N).
+
+    `logits`: (N, K), in the order of the images; part i is images i N // splits to (i + 1) N // splits (Salimans et al.
+    2016, section 4, and its code, which gives the network's logits without their bias). In float64. Raises `UsageError`
+    for fewer images than parts and `DataError` for NaN and infinity.
+    """
+    count = len(logits)
+    if splits < 1 or count < splits:
+        raise UsageError(f"a score of {splits} parts needs as many images; got {count}")
+    log_p = torch.log_softmax(logits.to(torch.float64), dim=1)
+    if not bool(torch.isfinite(log_p).all()):
+        raise DataError("logits hold NaN or infinity; the images or the network's weights are damaged")
+    scores = []
+    for i in range(splits):
+        part = log_p[i * count // splits : (i + 1) * count // splits]
+        marginal = torch.logsumexp(part, dim=0) - torch.log(torch.tensor(float(len(part)), dtype=torch.float64))
+        divergence = (part.exp() * (part - marginal)).sum(1)
+        scores.append(divergence.mean().exp())
+    found = torch.stack(scores)
+    return float(found.mean()), float(found.std(correction=0))
