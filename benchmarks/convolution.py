@@ -4,8 +4,9 @@ python benchmarks/convolution.py [--preset cifar10] [--batch 1 8] [--rounds 15] 
 
 Columns are milliseconds: PyTorch's convolution in channels_last; Winograd as the operator `conv3x3` calls it, which
 transforms and reads the weights anew; both algorithms with packed weights, as the prepared network calls them; and the
-gradient of the input by PyTorch and by Winograd. A ratio above 1 is the library's gain over PyTorch; the errors are of
-the 2-norm against float64. The rules of kernels/conv3x3 follow from these tables.
+gradients, of the input and of weights and bias, by PyTorch and by Winograd. A ratio above 1 is the library's gain over
+PyTorch; the errors, of the prepared network's convolution and of the weights' gradient, are of the 2-norm against
+float64. The rules of kernels/conv3x3 follow from these tables.
 """
 
 import ctypes
@@ -21,11 +22,13 @@ from torch import Tensor
 
 import fastddpm
 from fastddpm.kernels import interface, native
-from fastddpm.kernels.conv3x3 import PATCHES, WINOGRAD, algorithm_for, winograd_wins
-from fastddpm.kernels.conv3x3.cpu import winograd, winograd_input_gradient
+from fastddpm.kernels.conv3x3 import PATCHES, WINOGRAD, algorithm_for, weight_gradient_wins, winograd_wins
+from fastddpm.kernels.conv3x3.cpu import winograd, winograd_input_gradient, winograd_weight_gradient
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
+
+ALGORITHMS = {"patches": PATCHES, "winograd": WINOGRAD}
 
 
 @dataclass(frozen=True, order=True)
@@ -94,53 +97,75 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
     return float((ours.double() - expected).norm() / expected.norm())
 
 
+def pytorch(x: Tensor, weight: Tensor, bias: Tensor, doubled: bool) -> Tensor:
+    return F.conv2d(doubled_image(x) if doubled else x, weight, bias, padding=1)
+
+
+def doubled_image(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def pytorch_gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+    """Of x as it enters the convolution, of the weights and of the bias."""
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+    )
+
+
 def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
     """One line of the table."""
     torch.manual_seed(0)
     x = torch.randn(batch, shape.channels, shape.size, shape.size).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(shape.out_channels, shape.channels, 3, 3).contiguous(memory_format=torch.channels_last)
-    bias = torch.randn(shape.out_channels)
-
-    def pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        h = F.interpolate(x, scale_factor=2.0, mode="nearest") if shape.doubled else x
-        return F.conv2d(h, weight, bias, padding=1)
-
-    expected = pytorch(x.double(), weight.double(), bias.double())
-    grad = torch.randn(expected.shape).contiguous(memory_format=torch.channels_last)
-    large = F.interpolate(x, scale_factor=2.0, mode="nearest") if shape.doubled else x
-
-    def pytorch_gradient() -> Tensor:
-        arguments = ([len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
-        grad_x = torch.ops.aten.convolution_backward(grad, large, weight, *arguments)[0]
-        return F.avg_pool2d(grad_x, 2, divisor_override=1) if shape.doubled else grad_x
-
-    patches, patches_out = packed_call(x, weight, bias, shape.doubled, PATCHES)
-    tiles, tiles_out = packed_call(x, weight, bias, shape.doubled, WINOGRAD)
-    sides = [
-        lambda: pytorch(x, weight, bias), lambda: winograd(x, weight, bias, shape.doubled), patches, tiles,
-        pytorch_gradient, lambda: winograd_input_gradient(grad, weight, shape.doubled),
-    ]  # fmt: skip
-    names = ["pytorch", "winograd", "packed_patches", "packed_winograd", "gradient_pytorch", "gradient_winograd"]
-    times = dict(zip(names, (1e3 * seconds for seconds in machine.alternating(sides, rounds)), strict=True))
+    bias, doubled = torch.randn(shape.out_channels), shape.doubled
+    large = doubled_image(x) if doubled else x
+    expected = pytorch(x.double(), weight.double(), bias.double(), doubled)
     height = expected.shape[2]
-    chosen = algorithm_for(3, 1, shape.channels, height, height)
+    grad = torch.randn(expected.shape).contiguous(memory_format=torch.channels_last)
+    of_weight = [False, True, True]
+    expected_gradient = pytorch_gradients(grad.double(), large.double(), weight.double(), of_weight)[1]
+
+    def input_gradient() -> Tensor:
+        grad_x = pytorch_gradients(grad, large, weight, [True, False, False])[0]
+        return F.avg_pool2d(grad_x, 2, divisor_override=1) if doubled else grad_x
+
+    prepared = {name: packed_call(x, weight, bias, doubled, a) for name, a in ALGORITHMS.items()}
+    sides: dict[str, Callable[[], object]] = {
+        "pytorch": lambda: pytorch(x, weight, bias, doubled),
+        "winograd": lambda: winograd(x, weight, bias, doubled),
+        **{f"packed_{name}": run for name, (run, _) in prepared.items()},
+        "gradient_pytorch": input_gradient,
+        "gradient_winograd": lambda: winograd_input_gradient(grad, weight, doubled),
+        "weights_pytorch": lambda: pytorch_gradients(grad, large, weight, of_weight),
+        "weights_winograd": lambda: winograd_weight_gradient(grad, x, weight, doubled, True),
+    }
+    seconds = machine.alternating(list(sides.values()), rounds)
+    times = {name: 1e3 * value for name, value in zip(sides, seconds, strict=True)}
+    chosen = "winograd" if algorithm_for(3, 1, shape.channels, height, height) == WINOGRAD else "patches"
     wins = winograd_wins(batch, shape.channels, shape.out_channels, height, height)
-    prepared = times["packed_winograd" if chosen == WINOGRAD else "packed_patches"]
-    out = (tiles_out if chosen == WINOGRAD else patches_out).permute(0, 3, 1, 2)
+    weights_win = weight_gradient_wins(batch, shape.channels, height, height)
+    gradient = winograd_weight_gradient(grad, x, weight, doubled, True)[0]
     return {
         **asdict(shape), "batch": batch, "ms": times,
         "operator_uses": "winograd" if wins else "pytorch",
-        "prepared_uses": "winograd" if chosen == WINOGRAD else "patches",
+        "prepared_uses": chosen,
+        "weights_use": "winograd" if weights_win else "pytorch",
         "operator_ratio": times["pytorch"] / times["winograd"],
-        "prepared_ratio": times["pytorch"] / prepared,
+        "prepared_ratio": times["pytorch"] / times[f"packed_{chosen}"],
         "gradient_ratio": times["gradient_pytorch"] / times["gradient_winograd"],
-        "error": relative_error(out, expected), "error_pytorch": relative_error(pytorch(x, weight, bias), expected),
+        "weights_ratio": times["weights_pytorch"] / times["weights_winograd"],
+        "error": relative_error(prepared[chosen][1].permute(0, 3, 1, 2), expected),
+        "error_pytorch": relative_error(pytorch(x, weight, bias, doubled), expected),
+        "weights_error": relative_error(gradient, expected_gradient),
+        "weights_error_pytorch": relative_error(
+            pytorch_gradients(grad, large, weight, of_weight)[1], expected_gradient
+        ),
     }  # fmt: skip
 
 
 HEADINGS = (
     "batch size    C ->   K  x | PyTorch winograd ratio | patches winograd  uses  ratio | "
-    "gradient winograd ratio | error"
+    "gradient winograd ratio | weights' winograd ratio | error | weights' error"
 )
 
 
@@ -153,7 +178,9 @@ def line(row: dict[str, Any]) -> str:
         f"{ms['packed_patches']:7.3f} {ms['packed_winograd']:8.3f} {row['prepared_uses'][:5]:>5} "
         f"{row['prepared_ratio']:6.2f} | "
         f"{ms['gradient_pytorch']:8.3f} {ms['gradient_winograd']:8.3f} {row['gradient_ratio']:5.2f} | "
-        f"{row['error']:.1e} (PyTorch {row['error_pytorch']:.1e})"
+        f"{ms['weights_pytorch']:8.3f} {ms['weights_winograd']:8.3f} {row['weights_ratio']:5.2f} | "
+        f"{row['error']:.1e} (PyTorch {row['error_pytorch']:.1e}) | "
+        f"{row['weights_error']:.1e} (PyTorch {row['weights_error_pytorch']:.1e})"
     )
 
 

@@ -119,6 +119,10 @@ typedef struct {
     int32_t doubled;            /* nearest-neighbour doubling of the input first */
     int32_t silu;               /* SiLU after gain and offset */
     int32_t algorithm;          /* 0 matrix product of patches; 1 Winograd F(4x4, 3x3): kernel 3, stride 1, pad 1 */
+    /* The weights' gradient only, algorithm 1. Sums are in a fixed order: both are deterministic. */
+    const float *grad;          /* (N, Hout, Wout, K) */
+    float *grad_weight;         /* at weight_stride */
+    float *grad_bias;           /* (K,) or null */
 } fastddpm_conv_args;
 
 /* GroupNorm as a gain and an offset of each image's channels: group_norm(x) = gain x + offset. fp32, NHWC. */
@@ -148,6 +152,9 @@ FASTDDPM_API int32_t fastddpm_cpu_q_sample(const fastddpm_q_sample_args *args, i
 FASTDDPM_API int32_t fastddpm_cpu_reverse_step(const fastddpm_reverse_step_args *args, int32_t threads);
 FASTDDPM_API int32_t fastddpm_cpu_conv(const fastddpm_conv_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args, int32_t threads);
+/* The gradients of weight and bias; of these, out, temb and residual nothing is read. Its workspace is another. */
+FASTDDPM_API int32_t fastddpm_cpu_conv_weight_gradient(const fastddpm_conv_args *args, int32_t threads);
+FASTDDPM_API int64_t fastddpm_cpu_conv_weight_gradient_workspace(const fastddpm_conv_args *args, int32_t threads);
 /* The weights in the order in which args->algorithm reads them, for use again and again: floats, 64-byte aligned. */
 FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, float *packed);
 FASTDDPM_API int64_t fastddpm_cpu_conv_packed_bytes(const fastddpm_conv_args *args);

@@ -72,6 +72,7 @@ class Conv(ctypes.Structure):
         *_all(_INT64 * 4, "x_stride weight_stride"),
         *_all(_INT64, "temb_stride"),
         *_all(_INT32, "kernel stride pad doubled silu algorithm"),
+        *_all(_POINTER, "grad grad_weight grad_bias"),
     ]
 
 

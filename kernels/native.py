@@ -33,7 +33,7 @@ def _loaded() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(files[0]))
         library.fastddpm_error_text.restype = ctypes.c_char_p
-        for name in ("conv_workspace", "conv_packed_bytes", "norm_affine_workspace"):
+        for name in ("conv_workspace", "conv_weight_gradient_workspace", "conv_packed_bytes", "norm_affine_workspace"):
             getattr(library, f"fastddpm_cpu_{name}").restype = ctypes.c_int64
         library.fastddpm_cpu_isa.argtypes = [ctypes.c_int32]
     except (OSError, AttributeError) as error:

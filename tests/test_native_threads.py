@@ -57,9 +57,9 @@ def attention(dtype: torch.dtype) -> list[Tensor]:
 
 
 def convolution() -> list[Tensor]:
-    x, weight = images(3, 40, 18), torch.randn(72, 40, 3, 3, requires_grad=True)
-    # The gradient of the weights is PyTorch's, which promises no such thing.
-    return outputs_and_gradients(ops.conv3x3(x, weight, torch.randn(72)), [x])
+    x = images(3, 40, 30)
+    weight, bias = torch.randn(72, 40, 3, 3, requires_grad=True), torch.randn(72, requires_grad=True)
+    return outputs_and_gradients(ops.conv3x3(x, weight, bias), [x, weight, bias])
 
 
 def noise() -> list[Tensor]:

@@ -27,6 +27,16 @@ int32_t conv(const fastddpm_conv_args &p, int32_t threads) {
     return p.algorithm == 1 ? conv_winograd(p, threads) : conv_patches(p, threads);
 }
 
+int64_t conv_weight_gradient_workspace(const fastddpm_conv_args &p, int32_t threads) {
+    return supported(p) && p.algorithm == 1 ? weight_gradient_workspace(p, threads) : 0;
+}
+
+int32_t conv_weight_gradient(const fastddpm_conv_args &p, int32_t threads) {
+    if (!supported(p) || p.algorithm != 1) return FASTDDPM_UNSUPPORTED;
+    if (p.workspace_bytes < weight_gradient_workspace(p, threads)) return FASTDDPM_NO_MEMORY;
+    return winograd_weight_gradient(p, threads);
+}
+
 int64_t conv_packed_bytes(const fastddpm_conv_args &p) {
     return divide_up(p.k, kColumns) * kColumns * (p.c1 + p.c2) * p.kernel * p.kernel * static_cast<int64_t>(sizeof(float));
 }

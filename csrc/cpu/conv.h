@@ -82,6 +82,8 @@ int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads);
 int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads);
 int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads);
 int64_t patches_workspace(const fastddpm_conv_args &p, int32_t threads);
+int32_t winograd_weight_gradient(const fastddpm_conv_args &p, int32_t threads);
+int64_t weight_gradient_workspace(const fastddpm_conv_args &p, int32_t threads);
 void pack_winograd(const fastddpm_conv_args &p, float *packed);
 void pack_patches(const fastddpm_conv_args &p, float *packed);
 

@@ -96,6 +96,12 @@ FASTDDPM_API int32_t fastddpm_cpu_conv(const fastddpm_conv_args *args, int32_t t
 FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args, int32_t threads) {
     FASTDDPM_RUN(conv_workspace, *args, usable(threads))
 }
+FASTDDPM_API int32_t fastddpm_cpu_conv_weight_gradient(const fastddpm_conv_args *args, int32_t threads) {
+    FASTDDPM_RUN(conv_weight_gradient, *args, usable(threads))
+}
+FASTDDPM_API int64_t fastddpm_cpu_conv_weight_gradient_workspace(const fastddpm_conv_args *args, int32_t threads) {
+    FASTDDPM_RUN(conv_weight_gradient_workspace, *args, usable(threads))
+}
 FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, float *packed) {
     FASTDDPM_RUN(conv_pack, *args, packed)
 }

@@ -18,24 +18,24 @@ constexpr int64_t kPanel = kVectors * kWidth;  // columns of a panel of b
 constexpr int64_t kColumns = 32;  // output channels that are packed together, one or more panels of them
 static_assert(kColumns % kPanel == 0, "");
 
-// c (R, V vectors) = [c +] a (R, depth) b (depth, V vectors); rows of b lie kColumns apart. Every element is summed over
-// depth in order, whatever R and V are.
-template <int R, int V>
+// c (R, V vectors) = [c +] a (R, depth) b (depth, V vectors); rows of b lie kColumns apart. With kTurned, a is stored as
+// its transpose (depth, R). Every element is summed over depth in order, whatever R and V are.
+template <bool kTurned, int R, int V>
 void product_block(const float *a, int64_t a_row, const float *b, int64_t depth, float *c, int64_t c_row, bool add) {
     Vec acc[R][V];
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-        for (int j = 0; j < V; ++j) acc[i][j] = add ? load(c + i * c_row + j * kWidth) : Vec{};
+        for (int j = 0; j < V; ++j) acc[i][j] = Vec{};
     for (int64_t d = 0; d < depth; ++d, b += kColumns) {
         // The rows of the next block, where rows lie one behind the other.
-        __builtin_prefetch(a + R * a_row + d * kLine);
+        if (!kTurned) __builtin_prefetch(a + R * a_row + d * kLine);
         Vec bv[V];
 #pragma GCC unroll 2
         for (int j = 0; j < V; ++j) bv[j] = load(b + j * kWidth);
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) {
-            const Vec av = splat(a[i * a_row + d]);
+            const Vec av = splat(kTurned ? a[d * a_row + i] : a[i * a_row + d]);
 #pragma GCC unroll 2
             for (int j = 0; j < V; ++j) acc[i][j] += av * bv[j];
         }
@@ -43,27 +43,31 @@ void product_block(const float *a, int64_t a_row, const float *b, int64_t depth,
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-        for (int j = 0; j < V; ++j) store(c + i * c_row + j * kWidth, acc[i][j]);
+        for (int j = 0; j < V; ++j) {
+            float *to = c + i * c_row + j * kWidth;
+            store(to, add ? load(to) + acc[i][j] : acc[i][j]);
+        }
 }
 
-template <int R, int V>
+template <bool kTurned, int R, int V>
 inline void product_rows(int64_t rows, const float *a, int64_t a_row, const float *b, int64_t depth, float *c,
                          int64_t c_row, bool add) {
-    if (rows == R) return product_block<R, V>(a, a_row, b, depth, c, c_row, add);
-    if constexpr (R > 1) product_rows<R - 1, V>(rows, a, a_row, b, depth, c, c_row, add);
+    if (rows == R) return product_block<kTurned, R, V>(a, a_row, b, depth, c, c_row, add);
+    if constexpr (R > 1) product_rows<kTurned, R - 1, V>(rows, a, a_row, b, depth, c, c_row, add);
 }
 
 // The same for any number of rows, split evenly: 16 rows are 8 + 8 rather than 12 + 4; and for the first `columns` of b,
 // or, where there are more, as many as a panel has.
+template <bool kTurned = false>
 inline void product(int64_t rows, int64_t columns, const float *a, int64_t a_row, const float *b, int64_t depth,
                     float *c, int64_t c_row, bool add) {
     for (int64_t blocks = divide_up(rows, kRows), done = 0; blocks > 0; --blocks) {
         const int64_t count = divide_up(rows - done, blocks);
-        const float *from = a + done * a_row;
+        const float *from = a + done * (kTurned ? 1 : a_row);
         if (columns > kWidth)
-            product_rows<kRows, kVectors>(count, from, a_row, b, depth, c + done * c_row, c_row, add);
+            product_rows<kTurned, kRows, kVectors>(count, from, a_row, b, depth, c + done * c_row, c_row, add);
         else
-            product_rows<kRows, 1>(count, from, a_row, b, depth, c + done * c_row, c_row, add);
+            product_rows<kTurned, kRows, 1>(count, from, a_row, b, depth, c + done * c_row, c_row, add);
         done += count;
     }
 }

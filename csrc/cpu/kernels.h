@@ -19,6 +19,8 @@ int32_t q_sample(const fastddpm_q_sample_args &args, int32_t threads);
 int32_t reverse_step(const fastddpm_reverse_step_args &args, int32_t threads);
 int32_t conv(const fastddpm_conv_args &args, int32_t threads);
 int64_t conv_workspace(const fastddpm_conv_args &args, int32_t threads);
+int32_t conv_weight_gradient(const fastddpm_conv_args &args, int32_t threads);
+int64_t conv_weight_gradient_workspace(const fastddpm_conv_args &args, int32_t threads);
 int32_t conv_pack(const fastddpm_conv_args &args, float *packed);
 int64_t conv_packed_bytes(const fastddpm_conv_args &args);
 int32_t norm_affine(const fastddpm_norm_affine_args &args, int32_t threads);

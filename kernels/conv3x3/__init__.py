@@ -5,10 +5,11 @@ The rules are those of the measured table in benchmarks/results (`python benchma
 
 from ..interface import PATCHES, WINOGRAD
 
-__all__ = ["PATCHES", "WINOGRAD", "algorithm_for", "winograd_wins"]
+__all__ = ["PATCHES", "WINOGRAD", "algorithm_for", "weight_gradient_wins", "winograd_wins"]
 
 _FEWEST_CHANNELS = 16  # below, the transforms cost as much as the products save
 _FEWEST_TILES = 2  # for a single one, transforming the weights does
+_FEWEST_CHANNELS_OF_GRADIENT = 8  # of the input: half a vector
 
 
 def algorithm_for(kernel: int, stride: int, in_channels: int, height: int, width: int) -> int:
@@ -19,5 +20,13 @@ def algorithm_for(kernel: int, stride: int, in_channels: int, height: int, width
 
 def winograd_wins(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> bool:
     """Whether a 3x3 convolution with an output of height x width is faster than PyTorch's by the compiled library."""
-    tiles = batch * -(-height // 4) * -(-width // 4)
-    return min(in_channels, out_channels) >= _FEWEST_CHANNELS and tiles >= _FEWEST_TILES
+    return min(in_channels, out_channels) >= _FEWEST_CHANNELS and _tiles(batch, height, width) >= _FEWEST_TILES
+
+
+def weight_gradient_wins(batch: int, in_channels: int, height: int, width: int) -> bool:
+    """The same for the gradient of its weights; few output channels do not matter: they are no vectors there."""
+    return in_channels >= _FEWEST_CHANNELS_OF_GRADIENT and _tiles(batch, height, width) >= _FEWEST_TILES
+
+
+def _tiles(batch: int, height: int, width: int) -> int:
+    return batch * -(-height // 4) * -(-width // 4)

@@ -1,4 +1,4 @@
-"""conv3x3 by Winograd's F(4x4, 3x3) in the compiled library; the weights' gradient is PyTorch's."""
+"""conv3x3 and its gradients by Winograd's F(4x4, 3x3) in the compiled library."""
 
 import ctypes
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import interface, native
 from ..native import unavailable
-from . import WINOGRAD, reference, winograd_wins
+from . import WINOGRAD, reference, weight_gradient_wins, winograd_wins
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -33,11 +33,18 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, doubled: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
-    out_channels, channels, _, _ = weight.shape
-    if not (wanted[0] and winograd_wins(len(grad), out_channels, channels, grad.shape[2], grad.shape[3])):
-        return reference.backward(grad, x, weight, doubled, wanted)
-    _, grad_weight, grad_bias = reference.backward(grad, x, weight, doubled, [False, *wanted[1:]])
-    return winograd_input_gradient(grad, weight, doubled), grad_weight, grad_bias
+    (out_channels, channels), (height, width) = weight.shape[:2], grad.shape[2:]
+    ours = wanted[0] and winograd_wins(len(grad), out_channels, channels, height, width)
+    ours_of_weight = wanted[1] and weight_gradient_wins(len(grad), channels, height, width)
+    theirs = [wanted[0] and not ours, wanted[1] and not ours_of_weight, wanted[2] and not ours_of_weight]
+    grad_x, grad_weight, grad_bias = (
+        reference.backward(grad, x, weight, doubled, theirs) if any(theirs) else (x.new_empty(0) for _ in range(3))
+    )
+    if ours:
+        grad_x = winograd_input_gradient(grad, weight, doubled)
+    if ours_of_weight:
+        grad_weight, grad_bias = winograd_weight_gradient(grad, x, weight, doubled, wanted[2])
+    return grad_x, grad_weight, grad_bias
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
@@ -52,26 +59,51 @@ def winograd_input_gradient(grad: Tensor, weight: Tensor, doubled: bool) -> Tens
     return reference.halve(grad_x).contiguous(memory_format=torch.channels_last) if doubled else grad_x
 
 
+def winograd_weight_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, doubled: bool, bias_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight, in its layout, and of the bias: empty unless `bias_wanted`."""
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    grad_weight = torch.empty_like(weight)
+    grad_bias = weight.new_empty(len(weight) if bias_wanted else 0)
+    args = _arguments(x, grad_weight.stride(), len(weight), doubled)
+    args.grad, args.grad_weight = native.pointer(grad), native.pointer(grad_weight)
+    args.grad_bias = native.pointer(grad_bias) if bias_wanted else None
+    _call("conv_weight_gradient", args)
+    return grad_weight, grad_bias
+
+
 def _convolve(
     x: Tensor, weight: Tensor, weight_stride: tuple[int, ...], out_channels: int, bias: Tensor | None, doubled: bool
 ) -> Tensor:
     """`weight`: a tensor that begins at the element for output channel 0, input channel 0, row 0, column 0."""
     x = x.contiguous(memory_format=torch.channels_last)
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     factor = 2 if doubled else 1
     out = torch.empty(
         n, out_channels, factor * height, factor * width, dtype=torch.float32, memory_format=torch.channels_last
     )
     bias = None if bias is None else bias.contiguous()
-    args = interface.Conv(
-        x=native.pointer(x), weight=native.pointer(weight), bias=native.pointer(bias), out=native.pointer(out),
-        n=n, height=height, width=width, c1=channels, k=out_channels, kernel=3, stride=1, pad=1, doubled=doubled,
-        x_stride=(ctypes.c_int64 * 4)(height * width * channels, width * channels, channels, 1),
+    args = _arguments(x, weight_stride, out_channels, doubled)
+    args.weight, args.bias, args.out = native.pointer(weight), native.pointer(bias), native.pointer(out)
+    _call("conv", args)
+    return out
+
+
+def _arguments(x: Tensor, weight_stride: tuple[int, ...], out_channels: int, doubled: bool) -> interface.Conv:
+    """What every call has of it: x, in channels_last, and the sizes."""
+    n, channels, height, width = x.shape
+    return interface.Conv(
+        x=native.pointer(x), n=n, height=height, width=width, c1=channels, k=out_channels, kernel=3, stride=1, pad=1,
+        doubled=doubled, x_stride=(ctypes.c_int64 * 4)(height * width * channels, width * channels, channels, 1),
         weight_stride=(ctypes.c_int64 * 4)(*weight_stride), algorithm=WINOGRAD,
     )  # fmt: skip
-    threads = torch.get_num_threads()
-    args.workspace_bytes = native.library().fastddpm_cpu_conv_workspace(ctypes.byref(args), threads)
+
+
+def _call(operation: str, args: interface.Conv) -> None:
+    """Run it with a workspace of its own."""
+    workspace_bytes = getattr(native.library(), f"fastddpm_cpu_{operation}_workspace")
+    args.workspace_bytes = workspace_bytes(ctypes.byref(args), torch.get_num_threads())
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8)
     args.workspace = workspace.data_ptr()
-    native.call("conv", args)
-    return out
+    native.call(operation, args)

@@ -99,9 +99,12 @@ def test_numbers_of_drawn_shapes(
     scale = reference({name: tensor.abs() for name, tensor in tensors.items()}, doubled)[0].norm()
     assert (y.double() - expected).norm() <= 4e-6 * scale
     grad = torch.randn_like(y)
-    (ours,) = torch.autograd.grad(y, tensors["x"], grad)
-    (wanted,) = torch.autograd.grad(expected, wide["x"], grad.double())
-    assert (ours.double() - wanted).norm() <= 4e-6 * (grad.norm() * tensors["weight"].norm()).item()
+    gradients = torch.autograd.grad(y, list(tensors.values()), grad)
+    expected_gradients = torch.autograd.grad(expected, list(wide.values()), grad.double())
+    norms = {name: float(tensor.detach().norm()) for name, tensor in wide.items()}
+    scales = {"x": norms["weight"], "weight": 3 * norms["x"], "bias": (y.shape[2] * y.shape[3]) ** 0.5}
+    for name, ours, wanted in zip(tensors, gradients, expected_gradients, strict=True):
+        assert (ours.double() - wanted).norm() <= 4e-6 * float(grad.norm()) * scales[name], name
 
 
 @pytest.mark.parametrize("layout", contract.LAYOUTS)

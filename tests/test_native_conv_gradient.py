@@ -1,0 +1,176 @@
+"""The compiled library's gradient of a convolution's weights, call by call."""
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastddpm.kernels import interface, native
+from fastddpm.kernels.interface import PATCHES, WINOGRAD
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+GUARD = 16  # floats on either side of an output
+
+
+@pytest.fixture(params=native.ISAS, autouse=True)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = native.isa()
+    if native.isa(request.param) != request.param:
+        native.isa(before)
+        pytest.skip(f"this machine has no {request.param}")
+    yield
+    native.isa(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; sizes are of x, before any doubling."""
+
+    n: int
+    c1: int
+    k: int
+    size: tuple[int, int]
+    c2: int = 0
+    doubled: bool = False
+    affine: bool = False
+    bias: bool = True
+    layout: str = "channels_last"
+
+    def weight_stride(self) -> tuple[int, int, int, int]:
+        channels = self.c1 + self.c2
+        return {
+            "channels_last": (9 * channels, 1, 3 * channels, channels),
+            "contiguous": (9 * channels, 9, 3, 1),
+            "apart": (30 * channels + 7, 2, 10 * channels, 3 * channels),
+        }[self.layout]
+
+
+CASES = {
+    "a residual block's": Case(2, 64, 64, (16, 16)),
+    "weights in NCHW": Case(2, 40, 36, (8, 8), layout="contiguous"),
+    "weights that lie apart": Case(2, 24, 20, (8, 8), layout="apart"),
+    "no multiple of anything": Case(3, 37, 51, (7, 13)),
+    "doubled": Case(2, 33, 48, (3, 5), doubled=True),
+    "one tile": Case(1, 32, 32, (4, 4)),
+    "one pixel": Case(3, 16, 16, (1, 1)),
+    "one channel to one": Case(2, 1, 1, (6, 6)),
+    "more output channels than a task": Case(1, 16, 150, (8, 8), bias=False),
+    "several blocks of tiles": Case(3, 17, 20, (40, 36)),
+    "strips of an image": Case(1, 16, 70, (52, 44), layout="contiguous"),
+    "two inputs and what stands before": Case(2, 21, 40, (6, 10), c2=13, affine=True),
+}
+
+
+class Call:
+    """The structure of a case with random tensors, and the gradients to expect in float64."""
+
+    def __init__(self, case: Case, *, threads: int = 2, mean: float = 0.0) -> None:
+        self.case, self.threads = case, threads
+        channels, (height, width), factor = case.c1 + case.c2, case.size, 2 if case.doubled else 1
+        self.x = torch.randn(case.n, height, width, case.c1) + mean
+        self.skip = torch.randn(case.n, height, width, case.c2) if case.c2 else None
+        self.gain, self.offset = (torch.randn(case.n, channels) if case.affine else None for _ in range(2))
+        self.grad = torch.randn(case.n, factor * height, factor * width, case.k) + mean
+        shape, stride = (case.k, channels, 3, 3), case.weight_stride()
+        span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        self.memory = torch.full((span + 2 * GUARD,), torch.nan)
+        self.grad_weight = self.memory[GUARD:].as_strided(shape, stride)
+        self.bias_memory = torch.full((case.k + 2 * GUARD,), torch.nan)
+        self.grad_bias = self.bias_memory[GUARD : GUARD + case.k] if case.bias else None
+        self.args = self.arguments()
+        size = native.library().fastddpm_cpu_conv_weight_gradient_workspace(ctypes.byref(self.args), threads)
+        self.workspace = torch.full((size + 128,), 0xFF, dtype=torch.uint8)
+        self.args.workspace = -(-self.workspace.data_ptr() // 64) * 64
+        self.args.workspace_bytes = size
+
+    def arguments(self) -> interface.Conv:
+        case, pointer = self.case, native.pointer
+        return interface.Conv(
+            x=pointer(self.x), skip=pointer(self.skip), gain=pointer(self.gain), offset=pointer(self.offset),
+            n=case.n, height=case.size[0], width=case.size[1], c1=case.c1, c2=case.c2, k=case.k,
+            x_stride=(ctypes.c_int64 * 4)(*self.x.stride()),
+            weight_stride=(ctypes.c_int64 * 4)(*self.grad_weight.stride()), kernel=3, stride=1, pad=1,
+            doubled=case.doubled, silu=case.affine, algorithm=WINOGRAD, grad=pointer(self.grad),
+            grad_weight=self.grad_weight.data_ptr(), grad_bias=pointer(self.grad_bias),
+        )  # fmt: skip
+
+    def in_float64(self) -> tuple[Tensor, Tensor]:
+        """The gradients of weight and bias, by PyTorch."""
+        h = self.x.double() if self.skip is None else torch.cat([self.x, self.skip], dim=3).double()
+        h = h.permute(0, 3, 1, 2)
+        if self.gain is not None and self.offset is not None:
+            h = F.silu(h * self.gain.double()[:, :, None, None] + self.offset.double()[:, :, None, None])
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.case.doubled else h
+        grad = self.grad.double().permute(0, 3, 1, 2)
+        return torch.nn.grad.conv2d_weight(h, self.grad_weight.shape, grad, padding=1), grad.sum((0, 2, 3))
+
+    def run(self) -> int:
+        code = native.library().fastddpm_cpu_conv_weight_gradient(ctypes.byref(self.args), self.threads)
+        untouched = torch.ones(self.memory.shape, dtype=torch.bool)
+        untouched[GUARD:].as_strided(self.grad_weight.shape, self.grad_weight.stride()).fill_(False)
+        assert torch.isnan(self.memory[untouched]).all(), "written beside the weights' gradient"
+        guards = torch.cat([self.bias_memory[:GUARD], self.bias_memory[-GUARD:]])
+        assert torch.isnan(guards).all(), "written outside the bias's gradient"
+        used = self.args.workspace - self.workspace.data_ptr() + self.args.workspace_bytes
+        assert (self.workspace[used:] == 0xFF).all(), "written outside the workspace"
+        return int(code)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers(name: str) -> None:
+    call = Call(CASES[name])
+    assert call.run() == 0
+    weight, bias = call.in_float64()
+    error = (call.grad_weight.double() - weight).norm() / weight.norm()
+    assert error <= 2e-6, error
+    if call.grad_bias is not None:
+        torch.testing.assert_close(call.grad_bias.double(), bias, rtol=2e-6, atol=2e-6 * float(call.grad.abs().sum()))
+
+
+def test_precision_is_kept_over_many_tiles_far_from_zero() -> None:
+    """6400 tiles of one sign: added up one by one, rounding would be eight times as large."""
+    call = Call(Case(4, 16, 16, (160, 160)), mean=1.0)
+    assert call.run() == 0
+    weight, bias = call.in_float64()
+    assert (call.grad_weight.double() - weight).norm() <= 4e-7 * weight.norm()
+    assert call.grad_bias is not None
+    assert (call.grad_bias.double() - bias).norm() <= 4e-7 * bias.norm()
+
+
+@pytest.mark.parametrize("name", ["no multiple of anything", "several blocks of tiles", "strips of an image"])
+def test_the_same_bits_with_any_number_of_threads(name: str) -> None:
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.manual_seed(0)
+        call = Call(CASES[name], threads=threads)
+        assert call.run() == 0 and call.grad_bias is not None
+        results.append((call.grad_weight, call.grad_bias))
+    assert all(torch.equal(weight, results[0][0]) and torch.equal(bias, results[0][1]) for weight, bias in results)
+
+
+def test_no_images_give_zeros() -> None:
+    call = Call(Case(0, 20, 18, (8, 8)))
+    assert call.run() == 0 and call.grad_bias is not None
+    assert (call.grad_weight == 0).all() and (call.grad_bias == 0).all()
+
+
+def test_too_small_a_workspace_is_refused() -> None:
+    call = Call(CASES["several blocks of tiles"])
+    call.args.workspace_bytes -= 1
+    assert call.run() == -2
+    assert torch.isnan(call.memory).all()
+
+
+@pytest.mark.parametrize(
+    "change", [{"algorithm": PATCHES}, {"kernel": 1}, {"stride": 2}, {"pad": 0}, {"c1": 0}, {"offset": 1}]
+)
+def test_what_there_is_no_algorithm_for_is_refused(change: dict[str, int]) -> None:
+    call = Call(CASES["a residual block's"])
+    for name, value in change.items():
+        setattr(call.args, name, value)
+    assert call.run() == -1
+    assert torch.isnan(call.memory).all()
