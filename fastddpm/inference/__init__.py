@@ -67,7 +67,8 @@ def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[Fu
     if not isinstance(unet, UNet):
         return None
     on_cpu = all(p.device.type == "cpu" for p in unet.parameters())
-    as_it_is = all(p.dtype == precision_of(unet, engine) for p in unet.parameters())
+    wanted = precision_of(unet, engine)
+    as_it_is = all(p.dtype == wanted for p in unet.parameters())
     if not on_cpu or not as_it_is or not engine.native or engine.compile or engine.fp8:
         return FusedUNet
     if chosen_backend() not in ("auto", "cpu") or library.unavailable() is not None:

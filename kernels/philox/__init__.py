@@ -22,4 +22,5 @@ STREAM_EXAMPLE = 3  # a training example's t, flip and dropped label
 STREAM_ORDER = 4  # data order; step is the epoch, image the example's index
 STREAM_BOUND = 5  # eps of the bound's terms; at step T, which is no timestep, who evaluates which of them
 STREAM_RENOISE = 6  # eps that takes a state of the reverse process back to an earlier one; step counts how often
+STREAM_PAD = 7  # the codec's pads: step is the timestep, image the number of a group of images
 STREAM_DROPOUT = 8  # dropout masks; stream = STREAM_DROPOUT + 256 * layer

@@ -1,0 +1,197 @@
+"""python -m fastddpm.compress encode|decode: images to a small file by a trained model, and back."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from fastddpm import cli
+from fastddpm.codec.options import CodecOptions
+from fastddpm.config import EngineConfig
+from fastddpm.data.decode import Resize
+from fastddpm.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastddpm.codec import Encoded
+    from fastddpm.sampler import Sampler
+
+PROGRAM = "fastddpm.compress"
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Code images: exactly, or with --lossy. The model that decodes must be the very same."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A run, one of its checkpoints, or a diffusers pipeline directory."""
+    images: Annotated[Path, tyro.conf.Positional]
+    """What --data of the other commands takes, an .npz with an array images, or the word digits: those embedded."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The file to write."""
+    count: int | None = None
+    """Only the first images."""
+    resize: Resize = "none"
+    """How images of another size are brought to the model's; none refuses them."""
+    labels: bool = False
+    """Code the images' classes, too, and the images given their class."""
+    codec: Annotated[CodecOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CodecOptions)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA or ROCm device when there is one."""
+    engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Give back the images of a file that encode made, with the same model, on the same kind of machine."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """The model that the images were coded with."""
+    file: Annotated[Path, tyro.conf.Positional]
+    """What encode wrote."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """An .npz to write, or a directory for one PNG of each image."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA or ROCm device when there is one."""
+    engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class Command:
+    """Code images with a trained model's conditionals, at the price of its variational bound."""
+
+    action: Annotated[
+        Annotated[Encode, tyro.conf.subcommand("encode")] | Annotated[Decode, tyro.conf.subcommand("decode")],
+        tyro.conf.OmitSubcommandPrefixes,
+        tyro.conf.OmitArgPrefixes,
+    ]
+
+
+def main(arguments: Sequence[str]) -> None:
+    action = cli.parse(Command, arguments, program=PROGRAM).action
+    if not action.checkpoint.exists():
+        raise UsageError(f"no checkpoint at {action.checkpoint}")
+    if isinstance(action, Encode):
+        _encode(action)
+    else:
+        _decode(action)
+
+
+def _encode(action: Encode) -> None:
+    if action.count is not None and action.count < 1:
+        raise UsageError(f"--count must be positive; got {action.count}")
+
+    from fastddpm.codec import container, encode
+    from fastddpm.runlog import Meter
+
+    sampler = _sampler(action)
+    images, labels = _images(action, sampler)
+    if action.labels and labels is None:
+        raise UsageError(f"--labels: {action.images} has none")
+    most = sampler.diffusion.timesteps - (action.codec.lossy or 0)
+    steps = min(action.codec.steps or most, most)
+    print(f"{len(images)} images, {steps} steps: {len(images) * steps:,} evaluations of the network", file=sys.stderr)
+    with Meter("coding", len(images) * steps, "image steps") as meter:
+
+        def progress(done: int) -> None:
+            meter.update(done, f"{meter.rate / steps:.2f} images/s")
+
+        coded = encode(sampler, images, labels if action.labels else None, action.codec, progress=progress)
+    container.write(coded.data, action.out)
+    print(_summary(coded, images, action.out))
+
+
+def _decode(action: Decode) -> None:
+    from fastddpm.codec import container, decode
+    from fastddpm.codec.header import Header
+    from fastddpm.figures import grid, save_arrays, save_png
+    from fastddpm.runlog import Meter
+
+    data = container.read(action.file)
+    header = Header.of(container.unpack(data, action.file)[0], str(action.file))
+    sampler = _sampler(action)
+    steps = len(header.timesteps)
+    with Meter("decoding", header.num_images * steps, "image steps") as meter:
+
+        def progress(done: int) -> None:
+            meter.update(done, f"{meter.rate / steps:.2f} images/s")
+
+        decoded = decode(sampler, data, str(action.file), progress=progress)
+    if action.out.suffix == ".npz":
+        action.out.parent.mkdir(parents=True, exist_ok=True)
+        labels = {} if decoded.labels is None else {"labels": decoded.labels}
+        save_arrays({"images": decoded.images, **labels}, action.out)
+    else:
+        action.out.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(decoded.images):
+            save_png(grid(image[None], padding=0, scale=1), action.out / f"{i:010d}.png")
+    print(f"{action.out}: {len(decoded.images)} images")
+
+
+def _sampler(action: Encode | Decode) -> "Sampler":
+    from fastddpm import interchange
+    from fastddpm.device import choose_device
+    from fastddpm.sampler import Sampler
+
+    model = interchange.load(action.checkpoint, choose_device(action.device))
+    return Sampler(model.unet, model.diffusion, engine=action.engine)
+
+
+def _images(action: Encode, sampler: "Sampler") -> tuple["np.ndarray", "np.ndarray | None"]:
+    """uint8 (N, C, H, W) and labels, if there are any."""
+    import numpy as np
+
+    from fastddpm.data import open_dataset
+
+    config = sampler.unet.config
+    source = action.images
+    if source.suffix == ".npz":
+        images, labels = _arrays(source)
+    else:
+        embedded = str(source) == DIGITS and not source.exists()
+        dataset = open_dataset(
+            None if embedded else source,
+            image_size=config.image_size, channels=config.image_channels, resize=action.resize,
+        )  # fmt: skip
+        count = len(dataset.images) if action.count is None else action.count
+        images, labels = np.ascontiguousarray(dataset.images[:count]), dataset.labels
+    return images[: action.count], None if labels is None else labels[: action.count]
+
+
+def _arrays(path: Path) -> tuple["np.ndarray", "np.ndarray | None"]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["images"], arrays.get("labels")
+    except FileNotFoundError:
+        raise UsageError(f"no file at {path}") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as arrays with images in it: {error}") from error
+
+
+def _summary(coded: "Encoded", images: "np.ndarray", out: Path) -> str:
+    import numpy as np
+
+    dims = coded.dimensions
+    lines = [
+        f"{out}: {len(images)} images, {len(coded.data):,} bytes, {coded.gross_bits_per_dim:.3f} bits/dim",
+        f"  of these {coded.bits_per_dim:.3f} for the images, {coded.initial / dims:.3f} to begin with, "
+        f"{coded.overhead / dims:.3f} for the header",
+    ]
+    if coded.header.levels < 256:
+        error = np.sqrt(np.square(coded.images.astype(np.float64) - images).mean())
+        lines.append(f"  {coded.header.levels} levels of a pixel; root mean squared error {error:.2f} of 255")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
