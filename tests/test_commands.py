@@ -54,6 +54,18 @@ def test_help_and_mistyped_flags_answer_without_torch(module: str, mistyped: str
     assert meant in done.stderr + done.stdout  # the suggestion
 
 
+def test_output_that_nobody_reads_to_the_end_is_no_fault(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastddpm.sample", "--help"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == ""
+
+
 def test_the_answer_to_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     for arguments, message in [
         (["fastddpm.train", "--preset", "cifar"], "unknown preset 'cifar'; choose one of cifar10"),
