@@ -13,7 +13,7 @@ from fastddpm import cli
 from fastddpm.codec.options import CodecOptions
 from fastddpm.config import EngineConfig
 from fastddpm.data.decode import Resize
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fastddpm.sampler import Sampler
 
 PROGRAM = "fastddpm.compress"
-DIGITS = "digits"
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,9 @@ class Encode:
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A run, one of its checkpoints, or a diffusers pipeline directory."""
-    images: Annotated[Path, tyro.conf.Positional]
-    """What --data of the other commands takes, an .npz with an array images, or the word digits: those embedded."""
+    images: Annotated[str, tyro.conf.Positional]
+    """An image, an .npz as the sample command writes it, whatever --data of training takes, or the word digits: those
+    embedded (a folder of that name is ./digits)."""
     out: Annotated[Path, tyro.conf.Positional]
     """The file to write."""
     count: int | None = None
@@ -147,35 +147,13 @@ def _images(action: Encode, sampler: "Sampler") -> tuple["np.ndarray", "np.ndarr
     """uint8 (N, C, H, W) and labels, if there are any."""
     import numpy as np
 
-    from fastddpm.data import open_dataset
+    from fastddpm.data.decode import Rule
+    from fastddpm.evaluation.inputs import read_images
 
     config = sampler.unet.config
-    source = action.images
-    if source.suffix == ".npz":
-        images, labels = _arrays(source)
-    else:
-        embedded = str(source) == DIGITS and not source.exists()
-        dataset = open_dataset(
-            None if embedded else source,
-            image_size=config.image_size, channels=config.image_channels, resize=action.resize,
-        )  # fmt: skip
-        count = len(dataset.images) if action.count is None else action.count
-        images, labels = np.ascontiguousarray(dataset.images[:count]), dataset.labels
-    return images[: action.count], None if labels is None else labels[: action.count]
-
-
-def _arrays(path: Path) -> tuple["np.ndarray", "np.ndarray | None"]:
-    import zipfile
-
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["images"], arrays.get("labels")
-    except FileNotFoundError:
-        raise UsageError(f"no file at {path}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as arrays with images in it: {error}") from error
+    images, labels = read_images(action.images, Rule(config.image_size, config.image_channels, action.resize))
+    count = len(images) if action.count is None else action.count
+    return np.ascontiguousarray(images[:count]), None if labels is None else labels[:count]
 
 
 def _summary(coded: "Encoded", images: "np.ndarray", out: Path) -> str:

@@ -30,7 +30,8 @@ class Command:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A run, one of its checkpoints, or a diffusers pipeline directory."""
     images: str = "digits"
-    """An image, an .npz as the sample command writes it, whatever --data of training takes, or digits: the embedded."""
+    """An image, an .npz as the sample command writes it, whatever --data of training takes, or digits: those
+    embedded (a folder of that name is ./digits)."""
     pick: str | None = None
     """Which of the images, as in 0-7 or 1,5,10-19; eight of them, evenly spread, unless given."""
     mask: str = "left-half"

@@ -109,7 +109,7 @@ def test_a_damaged_file_is_refused_before_the_model_is_loaded(file: Path, tmp_pa
         (["digits", "--lossy", "19"], UsageError, r"0\.\.18|goes up to"),
         (["digits", "--count", "0"], UsageError, "count must be positive"),
         (["nowhere"], UsageError, "does not exist"),
-        (["nowhere.npz"], UsageError, "no file at"),
+        (["nowhere.npz"], UsageError, "does not exist"),
     ],
 )
 def test_mistakes(run: Path, arguments: list[str], error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -122,9 +122,19 @@ def test_mistakes(run: Path, arguments: list[str], error: type[Exception], messa
     assert not (tmp_path / "x.fdz").exists()
 
 
+def test_a_folder_named_digits_does_not_hide_the_embedded_ones(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    encode(run, "digits", Path("x.fdz"), "--count", "1")
+    with pytest.raises(DataError, match="holds no images"):
+        encode(run, "./digits", Path("y.fdz"))
+
+
 def test_arrays_without_images(run: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
-    with pytest.raises(DataError, match="cannot be read as arrays with images"):
+    with pytest.raises(DataError, match="holds no images that can be read"):
         encode(run, str(tmp_path / "other.npz"), tmp_path / "x.fdz")
     np.savez(tmp_path / "unlabelled.npz", images=np.zeros((2, 1, 16, 16), np.uint8))
     with pytest.raises(UsageError, match="has none"):

@@ -18,8 +18,8 @@ _WHITE = 128  # and above
 def read_images(source: str, rule: Rule) -> tuple[Images, np.ndarray | None]:
     """Images, uint8 (N, C, S, S), and their labels, int64 (N,), or None.
 
-    `source`: `DIGITS`, an image file, an .npz that holds `images` (and `labels`) as they are returned, or what
-    `open_dataset` takes. Raises `UsageError` and `DataError` as that does.
+    `source`: `DIGITS` (a folder of that name is "./digits"), an image file, an .npz that holds `images` (and `labels`)
+    as they are returned, or what `open_dataset` takes. Raises `UsageError` and `DataError` as that does.
     """
     path = Path(source)
     if source != DIGITS and path.is_file() and path.suffix.lower() == ".npz":
