@@ -3,6 +3,7 @@
     RUN/.lock                              held by the process that trains in RUN
     RUN/checkpoints/step-00001000/         one checkpoint, moved here whole
         <part>.safetensors                 tensors
+        shard-*.safetensors                parts of tensors, if several processes wrote them (sharded.py)
         <document>.json                    everything else
         manifest.json, manifest.sha256     checksums of all files (manifest.py)
 
@@ -38,6 +39,7 @@ except ImportError:  # Windows
 
 _CHECKPOINT = re.compile(r"step-([0-9]{8,12})(\.old)?")
 _TEMPORARY = re.compile(r"\.tmp-[0-9]+(?:\.old)?-([0-9]{1,9})")
+_SHARD = re.compile(r"shard-[0-9]{5,}-model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -65,30 +67,41 @@ def save(
     temporary left and older checkpoints as they were, and `UsageError` for arguments that could not be loaded again.
     """
     _check_arguments(step, [*tensors], [*documents], keep)
+    texts = _texts(documents)
+    with begun(run, step, _size(tensors, texts)) as temporary:
+        return _finish(temporary, step, tensors, texts, keep)
+
+
+@contextlib.contextmanager
+def begun(run: Path, step: int, needed: int) -> Iterator[Path]:
+    """A directory for files of `step` that others write, about `needed` bytes of them; inside the block `finish` makes
+    it a checkpoint. Without that it is gone after the block. Raises `StorageError` if the disk refuses."""
     directory = run / "checkpoints"
-    final = directory / f"step-{step:08d}"
-    temporary = _temporary(final)
-    texts = {f"{name}.json": _to_json(name, value) for name, value in documents.items()}
-    needed = sum(t.nbytes for part in tensors.values() for t in part.values()) + sum(map(len, texts.values()))
+    temporary = _temporary(directory / f"step-{step:08d}")
     try:
-        _make_directory(directory)
-        _remove_stale(directory)
-        os.mkdir(temporary)
-        _write_all(temporary, step, tensors, texts)
-        _move_into_place(temporary, final)
-    except OSError as error:
-        raise StorageError(_refusal(step, directory, needed, error)) from error
+        with _refusals(step, directory, needed):
+            _make_directory(directory)
+            _remove_stale(directory)
+            os.mkdir(temporary)
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _prune(directory, step, keep)
-    return final
+
+
+def finish(
+    temporary: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], keep: int
+) -> Path:
+    """As `save`, of the directory that `begun` gave and the shards that are in it."""
+    _check_arguments(step, [*tensors], [*documents], keep)
+    return _finish(temporary, step, tensors, _texts(documents), keep)
 
 
 def load(path: Path, parts: Collection[str] | None = None) -> Checkpoint:
     """The checkpoint in `path`, or the newest one if `path` is a run directory.
 
-    With `parts` only those tensor files are read and verified, beside the manifest and the documents. What is read is
-    verified before any of it is parsed, and parsed from the very bytes that were verified.
+    With `parts` only those tensor files are read and verified, beside the manifest and the documents; without, all are,
+    and shards verified. What is read is verified before any of it is parsed, and parsed from the very bytes that were
+    verified.
 
     Raises `UsageError` if there is no checkpoint or no such part, and `DataError` for a damaged one: it names the file
     and the previous checkpoint, if there is one.
@@ -161,6 +174,26 @@ def _check_arguments(step: int, parts: list[str], documents: list[str], keep: in
         raise UsageError("no document may be called 'manifest'; the checkpoint's own is")
 
 
+def _finish(
+    temporary: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, bytes], keep: int
+) -> Path:
+    directory = temporary.parent
+    final = directory / f"step-{step:08d}"
+    with _refusals(step, directory, _size(tensors, texts)):
+        _write_all(temporary, step, tensors, texts)
+        _move_into_place(temporary, final)
+    _prune(directory, step, keep)
+    return final
+
+
+def _texts(documents: dict[str, Any]) -> dict[str, bytes]:
+    return {f"{name}.json": _to_json(name, value) for name, value in documents.items()}
+
+
+def _size(tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, bytes]) -> int:
+    return sum(t.nbytes for part in tensors.values() for t in part.values()) + sum(map(len, texts.values()))
+
+
 def _to_json(name: str, value: Any) -> bytes:
     data = json.dumps(value, indent=1).encode()
     parse_json(data, f"document {name!r}")
@@ -186,7 +219,7 @@ def _to_safetensors(part: dict[str, torch.Tensor], where: Path) -> bytes:
 def _write_all(
     directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, bytes]
 ) -> None:
-    files = {}
+    files = {path.name: manifest.entry_of(path) for path in sorted(directory.iterdir())}
     for part, content in tensors.items():
         path = directory / f"{part}.safetensors"
         files[path.name] = manifest.write_file(path, _to_safetensors(content, path))
@@ -216,14 +249,19 @@ def _move_into_place(temporary: Path, final: Path) -> None:
     manifest.sync(final.parent)
 
 
-def _refusal(step: int, directory: Path, needed: int, error: OSError) -> str:
-    free = ""
-    with contextlib.suppress(OSError):
-        free = f" and {shutil.disk_usage(directory).free:,} are free"
-    return (
-        f"cannot save step {step} in {directory}: {error.strerror or error}; it needs {needed:,} bytes{free}. "
-        "Make room or mend the disk; older checkpoints are as they were"
-    )
+@contextlib.contextmanager
+def _refusals(step: int, directory: Path, needed: int) -> Iterator[None]:
+    """Turns the disk's refusals inside the block into `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f" and {shutil.disk_usage(directory).free:,} are free"
+        raise StorageError(
+            f"cannot save step {step} in {directory}: {error.strerror or error}; it needs {needed:,} bytes{free}. "
+            "Make room or mend the disk; older checkpoints are as they were"
+        ) from error
 
 
 # Removing
@@ -316,12 +354,15 @@ def _load(path: Path, parts: Collection[str] | None) -> Checkpoint:
     step, files = manifest.read(path)
     if _CHECKPOINT.fullmatch(path.name) and _order(path)[0] != step:
         raise DataError(f"{path} holds step {step}, not the step that it is named after")
-    held = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
+    shards = [name for name in files if _SHARD.fullmatch(name)]
+    held = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors") and name not in shards]
     for part in parts or ():
         if part not in held:
             raise UsageError(f"{path} has no part {part!r}; it has {', '.join(held)}")
     chosen = [f"{part}.safetensors" for part in (held if parts is None else dict.fromkeys(parts))]
     texts = [name for name in files if name.endswith(".json")]
+    for name in shards if parts is None else ():
+        manifest.check(path / name, files[name])
     contents = {name: manifest.read_file(path / name, files[name]) for name in texts + chosen}
     documents = {name.removesuffix(".json"): parse_json(contents.pop(name), path / name) for name in texts}
     # popped one by one: the bytes of a part are dropped when its tensors stand

@@ -165,8 +165,9 @@ class TrainConfig:
     """Learning rate after warm-up: constant, or a cosine to zero at the last step."""
     clip_gradient: float = 1.0
     """Largest norm of the gradient."""
-    ema: float = 0.9999
-    """Decay of the exponential moving average of the weights, from the first step, without a ramp."""
+    ema: float | tuple[float, ...] = 0.9999
+    """Decay of the exponential moving average of the weights, from the first step, without a ramp. Given several
+    decays, an average of each is kept; samples are drawn from the first."""
     flip: bool = True
     """Mirror half of the images, at random."""
     mode: Literal["standard", "paper"] = "standard"
@@ -174,7 +175,12 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the network under autocast; weights, diffusion and loss stay float32."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile network, noise and loss with torch.compile."""
+    checkpoint_blocks: bool = False
+    """Keep no activations inside residual blocks but compute them again for the backward pass: a batch takes less
+    memory and more time."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: ddp has the whole state in each; fsdp (FSDP2) divides it among them."""
     seed: int = 0
     """Names the run's randomness: weights, data order, t, noise, dropout."""
     log_every: int = 50
@@ -189,17 +195,34 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience")
         _require_positive(self, "lr", "clip_gradient")
-        for name in ("mode", "precision", "decay"):
+        for name in ("mode", "precision", "decay", "parallel"):
             _require_choice(self, name)
         if self.warmup < 0:
             raise UsageError(f"warmup must be 0 or more; got {self.warmup}")
-        _require_range(self, "ema", 0.0, 1.0)
+        self._check_decays()
         if self.batch % self.accumulate:
             raise UsageError(f"accumulate must divide batch; {self.accumulate} does not divide {self.batch}")
         if self.mode == "paper" and self.batch % 8:
             raise UsageError(f"mode paper clips each of 8 shards of a batch; 8 does not divide batch {self.batch}")
         if self.mode == "paper" and self.accumulate != 1:
             raise UsageError("mode paper takes its batch in 8 shards already; leave accumulate at 1")
+        if self.parallel == "fsdp" and (self.mode == "paper" or self.compile):
+            what = "mode paper, which clips gradients before they are summed" if self.mode == "paper" else "compile"
+            raise UsageError(f"parallel fsdp does not go with {what}; use parallel ddp")
+
+    def _check_decays(self) -> None:
+        if isinstance(self.ema, tuple) and len(self.ema) == 1:
+            object.__setattr__(self, "ema", self.ema[0])
+        if not self.decays or len(set(self.decays)) < len(self.decays):
+            raise UsageError(f"ema must be one decay, or several that differ; got {self.ema}")
+        for decay in self.decays:
+            if not 0.0 <= decay < 1.0:
+                raise UsageError(f"ema must be in [0.0, 1.0); got {decay}")
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Those of `ema`, one or several."""
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
 
 
 @dataclass(frozen=True)
@@ -327,9 +350,11 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         item = typing.get_args(hint)[0]
         return tuple(_parse(item, element, where) for element in value)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in typing.get_args(hint):
             return None
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        wanted = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        lists = [arg for arg in wanted if typing.get_origin(arg) is tuple]
+        return _parse((lists if lists and isinstance(value, list) else wanted)[0], value, where)
     if origin is Literal:
         return value  # the dataclass checks its own choices
     if hint is float and type(value) is int:

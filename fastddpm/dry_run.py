@@ -1,5 +1,6 @@
 """What `--dry-run` shows: shapes, parameters, memory, and the time of one real step."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,38 +10,62 @@ from torch import Tensor, nn
 
 from fastddpm.config import Preset
 from fastddpm.data import Dataset
+from fastddpm.parallel import Divided
+from fastddpm.processes import ALONE, Place
 from fastddpm.runlog import duration
 from fastddpm.trainer import Trainer
 from fastddpm.unet import AttnBlock, Down, ResBlock, Up
 
-# Weights, gradients, two Adam moments and the EMA, float32.
-BYTES_PER_PARAMETER = 5 * 4
 _MIB = 2**20
 
 
-def describe_run(preset: Preset, dataset: Dataset, device: torch.device) -> str:
-    """A report on a run that is not started; computes in memory and writes nothing."""
-    trainer = Trainer(preset, dataset, device)
-    activations = SavedActivations(trainer.unet)
-    with block_shapes(trainer.unet) as shapes, activations:
-        next(trainer.part_losses())
+def describe_run(preset: Preset, dataset: Dataset, device: torch.device, place: Place = ALONE) -> str:
+    """A report on a run that is not started; computes in memory and writes nothing. All processes call it."""
+    trainer = Trainer(preset, dataset, device, place)
+    num_parameters = sum(p.numel() for p in trainer.unet.parameters())
+    state_bytes = _state_bytes(trainer)
+    shapes, activation_bytes = _activations(_undivided(trainer))
     trainer.train_step()  # the first step allocates, and compiles
     started = time.perf_counter()
     loss, _, _ = trainer.train_step()
     loss.item()  # waits for the device
     seconds = time.perf_counter() - started
 
-    num_parameters = sum(p.numel() for p in trainer.unet.parameters())
     config = preset.train
+    each = f" in each of {place.count} processes" if place.count > 1 else ""
     lines = [f"{name:<28} {'x'.join(map(str, shape))}" for name, shape in shapes.items()]
     lines += [
         f"parameters    {num_parameters:,}",
-        f"state         {num_parameters * BYTES_PER_PARAMETER / _MIB:,.0f} MiB: weights, gradients, Adam, EMA",
-        f"activations   {activations.num_bytes / _MIB:,.0f} MiB kept for the backward pass of one micro-batch",
+        f"state         {state_bytes / _MIB:,.0f} MiB: weights, gradients, Adam, EMA{each}",
+        f"activations   {activation_bytes / _MIB:,.0f} MiB kept for the backward pass of one micro-batch{each}",
         f"one step      {seconds:.2f} s on {device}, batch {config.batch}",
         f"whole run     {duration(seconds * config.steps)} for {config.steps:,} steps, without sampling",
     ]
     return "\n".join(lines)
+
+
+def _undivided(trainer: Trainer) -> Trainer:
+    """`trainer`, or one with a whole network where its own comes and goes block by block (FSDP2)."""
+    if not isinstance(trainer.team, Divided):
+        return trainer
+    train = trainer.preset.train
+    alone = dataclasses.replace(train, batch=train.batch // trainer.place.count, parallel="ddp")
+    return Trainer(dataclasses.replace(trainer.preset, train=alone), trainer.dataset, trainer.device)
+
+
+def _activations(trainer: Trainer) -> tuple[dict[str, tuple[int, ...]], int]:
+    """The output shape of each block, and the bytes kept for the backward pass, of one micro-batch."""
+    activations = SavedActivations(trainer.unet)
+    with block_shapes(trainer.unet) as shapes, activations:
+        next(trainer.part_losses())
+    return shapes, activations.num_bytes
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """Of this process: weights, gradients (as large), Adam's two moments and the averages."""
+    optimizer = trainer.optimizer
+    of_weights = sum(t.nbytes for name, t in optimizer.state().items() if name.startswith("weight."))
+    return of_weights * (4 + len(optimizer.averages))
 
 
 class SavedActivations:

@@ -43,6 +43,11 @@ def write_file(path: Path, data: bytes) -> Entry:
     return Entry(len(data), hashlib.sha256(data).hexdigest())
 
 
+def entry_of(path: Path) -> Entry:
+    """The entry of a file that somebody else wrote."""
+    return Entry(path.stat().st_size, _digest(path))
+
+
 def seal(directory: Path, step: int, files: dict[str, Entry]) -> None:
     """Write the manifest of `files`, then read everything back; `OSError` if anything is not as it was written."""
     data = json.dumps(
@@ -99,6 +104,20 @@ def read_file(path: Path, entry: Entry) -> bytes:
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise DataError(f"{path} is damaged: its SHA-256 is not the manifest's")
     return data
+
+
+def check(path: Path, entry: Entry) -> None:
+    """Verify a file without holding it in memory; `DataError` if it is missing or damaged."""
+    try:
+        found = entry_of(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if found.size != entry.size:
+        raise DataError(f"{path} is damaged: it has {found.size:,} bytes, and {entry.size:,} were written")
+    if found.sha256 != entry.sha256:
+        raise DataError(f"{path} is damaged: its SHA-256 is not the manifest's")
 
 
 def _entry(path: Path, name: str, entry: Any) -> Entry:

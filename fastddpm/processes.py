@@ -80,6 +80,7 @@ def together(where: Place, *, device: str = "cpu", timeout_s: float | None = Non
         yield
         return
     import torch.distributed as dist
+    from torch.distributed.constants import default_pg_timeout
 
     with _losses_told(timeout_s):
         if dist.is_initialized():
@@ -88,8 +89,12 @@ def together(where: Place, *, device: str = "cpu", timeout_s: float | None = Non
             yield
             return
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        limit = None if timeout_s is None else timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, rank=where.rank, world_size=where.count, timeout=limit)
+        limit = default_pg_timeout if timeout_s is None else timedelta(seconds=timeout_s)
+        store, rank, count = next(dist.rendezvous("env://", where.rank, where.count, timeout=limit))
+        # torchrun keeps its store over restarts: without a name of its own an attempt would find the addresses of the
+        # processes of the one before, which are gone.
+        attempt = dist.PrefixStore(f"attempt-{os.environ.get(_RESTARTS[0], '0')}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=count, timeout=limit)
         yield
         # Not where an error leaves the block: other processes may be waiting for this one to take part.
         dist.destroy_process_group()

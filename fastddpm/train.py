@@ -1,24 +1,36 @@
-"""python -m fastddpm.train: train a model, sample from it, pick up where it stopped."""
+"""python -m fastddpm.train: train a model, sample from it, pick up where it stopped.
 
+The same command started by torchrun, once for each process, trains one model with all of them.
+"""
+
+import contextlib
 import dataclasses
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastddpm import cli
-from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig, difference
+from fastddpm import cli, processes
+from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig, difference, to_dict
 from fastddpm.errors import UsageError
 from fastddpm.presets import PRESETS, preset
 
 if TYPE_CHECKING:
+    import torch
+
+    from fastddpm import checkpoint
     from fastddpm.data import Dataset
 
 PROGRAM = "fastddpm.train"
 DEFAULT_PRESET = "mnist"
+# Of the optimisation, what a run may change as it goes on without becoming another one.
+FREE_TO_CHANGE = {
+    "steps", "accumulate", "compile", "checkpoint_blocks", "parallel", "log_every", "save_every", "keep", "patience"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,11 @@ class Command:
     out: Path | None = None
     """Run directory. Without it, runs/PRESET, or runs/PRESET-2 and so on when that exists."""
     resume: bool = False
-    """Continue the run in --out, or the newest one of this preset."""
+    """Continue the run in --out, or the newest one of this preset. Any number of processes may."""
+    override: bool = False
+    """With --resume: from here on train with another learning rate, batch or other option that changes the result."""
+    timeout: float = 600.0
+    """Several processes: seconds after which one that does not answer counts as lost, and the others stop."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA or ROCm device when there is one."""
     dry_run: bool = False
@@ -53,55 +69,99 @@ class Command:
 
 
 def main(arguments: Sequence[str]) -> None:
-    command, base, run = _parse(arguments)
+    where = processes.place()
+    command, base, run = _parse(arguments, where)
     wanted = command.resolved()
-    print(cli.describe(wanted, base), file=sys.stderr)
+    say = _to_stderr if where.first else _to_nobody
+    say(cli.describe(wanted, base))
 
-    from fastddpm.data import open_dataset
     from fastddpm.device import choose_device
     from fastddpm.ops.backend import OPERATIONS, obstacles
+    from fastddpm.signals import nothing_to_save
 
-    device = choose_device(command.device)
+    device = choose_device(command.device, processes.local_rank())
     for reason in sorted({reason for operation in OPERATIONS for reason in obstacles(operation, device.type)}):
-        print(f"note: {reason}", file=sys.stderr)
-    dataset = open_dataset(
-        command.data,
-        image_size=wanted.unet.image_size,
-        channels=wanted.unet.image_channels,
-        resize=command.resize,
-        skip_bad=command.skip_bad,
-        report=lambda line: print(line, file=sys.stderr),
-    )
-    print(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}", file=sys.stderr)
-    if command.dry_run:
-        from fastddpm.dry_run import describe_run
+        say(f"note: {reason}")
+    with nothing_to_save(), processes.together(where, device=device.type, timeout_s=command.timeout):
+        processes.agree((to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", where)
+        dataset = _open_data(command, wanted, where, say)
+        if command.dry_run:
+            from fastddpm.dry_run import describe_run
 
-        print(describe_run(wanted, dataset, device))
-        return
-    _train(command, wanted, run, dataset, str(device))
+            report = describe_run(wanted, dataset, device, where)
+            if where.first:
+                print(report)
+            return
+        _train(command, wanted, run, dataset, device, where, say)
 
 
-def _parse(arguments: Sequence[str]) -> tuple[Command, Preset, Path]:
-    """The options, the configuration they start from (the saved one when resuming), and the run directory."""
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _to_nobody(line: str) -> None:
+    pass
+
+
+def _parse(arguments: Sequence[str], where: processes.Place) -> tuple[Command, Preset, Path]:
+    """The options, the configuration they start from (the saved one when resuming), and the run directory.
+
+    A command that torchrun or SLURM has started again resumes the run that it had begun.
+    """
     name = cli.peek(arguments, "--preset") or DEFAULT_PRESET
     base = preset(name)
     out = cli.peek(arguments, "--out")
-    resuming = "--resume" in arguments and "--help" not in arguments and "-h" not in arguments
+    helps = "--help" in arguments or "-h" in arguments
+    again = processes.restarted() and out is not None and (Path(out) / "config.json").exists()
+    resuming = ("--resume" in arguments or again) and not helps
     if resuming:
         run = Path(out) if out else _newest_run(name)
         base = cli.read_preset(run / "config.json")
     default = Command(base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample)
-    command = cli.parse(Command, arguments, program=PROGRAM, default=default)
+    command = dataclasses.replace(cli.parse(Command, arguments, program=PROGRAM, default=default), resume=resuming)
+    if not command.timeout > 0:
+        raise UsageError(f"--timeout must be positive; got {command.timeout}")
     if not resuming:
+        if command.out is None and (where.count > 1 or processes.restarted()):
+            raise UsageError("name the run's directory with --out, so that a restart finds it")
         return command, base, command.out or _free_run(name)
+    _refuse_changes(base, command, run)
+    return command, base, run
+
+
+def _refuse_changes(base: Preset, command: Command, run: Path) -> None:
+    """`UsageError` for another model, and without --override for another optimisation."""
+    wanted = command.resolved()
     refused = [
-        line
-        for part in ("unet", "diffusion")
-        for line in difference(getattr(base, part), getattr(command.resolved(), part))
+        line for part in ("unet", "diffusion") for line in difference(getattr(base, part), getattr(wanted, part))
     ]
     if refused:
         raise UsageError(f"{run} cannot go on as another model: {'; '.join(refused)}. Start a new run instead")
-    return command, base, run
+    changed = [line for line in difference(base.train, wanted.train) if line.partition(":")[0] not in FREE_TO_CHANGE]
+    if changed and not command.override:
+        raise UsageError(f"{run} was trained otherwise: {'; '.join(changed)}. --override goes on so from here on")
+
+
+def _open_data(command: Command, wanted: Preset, where: processes.Place, say: Callable[[str], None]) -> "Dataset":
+    """The data set; of several processes the first one opens it first, and so fills a cache for the others."""
+    from fastddpm.data import open_dataset
+
+    def opened() -> "Dataset":
+        return open_dataset(
+            command.data,
+            image_size=wanted.unet.image_size,
+            channels=wanted.unet.image_channels,
+            resize=command.resize,
+            skip_bad=command.skip_bad,
+            report=say,
+        )
+
+    own: list[Dataset] = []
+    processes.by_first(lambda: own.append(opened()), where)
+    dataset = own[0] if own else opened()
+    processes.agree((len(dataset.images), dataset.checksum), "the number of images or their sha256", where)
+    say(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}")
+    return dataset
 
 
 def _runs(name: str) -> list[Path]:
@@ -123,37 +183,80 @@ def _free_run(name: str) -> Path:
     return path
 
 
-def _train(command: Command, wanted: Preset, run: Path, dataset: "Dataset", device: str) -> None:
-    import torch
-
+def _train(
+    command: Command,
+    wanted: Preset,
+    run: Path,
+    dataset: "Dataset",
+    device: "torch.device",
+    where: processes.Place,
+    say: Callable[[str], None],
+) -> None:
     from fastddpm import checkpoint
-    from fastddpm.generate import save_run_samples
+    from fastddpm.closing import draw_closing_samples
     from fastddpm.runlog import JsonLines
+    from fastddpm.signals import interruptible
     from fastddpm.trainer import Trainer
 
-    if not command.resume and (run / "config.json").exists():
-        raise UsageError(f"{run} holds a run already; --resume continues it, or choose another --out")
-    with checkpoint.lock(run):
-        trainer = Trainer(wanted, dataset, torch.device(device))
-        saved = None
+    with contextlib.ExitStack() as held:
+
+        def claim() -> None:
+            if not command.resume and (run / "config.json").exists():
+                raise UsageError(f"{run} holds a run already; --resume continues it, or choose another --out")
+            held.enter_context(checkpoint.lock(run))
+
+        processes.by_first(claim, where)
+        trainer = Trainer(wanted, dataset, device, where)
         if command.resume:
-            saved = checkpoint.load_newest(run, lambda line: print(line, file=sys.stderr))
+            saved = _newest_checkpoint(run, where, say)
             if saved is not None:
                 trainer.resume(saved)
-            print(f"resuming {run} at step {trainer.step}", file=sys.stderr)
-        cli.write_preset(wanted, run / "config.json")
-        log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
-        try:
-            last = trainer.run(run, log, dataset_source=command.data)
-        finally:
-            log.close()
-        with trainer.averaged_weights() as unet:
-            pictures = save_run_samples(unet, trainer.diffusion, wanted, run)
-    print(f"checkpoint {last}")
-    for path in pictures:
-        print(f"{path.suffix[1:]:<10} {path}")
-    print(f"next: python -m fastddpm.sample {run} --seeds 64-127")
+            say(f"resuming {run} at step {trainer.step}")
+        log = None
+        if where.first:
+            cli.write_preset(wanted, run / "config.json")
+            log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
+            held.callback(log.close)
+        last = trainer.run(run, log, dataset_source=command.data)
+        with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
+            pictures = draw_closing_samples(unet, trainer.diffusion, wanted, run, where)
+    if where.first:
+        print(f"checkpoint {last}")
+        for path in pictures:
+            print(f"{path.suffix[1:]:<10} {path}")
+        print(f"next: python -m fastddpm.sample {run} --seeds 64-127")
+
+
+def _newest_checkpoint(run: Path, where: processes.Place, say: Callable[[str], None]) -> "checkpoint.Checkpoint | None":
+    """The checkpoint to go on from: found and verified by the first process, and read by each."""
+    from fastddpm import checkpoint
+
+    own: list[checkpoint.Checkpoint] = []
+
+    def find() -> tuple[Path, list[str]] | None:
+        saved = checkpoint.load_newest(run, say)
+        if saved is None:
+            return None
+        own.append(saved)
+        return saved.path, [*saved.tensors]
+
+    found = processes.by_first(find, where)
+    if found is None or own:
+        return own[0] if own else None
+    return checkpoint.load(*found)
+
+
+def command_line() -> None:
+    """This process's command; it ends at once where another process is lost."""
+    try:
+        cli.run(main)
+    except SystemExit as stop:
+        if stop.code == processes.LostProcessError.exit_code:
+            # Threads that wait for the lost process would keep the interpreter from ending.
+            sys.stderr.flush()
+            os._exit(processes.LostProcessError.exit_code)
+        raise
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line()

@@ -7,195 +7,183 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastddpm import checkpoint
+from fastddpm import checkpoint, parallel, sharded
 from fastddpm.config import Preset, to_dict
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.data.batches import Batches
 from fastddpm.diffusion import Diffusion
-from fastddpm.errors import DataError, DivergedError, FastddpmError
+from fastddpm.errors import DataError, DivergedError
+from fastddpm.finite import BadSteps, Tally, first_not_finite, report
 from fastddpm.noise import NoiseKey
 from fastddpm.optim import PAPER_SHARDS, Optimizer, learning_rate
+from fastddpm.processes import ALONE, Place, gathered
 from fastddpm.runlog import JsonLines, Meter
+from fastddpm.signals import Request, RunInterruptedError, SignalWatch
 from fastddpm.unet import UNet
-
-
-class RunInterruptedError(FastddpmError):
-    """SIGINT or SIGTERM arrived; the run is saved. The exit code is the shell's own, 128 + signal number."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
-
-
-class SignalWatch:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    def __enter__(self) -> "SignalWatch":
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for s, handler in self._previous.items():
-            signal.signal(s, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.number is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.number = number
-
-
-class Tally:
-    """Losses since the last line of the log, and bad steps in a row: kept on the device, part of a checkpoint."""
-
-    def __init__(self, device: torch.device, loss_sum: float = 0.0, steps: int = 0, bad_in_a_row: int = 0) -> None:
-        self._values = torch.tensor([loss_sum, steps, bad_in_a_row], dtype=torch.float64, device=device)
-
-    def add(self, loss: Tensor, applied: Tensor) -> None:
-        """Count one step; 0-d tensors, not waited for."""
-        good = applied.to(torch.float64)
-        self._values[0] += torch.where(applied, loss, 0.0)
-        self._values[1] += good
-        self._values[2] = (self._values[2] + 1) * (1 - good)
-
-    def read(self) -> tuple[float, int, int]:
-        """(sum of the losses of good steps, their number, bad steps in a row); waits for the device."""
-        loss_sum, steps, bad = self._values.tolist()
-        return loss_sum, int(steps), int(bad)
 
 
 class Trainer:
     """A network in training: `train_step` by `train_step`, or `run` to the end with log and checkpoints.
 
     Every random number is a function of the configuration's seed and the step, so a run that is resumed
-    from a checkpoint goes on bit for bit as if it had never stopped (float32, CPU).
+    from a checkpoint goes on bit for bit as if it had never stopped (float32, CPU). `place`: which of several
+    processes this is, inside `processes.together`; each calls every method, and the images, t and noise of a
+    step are those of one process.
     """
 
-    def __init__(self, preset: Preset, dataset: Dataset, device: torch.device) -> None:
-        self.preset, self.dataset, self.device = preset, dataset, device
+    def __init__(self, preset: Preset, dataset: Dataset, device: torch.device, place: Place = ALONE) -> None:
+        self.preset, self.dataset, self.device, self.place = preset, dataset, device, place
         config = preset.train
-        if preset.unet.num_classes and dataset.labels is None:
-            raise DataError(f"{dataset.name} has no labels, which num_classes {preset.unet.num_classes} needs")
-        if preset.unet.num_classes and dataset.labels is not None and dataset.labels.max() >= preset.unet.num_classes:
-            raise DataError(
-                f"{dataset.name} has label {dataset.labels.max()}, but num_classes is {preset.unet.num_classes}"
-            )
+        _check_labels(preset, dataset)
         torch.manual_seed(config.seed)
-        self.unet = UNet(preset.unet).to(device).channels_last().train()
+        self.unet = UNet(preset.unet).to(device).train()
+        self.team = parallel.share(self.unet, config, place)
         self.diffusion = Diffusion(preset.diffusion)
-        self.optimizer = Optimizer(self.unet, config)
-        self.batches = Batches(dataset, config.batch, config.seed, device)
+        self.optimizer = Optimizer(self.unet, config, self.team.parts(), self.team.total_norm)
+        self.batches = Batches(dataset, config.batch, config.seed, device, rank=place.rank, world=place.count)
         self.step = 0
-        self.tally = Tally(device)
+        self.tally, self.bad_steps = Tally(device), BadSteps(device)
+        self._settled = place.count == 1
         self._seed = torch.tensor(config.seed, dtype=torch.int64, device=device)
-        self._places = torch.arange(config.batch, device=device)
-        compiled: Callable[..., Tensor] = torch.compile(self.unet) if config.compile else self.unet
-        self._network = _autocast(compiled, device) if config.precision == "bf16" else compiled
+        self._places = torch.arange(self.batches.start, self.batches.end, device=device)
+        network = self.team.network
+        self._network = _autocast(network, device) if config.precision == "bf16" else network
+        self._losses = self._micro_losses
+        if config.compile and place.count == 1:
+            self._losses = in_one_graph(self._micro_losses)
 
     def train_step(self) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step on the next batch: (loss, gradient norm, applied), 0-d tensors, not waited for."""
+        if not self._settled:
+            self._settle()
         loss = torch.zeros((), device=self.device)
         for per_image in self.part_losses():
             if self.preset.train.mode == "paper":
                 per_image.mean().backward()
                 self.optimizer.end_shard()
             else:
-                (per_image.sum() / self.preset.train.batch).backward()
+                self._differentiate(per_image)
             loss += per_image.detach().sum() / self.preset.train.batch
+        self.team.sum([loss, *(self.optimizer.shard_sum or [])])
         norm, applied = self.optimizer.step(self.step, loss)
         self.step += 1
         return loss, norm, applied
 
+    def _differentiate(self, per_image: Tensor) -> None:
+        # Processes average their gradients: the share of each is a mean over its part of the global batch.
+        (per_image.sum() / (self.preset.train.batch / self.place.count)).backward()
+
+    def _settle(self) -> None:
+        """A backward pass for nothing: DDP lays out its buckets in the first one, and sums in another order after it.
+
+        So a run that is resumed sums as the one that never stopped.
+        """
+        if self.preset.train.mode == "standard":
+            for per_image in self.part_losses():
+                self._differentiate(per_image)
+            self.optimizer.zero_grad()
+        self._settled = True
+
     def part_losses(self) -> Iterator[Tensor]:
-        """The loss of each image of this step's batch, one micro-batch (paper mode: one shard) at a time."""
+        """The loss of each image of this step's batch, one micro-batch (paper mode: one shard) at a time.
+
+        Each is to be differentiated before the next is asked for.
+        """
         config, unet = self.preset.train, self.preset.unet
         images, labels = self.batches.at(self.step)
-        key = NoiseKey(self._seed, torch.tensor(self.step, device=self.device), self._places)
-        size = config.batch // (PAPER_SHARDS if config.mode == "paper" else config.accumulate)
-        for start in range(0, config.batch, size):
+        step = torch.full((), self.step, dtype=torch.int64, device=self.device)
+        key = NoiseKey(self._seed, step, self._places)
+        size = config.batch // PAPER_SHARDS if config.mode == "paper" else len(images) // config.accumulate
+        for start in range(0, len(images), size):
             end = start + size
-            per_image, _ = self.diffusion.loss(
-                self._network,
-                images[start:end],
-                key.part(start, end),
-                label=labels[start:end] if labels is not None and unet.num_classes else None,
-                flip=config.flip,
-                null_label=self.unet.null_label,
-                label_dropout=unet.label_dropout,
-            )
-            yield per_image
+            with self.team.passing(last=end == len(images)):
+                part_labels = labels[start:end] if labels is not None and unet.num_classes else None
+                yield self._losses(images[start:end], key.part(start, end), part_labels)
 
-    def run(self, run: Path, log: JsonLines, *, dataset_source: str | None = None) -> Path:
+    def _micro_losses(self, images: Tensor, key: NoiseKey, labels: Tensor | None) -> Tensor:
+        per_image, _ = self.diffusion.loss(
+            self._network,
+            images,
+            key,
+            label=labels,
+            flip=self.preset.train.flip,
+            null_label=self.unet.null_label,
+            label_dropout=self.preset.unet.label_dropout,
+        )
+        return per_image
+
+    def run(self, run: Path, log: JsonLines | None, *, dataset_source: str | None = None) -> Path:
         """Train to the configured number of steps, logging and saving into `run`; returns the last checkpoint.
 
-        Raises `RunInterruptedError` after saving when SIGINT or SIGTERM arrives, `DivergedError` after
+        The first process has the log. SIGUSR1, to any process, saves after the step and goes on. Raises
+        `RunInterruptedError` after saving when SIGINT or SIGTERM arrives in any of them, `DivergedError` after
         `patience` steps in a row with a loss or gradient that is not finite.
         """
         config = self.preset.train
-        started, first = time.monotonic(), self.step
-        saved_step = -1
-        with SignalWatch() as watch, Meter("training", config.steps, "steps", done=self.step) as meter:
+        progress = _Progress(self, log)
+        saved_step, request = -1, Request()
+        with SignalWatch() as watch, progress:
             while self.step < config.steps:
                 loss, norm, applied = self.train_step()
                 self.tally.add(loss, applied)
+                self.bad_steps.add(self.step - 1, applied)
                 logs = self.step % config.log_every == 0 or self.step == config.steps
                 # On a CPU reading the loss costs nothing; on a GPU it would wait for the step.
                 if self.device.type == "cpu" or logs:
-                    self._stop_if_diverged(run)
-                if logs:
-                    rate = (self.step - first) / (time.monotonic() - started)
-                    loss_sum, good_steps, _ = self.tally.read()
-                    record = {
-                        "step": self.step,
-                        "loss": loss_sum / good_steps if good_steps else None,
-                        "gradient_norm": norm.item(),
-                        "lr": learning_rate(config, self.step - 1),
-                    }
-                    log.write(record | {"images_per_s": rate * config.batch})
-                    shown = f"loss {record['loss']:.4f}" if good_steps else "no finite loss"
-                    meter.update(self.step, f"{shown}  {rate:.2f} steps/s  {rate * config.batch:.0f} images/s")
-                    self.tally = Tally(self.device, bad_in_a_row=self.tally.read()[2])
-                else:
-                    meter.update(self.step)
-                if self.step % config.save_every == 0:
+                    self._look_for_bad_steps(run)
+                progress.tell(norm if logs else None)
+                request = self.team.agreed(watch.requested())
+                if request.save or self.step % config.save_every == 0:
                     saved, saved_step = self.save(run, dataset_source), self.step
-                if watch.number is not None:
+                if request.stop:
                     break
             if saved_step != self.step:
                 saved = self.save(run, dataset_source)
-            if watch.number is not None:
-                name = signal.Signals(watch.number).name
+            if request.stop:
+                name = signal.Signals(request.stop).name
                 raise RunInterruptedError(
-                    watch.number, f"{name}: saved step {self.step} in {run}; --resume continues it"
+                    request.stop, f"{name}: saved step {self.step} in {run}; --resume continues it"
                 )
         return saved
 
-    def _stop_if_diverged(self, run: Path) -> None:
+    def _look_for_bad_steps(self, run: Path) -> None:
+        """Report steps that were left out; `DivergedError` when there are `patience` of them in a row."""
+        new = self.bad_steps.new()
+        if new and self.place.first:
+            report(run, {step: self._examples(step) for step in new})
         bad_in_a_row = self.tally.read()[2]
         if bad_in_a_row < self.preset.train.patience:
             return
-        config = self.preset.train
         steps = range(self.step - bad_in_a_row, self.step)
-        batches = {s: batch_indices(s, len(self.dataset.images), config.batch, config.seed).tolist() for s in steps}
-        report = run / "diverged.json"
-        report.write_text(json.dumps({"examples_of_step": batches}, indent=1))
+        path = run / "diverged.json"
+        if self.place.first:
+            path.write_text(json.dumps({"examples_of_step": {s: self._examples(s) for s in steps}}, indent=1))
+        damaged = first_not_finite(self.optimizer.state())
+        advice = (
+            "Weights, EMA and checkpoints hold the last finite step: lower --lr with --override or look at those images"
+        )
+        if damaged is not None:
+            advice = f"{damaged} is not finite itself, and no step made it so: memory is at fault"
         raise DivergedError(
             f"loss or gradient was not finite in {len(steps)} steps in a row, {steps[0]} to {steps[-1]}; the examples "
-            f"of those batches are listed in {report}. Weights, EMA and checkpoints hold the last finite step: "
-            f"lower --lr or look at those images, then --resume"
+            f"of those batches are listed in {path}. {advice}, then --resume"
         )
 
+    def _examples(self, step: int) -> list[int]:
+        config = self.preset.train
+        return batch_indices(step, len(self.dataset.images), config.batch, config.seed).tolist()
+
     def save(self, run: Path, dataset_source: str | None) -> Path:
-        """Write a checkpoint: EMA weights, and all that a bit-exact continuation needs."""
+        """Write a checkpoint: EMA weights, and all that a bit-exact continuation needs.
+
+        Raises `DivergedError`, and leaves the earlier checkpoints, if any of it is not finite.
+        """
+        self._refuse_damage()
         documents = {
             "config": to_dict(self.preset),
             "state": {
@@ -204,8 +192,18 @@ class Trainer:
             },
             "data": {"source": dataset_source, "name": self.dataset.name, "checksum": self.dataset.checksum},
         }
-        tensors = {"model": self.optimizer.averaged(), "training": self.optimizer.state()}
-        return checkpoint.save(run, self.step, tensors, documents, self.preset.train.keep)
+        return sharded.save(run, self.step, self.optimizer, documents, self.preset.train.keep, self.team)
+
+    def _refuse_damage(self) -> None:
+        tensors = self.optimizer.state()
+        for decay in self.preset.train.decays:
+            tensors |= {f"average {decay} of {name}": t for name, t in self.optimizer.averaged(decay).items()}
+        for name in gathered(first_not_finite(tensors), self.place):
+            if name is not None:
+                raise DivergedError(
+                    f"step {self.step} is not saved: {name} is not finite, and no step made it so; memory is at fault. "
+                    "--resume goes back to the last checkpoint"
+                )
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint; `DataError` if the data set is another one."""
@@ -215,14 +213,20 @@ class Trainer:
                 f"{saved.path} was trained on {data['name']} (sha256 {data['checksum'][:12]}), "
                 f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]})"
             )
-        self.optimizer.load(saved.tensors["training"], saved.tensors["model"])
+        sharded.restore(self.optimizer, saved, self.team)
         state = saved.documents["state"]
         self.step = state["step"]
         self.tally = Tally(self.device, **state["tally"])
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[UNet]:
-        """The network with its EMA weights, in evaluation mode, inside the `with` block."""
+        """A network with the EMA weights, in evaluation mode, inside the `with` block."""
+        if isinstance(self.team, parallel.Divided):
+            whole = {name: self.team.whole(name, part) for name, part in self.optimizer.averaged().items()}
+            unet = UNet(self.preset.unet).to(self.device)
+            unet.load_state_dict(whole)
+            yield unet.channels_last().eval()
+            return
         weights = [p.detach().clone() for p in self.optimizer.parameters]
         try:
             self._set_weights(self.optimizer.average)
@@ -235,6 +239,72 @@ class Trainer:
     def _set_weights(self, values: list[Tensor]) -> None:
         for p, value in zip(self.optimizer.parameters, values, strict=True):
             p.copy_(value)
+
+
+class _Progress:
+    """Lines of the log and the meter on the screen; in the first process only."""
+
+    def __init__(self, trainer: Trainer, log: JsonLines | None) -> None:
+        self._trainer, self._log = trainer, log
+        self._started, self._first_step = time.monotonic(), trainer.step
+        self._meter: Meter | None = None
+
+    def __enter__(self) -> None:
+        if self._trainer.place.first:
+            self._meter = Meter("training", self._trainer.preset.train.steps, "steps", done=self._trainer.step)
+            self._meter.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._meter is not None:
+            self._meter.__exit__(*error)
+
+    def tell(self, norm: Tensor | None) -> None:
+        """A step is done; with its gradient norm where it is one to log, which waits for the device."""
+        trainer, config = self._trainer, self._trainer.preset.train
+        shown = None
+        if norm is not None:
+            rate = (trainer.step - self._first_step) / (time.monotonic() - self._started)
+            loss_sum, good_steps, bad_in_a_row = trainer.tally.read()
+            record = {
+                "step": trainer.step,
+                "loss": loss_sum / good_steps if good_steps else None,
+                "gradient_norm": norm.item(),
+                "lr": learning_rate(config, trainer.step - 1),
+            }
+            if self._log is not None:
+                self._log.write(record | {"images_per_s": rate * config.batch})
+            loss = f"loss {record['loss']:.4f}" if good_steps else "no finite loss"
+            shown = f"{loss}  {rate:.2f} steps/s  {rate * config.batch:.0f} images/s"
+            trainer.tally = Tally(trainer.device, bad_in_a_row=bad_in_a_row)
+        if self._meter is not None:
+            self._meter.update(trainer.step, shown)
+
+
+def _check_labels(preset: Preset, dataset: Dataset) -> None:
+    if not preset.unet.num_classes:
+        return
+    if dataset.labels is None:
+        raise DataError(f"{dataset.name} has no labels, which num_classes {preset.unet.num_classes} needs")
+    if dataset.labels.max() >= preset.unet.num_classes:
+        raise DataError(
+            f"{dataset.name} has label {dataset.labels.max()}, but num_classes is {preset.unet.num_classes}"
+        )
+
+
+def in_one_graph(losses: Callable[..., Tensor], backend: Any = "inductor") -> Callable[..., Tensor]:
+    """`losses(images, key, labels)` compiled without a break, for every step the same."""
+    compiled = torch.compile(losses, fullgraph=True, backend=backend)
+    tables_made = False
+
+    def run(images: Tensor, key: NoiseKey, labels: Tensor | None) -> Tensor:
+        nonlocal tables_made
+        if not tables_made:  # tables of the diffusion; made inside the graph, they would be compiled into a second one
+            with torch.no_grad():
+                losses(images[:1], key.part(0, 1), None if labels is None else labels[:1])
+            tables_made = True
+        return compiled(images, key, labels)
+
+    return run
 
 
 def _autocast(network: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:

@@ -32,8 +32,9 @@ UNUSUAL = Preset(
         loss="hybrid", hybrid_weight=0.02, min_snr_gamma=2.5, clip_x0=False,
     ),
     TrainConfig(
-        steps=9, batch=6, accumulate=3, lr=3e-3, warmup=2, decay="cosine", clip_gradient=0.5, ema=0.9, flip=False,
-        precision="bf16", compile=True, seed=-4, log_every=3, save_every=4, keep=5, patience=6,
+        steps=9, batch=6, accumulate=3, lr=3e-3, warmup=2, decay="cosine", clip_gradient=0.5, ema=(0.9, 0.5),
+        flip=False, precision="bf16", compile=True, checkpoint_blocks=True, seed=-4, log_every=3, save_every=4, keep=5,
+        patience=6,
     ),
     SampleConfig(method="ddim", steps=33, eta=0.5, guidance=2.5, count=4),
 )  # fmt: skip
@@ -41,7 +42,7 @@ UNUSUAL = Preset(
 
 def test_the_unusual_configuration_leaves_no_default() -> None:
     """So that the round trip below notices any field that is dropped."""
-    standard = {"train.mode"}  # paper forbids accumulate
+    standard = {"train.mode", "train.parallel"}  # paper forbids accumulate, and fsdp compile
     for section in ("unet", "diffusion", "train", "sample"):
         config = getattr(UNUSUAL, section)
         for f in dataclasses.fields(config):
@@ -66,6 +67,13 @@ def test_whole_numbers_are_floats_where_floats_are_meant() -> None:
     """JSON writers drop the .0 of a float."""
     config = from_dict(TrainConfig, {"lr": 1})
     assert config.lr == 1.0 and type(config.lr) is float
+
+
+def test_one_decay_or_several() -> None:
+    """A single one stays a number in JSON, as in the configurations of earlier runs."""
+    assert from_dict(TrainConfig, {"ema": 0.5}).decays == (0.5,)
+    assert from_dict(TrainConfig, {"ema": [0.5, 0]}).decays == (0.5, 0.0)
+    assert TrainConfig(ema=(0.5,)) == TrainConfig(ema=0.5) and to_dict(TrainConfig(ema=(0.5,)))["ema"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -148,6 +156,12 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"decay": "linear"}, "decay must be one of none, cosine; got 'linear'"),
     (TrainConfig, {"warmup": -1}, "warmup must be 0 or more; got -1"),
     (TrainConfig, {"ema": 1.0}, r"ema must be in \[0\.0, 1\.0\); got 1\.0"),
+    (TrainConfig, {"ema": (0.5, 1.0)}, r"ema must be in \[0\.0, 1\.0\); got 1\.0"),
+    (TrainConfig, {"ema": (0.5, 0.5)}, r"ema must be one decay, or several that differ; got \(0\.5, 0\.5\)"),
+    (TrainConfig, {"ema": ()}, r"ema must be one decay, or several that differ; got \(\)"),
+    (TrainConfig, {"parallel": "tp"}, "parallel must be one of ddp, fsdp; got 'tp'"),
+    (TrainConfig, {"parallel": "fsdp", "compile": True}, "parallel fsdp does not go with compile; use parallel ddp"),
+    (TrainConfig, {"parallel": "fsdp", "mode": "paper"}, "parallel fsdp does not go with mode paper"),
     (TrainConfig, {"batch": 10, "accumulate": 4}, "accumulate must divide batch; 4 does not divide 10"),
     (TrainConfig, {"mode": "paper", "batch": 12},
      "mode paper clips each of 8 shards of a batch; 8 does not divide batch 12"),
