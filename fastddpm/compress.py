@@ -100,7 +100,7 @@ def _encode(action: Encode) -> None:
     with Meter("coding", len(images) * steps, "image steps") as meter:
 
         def progress(done: int) -> None:
-            meter.update(done, f"{meter.rate / steps:.2f} images/s")
+            meter.update(done, lambda rate: f"{rate / steps:.2f} images/s")
 
         coded = encode(sampler, images, labels if action.labels else None, action.codec, progress=progress)
     container.write(coded.data, action.out)
@@ -120,7 +120,7 @@ def _decode(action: Decode) -> None:
     with Meter("decoding", header.num_images * steps, "image steps") as meter:
 
         def progress(done: int) -> None:
-            meter.update(done, f"{meter.rate / steps:.2f} images/s")
+            meter.update(done, lambda rate: f"{rate / steps:.2f} images/s")
 
         decoded = decode(sampler, data, str(action.file), progress=progress)
     if action.out.suffix == ".npz":

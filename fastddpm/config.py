@@ -189,11 +189,18 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest checkpoints kept."""
+    preview_every: int = 5000
+    """Steps between previews: a grid of fixed seeds drawn from the averaged weights. 0 for none."""
+    preview_steps: int = 20
+    """Steps of a preview's chain, by DDIM."""
     patience: int = 3
     """Steps in a row with a NaN or infinite loss after which the run stops."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience")
+        _require_positive(self, "preview_steps")
+        if self.preview_every < 0:
+            raise UsageError(f"preview_every must be 0 (for none) or more; got {self.preview_every}")
         _require_positive(self, "lr", "clip_gradient")
         for name in ("mode", "precision", "decay", "parallel"):
             _require_choice(self, name)

@@ -61,7 +61,9 @@ def sample_batches(
             def callback(i: int, t: int, x_t: Tensor, x0: Tensor, start: int = start, size: int = len(part)) -> None:
                 if recorder is not None and start == 0:
                     recorder(i, t, x_t, x0)
-                meter.update(start * sampler.steps + size * (i + 1), f"{meter.rate / sampler.steps:.2f} images/s")
+                meter.update(
+                    start * sampler.steps + size * (i + 1), lambda rate: f"{rate / sampler.steps:.2f} images/s"
+                )
 
             part_labels = None if labels is None else labels[start : start + batch]
             yield Batch(part, to_uint8(sampler.sample(part, part_labels, callback, watch)))
@@ -86,7 +88,7 @@ def fill(shards: Shards, indices: Sequence[int], sampler: Sampler, batch: int, *
                     save_png_of_each(drawn, shards.directory)
                 parts.append(drawn.images)
                 done += len(drawn.images)
-                meter.update(done, f"{meter.rate:.2f} images/s")
+                meter.update(done, lambda rate: f"{rate:.2f} images/s")
             shards.write(index, np.concatenate(parts))
         return meter.rate
 

@@ -115,12 +115,17 @@ class Optimizer:
 
     @torch.no_grad()
     def _update_average(self, decay: float, skipped: Tensor) -> None:
-        """average -= (1 - decay) (average - weight), in three passes over memory."""
-        average, descent = self.averages[decay], self._averaging[decay]
+        """average += (1 - decay) (weight - average), unless the step is skipped."""
+        average = self.averages[decay]
+        if skipped.device.type == "cpu":  # where looking costs nothing, and one pass over memory does it
+            if not skipped:
+                torch._foreach_lerp_(average, self._parts, 1 - decay)
+            return
         change = torch._foreach_sub(average, self._parts)
         torch._foreach_mul_(change, 1 - decay)
         for a, c in zip(average, change, strict=True):
             a.grad = c
+        descent = self._averaging[decay]
         descent.found_inf = skipped  # type: ignore[attr-defined]
         descent.step()
         descent.zero_grad()

@@ -57,6 +57,8 @@ PRESETS: dict[str, Preset] = {
                 ema=0.99,
                 flip=False,
                 save_every=500,
+                preview_every=250,
+                preview_steps=10,
             ),
             SampleConfig(steps=150, guidance=2.0),
         ),

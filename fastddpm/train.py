@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
     from fastddpm import checkpoint
     from fastddpm.data import Dataset
+    from fastddpm.trainer import Trainer
 
 PROGRAM = "fastddpm.train"
 DEFAULT_PRESET = "mnist"
 # Of the optimisation, what a run may change as it goes on without becoming another one.
 FREE_TO_CHANGE = {
-    "steps", "accumulate", "compile", "checkpoint_blocks", "parallel", "log_every", "save_every", "keep", "patience"
+    "steps", "accumulate", "compile", "checkpoint_blocks", "parallel", "log_every", "save_every", "keep", "patience",
+    "preview_every", "preview_steps",
 }  # fmt: skip
 
 
@@ -40,11 +42,15 @@ class Command:
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = DEFAULT_PRESET
     """Configuration to start from; every option below overrides one of its values."""
     data: str | None = None
-    """Images: CIFAR-10 directory or tar.gz, parquet, folder or zip. Without it, the embedded digits."""
+    """Images: a folder, .zip or .tar shards, parquet, LSUN's LMDB, CIFAR-10 as distributed, a .fdpack, or hf:NAME.
+    Without it, the embedded digits."""
     resize: Literal["none", "area", "lanczos"] = "none"
     """For images of another size: crop to the centre square and resize."""
     skip_bad: bool = False
     """Leave out images that cannot be used, rather than stop with a list of them."""
+    data_workers: int | None = None
+    """Programs that decode, ahead of time, images of a set too large to be kept decoded; 0 for none of their own. One
+    for each core, up to 8, unless given."""
     out: Path | None = None
     """Run directory. Without it, runs/PRESET, or runs/PRESET-2 and so on when that exists."""
     resume: bool = False
@@ -55,6 +61,10 @@ class Command:
     """Several processes: seconds after which one that does not answer counts as lost, and the others stop."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA or ROCm device when there is one."""
+    profile: int = 0
+    """Trace this many steps, after a few others, into profile/trace.json.gz of the run."""
+    wandb: str | None = None
+    """Weights & Biases project to send the numbers and previews to, too."""
     dry_run: bool = False
     """Show shapes, parameters, memory and the time of one step; write nothing."""
     unet: tyro.conf.OmitArgPrefixes[UNetConfig] = dataclasses.field(default_factory=UNetConfig)
@@ -92,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
             if where.first:
                 print(report)
             return
-        _train(command, wanted, run, dataset, device, where, say)
+        _train(command, arguments, wanted, run, dataset, device, where, say)
 
 
 def _to_stderr(line: str) -> None:
@@ -121,6 +131,10 @@ def _parse(arguments: Sequence[str], where: processes.Place) -> tuple[Command, P
     command = dataclasses.replace(cli.parse(Command, arguments, program=PROGRAM, default=default), resume=resuming)
     if not command.timeout > 0:
         raise UsageError(f"--timeout must be positive; got {command.timeout}")
+    if command.data_workers is not None and command.data_workers < 0:
+        raise UsageError(f"--data-workers must be 0 or more; got {command.data_workers}")
+    if command.profile < 0:
+        raise UsageError(f"--profile must be 0 or more steps; got {command.profile}")
     if not resuming:
         if command.out is None and (where.count > 1 or processes.restarted()):
             raise UsageError("name the run's directory with --out, so that a restart finds it")
@@ -185,6 +199,7 @@ def _free_run(name: str) -> Path:
 
 def _train(
     command: Command,
+    arguments: Sequence[str],
     wanted: Preset,
     run: Path,
     dataset: "Dataset",
@@ -206,7 +221,8 @@ def _train(
             held.enter_context(checkpoint.lock(run))
 
         processes.by_first(claim, where)
-        trainer = Trainer(wanted, dataset, device, where)
+        trainer = Trainer(wanted, dataset, device, where, data_workers=command.data_workers)
+        held.callback(trainer.batches.close)
         if command.resume:
             saved = _newest_checkpoint(run, where, say)
             if saved is not None:
@@ -217,6 +233,7 @@ def _train(
             cli.write_preset(wanted, run / "config.json")
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
+        _watch(command, arguments, trainer, run, held, say)
         last = trainer.run(run, log, dataset_source=command.data)
         with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
             pictures = draw_closing_samples(unet, trainer.diffusion, wanted, run, where)
@@ -225,6 +242,37 @@ def _train(
         for path in pictures:
             print(f"{path.suffix[1:]:<10} {path}")
         print(f"next: python -m fastddpm.sample {run} --seeds 64-127")
+
+
+def _watch(
+    command: Command,
+    arguments: Sequence[str],
+    trainer: "Trainer",
+    run: Path,
+    held: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> None:
+    """Have the run watched as the options say, and note down what this process is."""
+    from fastddpm.monitor import Previews, Profile, Sinks, open_sinks, record_session
+
+    preset, dataset, where = trainer.preset, trainer.dataset, trainer.place
+    own: list[Sinks] = []
+
+    def begin() -> None:
+        data = {"name": dataset.name, "checksum": dataset.checksum, "source": command.data}
+        line = ["python", "-m", PROGRAM, *arguments]
+        record_session(run, line, trainer.device, data, step=trainer.step, place=where)
+        resume_step = trainer.step if command.resume else None
+        own.append(open_sinks(run, preset, resume_step=resume_step, wandb=command.wandb, say=say))
+        held.callback(own[0].close)
+
+    processes.by_first(begin, where)
+    config = preset.train
+    trainer.monitor.attach(
+        sinks=own[0] if own else None,
+        previews=Previews(run, preset, config.preview_every, config.preview_steps, place=where),
+        profile=Profile(run, command.profile, trainer.device) if command.profile and where.first else None,
+    )
 
 
 def _newest_checkpoint(run: Path, where: processes.Place, say: Callable[[str], None]) -> "checkpoint.Checkpoint | None":

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from fastddpm.data.batches import Batches
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, DivergedError
 from fastddpm.finite import BadSteps, Tally, first_not_finite, report
+from fastddpm.monitor import Monitor, network_with
 from fastddpm.noise import NoiseKey
 from fastddpm.optim import PAPER_SHARDS, Optimizer, learning_rate
 from fastddpm.processes import ALONE, Place, gathered
-from fastddpm.runlog import JsonLines, Meter
+from fastddpm.runlog import JsonLines
 from fastddpm.signals import Request, RunInterruptedError, SignalWatch
 from fastddpm.unet import UNet
 
@@ -33,10 +33,18 @@ class Trainer:
     Every random number is a function of the configuration's seed and the step, so a run that is resumed
     from a checkpoint goes on bit for bit as if it had never stopped (float32, CPU). `place`: which of several
     processes this is, inside `processes.together`; each calls every method, and the images, t and noise of a
-    step are those of one process.
+    step are those of one process. `data_workers`: programs that decode images which are kept encoded.
     """
 
-    def __init__(self, preset: Preset, dataset: Dataset, device: torch.device, place: Place = ALONE) -> None:
+    def __init__(
+        self,
+        preset: Preset,
+        dataset: Dataset,
+        device: torch.device,
+        place: Place = ALONE,
+        *,
+        data_workers: int | None = None,
+    ) -> None:
         self.preset, self.dataset, self.device, self.place = preset, dataset, device, place
         config = preset.train
         _check_labels(preset, dataset)
@@ -45,9 +53,12 @@ class Trainer:
         self.team = parallel.share(self.unet, config, place)
         self.diffusion = Diffusion(preset.diffusion)
         self.optimizer = Optimizer(self.unet, config, self.team.parts(), self.team.total_norm)
-        self.batches = Batches(dataset, config.batch, config.seed, device, rank=place.rank, world=place.count)
+        self.batches = Batches(
+            dataset, config.batch, config.seed, device, rank=place.rank, world=place.count, workers=data_workers
+        )
         self.step = 0
         self.tally, self.bad_steps = Tally(device), BadSteps(device)
+        self.monitor = Monitor(preset, device, place)
         self._settled = place.count == 1
         self._seed = torch.tensor(config.seed, dtype=torch.int64, device=device)
         self._places = torch.arange(self.batches.start, self.batches.end, device=device)
@@ -69,8 +80,10 @@ class Trainer:
             else:
                 self._differentiate(per_image)
             loss += per_image.detach().sum() / self.preset.train.batch
-        self.team.sum([loss, *(self.optimizer.shard_sum or [])])
+        by_t = self.monitor.losses_by_t
+        self.team.sum([loss, by_t.pending, *(self.optimizer.shard_sum or [])])
         norm, applied = self.optimizer.step(self.step, loss)
+        by_t.commit(applied)
         self.step += 1
         return loss, norm, applied
 
@@ -95,7 +108,9 @@ class Trainer:
         Each is to be differentiated before the next is asked for.
         """
         config, unet = self.preset.train, self.preset.unet
-        images, labels = self.batches.at(self.step)
+        with self.monitor.clock.waiting():
+            images, labels = self.batches.at(self.step)
+        self.monitor.losses_by_t.begin()
         step = torch.full((), self.step, dtype=torch.int64, device=self.device)
         key = NoiseKey(self._seed, step, self._places)
         size = config.batch // PAPER_SHARDS if config.mode == "paper" else len(images) // config.accumulate
@@ -103,10 +118,12 @@ class Trainer:
             end = start + size
             with self.team.passing(last=end == len(images)):
                 part_labels = labels[start:end] if labels is not None and unet.num_classes else None
-                yield self._losses(images[start:end], key.part(start, end), part_labels)
+                per_image, t = self._losses(images[start:end], key.part(start, end), part_labels)
+                self.monitor.losses_by_t.note(per_image, t)
+                yield per_image
 
-    def _micro_losses(self, images: Tensor, key: NoiseKey, labels: Tensor | None) -> Tensor:
-        per_image, _ = self.diffusion.loss(
+    def _micro_losses(self, images: Tensor, key: NoiseKey, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.diffusion.loss(
             self._network,
             images,
             key,
@@ -115,7 +132,6 @@ class Trainer:
             null_label=self.unet.null_label,
             label_dropout=self.preset.unet.label_dropout,
         )
-        return per_image
 
     def run(self, run: Path, log: JsonLines | None, *, dataset_source: str | None = None) -> Path:
         """Train to the configured number of steps, logging and saving into `run`; returns the last checkpoint.
@@ -124,10 +140,9 @@ class Trainer:
         `RunInterruptedError` after saving when SIGINT or SIGTERM arrives in any of them, `DivergedError` after
         `patience` steps in a row with a loss or gradient that is not finite.
         """
-        config = self.preset.train
-        progress = _Progress(self, log)
+        config, monitor = self.preset.train, self.monitor
         saved_step, request = -1, Request()
-        with SignalWatch() as watch, progress:
+        with SignalWatch() as watch, monitor.running(self.step, log):
             while self.step < config.steps:
                 loss, norm, applied = self.train_step()
                 self.tally.add(loss, applied)
@@ -136,12 +151,16 @@ class Trainer:
                 # On a CPU reading the loss costs nothing; on a GPU it would wait for the step.
                 if self.device.type == "cpu" or logs:
                     self._look_for_bad_steps(run)
-                progress.tell(norm if logs else None)
+                monitor.tell(self.step, functools.partial(self._measured, norm) if logs else None)
                 request = self.team.agreed(watch.requested())
                 if request.save or self.step % config.save_every == 0:
-                    saved, saved_step = self.save(run, dataset_source), self.step
+                    with monitor.clock.aside():
+                        saved, saved_step = self.save(run, dataset_source), self.step
                 if request.stop:
                     break
+                if monitor.preview_due(self.step):
+                    with monitor.clock.aside(), self.averaged_weights() as unet:
+                        monitor.preview(self.step, unet, self.diffusion)
             if saved_step != self.step:
                 saved = self.save(run, dataset_source)
             if request.stop:
@@ -150,6 +169,16 @@ class Trainer:
                     request.stop, f"{name}: saved step {self.step} in {run}; --resume continues it"
                 )
         return saved
+
+    def _measured(self, norm: Tensor) -> dict[str, float | None]:
+        """Numbers of the log since its line before; waits for the device."""
+        loss_sum, good_steps, bad_in_a_row = self.tally.read()
+        self.tally = Tally(self.device, bad_in_a_row=bad_in_a_row)
+        return {
+            "loss": loss_sum / good_steps if good_steps else None,
+            "gradient_norm": norm.item(),
+            "lr": learning_rate(self.preset.train, self.step - 1),
+        }
 
     def _look_for_bad_steps(self, run: Path) -> None:
         """Report steps that were left out; `DivergedError` when there are `patience` of them in a row."""
@@ -189,6 +218,7 @@ class Trainer:
             "state": {
                 "step": self.step,
                 "tally": dict(zip(("loss_sum", "steps", "bad_in_a_row"), self.tally.read(), strict=True)),
+                "loss_by_t": self.monitor.losses_by_t.state(),
             },
             "data": {"source": dataset_source, "name": self.dataset.name, "checksum": self.dataset.checksum},
         }
@@ -217,67 +247,13 @@ class Trainer:
         state = saved.documents["state"]
         self.step = state["step"]
         self.tally = Tally(self.device, **state["tally"])
+        self.monitor.losses_by_t.load(state.get("loss_by_t"))
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[UNet]:
-        """A network with the EMA weights, in evaluation mode, inside the `with` block."""
-        if isinstance(self.team, parallel.Divided):
-            whole = {name: self.team.whole(name, part) for name, part in self.optimizer.averaged().items()}
-            unet = UNet(self.preset.unet).to(self.device)
-            unet.load_state_dict(whole)
-            yield unet.channels_last().eval()
-            return
-        weights = [p.detach().clone() for p in self.optimizer.parameters]
-        try:
-            self._set_weights(self.optimizer.average)
-            yield self.unet.eval()
-        finally:
-            self._set_weights(weights)
-            self.unet.train()
-
-    @torch.no_grad()
-    def _set_weights(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.optimizer.parameters, values, strict=True):
-            p.copy_(value)
-
-
-class _Progress:
-    """Lines of the log and the meter on the screen; in the first process only."""
-
-    def __init__(self, trainer: Trainer, log: JsonLines | None) -> None:
-        self._trainer, self._log = trainer, log
-        self._started, self._first_step = time.monotonic(), trainer.step
-        self._meter: Meter | None = None
-
-    def __enter__(self) -> None:
-        if self._trainer.place.first:
-            self._meter = Meter("training", self._trainer.preset.train.steps, "steps", done=self._trainer.step)
-            self._meter.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self._meter is not None:
-            self._meter.__exit__(*error)
-
-    def tell(self, norm: Tensor | None) -> None:
-        """A step is done; with its gradient norm where it is one to log, which waits for the device."""
-        trainer, config = self._trainer, self._trainer.preset.train
-        shown = None
-        if norm is not None:
-            rate = (trainer.step - self._first_step) / (time.monotonic() - self._started)
-            loss_sum, good_steps, bad_in_a_row = trainer.tally.read()
-            record = {
-                "step": trainer.step,
-                "loss": loss_sum / good_steps if good_steps else None,
-                "gradient_norm": norm.item(),
-                "lr": learning_rate(config, trainer.step - 1),
-            }
-            if self._log is not None:
-                self._log.write(record | {"images_per_s": rate * config.batch})
-            loss = f"loss {record['loss']:.4f}" if good_steps else "no finite loss"
-            shown = f"{loss}  {rate:.2f} steps/s  {rate * config.batch:.0f} images/s"
-            trainer.tally = Tally(trainer.device, bad_in_a_row=bad_in_a_row)
-        if self._meter is not None:
-            self._meter.update(trainer.step, shown)
+        """A network with the EMA weights, in evaluation mode, for the `with` block; no copy, where they are whole."""
+        whole = {name: self.team.whole(name, part) for name, part in self.optimizer.averaged().items()}
+        yield network_with(self.preset.unet, whole).channels_last()
 
 
 def _check_labels(preset: Preset, dataset: Dataset) -> None:
@@ -291,12 +267,14 @@ def _check_labels(preset: Preset, dataset: Dataset) -> None:
         )
 
 
-def in_one_graph(losses: Callable[..., Tensor], backend: Any = "inductor") -> Callable[..., Tensor]:
+def in_one_graph(
+    losses: Callable[..., tuple[Tensor, Tensor]], backend: Any = "inductor"
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """`losses(images, key, labels)` compiled without a break, for every step the same."""
     compiled = torch.compile(losses, fullgraph=True, backend=backend)
     tables_made = False
 
-    def run(images: Tensor, key: NoiseKey, labels: Tensor | None) -> Tensor:
+    def run(images: Tensor, key: NoiseKey, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         nonlocal tables_made
         if not tables_made:  # tables of the diffusion; made inside the graph, they would be compiled into a second one
             with torch.no_grad():

@@ -77,7 +77,10 @@ class Batches:
     def at(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Images uint8 (end - start, C, H, W) and labels int64 or None of step `step`, on the device."""
         indices = self._indices(step)
-        where = torch.from_numpy(indices.copy()).to(self._device)
+        where = torch.from_numpy(indices.copy())
+        if self._device.type == "cuda":  # a copy from memory that is not pinned would wait for the device
+            where = where.pin_memory()
+        where = where.to(self._device, non_blocking=True)
         labels = None if self._labels is None else self._labels[where]
         if self._resident is not None:
             return self._resident[where], labels

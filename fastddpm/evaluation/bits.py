@@ -71,7 +71,7 @@ def bits_of(subject: Subject, options: BitsOptions) -> BitsPerDim:
     with Meter("bits/dim", mine, "evaluations") as meter:
 
         def progress(done: int) -> None:
-            meter.update(min(done, mine), f"{meter.rate:.0f} evaluations/s")
+            meter.update(min(done, mine), lambda rate: f"{rate:.0f} evaluations/s")
 
         result = bits_per_dim(
             subject.sampler, dataset.images, dataset.labels, options, subject.batch,

@@ -106,7 +106,7 @@ def fill(
                 chosen = slice(start, start + batch)
                 parts.append(network(draw(seeds[chosen], None if labels is None else labels[chosen])))
                 done += len(parts[-1].features)
-                meter.update(done, f"{meter.rate:.2f} images/s")
+                meter.update(done, lambda rate: f"{rate:.2f} images/s")
             logits = [part.logits for part in parts if part.logits is not None]
             shards.put(
                 index, Activations(torch.cat([p.features for p in parts]), torch.cat(logits) if logits else None)

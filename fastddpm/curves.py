@@ -1,0 +1,68 @@
+"""python -m fastddpm.curves RUN [RUN ...]: loss, gradient norm and loss by timestep of runs in one picture."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastddpm import cli
+from fastddpm.errors import UsageError
+
+PROGRAM = "fastddpm.curves"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Draw the curves of one run, or of several in the same panels."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories, finished or going on."""
+    out: Path | None = None
+    """The picture, a PNG. Without it, curves.png in the first run."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    command = cli.parse(Command, arguments, program=PROGRAM)
+    if not command.runs:
+        raise UsageError("name one or more run directories")
+    for run in command.runs:
+        if not (run / "log.jsonl").is_file():
+            raise UsageError(f"{run} is no run: it has no log.jsonl")
+    try:
+        from fastddpm.monitor.plots import curves
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise UsageError("curves need matplotlib: pip install 'fastddpm[report]'") from None
+    from fastddpm.runlog import read_log
+
+    logs = {}
+    for name, run in zip(_names(command.runs), command.runs, strict=True):
+        records = read_log(run / "log.jsonl")
+        if not records:
+            print(f"{run} has no line in its log yet", file=sys.stderr)
+            continue
+        logs[name] = records, cli.read_preset(run / "config.json").diffusion.timesteps
+    if not logs:
+        raise UsageError("nothing to draw: no run has a line in its log")
+    out = command.out or command.runs[0] / "curves.png"
+    curves(logs, out)
+    print(out)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The directories' own names where these differ, and else their paths."""
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    paths = [str(run) for run in runs]
+    if len(set(paths)) < len(paths):
+        raise UsageError("a run is named twice")
+    return paths
+
+
+if __name__ == "__main__":
+    cli.run(main)
