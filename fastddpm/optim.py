@@ -55,6 +55,7 @@ class Optimizer:
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
+        self._on_cpu = self._parts[0].device.type == "cpu"
         # Of what an average should move by, as a gradient: the fused kernel skips it where Adam's does.
         self._averaging = {decay: torch.optim.SGD(a, lr=1.0, fused=True) for decay, a in self.averages.items()}
         self.shard_sum: list[Tensor] | None = None
@@ -117,7 +118,7 @@ class Optimizer:
     def _update_average(self, decay: float, skipped: Tensor) -> None:
         """average += (1 - decay) (weight - average), unless the step is skipped."""
         average = self.averages[decay]
-        if skipped.device.type == "cpu":  # where looking costs nothing, and one pass over memory does it
+        if self._on_cpu:  # where looking costs nothing, and one pass over memory does it
             if not skipped:
                 torch._foreach_lerp_(average, self._parts, 1 - decay)
             return

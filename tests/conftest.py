@@ -8,11 +8,13 @@ Where there is no GPU, the Triton kernels run in their interpreter.
 """
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
+from fastddpm.kernels import native
 from fastddpm.ops.backend import CHOICES
 
 
@@ -49,3 +51,14 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(params=native.ISAS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The compiled library on each instruction set that this machine has."""
+    before = native.isa()
+    if native.isa(request.param) != request.param:
+        native.isa(before)
+        pytest.skip(f"this machine has no {request.param}")
+    yield
+    native.isa(before)

@@ -311,6 +311,7 @@ class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("options", [{}, {"mode": "paper"}, {"ema": (0.9, 0.5), "accumulate": 2}])
 def test_a_step_reads_nothing_back(options: dict[str, Any]) -> None:
     trainer = Trainer(tiny_preset(**options), noise_images(), CPU)
+    trainer.optimizer._on_cpu = False  # what a GPU is given to do
     with HostReads() as reads:
         for _ in range(2):
             loss, _, applied = trainer.train_step()
@@ -333,6 +334,20 @@ def test_network_noise_and_loss_are_one_graph(precision: str) -> None:
         expected = trainer._micro_losses(images, key, labels)
         assert all(map(torch.equal, compiled(images, key, labels), expected))
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_the_average_moves_alike_on_a_cpu_and_on_a_gpu(bad: bool) -> None:
+    """To rounding; and where a step is left out, as for NaN in a weight, not at all."""
+    one, other = (Trainer(tiny_preset(ema=0.7), noise_images(), CPU) for _ in range(2))
+    other.optimizer._on_cpu = False
+    for trainer in (one, other):
+        trainer.train_step()
+        if bad:
+            trainer.optimizer.parameters[0].data.view(-1)[0] = float("nan")
+        trainer.train_step()
+    for ours, theirs in zip(one.optimizer.average, other.optimizer.average, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
 
 def test_each_average_is_that_of_its_decay() -> None:

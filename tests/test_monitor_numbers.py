@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from fastddpm import runlog
 from fastddpm.config import DiffusionConfig, Preset, TrainConfig
 from fastddpm.errors import StorageError
-from fastddpm.monitor import Clock, LossByTimestep, Monitor, Sinks, memory_mib
+from fastddpm.monitor import Clock, LossByTimestep, Monitor, Sinks, clock, memory_mib
 from fastddpm.processes import Place
 from fastddpm.runlog import JsonLines, Meter, read_log
 
@@ -102,13 +103,13 @@ def test_laps_leave_out_what_is_no_step() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_memory_of_a_process_is_what_the_system_says() -> None:
+def test_memory_of_a_process_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert said is not None
     assert memory_mib(CPU) == pytest.approx(int(said[1]) / 1024, rel=0.05)
-    held = np.ones(64 * 2**20, np.uint8)
-    grown = memory_mib(CPU)
-    assert grown is not None and grown > int(said[1]) / 1024 + 0.9 * held.nbytes / 2**20
+    monkeypatch.setattr(clock, "_STATM", tmp_path / "statm")
+    (tmp_path / "statm").write_text("9000 512 100 1 0 800 0\n")  # pages; the second is what is resident
+    assert memory_mib(CPU) == 512 * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_lines_of_a_meter_go_by_notes_or_by_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +123,12 @@ def test_lines_of_a_meter_go_by_notes_or_by_time(capsys: pytest.CaptureFixture[s
         for done in range(1, 11):
             meter.update(done, "note")
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_note_made_of_the_rate_counts_what_was_just_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with Meter("work", 10, "steps") as meter:
+        meter.update(10, lambda rate: "fast" if rate > 0 else "slow")
+    assert "fast" in capsys.readouterr().err
 
 
 def test_a_terminal_of_80_columns_shows_all_of_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """The compiled library's gradient of a convolution's weights, call by call."""
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -12,18 +11,11 @@ from torch import Tensor
 from fastddpm.kernels import interface, native
 from fastddpm.kernels.interface import PATCHES, WINOGRAD
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
+    pytest.mark.usefixtures("instruction_set"),
+]
 GUARD = 16  # floats on either side of an output
-
-
-@pytest.fixture(params=native.ISAS, autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = native.isa()
-    if native.isa(request.param) != request.param:
-        native.isa(before)
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    native.isa(before)
 
 
 @dataclass(frozen=True)

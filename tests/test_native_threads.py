@@ -23,16 +23,6 @@ def as_many_threads_as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=native.ISAS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = native.isa()
-    if native.isa(request.param) != request.param:
-        native.isa(before)
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    native.isa(before)
-
-
 def images(n: int, c: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(n, c, size, size).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
