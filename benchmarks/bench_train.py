@@ -19,7 +19,7 @@ from fastddpm.trainer import Trainer
 
 pytestmark = pytest.mark.benchmark(timer=synchronised_timer, min_rounds=5, max_time=2.0, warmup=True,
                                    warmup_iterations=1)  # fmt: skip
-CASES = [("cifar10", 128), ("celebahq256", 8)] if ON_GPU else [("mnist", 32), ("cifar10", 2)]
+CASES = [("cifar10", 128), ("celebahq256", 8)] if ON_GPU else [("mnist", 32), ("cifar10", 2), ("cifar10", 8)]
 PEERS = ("fastddpm", "torch eager", "torch.compile", "diffusers", "diffusers, compiled")
 
 
