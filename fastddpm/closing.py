@@ -6,7 +6,7 @@ import numpy as np
 
 from fastddpm.config import Preset
 from fastddpm.diffusion import Diffusion
-from fastddpm.generate import FrameRecorder, sample_batches, save_pictures, save_run_samples
+from fastddpm.generate import FrameRecorder, sample_batches, save_pictures
 from fastddpm.processes import Place, gathered
 from fastddpm.sampler import Sampler
 from fastddpm.unet import UNet
@@ -17,15 +17,15 @@ def draw_closing_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: 
 
     Returns the paths of samples.png, samples.npz and denoising.gif, which shows the first process's images.
     """
-    if where.count == 1:
-        return save_run_samples(unet, diffusion, preset, run)
     config = preset.sample
+    if config.count == 0:
+        return []
     sampler = Sampler(unet, diffusion, config.steps, config.method, config.eta, guidance=config.guidance)
     seeds = where.part(config.count)
     recorder = FrameRecorder(sampler.steps, len(seeds))
     drawn = [batch.images for batch in sample_batches(sampler, seeds, recorder=recorder)]
     parts = [part for of_one in gathered(drawn, where) for part in of_one]
-    if not where.first or not parts:
+    if not where.first:
         return []
     everything = range(config.count)
     return save_pictures(np.concatenate(parts), everything, sampler.labels_for(everything), recorder.frames, run)

@@ -8,13 +8,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastddpm.config import Preset
-from fastddpm.diffusion import Diffusion
 from fastddpm.figures import grid, save_animation, save_png, to_uint8
 from fastddpm.runlog import Meter
 from fastddpm.sampler import Sampler
 from fastddpm.shards import Shards
-from fastddpm.unet import UNet
 
 ANIMATION_FRAMES = 40
 _REPORTS = 100  # of progress, in a chain: each step that is looked at makes the device wait for the host
@@ -105,18 +102,6 @@ def save_first_grid(shards: Shards) -> Path:
     path = shards.directory / "samples.png"
     save_png(grid(shards.read(0)[:64]), path)
     return path
-
-
-def save_run_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: Path) -> list[Path]:
-    """Draw the run's closing samples (seeds 0, 1, ..): samples.png, samples.npz and denoising.gif in `run`."""
-    config = preset.sample
-    if config.count == 0:
-        return []
-    sampler = Sampler(unet, diffusion, config.steps, config.method, config.eta, guidance=config.guidance)
-    recorder = FrameRecorder(sampler.steps, config.count)
-    seeds = range(config.count)
-    images = np.concatenate([b.images for b in sample_batches(sampler, seeds, recorder=recorder)])
-    return save_pictures(images, seeds, sampler.labels_for(seeds), recorder.frames, run)
 
 
 def save_pictures(

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,11 @@ class Shards:
         }
 
     @contextlib.contextmanager
-    def locked(self, rank: int) -> Iterator[None]:
-        """Nobody else draws the shards of this process; `UsageError` where somebody does."""
+    def locked(self, rank: int, waits: Callable[[], object] | None = None) -> Iterator[None]:
+        """Nobody else draws the shards of this process; where somebody does, `UsageError`.
+
+        Or, with `waits`, call that and wait until it is done.
+        """
         try:
             import fcntl
         except ModuleNotFoundError:  # not on Windows: there two processes would draw the same images twice
@@ -93,7 +96,10 @@ class Shards:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UsageError(f"another process is sampling into {self.directory} as rank {rank}") from None
+                if waits is None:
+                    raise UsageError(f"another process is sampling into {self.directory} as rank {rank}") from None
+                waits()
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def missing(self, rank: int, processes: int) -> tuple[list[int], list[str]]:
@@ -126,20 +132,23 @@ class Shards:
         return None
 
     def write(self, index: int, images: np.ndarray) -> None:
-        """The images of a shard, with their seeds and labels; as `put_arrays`."""
-        seeds, labels = self.part(index)
-        arrays = {"images": images, "seeds": np.asarray(seeds, dtype=np.int64)}
-        if labels is not None:
-            arrays["labels"] = np.asarray(labels, dtype=np.int64)
-        self.put_arrays(index, arrays)
+        """The images of a shard; as `put_arrays`."""
+        self.put_arrays(index, {"images": images})
 
     def put_arrays(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """The file of a shard, onto the disk itself, whole or not at all; `StorageError` where that fails."""
+        """The file of a shard, with its seeds and labels, onto the disk itself, whole or not at all.
+
+        `StorageError` where that fails.
+        """
+        seeds, labels = self.part(index)
+        named = {**arrays, "seeds": np.asarray(seeds, dtype=np.int64)}
+        if labels is not None:
+            named["labels"] = np.asarray(labels, dtype=np.int64)
         path = self.path(index)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+                np.savez(file, **named)  # type: ignore[arg-type]
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -6,9 +6,8 @@
 The images themselves are never on the disk.
 """
 
-import contextlib
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,10 +50,7 @@ class FeatureShards(Shards):
 
     def put(self, index: int, found: Activations) -> None:
         """Write a shard, onto the disk itself, whole or not at all; `StorageError` where that fails."""
-        seeds, labels = self.part(index)
-        arrays = {"features": found.features.cpu().numpy(), "seeds": np.asarray(seeds, dtype=np.int64)}
-        if labels is not None:
-            arrays["labels"] = np.asarray(labels, dtype=np.int64)
+        arrays = {"features": found.features.cpu().numpy()}
         if found.logits is not None:
             arrays["logits"] = found.logits.cpu().numpy()
         self.put_arrays(index, arrays)
@@ -74,22 +70,6 @@ class FeatureShards(Shards):
     def unfinished(self) -> int:
         """Images whose shards are not there yet, of all processes."""
         return sum(len(self.part(i)[0]) for i in range(len(self)) if not self.path(i).exists())
-
-    @contextlib.contextmanager
-    def waiting(self, rank: int, say: Callable[[str], None]) -> Iterator[None]:
-        """As `locked`, but where another process has the lock, wait until it is done."""
-        try:
-            import fcntl
-        except ModuleNotFoundError:  # not on Windows, as in `locked`
-            yield
-            return
-        with open(self.directory / f".rank-{rank}.lock", "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                say(f"another process is filling {self.directory}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def fill(

@@ -54,7 +54,7 @@ def fill_reference(subject: Subject, network: FeatureNetwork, shards: FeatureSha
         chosen = np.ascontiguousarray(subject.dataset.images[indices[0] : indices[-1] + 1])
         return torch.from_numpy(chosen).to(subject.device)
 
-    with shards.waiting(place.rank, _say):
+    with shards.locked(place.rank, lambda: _say(f"another process is filling {shards.directory}: waiting for it")):
         missing, damaged = shards.missing(place.rank, place.count)
         for line in damaged:
             _say(line)
