@@ -29,7 +29,7 @@ import machine
 import numpy as np
 import torch
 
-from fastddpm import checkpoint, train
+from fastddpm import checkpoint, cli, train
 
 STEPS = 30
 OPTIONS = [
@@ -66,7 +66,7 @@ def child(variables: dict[str, str], arguments: list[str], log: Path) -> None:
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["fastddpm.train", *arguments]
-    train.command_line()
+    cli.run(train.main)
 
 
 def start(count: int, run: Path, **environment: str) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from . import processes
 from .config import Preset, difference, from_dict, to_dict
 from .errors import DataError, FastddpmError, UsageError
 
@@ -21,17 +22,26 @@ EXIT_CODES = """exit codes: 0 done, 2 a mistake in the options, 3 images or a ch
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command on this process's arguments; a user's mistake becomes one line and an exit code."""
+    code = _exit_code(main)
+    if processes.ends_at_once():
+        processes.end(code)
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[Sequence[str]], None]) -> int:
     try:
         main(sys.argv[1:])
     except FastddpmError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141
+    return 0
 
 
 def parse(command: type[T], arguments: Sequence[str], *, program: str, default: T | None = None) -> T:

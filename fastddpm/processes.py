@@ -4,13 +4,15 @@ The contract is that of torchrun, which SLURM scripts, Ray Train and accelerate 
 LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. A group that the starter has formed is used as it is.
 """
 
+import atexit
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from fastddpm.errors import FastddpmError, UsageError
 
@@ -20,6 +22,7 @@ _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|timeout caused pair closure|TCPStore"
 )
+_formed_a_group = False
 
 
 class LostProcessError(FastddpmError):
@@ -94,10 +97,30 @@ def together(where: Place, *, device: str = "cpu", timeout_s: float | None = Non
         # torchrun keeps its store over restarts: without a name of its own an attempt would find the addresses of the
         # processes of the one before, which are gone.
         attempt = dist.PrefixStore(f"attempt-{os.environ.get(_RESTARTS[0], '0')}", store)
+        global _formed_a_group
+        _formed_a_group = True
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=count, timeout=limit)
         yield
         # Not where an error leaves the block: other processes may be waiting for this one to take part.
         dist.destroy_process_group()
+
+
+def ends_at_once() -> bool:
+    """Whether this process formed a group, and so must end by `end`: torch keeps gloo's threads after the group.
+
+    One that still waits for another process keeps the interpreter from ending; one that lets go of a tensor while the
+    interpreter ends aborts the process (SIGABRT) after all its work is done.
+    """
+    return _formed_a_group
+
+
+def end(code: int) -> NoReturn:
+    """End this process with that exit code, as the interpreter would, but without its threads taking part."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any longer
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ The same command started by torchrun, once for each process, trains one model wi
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -294,17 +293,5 @@ def _newest_checkpoint(run: Path, where: processes.Place, say: Callable[[str], N
     return checkpoint.load(*found)
 
 
-def command_line() -> None:
-    """This process's command; it ends at once where another process is lost."""
-    try:
-        cli.run(main)
-    except SystemExit as stop:
-        if stop.code == processes.LostProcessError.exit_code:
-            # Threads that wait for the lost process would keep the interpreter from ending.
-            sys.stderr.flush()
-            os._exit(processes.LostProcessError.exit_code)
-        raise
-
-
 if __name__ == "__main__":
-    command_line()
+    cli.run(main)

@@ -31,17 +31,27 @@ class Ended:
     stderr: str
 
 
-def start(count: int, work: Callable[..., Any], *arguments: Any, directory: Path, **environment: str) -> list[Any]:
-    """`count` processes that call `work(*arguments)`, each with RANK and the rest in its environment."""
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]  # type: ignore[no-any-return]
+
+
+def contract(rank: int, count: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives process `rank` of `count` on one machine."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def start(count: int, work: Callable[..., Any], *arguments: Any, directory: Path, **environment: str) -> list[Any]:
+    """`count` processes that call `work(*arguments)`, each with RANK and the rest in its environment."""
+    port = free_port()
     started = []
     for rank in range(count):
-        variables = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), **environment,
-        }  # fmt: skip
+        variables = contract(rank, count, port) | environment
         process = _CONTEXT.Process(target=_child, args=(variables, directory / f"{rank}", work, arguments))
         process.start()
         started.append(process)

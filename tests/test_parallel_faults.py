@@ -182,7 +182,7 @@ TINY = [
 
 KILLED_ONCE = """
 import os, signal, sys
-from fastddpm import train
+from fastddpm import cli, train
 from fastddpm.trainer import Trainer
 step = Trainer.train_step
 def killed(trainer):
@@ -191,7 +191,7 @@ def killed(trainer):
     return step(trainer)
 Trainer.train_step = killed
 sys.argv[0] = "fastddpm.train"
-train.command_line()
+cli.run(train.main)
 """
 
 
@@ -218,6 +218,48 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     for part, tensors in ends[0].tensors.items():
         assert digest(tensors) == digest(ends[1].tensors[part])
     assert log_digest(tmp_path / "run") == log_digest(tmp_path / "whole")
+
+
+ENDS = """
+import atexit, time, torch, torch.distributed as dist
+from fastddpm import cli, processes
+def main(arguments):
+    global kept
+    place = processes.place()
+    atexit.register(print, "last words")
+    with processes.together(place):
+        kept = dist.group.WORLD  # as DistributedDataParallel does
+        if place.rank == 1:
+            time.sleep(600)
+        dist.all_reduce(torch.zeros(3), async_op=True)  # in a thread that waits for the other process
+        print("done")
+        if arguments:
+            raise processes.LostProcessError(arguments[0])
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["gone"], 75)])
+def test_a_process_ends_although_threads_of_its_group_wait(tmp_path: Path, arguments: list[str], code: int) -> None:
+    """With what it printed, its exit code and what was registered for the end."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    port = team.free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=os.environ | team.contract(rank, 2, port) | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        out, errors = started[0].communicate(timeout=60)
+    finally:
+        started[1].kill()
+        started[1].communicate()
+    assert (started[0].returncode, out) == (code, "done\nlast words\n"), errors
+    assert errors == "".join(f"error: {reason}\n" for reason in arguments)
 
 
 def two_in_one(run: Path) -> None:
