@@ -37,6 +37,7 @@ OPTIONS = [
     "--dropout", "0.1", "--steps", str(STEPS), "--save-every", "5", "--log-every", "1", "--sample.steps", "40",
     "--sample.count", "8", "--device", "cpu",
 ]  # fmt: skip
+MEASURED = {"images_per_s", "data_wait", "memory_mib"}
 HANG_TIMEOUT_S = 3.0
 GIVE_UP_S = 120.0
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -97,14 +98,14 @@ def ended(started: list[Any]) -> list[int | None]:
 
 
 def digest(run: Path) -> str:
-    """sha256 of all that a finished run says: its last checkpoint, its log without the speed, its samples."""
+    """sha256 of all that a finished run says: its last checkpoint, its log but for speed and memory, its samples."""
     total = hashlib.sha256()
     saved = checkpoint.load(run)
     for part in sorted(saved.tensors):
         for name in sorted(saved.tensors[part]):
             total.update(f"{part} {name}".encode() + saved.tensors[part][name].contiguous().numpy().tobytes())
     for line in (run / "log.jsonl").read_text().splitlines():
-        total.update(json.dumps({k: v for k, v in json.loads(line).items() if k != "images_per_s"}).encode())
+        total.update(json.dumps({k: v for k, v in json.loads(line).items() if k not in MEASURED}).encode())
     total.update(np.load(run / "samples.npz")["images"].tobytes())
     return total.hexdigest()
 
@@ -149,6 +150,8 @@ def measure(fault: str, tries: int, count: int, number: signal.Signals, target: 
                 continue
             codes, seconds = outcome
             total.note(codes, seconds)
+            if 1 in codes:  # an error that nobody thought of
+                print(f"{fault}: {codes}", *(log.read_text() for log in sorted(Path(name).glob("*.log"))), sep="\n")
             with contextlib.suppress(OSError):
                 names = [path.name for path in (run / "checkpoints").iterdir()]
                 total.inside_write += any(name.startswith(".tmp-") for name in names)
