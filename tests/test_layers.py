@@ -18,7 +18,7 @@ LAYERS = {
     0: {"kernels"},
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
-EVERYWHERE = {"errors", "__version__"}  # no layer; kernels know nothing of the package at all
+EVERYWHERE = {"errors", "lazy", "__version__"}  # no layer; kernels know nothing of the package at all
 
 
 def imported(source: str, package: str) -> set[str]:

@@ -3,8 +3,7 @@
 The names are imported when first used, so that the command answers `--help` without loading torch.
 """
 
-import importlib
-from typing import Any
+from fastddpm.lazy import attributes
 
 _HOMES = {
     "Activations": ".features",
@@ -19,9 +18,4 @@ _HOMES = {
     "precision_recall": ".manifolds",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastddpm.metrics' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+__getattr__ = attributes(__name__, _HOMES)
