@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from fastddpm import checkpoint, cli, train
+from fastddpm.monitor import MEASURED
 
 STEPS = 30
 OPTIONS = [
@@ -37,7 +38,6 @@ OPTIONS = [
     "--dropout", "0.1", "--steps", str(STEPS), "--save-every", "5", "--log-every", "1", "--sample.steps", "40",
     "--sample.count", "8", "--device", "cpu",
 ]  # fmt: skip
-MEASURED = {"images_per_s", "data_wait", "memory_mib"}
 HANG_TIMEOUT_S = 3.0
 GIVE_UP_S = 120.0
 CONTEXT = multiprocessing.get_context("forkserver")

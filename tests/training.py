@@ -12,12 +12,12 @@ from torch import Tensor
 from fastddpm import checkpoint
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.data import Dataset
+from fastddpm.monitor import MEASURED
 from fastddpm.processes import Place
 from fastddpm.runlog import JsonLines
 from fastddpm.trainer import Trainer
 
 CPU = torch.device("cpu")
-MEASURED = {"images_per_s", "data_wait", "memory_mib"}
 
 
 def tiny_preset(**train: Any) -> Preset:

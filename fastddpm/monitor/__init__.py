@@ -6,9 +6,10 @@ from .environment import record_session
 from .previews import Previews, network_with
 from .profiling import Profile
 from .sinks import Sink, Sinks, open_sinks
-from .watch import Monitor
+from .watch import MEASURED, Monitor
 
 __all__ = [
+    "MEASURED",
     "Clock",
     "LossByTimestep",
     "Monitor",

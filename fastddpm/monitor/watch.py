@@ -21,6 +21,9 @@ from .previews import Previews
 from .profiling import Profile
 from .sinks import Sinks
 
+# What a line of the log holds of the machine, not of the run: two equal runs may differ in these.
+MEASURED = ("images_per_s", "data_wait", "memory_mib")
+
 
 class Monitor:
     """Progress, log, sinks, previews and profile of one run; `attach` adds all but the first two.
@@ -73,11 +76,8 @@ class Monitor:
             numbers = {name: _finite(value) for name, value in measured().items()}
             # Only now, when the device has been waited for, is the lap over.
             lap, by_t = self.clock.lap(step), self.losses_by_t.read()
-            speed = {
-                "images_per_s": lap.steps_per_s * self._preset.train.batch,
-                "data_wait": lap.data_wait,
-                "memory_mib": memory_mib(self._device),
-            }
+            rate = lap.steps_per_s * self._preset.train.batch
+            speed = dict(zip(MEASURED, (rate, lap.data_wait, memory_mib(self._device)), strict=True))
             record = {"step": step, **numbers, **speed}
             if self._log is not None:
                 self._log.write({**record, "loss_by_t": by_t})
