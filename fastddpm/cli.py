@@ -22,11 +22,7 @@ EXIT_CODES = """exit codes: 0 done, 2 a mistake in the options, 3 images or a ch
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command on this process's arguments; a user's mistake becomes one line and an exit code."""
-    code = _exit_code(main)
-    if processes.ends_at_once():
-        processes.end(code)
-    if code:
-        sys.exit(code)
+    processes.finish(_exit_code(main))
 
 
 def _exit_code(main: Callable[[Sequence[str]], None]) -> int:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from fastddpm.errors import FastddpmError, UsageError
 
@@ -105,22 +105,20 @@ def together(where: Place, *, device: str = "cpu", timeout_s: float | None = Non
         dist.destroy_process_group()
 
 
-def ends_at_once() -> bool:
-    """Whether this process formed a group, and so must end by `end`: torch keeps gloo's threads after the group.
+def finish(code: int) -> None:
+    """End this command with that exit code (0: return), but at once in a process that formed a group.
 
-    One that still waits for another process keeps the interpreter from ending; one that lets go of a tensor while the
-    interpreter ends aborts the process (SIGABRT) after all its work is done.
+    For torch keeps gloo's threads after the group. One that still waits for another process keeps the interpreter from
+    ending; one that lets go of a tensor while the interpreter ends aborts the process (SIGABRT) after all its work.
     """
-    return _formed_a_group
-
-
-def end(code: int) -> NoReturn:
-    """End this process with that exit code, as the interpreter would, but without its threads taking part."""
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any longer
-            stream.flush()
-    os._exit(code)
+    if _formed_a_group:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any longer
+                stream.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 @contextlib.contextmanager
