@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.config import UNetConfig
+from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
+from fastddpm.diffusion import Diffusion
+from fastddpm.model import Model
+from fastddpm.unet import UNet
 
 # Two levels, one downsampling, attention in both paths, every kind of block; 6x6 is no power of two.
 TINY = UNetConfig(
@@ -22,6 +25,10 @@ SMALLEST = UNetConfig(
 )
 
 
+# For chains and files beside diffusers'.
+SMALL = UNetConfig(image_size=8, width=32, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), dropout=0.0)
+
+
 def tiny(**options: object) -> UNetConfig:
     return dataclasses.replace(TINY, **options)
 
@@ -32,6 +39,21 @@ def shaken(module: nn.Module, amount: float = 0.2) -> nn.Module:
         for parameter in module.parameters():
             parameter.add_(amount * torch.randn_like(parameter))
     return module.eval()
+
+
+def random_model(config: UNetConfig, diffusion: DiffusionConfig | None = None) -> Model:
+    """Every parameter random and of a size that matters, also the norms and the layers that begin near zero."""
+    torch.manual_seed(0)
+    unet = UNet(config).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    diffusion = diffusion or DiffusionConfig()
+    preset = Preset("test", config, diffusion, TrainConfig(lr=3e-4), SampleConfig(count=3))
+    return Model(unet, Diffusion(diffusion), preset)
 
 
 def batch(n: int = 2, config: UNetConfig = TINY) -> tuple[Tensor, Tensor]:

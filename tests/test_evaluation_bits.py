@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import gaussian_source as source
 import numpy as np
 import oracle
 import pytest
+import team
 import torch
 from networks import SMALLEST, Formula, shaken
 from torch import Tensor
@@ -289,20 +287,6 @@ def test_the_batch_changes_nothing(every: int, rng: np.random.Generator) -> None
     assert bits_per_dim(sampler, images, None, BitsOptions(every=every, seed=1), batch=70).total != expected.total
 
 
-PROCESS = """
-import sys, torch
-from fastddpm import processes
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from test_evaluation_bits import of_a_unet
-place = processes.place()
-with processes.together(place):
-    result = of_a_unet(place)
-import json
-print(json.dumps(result.to_dict()))
-"""
-
-
 def of_a_unet(place: Place) -> BitsPerDim:
     torch.manual_seed(0)
     sampler = Sampler(shaken(UNet(SMALLEST)), Diffusion(DiffusionConfig(**SHORT)))  # type: ignore[arg-type]
@@ -312,20 +296,9 @@ def of_a_unet(place: Place) -> BitsPerDim:
 
 def test_two_processes_find_what_one_finds() -> None:
     """As torchrun starts them, with a network and its compiled kernels; each returns the whole, with the same bits."""
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    port = str(29500 + os.getpid() % 2000)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(Path(__file__).parent)], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=environment | {"RANK": str(rank), "MASTER_PORT": port},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
     expected = of_a_unet(Place()).to_dict()
-    for process in started:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert json.loads(out.splitlines()[-1]) == expected
+    for found in team.values(2, team.grouped, of_a_unet):
+        assert found.to_dict() == expected
 
 
 def test_the_bound_is_of_the_whole_process_without_guidance(rng: np.random.Generator) -> None:
