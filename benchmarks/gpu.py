@@ -1,0 +1,168 @@
+"""Everything that only a GPU can show, in one command that goes on where it was stopped.
+
+    python benchmarks/gpu.py DIR                     # every stage, in order
+    python benchmarks/gpu.py DIR tests memcheck      # some of them
+    python benchmarks/gpu.py DIR --seconds 540       # what fits into nine minutes; the same command goes on later
+    python -m benchmarks.report DIR/unet-*.json DIR/sampler-*.json --store RESULT.json    # the parts as one
+
+Each stage is a command of its own; what it prints goes to DIR/STAGE.log, and DIR/gpu.json says how each ended, on which
+machine. A stage that has passed is not run again, unless --again is given; of the benchmark suite, a stopped stage
+leaves what it measured and goes on with the rest. A stage that fails does not stop the next ones; the exit code is then
+1. Nothing here changes the device's settings.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+
+ROOT = Path(__file__).parent.parent
+PYTEST = (sys.executable, "-m", "pytest")
+# Our kernels by their mangled names: Triton's are called as their functions, those of csrc live in a namespace.
+OURS = "fastddpm|^_(attention|conv3x3_fp8|group_norm_silu|philox|q_sample|random_normal|reverse_step)"
+# Of the operator tests, those that launch kernels, eagerly.
+KERNELS = (
+    "(numbers or layouts or gradient or precision or batch or nan or dropout)"
+    " and not (graph or float64 or compiles or refuses)"
+)
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SUITE = ("kernels", "sampler", "train", "unet", "scaling")
+PATIENCE = 30.0  # seconds that an interrupted command has to write what it has
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, what it changes in the environment, and a program that it needs."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: str | None = None
+
+
+def stages(out: Path) -> dict[str, Stage]:
+    """By name, in order: what is right comes before what is fast. `out`: where a stage leaves its files."""
+    tuned = ("--preset", "cifar10", "--out", str(out / "triton-tiles.json"))
+    return {
+        "doctor": Stage((sys.executable, "-m", "fastddpm.doctor")),
+        "operators": Stage((*PYTEST, "tests/ops", "--device", "cuda")),
+        "tests": Stage((*PYTEST, "-m", "gpu", "--ignore", "tests/ops")),
+        **{tool: sanitizer(tool) for tool in SANITIZERS},
+        **{name: suite(name, out) for name in SUITE},
+        "tiles": Stage((sys.executable, "benchmarks/tune.py", *tuned)),
+    }
+
+
+def sanitizer(tool: str) -> Stage:
+    """The operator tests under a tool of NVIDIA's compute-sanitizer, which looks at our kernels alone.
+
+    Every tensor is an allocation of its own: PyTorch's pools would hide what is read or written beside one.
+    """
+    options = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", f"regex={OURS}")
+    tests = (*PYTEST, "-x", "-m", "gpu", "-k", KERNELS, "tests/ops")
+    return Stage(
+        ("compute-sanitizer", *options, *tests), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs="compute-sanitizer"
+    )
+
+
+def suite(name: str, out: Path) -> Stage:
+    """What the files of earlier runs in `out` have not measured of benchmarks/bench_NAME.py."""
+    files = sorted(out.glob(f"{name}-*.json"))
+    measured = [found["fullname"] for file in files for found in load(file).get("benchmarks", [])]
+    options = ("--benchmark-only", "--benchmark-json", str(out / f"{name}-{len(files) + 1}.json"))
+    return Stage((*PYTEST, f"benchmarks/bench_{name}.py", *options, *(f"--deselect={test}" for test in measured)))
+
+
+def run(stage: Stage, log: Path, seconds: float) -> dict[str, Any]:
+    """How it ended: `passed`, its exit code (None where it did not start or was stopped), seconds, and why not."""
+    if stage.needs is not None and shutil.which(stage.needs) is None:
+        return {"passed": False, "code": None, "seconds": 0.0, "reason": f"{stage.needs} is not on PATH"}
+    start, reason = time.monotonic(), None
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(stage.command, cwd=ROOT, env={**os.environ, **stage.environment}, stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        try:
+            code = process.wait(None if seconds == float("inf") else seconds)
+        except subprocess.TimeoutExpired:
+            code, reason = None, f"stopped after {seconds:.0f} s"
+        finally:
+            stop(process)
+    if code:
+        reason = f"exit code {code}: {log.name}"
+    return {"passed": code == 0, "code": code, "seconds": round(time.monotonic() - start, 1), "reason": reason}
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupts a command that is still running, so that pytest writes what it has; then ends it and its children."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def save(path: Path, ended: Mapping[str, Any], device: str) -> None:
+    document = {"machine": machine.description() | {"device": device}, "stages": dict(ended)}
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def drive(chosen: Mapping[str, Stage], out: Path, seconds: float, again: bool, device: str) -> dict[str, Any]:
+    """Runs the stages that have not passed, while time is left; returns how each of all so far ended."""
+    path = out / "gpu.json"
+    ended: dict[str, Any] = load(path).get("stages", {})
+    deadline = time.monotonic() + seconds
+    for name, stage in chosen.items():
+        left = deadline - time.monotonic()
+        if ended.get(name, {}).get("passed") and not again:
+            continue
+        if left < 1:
+            print(f"{name:10} left for the next run: no time")
+            continue
+        ended[name] = run(stage, out / f"{name}.log", left)
+        save(path, ended, device)
+        one = ended[name]
+        print(f"{name:10} {'passed' if one['passed'] else one['reason']} ({one['seconds']:.0f} s)", flush=True)
+    return ended
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="DIR")
+    parser.add_argument("stage", nargs="*", metavar="STAGE", help=", ".join(stages(Path())))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start and leave running nothing beyond")
+    parser.add_argument("--again", action="store_true", help="run what has passed, too")
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    all_stages = stages(out)
+    unknown = [name for name in options.stage if name not in all_stages]
+    if unknown:
+        parser.error(f"no stage is called {unknown[0]!r}; there are {', '.join(all_stages)}")
+    if not torch.cuda.is_available():
+        parser.exit(2, "this is for a machine with a GPU, and torch sees none\n")
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = {name: all_stages[name] for name in options.stage or all_stages}
+    ended = drive(chosen, out, options.seconds, options.again, torch.cuda.get_device_name())
+    return 0 if all(ended.get(name, {}).get("passed") for name in chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
