@@ -85,10 +85,21 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: C++",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    entry_points={"console_scripts": ["fastddpm = fastddpm.__main__:main"]},
     packages=[*find_packages(include=["fastddpm", "fastddpm.*"], exclude=["fastddpm.kernels*"]), *KERNELS],
     package_dir={"fastddpm.kernels": "kernels"},
     ext_modules=[library("_native"), library("_native_cuda")],
     cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # one wheel for every version of Python: see library()
     package_data={
         "fastddpm": ["py.typed"],
         "fastddpm.data": ["mnist5k.npz"],

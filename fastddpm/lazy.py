@@ -1,7 +1,10 @@
-"""Names of a package that are imported when first used, so that the commands answer `--help` without loading torch."""
+"""Names of a package that are imported when first used, so that the commands answer `--help` without loading torch.
+
+A package that does this names each twice: in a table of homes, and for type checkers in an import that never runs.
+"""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -20,3 +23,12 @@ def attributes(package: str, homes: Mapping[str, str | None]) -> Callable[[str],
         return getattr(importlib.import_module(home, package), name)
 
     return attribute
+
+
+def listing(names: Sequence[str]) -> Callable[[], list[str]]:
+    """The `__dir__` of a package, for completion in a shell: its public names."""
+
+    def names_() -> list[str]:
+        return sorted(names)
+
+    return names_

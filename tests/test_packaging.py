@@ -111,10 +111,12 @@ def editable_status(prefix: Path, checkout: Path) -> tuple[str, str]:
 def test_the_wheel_holds_everything_and_works_elsewhere(stale_checkout: Path, tmp_path: Path) -> None:
     pip("wheel", "-w", str(tmp_path / "dist"), str(stale_checkout), cwd=tmp_path)
     wheel = only_file(tmp_path / "dist")
+    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]  # there is no Python in the libraries
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         text = {Path(name).name: archive.read(name).decode() for name in names if ".dist-info/" in name}
     assert text["top_level.txt"].split() == ["fastddpm"]
+    assert "fastddpm = fastddpm.__main__:main" in text["entry_points.txt"]
     # Without an upper bound an install replaces a fitting torch by the newest one, with gigabytes of CUDA libraries.
     assert re.search(r"^Requires-Dist: torch<2\.14,>=2\.11$", text["METADATA"], re.MULTILINE)
     tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastddpm").rglob("*.py")}
@@ -330,6 +332,8 @@ def test_the_source_archive_can_be_installed_from(stale_checkout: Path, tmp_path
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
     assert {Path(name).parent.as_posix() for name in sources} == {"csrc", "csrc/cpu", "csrc/cuda", "csrc/cuda/emulate"}
     assert sources | {"kernels/native.py", "fastddpm/data/mnist5k.npz", "README.md"} <= names
+    for folder in ("tests", "benchmarks", "docs", "examples"):  # so that what is built of it can be tested
+        assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.[pjm][ysd]*")} <= names
     assert not [name for name in names if Path(name).name in STALE or name.startswith("build")]
     pip("install", "--target", str(tmp_path / "site"), str(archive), cwd=tmp_path)
     digits, status, cuda_status = digits_and_status(tmp_path / "site", tmp_path)

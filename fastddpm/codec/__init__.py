@@ -3,7 +3,9 @@
 The names are imported when first used, so that the command answers `--help` without loading torch.
 """
 
-from fastddpm.lazy import attributes
+from typing import TYPE_CHECKING
+
+from fastddpm.lazy import attributes, listing
 
 _HOMES = {
     "CodecOptions": ".options",
@@ -12,5 +14,17 @@ _HOMES = {
     "decode": ".coder",
     "encode": ".coder",
 }
-__all__ = sorted(_HOMES)
-__getattr__ = attributes(__name__, _HOMES)
+__all__ = [
+    "CodecOptions",
+    "Decoded",
+    "Encoded",
+    "decode",
+    "encode",
+]
+__dir__ = listing(__all__)
+
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .coder import Decoded, Encoded, decode, encode
+    from .options import CodecOptions
+else:
+    __getattr__ = attributes(__name__, _HOMES)

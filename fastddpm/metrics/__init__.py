@@ -3,7 +3,9 @@
 The names are imported when first used, so that the command answers `--help` without loading torch.
 """
 
-from fastddpm.lazy import attributes
+from typing import TYPE_CHECKING
+
+from fastddpm.lazy import attributes, listing
 
 _HOMES = {
     "Activations": ".features",
@@ -17,5 +19,26 @@ _HOMES = {
     "open_network": ".networks",
     "precision_recall": ".manifolds",
 }
-__all__ = sorted(_HOMES)
-__getattr__ = attributes(__name__, _HOMES)
+__all__ = [
+    "Activations",
+    "FeatureNetwork",
+    "Moments",
+    "Pretrained",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "kernel_distance_of_subsets",
+    "open_network",
+    "precision_recall",
+]
+__dir__ = listing(__all__)
+
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .class_score import inception_score
+    from .features import Activations, FeatureNetwork, Pretrained
+    from .frechet import Moments, frechet_distance
+    from .kid import kernel_distance, kernel_distance_of_subsets
+    from .manifolds import precision_recall
+    from .networks import open_network
+else:
+    __getattr__ = attributes(__name__, _HOMES)
