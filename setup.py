@@ -108,11 +108,12 @@ setup(
     install_requires=[
         # Bounded: an open range would replace a fitting build by the newest one and its gigabytes.
         "torch>=2.11,<2.14",
-        "numpy",
+        # The lowest that the tests were run with.
+        "numpy>=2.0",
         "pillow>=12.3",
-        "safetensors",
-        "rich",
-        "tyro",
+        "safetensors>=0.4.5",
+        "rich>=13.7",
+        "tyro>=1.0",
     ],
     extras_require={
         "parquet": ["pyarrow"],
