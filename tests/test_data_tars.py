@@ -234,14 +234,17 @@ def test_a_file_that_shrinks_afterwards(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_members(tmp_path: Path) -> None:
-    peaks = []
-    for count in (500, 4000):
+    def peak(count: int) -> int:
         path = tar_of(tmp_path / f"{count}.tar", [(f"{i}.png", b"x") for i in range(count)], tarfile.USTAR_FORMAT)
         tracemalloc.start()
         assert sum(1 for _ in open_collection(path).items()) == open_collection(path).count == count
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 100_000, peaks
+        return size
+
+    # The smaller of two: now and then Python doubles a table of its own, megabytes late in a long session.
+    few, many = (min(peak(count), peak(count)) for count in (500, 4000))
+    assert many < few + 100_000, (few, many)
 
 
 def test_the_limits_are_what_the_messages_say() -> None:
