@@ -190,6 +190,18 @@ def gpu_seconds(run: Callable[[], object]) -> float:
     return milliseconds / 1e3
 
 
+@contextlib.contextmanager
+def dropping_what_cannot_be_compiled() -> Iterator[None]:
+    """Triton's own errors, and those of a pass of its compiler; not what a GPU says of a wrong access."""
+    try:
+        yield
+    except TritonError:
+        pass
+    except RuntimeError as error:
+        if "PassManager" not in str(error):
+            raise
+
+
 def tune(
     call: Call, device: torch.device, timer: Timer, rounds: int, done: Collection[tuple[str, str]] = ()
 ) -> list[Timed]:
@@ -206,7 +218,7 @@ def tune(
         rule = decision.tiles.choose(*decision.sizes, triton_tiles.chip(device))
         sides, tried = [rule], candidates(decision, rule)
         for tile in tried:
-            with trying(decision, tile), contextlib.suppress(TritonError):
+            with trying(decision, tile), dropping_what_cannot_be_compiled():
                 if agree(run(), expected):
                     sides.append(tile)
         kept = len(sides) - 1

@@ -4,7 +4,10 @@ A step reads its index, the seed and the images' numbers where they lie on the d
 CUDA graph of one step, replayed, is the whole chain.
 """
 
+import functools
 import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +21,10 @@ Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Replay = Callable[[], None]
 
 _LARGEST_STEP = 64  # between two sizes of batches that are captured
+# cuBLAS keeps a workspace (32 MiB on an H100) for each stream that it was called on, whose address a graph captured
+# there holds, and torch may free it when any graph captured there is deleted. So each graph has a stream of its own
+# while it lives, and streams are used again: these are the ones of graphs that have been deleted.
+_streams_without_graph: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Chain:
     ) -> None:
         device = process.table.device
         self.batch, self._predict, self._process = batch, predict, process
-        self.x = torch.zeros(batch, *process.shape, device=device)
+        self.x = torch.zeros(batch, *process.shape, dtype=torch.float32, device=device)
         self.x0 = torch.zeros_like(self.x)
         self._images = torch.zeros(batch, dtype=torch.int64, device=device)
         self._label = torch.zeros_like(self._images) if labels else None
@@ -111,33 +118,50 @@ class Chain:
     def _captured(self, watched: bool) -> Replay:
         """A replay of the step; capturing it leaves the state as it was."""
         before = [tensor.clone() for tensor in (self.x, self._index)]
+
+        def restore() -> None:
+            for tensor, value in zip((self.x, self._index), before, strict=True):
+                tensor.copy_(value)
+
         try:
-            replay = capture(lambda: self.step(watched))
+            return capture(lambda: self.step(watched), restore, self.x.device)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            # What the step raised, where ending the capture failed in its wake.
+            reason = str(error.__context__ or error).partition("\n")[0]
             warnings.warn(f"sampling without a CUDA graph, since a step could not be captured: {reason}", stacklevel=2)
             self._graph = False
-            replay = lambda: self.step(watched)  # noqa: E731
-        for tensor, value in zip((self.x, self._index), before, strict=True):
-            tensor.copy_(value)
-        return replay
+            restore()
+            return lambda: self.step(watched)
 
 
-def capture(step: Replay) -> Replay:
-    """`step` as a CUDA graph, after runs on another stream, in which kernels are compiled and choose their algorithms.
+def capture(step: Replay, restore: Replay, device: torch.device) -> Replay:
+    """`step` as a CUDA graph of `device`, after runs on another stream, in which kernels are compiled and choose their
+    algorithms. `restore` undoes a run: behind the last step of a chain there is none. What other threads do on the GPU
+    meanwhile does no harm.
 
     Raises RuntimeError where something in it cannot be captured.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+    with torch.cuda.device(device):
+        here, warming, free = torch.cuda.current_stream(), _warming_stream(device), _streams_without_graph[device]
+        warming.wait_stream(here)
+        try:
+            with torch.cuda.stream(warming):
+                for _ in range(3):
+                    step()
+                    restore()
+        finally:
+            here.wait_stream(warming)
+        graph, stream = torch.cuda.CUDAGraph(), free.pop() if free else torch.cuda.Stream(device)
+        # `here` once more: a capture that fails leaves its stream the current one.
+        with torch.cuda.stream(here), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    weakref.finalize(graph, free.append, stream)
     return graph.replay
+
+
+@functools.cache
+def _warming_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def padded(batch: int) -> int:

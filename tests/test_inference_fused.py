@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -126,6 +127,30 @@ def count(network: FusedUNet, *inputs: Tensor) -> int:
     with Count():
         network(*inputs)
     return Count.number
+
+
+COMPILED = EngineConfig(native=False, compile=True)
+
+
+@pytest.mark.parametrize("name", ["tiny", "labels"])
+def test_the_network_compiles_without_a_break(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))
+    unet, inputs = network(CONFIGS[name]), arguments(2, CONFIGS[name])
+    ours = FusedUNet(unet, 1000, COMPILED, torch.float32)(*inputs)
+    assert torch.equal(ours, FusedUNet(unet, 1000, ENGINES["all"], torch.float32)(*inputs))
+
+
+def test_more_sizes_of_batches_than_torch_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beyond its limit are computed all the same."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    unet = network(TINY)
+    ours, plain = (FusedUNet(unet, 1000, engine, torch.float32) for engine in (COMPILED, ENGINES["all"]))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for n in (1, 2, 3, 4, 3, 1):
+            x_t, t, _ = arguments(n, TINY)
+            assert torch.equal(ours(x_t, t), plain(x_t, t))
 
 
 def test_it_is_made_again_when_the_network_has_changed() -> None:

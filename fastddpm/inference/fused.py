@@ -47,7 +47,9 @@ class FusedUNet:
             )
             self._attention = _Attention(unet.mid.attention, engine, cast_to)
             self._up = [_Level(level, self._time, engine, cast_to) for level in cast(Sequence[Level], unet.up)]
-        self._run = torch.compile(self._forward, fullgraph=True, dynamic=False) if engine.compile else self._forward
+        # A program for each size of batches, of which torch keeps eight. Not fullgraph: that would make a ninth size an
+        # error; so it is computed as it stands, and torch logs that.
+        self._run = torch.compile(self._forward, dynamic=False) if engine.compile else self._forward
 
     def stale(self) -> bool:
         """Whether the network's weights have been changed or replaced since this was made."""

@@ -14,9 +14,10 @@ def conv3x3_fp8(
 ) -> Tensor:
     """scale conv3x3(x, weight) + bias with stride 1 and one zero on every side, summed in float32.
 
-    `x`: float8_e4m3fn (N, C, H, W), any memory format. `weight`: float8_e4m3fn (K, C, 3, 3) and `scale`: float32 (K,),
-    as `quantised` gives them. `bias`: floating (K,). Returns `dtype` (N, K, H, W) in channels_last. Never
-    differentiable. Raises ValueError for other shapes or dtypes.
+    The matrix units of sm_89 and sm_90 keep 14 bits of sums: 0.1 % to 0.4 % in the 2-norm by a model of them, where
+    rounding to e4m3 costs some 3 %. `x`: float8_e4m3fn (N, C, H, W), any memory format. `weight`: float8_e4m3fn
+    (K, C, 3, 3) and `scale`: float32 (K,), as `quantised` gives them. `bias`: floating (K,). Returns `dtype`
+    (N, K, H, W) in channels_last. Never differentiable. Raises ValueError for other shapes or dtypes.
     """
     if x.ndim != 4 or x.dtype != E4M3:
         raise ValueError(f"conv3x3_fp8: x must be {E4M3} (N, C, H, W); got {x.dtype} {tuple(x.shape)}")

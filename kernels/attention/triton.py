@@ -143,8 +143,10 @@ def _attention_bwd_kv_kernel(
 
 
 def _rows_of_channels(tensor: Tensor) -> Tensor:
-    """A tensor whose channels lie side by side; its other strides may be any."""
-    return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+    """A tensor whose channels lie side by side, and whose images span less than 2^31 elements, as the kernels count."""
+    side_by_side = tensor.stride(2) == 1 or tensor.shape[2] == 1
+    near = tensor.shape[1] * tensor.stride(1) + tensor.shape[2] < 2**31
+    return tensor if side_by_side and near else tensor.contiguous()
 
 
 def _tiles(kernel: str, q: Tensor) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def _conv3x3_fp8_kernel(
         of_k = tl.load(weight + (k * 9 + tap)[:, None] * channels + c[None, :], mask, 0.0)
         if WIDEN:  # the interpreter multiplies the bits
             left, of_k = left.to(tl.float32), of_k.to(tl.float32)
+        # Ada's and Hopper's matrix units keep 14 bits of this sum. Adding chunks up in float32 instead would leave a
+        # tenth of that error, itself a tenth of what rounding to e4m3 costs, and one program would fit where two do.
         total = tl.dot(left, tl.trans(of_k), total)
     total *= tl.load(scale + k, k < outputs, 0.0)[None, :]
     if HAS_BIAS:
@@ -71,7 +73,7 @@ def _conv3x3_fp8_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """As the reference."""
+    """As the reference; on sm_89 and sm_90 sums have 14 bits, 0.1 % to 0.4 % (2-norm) by a model of them."""
     n, channels, height, width = x.shape
     outputs, pixels = weight.shape[0], n * height * width
     out = torch.empty((n, outputs, height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last)

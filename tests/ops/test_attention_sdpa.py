@@ -5,6 +5,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from test_attention import expected_gradients, inputs, low_precision
 from triton_ladder import forget_choices
 
 from fastddpm.kernels.attention import sdpa
@@ -28,6 +29,35 @@ def test_numbers(shape: tuple[int, int, int]) -> None:
     for ours, x in zip(sdpa.backward(grad, q, k, v, lse, scale), exact, strict=True):
         assert ours.is_contiguous()
         np.testing.assert_allclose(contract.float64(ours), contract.float64(x.grad), atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [64, 512])
+def test_numbers_on_a_gpu(channels: int, dtype: torch.dtype) -> None:
+    """Its flash kernels, and the efficient ones for float32 and for more channels; rows that fill no block."""
+    device, shape = torch.device("cuda"), (2, 300, channels)
+    q, k, v = (x.requires_grad_() for x in inputs(shape, dtype, device))
+    grad = torch.randn(shape, device=device).to(dtype)
+    scale = channels**-0.5
+    assert sdpa.unsupported(q=q, k=k, v=v, scale=scale) is None
+    with torch.no_grad():
+        out, lse = sdpa.forward(q, k, v, scale)
+        ours = [out, *sdpa.backward(grad, q, k, v, lse, scale)]
+    plain = low_precision(q, k, v)
+    low = [plain.detach(), *torch.autograd.grad(plain, (q, k, v), grad)]
+    exact = tuple(map(contract.float64, (q, k, v)))
+    expected = [oracle.attention(*exact), *expected_gradients(*exact, contract.float64(grad))]
+    for result, plain_result, reference in zip(ours, low, expected, strict=True):
+        assert result.dtype == dtype and result.shape == shape and result.is_contiguous()
+        if dtype == torch.float32:
+            np.testing.assert_allclose(contract.float64(result), reference, atol=1e-5 * max(1, np.abs(reference).max()))
+        else:
+            contract.assert_within_twice_the_error_of(plain_result, result, reference)
+    assert lse.dtype == torch.float32 and lse.shape == shape[:2]
+    scores = np.einsum("nic,njc->nij", *exact[:2]) * scale
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    np.testing.assert_allclose(contract.float64(lse), np.log(np.exp(scores).sum(-1)), atol=tolerance)
 
 
 @pytest.mark.parametrize(

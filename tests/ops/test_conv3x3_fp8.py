@@ -1,5 +1,6 @@
 """conv3x3_fp8: exact products of e4m3 numbers, summed in float32; and how numbers become e4m3."""
 
+from collections.abc import Callable
 from typing import Any
 
 import contract
@@ -23,8 +24,9 @@ def arguments(shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     return {"x": x, "weight": weight, "scale": scale, "bias": torch.randn(k, device=device)}
 
 
-def expected(a: dict[str, Any]) -> np.ndarray:
-    exact = {name: value.cpu().float().double() for name, value in a.items()}
+def expected(a: dict[str, Any], of: Callable[[Tensor], Tensor] = torch.clone) -> np.ndarray:
+    """The result in float64 for `of` every input."""
+    exact = {name: of(value.cpu().float().double()) for name, value in a.items()}
     out = F.conv2d(exact["x"], exact["weight"], padding=1) * exact["scale"][:, None, None]
     return (out + exact["bias"][:, None, None]).numpy()
 
@@ -32,13 +34,23 @@ def expected(a: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_numbers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, implementation: str) -> None:
-    """Within one rounding of the output, and of float32 sums of the largest. Triton's interpreter cuts bfloat16 off."""
+    """Within one rounding of the output, and of float32 sums of the largest. Triton's interpreter cuts bfloat16 off.
+
+    Ada's and Hopper's matrix units cut a sum to 14 bits each time 32 products are added, at most 27 times here: in a
+    model of them that costs up to 2^-11.6 of what is added up.
+    """
     a = arguments(shape, device)
     ours, exact = conv3x3_fp8(**a, dtype=dtype), expected(a)
     assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
     error = np.abs(contract.float64(ours) - exact)
     rounding = torch.finfo(dtype).eps / (1 if implementation == "triton" else 2)
-    assert (error <= rounding * np.abs(exact) + 3e-6 * np.abs(exact).max()).all()
+    sums = 2.0**-10 * expected(a, torch.abs) if keeps_14_bits(device, implementation) else 3e-6 * np.abs(exact).max()
+    assert (error <= rounding * np.abs(exact) + sums).all()
+
+
+def keeps_14_bits(device: torch.device, implementation: str) -> bool:
+    matrix_unit = device.type == "cuda" and implementation in ("triton", "auto")
+    return matrix_unit and torch.cuda.get_device_capability(device) in ((8, 9), (9, 0))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "offset", "transposed"])

@@ -98,7 +98,8 @@ def check(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> 
 
 
 def within(low: torch.Tensor, ours: torch.Tensor, expected: np.ndarray) -> None:
-    """The contract; in float32, where a few values may come out exact by luck, some roundings of the largest."""
+    """The contract; in float32, where a few values may come out exact by luck and a GPU's matrix unit cuts off where it
+    should round, some roundings of the largest."""
     if ours.dtype == torch.float32:
         np.testing.assert_allclose(contract.float64(ours), expected, rtol=0, atol=5e-6 * max(1, np.abs(expected).max()))
     else:
@@ -112,11 +113,11 @@ def test_attention(device: torch.device, shape: tuple[int, int, int], dtype: tor
     ours, low = attention(q, k, v), plain_attention(q, k, v)
     grad = torch.randn_like(ours)
     exact = tuple(map(contract.float64, (q, k, v)))
-    contract.assert_within_twice_the_error_of(low, ours, oracle.attention(*exact))
+    within(low, ours, oracle.attention(*exact))
     ours_gradients, low_gradients = (torch.autograd.grad(out, (q, k, v), grad) for out in (ours, low))
     expected = attention_gradients(*exact, contract.float64(grad))
     for low_gradient, gradient, reference in zip(low_gradients, ours_gradients, expected, strict=True):
-        contract.assert_within_twice_the_error_of(low_gradient, gradient, reference)
+        within(low_gradient, gradient, reference)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -127,3 +128,11 @@ def test_the_same_bits_on_every_run(way: str, monkeypatch: pytest.MonkeyPatch, d
     grad = torch.randn(2, 384, 4, 4, device=device)
     first, second = (gradients(case.call(tensors), tensors, grad) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tokens_too_far_apart_for_the_kernels_numbers_are_brought_together() -> None:
+    """They count what an image spans in 32 bits; (L, N, C) seen as (N, L, C) may span more."""
+    from fastddpm.kernels.attention.triton import _rows_of_channels
+
+    near, far = (torch.empty_strided((2, 256, 64), (64, apart, 1), device="meta") for apart in (2**22, 2**23))
+    assert _rows_of_channels(near) is near and _rows_of_channels(far).is_contiguous()
