@@ -1,6 +1,7 @@
 """What a run is, as frozen dataclasses. Imports no torch, so `--help` is quick."""
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
 Loss = Literal["simple", "vlb", "hybrid", "min_snr"]
 Method = Literal["ancestral", "ddim"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MOST_IN_GRID = 10_000
+MAX_GUIDANCE = 1e6  # far above any that is of use, far below what overflows float32
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -57,7 +60,7 @@ class UNetConfig:
     dropout: float = 0.1
     """Dropout probability between the second SiLU and the second convolution of a residual block."""
     groups: int = 32
-    """Groups of each GroupNorm; divides every level's channels."""
+    """Groups of each GroupNorm; divides the width and every level's channels."""
     num_classes: int = 0
     """Class-conditioning: number of labels, 0 for none."""
     label_dropout: float = 0.0
@@ -76,7 +79,7 @@ class UNetConfig:
             raise UsageError(
                 f"image_size must be divisible by {divisor} for {len(self.multipliers)} levels; got {self.image_size}"
             )
-        for multiplier in self.multipliers:
+        for multiplier in (1, *self.multipliers):  # the first convolution's output has one width
             if self.width * multiplier % self.groups:
                 raise UsageError(
                     f"groups must divide each level's channels; {self.groups} does not divide {self.width * multiplier}"
@@ -182,7 +185,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: ddp has the whole state in each; fsdp (FSDP2) divides it among them."""
     seed: int = 0
-    """Names the run's randomness: weights, data order, t, noise, dropout."""
+    """Names the run's randomness: weights, data order, t, noise, dropout. A 64-bit key, -2^63..2^63-1."""
     log_every: int = 50
     """Steps between lines in the log."""
     save_every: int = 5000
@@ -202,8 +205,12 @@ class TrainConfig:
         if self.preview_every < 0:
             raise UsageError(f"preview_every must be 0 (for none) or more; got {self.preview_every}")
         _require_positive(self, "lr", "clip_gradient")
+        if self.lr == math.inf:
+            raise UsageError("lr must be finite; got inf")
         for name in ("mode", "precision", "decay", "parallel"):
             _require_choice(self, name)
+        if not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"seed must be in -2^63..2^63-1; got {self.seed}")
         if self.warmup < 0:
             raise UsageError(f"warmup must be 0 or more; got {self.warmup}")
         self._check_decays()
@@ -245,17 +252,17 @@ class SampleConfig:
     guidance: float = 1.0
     """Classifier-free guidance: 1 none, more for samples closer to their class."""
     count: int = 64
-    """Images in the sample grid."""
+    """Images in the sample grid, 0 for none."""
 
     def __post_init__(self) -> None:
         if self.steps is not None:
             _require_positive(self, "steps")
         _require_choice(self, "method")
         _require_range(self, "eta", 0.0, 1.0, closed=True)
-        if self.count < 0:
-            raise UsageError(f"count must be 0 or more; got {self.count}")
-        if self.guidance < 0:
-            raise UsageError(f"guidance must be 0 or more; got {self.guidance}")
+        if not 0 <= self.count <= MOST_IN_GRID:
+            raise UsageError(f"count must be in 0..{MOST_IN_GRID}; got {self.count}")
+        if not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise UsageError(f"guidance must be in 0..{MAX_GUIDANCE:g}; got {self.guidance}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.config import DiffusionConfig
+from fastddpm.errors import UsageError
 from fastddpm.kernels.q_sample.reference import scale_images
 from fastddpm.noise import NoiseKey, draw_examples
 from fastddpm.ops import q_sample
@@ -38,7 +39,8 @@ class Diffusion:
     The float64 tables (T,), index t: `betas`, `alpha_bar` (the product of 1 - beta, eq. 4),
     `alpha_bar_prev`, `posterior_variance` (eq. 7), `posterior_log_variance` (its t = 0 entry, log 0, is
     replaced by that of t = 1), `posterior_x0` and `posterior_xt` (the mean's coefficients, eq. 7),
-    `model_log_variance` (the fixed one of p; for learned_range the upper end).
+    `model_log_variance` (the fixed one of p; for learned_range the upper end, log beta). Raises `UsageError` where a
+    timestep leaves too little signal in x_t for the prediction to give x_0 in float32.
     """
 
     def __init__(self, config: DiffusionConfig | None = None) -> None:
@@ -53,10 +55,25 @@ class Diffusion:
         self.posterior_xt = (1 - self.alpha_bar_prev) * np.sqrt(1 - self.betas) / (1 - self.alpha_bar)
         if self.config.variance == "fixedsmall":
             self.model_log_variance = self.posterior_log_variance
+        elif self.config.variance == "learned_range":
+            self.model_log_variance = np.log(self.betas)  # equation 15 of Nichol and Dhariwal 2021, at t = 0, too
         else:
             # t = 0 takes the posterior's first value: beta_0 would cost bits in the decoder's likelihood.
             self.model_log_variance = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        self._check_signal()
+
+    def _check_signal(self) -> None:
+        """`UsageError` where x_0 is an infinity times the network's output: a chain would be NaN from there on."""
+        with np.errstate(all="ignore"):
+            largest = np.abs(self.x0_coefficients()).max(0)
+        lost = np.flatnonzero(~(largest <= np.finfo(np.float32).max))
+        if len(lost):
+            raise UsageError(
+                f"schedule {self.config.schedule} with {self.timesteps} timesteps leaves no signal in x_t at t = "
+                f"{lost[0]}, where prediction {self.config.prediction} gives no x_0; predict v or x0, or choose "
+                "another schedule, fewer timesteps or smaller betas"
+            )
 
     @cached_property
     def snr(self) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.chain import Chain, Process, Start, padded
-from fastddpm.config import EngineConfig
+from fastddpm.config import MAX_GUIDANCE, EngineConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.inference import Network, is_current, precision_of, prepare
@@ -90,8 +90,8 @@ class Sampler:
 
     `steps` of the T timesteps are taken, all of them unless given, spread evenly with both ends included;
     `timesteps` names them one by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in
-    [0, 1]. `guidance`: scale of classifier-free guidance, 1 for none. `seed`: 64-bit key shared by all images
-    of this sampler, -2^63..2^63-1. `engine`: how the network is evaluated.
+    [0, 1]. `guidance`: scale of classifier-free guidance, 0 or more, 1 for none; a learned variance is not scaled.
+    `seed`: 64-bit key shared by all images of this sampler, -2^63..2^63-1. `engine`: how the network is evaluated.
     Raises `UsageError` for values outside these ranges.
     """
 
@@ -114,6 +114,10 @@ class Sampler:
             raise UsageError(f"eta must be in [0, 1]; got {eta}")
         if not -(2**63) <= seed < 2**63:
             raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
+        if not 0 <= guidance <= MAX_GUIDANCE:
+            raise UsageError(f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}")
+        if steps is not None and timesteps is not None:
+            raise UsageError(f"steps and timesteps both say which steps to take; got {steps} and {list(timesteps)}")
         self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
         self.eta = eta
         self.engine = EngineConfig() if engine is None else engine
@@ -185,8 +189,10 @@ class Sampler:
         Its first len(seeds) images are theirs; on a GPU the rest is padding. `advance` takes `timesteps` one by one.
         """
         chain = self._begin(seeds, labels, start)
+        network = self._prepared
         yield chain
-        self._keep(chain)
+        if network is self._prepared:  # not if the weights were changed meanwhile, and it is of the old ones
+            self._keep(chain)
 
     def guided(self, guidance: float) -> "Sampler":
         """This sampler at another scale of guidance."""
@@ -306,7 +312,10 @@ class Sampler:
         twice = t[:1].expand(2 * len(x)) if t.stride(0) == 0 else torch.cat([t, t])
         both = network(torch.cat([x, x]), twice, torch.cat([label, none]))
         conditional, unconditional = both.chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
+        guided = unconditional + self.guidance * (conditional - unconditional)
+        # Guidance is of the prediction; a learned variance stays as the network gives it for the class.
+        guided[:, x.shape[1] :] = conditional[:, x.shape[1] :]
+        return guided
 
     def labels_for(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> list[int] | None:
         """The class that each seed is drawn from: `labels`, or seed modulo num_classes; None without classes.

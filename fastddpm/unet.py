@@ -292,5 +292,5 @@ class UNet(nn.Module):
             raise ValueError(
                 "UNet: this network takes no label" if label is not None else "UNet: this network needs a label"
             )
-        if label is not None and label.shape != t.shape:
-            raise ValueError(f"UNet: label must be integer ({x_t.shape[0]},); got {tuple(label.shape)}")
+        if label is not None and (label.shape != t.shape or label.dtype.is_floating_point):
+            raise ValueError(f"UNet: label must be integer ({x_t.shape[0]},); got {label.dtype} {tuple(label.shape)}")

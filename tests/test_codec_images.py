@@ -12,6 +12,7 @@ from networks import SMALLEST, Formula, shaken
 from torch import Tensor
 
 from fastddpm.codec import CodecOptions, Encoded, decode, encode
+from fastddpm.codec.levels import Levels, pixel_cells
 from fastddpm.codec.spacing import divergences, shortest_path
 from fastddpm.config import DiffusionConfig, EngineConfig, UNetConfig
 from fastddpm.diffusion import Diffusion
@@ -133,6 +134,22 @@ def test_any_model_gives_back_any_image(prediction: str, variance: str, rng: np.
     sampler = small(prediction=prediction, variance=variance, image_channels=3)
     result = coded(sampler, noise_images(sampler, 7, rng), steps=8, batch=4)
     assert result.header.num_images == 7 and result.header.conditioning == "none"
+
+
+def test_the_decoders_deviation_is_that_of_the_model() -> None:
+    """For learned_range from that of the posterior at t = 1 to sqrt(beta_0), Nichol and Dhariwal's equation 15."""
+    second = np.array([-1.0, 0.0, 0.5, 1.0])
+    beta = np.linspace(1e-4, 0.2, 60)
+    alpha_bar = np.cumprod(1 - beta)
+    low = beta[1] * (1 - alpha_bar[0]) / (1 - alpha_bar[1])
+    share = (second + 1) / 2
+    expected = {"learned_range": np.sqrt(beta[0] ** share * low ** (1 - share)), "learned": np.exp(second / 2)}
+    for variance, deviations in expected.items():
+        levels = Levels(small(variance=variance), pixel_cells(256))
+        np.testing.assert_allclose(levels._decoder_deviation(second), deviations, rtol=1e-12)
+    for variance in ("fixedsmall", "fixedlarge"):
+        levels = Levels(small(variance=variance), pixel_cells(256))
+        np.testing.assert_allclose(levels._decoder_deviation(None), np.sqrt(low), rtol=1e-12)
 
 
 def test_one_image_and_two_steps(rng: np.random.Generator) -> None:

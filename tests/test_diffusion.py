@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastddpm.config import DiffusionConfig, UNetConfig
 from fastddpm.diffusion import Diffusion
+from fastddpm.errors import UsageError
 from fastddpm.noise import NoiseKey
 from fastddpm.unet import UNet
 
@@ -61,6 +62,46 @@ def test_tables(schedule: str) -> None:
         on_device = diffusion.at(name, t)
         assert on_device.shape == (4, 1, 1, 1) and on_device.dtype == torch.float32
         np.testing.assert_array_equal(on_device.flatten().numpy(), ours[t.numpy()].astype(np.float32))
+
+
+def test_learned_range_ends_at_beta() -> None:
+    """Equation 15 of Nichol and Dhariwal 2021 at t = 0, too: there from 5.453e-5, the posterior's first, to 1e-4."""
+    diffusion = Diffusion(configuration(variance="learned_range", loss="vlb"))
+    np.testing.assert_allclose(np.exp(diffusion.model_log_variance), oracle.betas("linear", 1000), rtol=1e-12)
+    x = torch.zeros(1, 1, 1, 1)
+    for raw, expected in ((-1.0, 5.453e-5), (1.0, 1e-4), (0.0, np.sqrt(5.453e-5 * 1e-4))):
+        model, _ = diffusion.p(torch.cat([x, x + raw], 1), x, torch.tensor([0]))
+        np.testing.assert_allclose(np.exp(model.log_variance.item()), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"schedule": "jsd", "timesteps": 20}, "jsd with 20 timesteps leaves no signal in x_t at t = 19"),
+        ({"schedule": "jsd", "loss": "min_snr"}, "jsd with 1000 timesteps leaves no signal in x_t at t = 999"),
+        # alpha_bar is 2^-(t+1), and 1 / sqrt(2^-256) = 2^128 is no float32.
+        ({"schedule": "const", "beta_end": 0.5}, "const with 1000 timesteps leaves no signal in x_t at t = 255"),
+        ({"timesteps": 20_000}, "linear with 20000 timesteps leaves no signal in x_t"),
+        ({"timesteps": 20_000, "prediction": "xprev"}, "prediction xprev gives no x_0; predict v or x0"),
+    ],
+)
+def test_a_process_that_forgets_everything_is_refused(options: dict[str, Any], first: str) -> None:
+    """x_0 = x_t / sqrt(alpha_bar) - .. would be infinite in float32, and a chain NaN."""
+    with pytest.raises(UsageError, match=first):
+        Diffusion(configuration(**options))
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_predictions_that_need_no_signal(prediction: str) -> None:
+    """The released code's jsd ends with alpha_bar = 0."""
+    diffusion = Diffusion(configuration(schedule="jsd", timesteps=20, prediction=prediction))
+    out = torch.full((1, 1, 2, 2), 0.25)
+    for t in (0, 10, 19):
+        model, x0 = diffusion.p(out, torch.full_like(out, 0.5), torch.tensor([t]))
+        assert torch.isfinite(model.mean).all() and torch.isfinite(x0).all()
+    assert torch.equal(x0, out if prediction == "x0" else -out)  # v = -x_0 where sigma is 1
+    for schedule in ("linear", "quad", "cosine", "const"):
+        Diffusion(configuration(schedule=schedule, timesteps=2000))
 
 
 def test_papers_constants() -> None:
@@ -168,7 +209,9 @@ def expected_bound(
     low, high = (oracle.column(np.log(table[t])) for table in (posterior, large))
     log_var = {"fixedlarge": high, "fixedsmall": low}.get(variance)
     if log_var is None:
-        log_var = out[:, 3:] if variance == "learned" else low + (high - low) * (out[:, 3:] + 1) / 2
+        fraction, log_beta = (out[:, 3:] + 1) / 2, oracle.column(np.log(process.beta[t]))
+        # Nichol and Dhariwal 2021, equation 15
+        log_var = out[:, 3:] if variance == "learned" else fraction * log_beta + (1 - fraction) * low
     mean = out[:, :3]
     if prediction != "xprev":
         mean = process.posterior_mean(t, process.predict_x0(t, prediction, mean, x_t), x_t)

@@ -72,7 +72,8 @@ def reference(images: np.ndarray, sampler: Sampler, seed: int) -> tuple[np.ndarr
     beta = oracle.betas("linear", config.timesteps, config.beta_start, config.beta_end)
     process = oracle.Process.respaced(beta=beta)
     posterior = np.append(process.posterior_variance[1], process.posterior_variance[1:])
-    upper = posterior if config.variance == "fixedsmall" else np.append(posterior[0], beta[1:])
+    large = beta if config.variance == "learned_range" else np.append(posterior[0], beta[1:])
+    upper = posterior if config.variance == "fixedsmall" else large
     x0, numbers = images / 127.5 - 1, np.arange(len(images))
     terms, errors = np.empty((2, len(images), config.timesteps))
     for t in range(config.timesteps):

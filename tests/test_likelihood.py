@@ -94,7 +94,8 @@ def test_bound_term(prediction: str, variance: str, clip: bool, rng: np.random.G
     error = oracle.column(np.where((t == 0) & (prediction in ("x0", "xprev")), 0.005, 0.1))
     out = process.target(t, prediction, x0, x_t, eps) + error * rng.standard_normal(x0.shape)
     posterior = np.append(process.posterior_variance[1], process.posterior_variance[1:])
-    upper = posterior if variance == "fixedsmall" else np.append(posterior[0], process.beta[1:])
+    large = process.beta if variance == "learned_range" else np.append(posterior[0], process.beta[1:])
+    upper = posterior if variance == "fixedsmall" else large
     log_var = np.broadcast_to(oracle.column(np.log(upper[t])), x0.shape)
     if learned:
         raw = rng.uniform(-1, 1, x0.shape) + (np.log(0.01) if variance == "learned" else 0)

@@ -202,6 +202,17 @@ def test_what_there_is_no_algorithm_for_is_refused(change: dict[str, object]) ->
     assert torch.isnan(call.out).all()
 
 
+@pytest.mark.parametrize("name", ["a residual block's first", "stride 2", "linear"])
+@pytest.mark.parametrize("side", ["n", "k", "height", "width"])
+def test_without_an_output_there_is_nothing_to_do(name: str, side: str) -> None:
+    """A plan divides by numbers of pixels and tiles, which would end the process."""
+    call = Call(CASES[name])
+    setattr(call.args, side, 0)
+    assert native.library().fastddpm_cpu_conv_workspace(ctypes.byref(call.args), 2) == 0
+    assert call.run() == 0
+    assert torch.isnan(call.memory).all()
+
+
 NORMS = {
     "a group within each input": (2, 64, 64, (8, 8), 32, 0.0),
     "groups across the seam": (2, 16, 8, (7, 9), 2, 0.0),

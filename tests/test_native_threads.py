@@ -11,7 +11,10 @@ from ops import contract
 from torch import Tensor
 
 from fastddpm import ops
+from fastddpm.config import UNetConfig
+from fastddpm.inference import PreparedUNet
 from fastddpm.kernels import native
+from fastddpm.unet import UNet
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -88,6 +91,37 @@ def digest(operation: str, threads: int) -> str:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_threads_do_not_matter(operation: str, instruction_set: None) -> None:
     assert len({digest(operation, threads) for threads in (1, 2, 3, 8)}) == 1
+
+
+@pytest.mark.parametrize("timesteps", [4, 1000])
+def test_threads_of_a_networks_preparation_do_not_matter(timesteps: int) -> None:
+    """Its table of time embeddings is a product of PyTorch's, which sums in another order with another number."""
+    config = UNetConfig(
+        image_size=7, image_channels=4, width=24, multipliers=(1,), attention_resolutions=(7,), dropout=0.0, groups=8
+    )
+    torch.manual_seed(0)
+    unet, x_t, t = UNet(config).eval(), torch.randn(2, 4, 7, 7), torch.tensor([0, 3])
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    found = []
+    for threads in (1, 2, 3, 6):
+        torch.set_num_threads(threads)
+        found.append(PreparedUNet(unet, range(timesteps))(x_t, t))
+        assert torch.get_num_threads() == threads
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_a_network_of_no_images() -> None:
+    """As the network itself answers: an empty batch is what is left of a filter, and no reason to end the process."""
+    for learned_variance in (False, True):
+        config = UNetConfig(
+            image_size=8, width=16, multipliers=(1, 2), attention_resolutions=(4,), groups=8,
+            learned_variance=learned_variance,
+        )  # fmt: skip
+        unet, none = UNet(config).eval(), torch.zeros(0, dtype=torch.int64)
+        out = PreparedUNet(unet, [5])(torch.zeros(0, 3, 8, 8), none)
+        assert out.shape == unet(torch.zeros(0, 3, 8, 8), none).shape == (0, 6 if learned_variance else 3, 8, 8)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

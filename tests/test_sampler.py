@@ -68,6 +68,17 @@ def test_seed_names_the_image() -> None:
     assert not torch.equal(images, Sampler(network, Diffusion(), 10, seed=1).sample([4, 9, 4]))
 
 
+def test_weights_that_change_within_a_trajectory_are_those_of_the_next_images() -> None:
+    network = shaken(UNet(SMALLEST))
+    sampler = Sampler(network, Diffusion(), 4)
+    states = sampler.trajectory([0])
+    next(states)
+    shaken(network)
+    sampler.sample([1])
+    list(states)  # the rest of the chain, with the network that it began with
+    assert torch.equal(sampler.sample([2]), Sampler(network, Diffusion(), 4).sample([2]))
+
+
 # Labels, guidance, callbacks, mode
 
 
@@ -102,6 +113,24 @@ def test_guidance(guidance: float) -> None:
             np.array([5 + n]), 0,
         )  # fmt: skip
         np.testing.assert_allclose(ours[n].numpy(), expected[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_guidance_leaves_a_learned_variance_alone(variance: str) -> None:
+    """Guidance is defined for the prediction; extrapolated, logarithms of variances would leave any range."""
+
+    def both(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        assert label is not None
+        which = label.to(torch.float32).reshape(-1, 1, 1, 1)
+        return torch.cat([0.9 * x + 0.02 * which, 0.1 * which - 0.5 + 0 * x], dim=1)
+
+    network = Formula(both, num_classes=3, label_dropout=0.1, learned_variance=True)
+    sampler = Sampler(network, Diffusion(DiffusionConfig(variance=variance, loss="vlb")), 10, guidance=3.5)  # type: ignore[arg-type]
+    x = torch.linspace(-1, 1, 8).reshape(2, 1, 2, 2)
+    prediction, second = sampler.denoise(x, 500, torch.tensor([2, 1])).chunk(2, dim=1)
+    which = np.array([2.0, 1.0]).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(prediction.numpy(), 0.9 * x.numpy() + 0.02 * (3 + 3.5 * (which - 3)), rtol=1e-5)
+    np.testing.assert_allclose(second.numpy(), np.broadcast_to(0.1 * which - 0.5, x.shape), rtol=1e-5)
 
 
 def test_callback_sees_every_state_and_x0_prediction() -> None:
@@ -170,6 +199,9 @@ def test_learned_variance_drives_the_noise() -> None:
         ({"timesteps": [10, 10, 0]}, "timesteps must descend, one or more of them"),
         ({"timesteps": [1000, 0]}, r"timesteps must be in 0\.\.999"),
         ({"timesteps": [5, -1]}, r"timesteps must be in 0\.\.999"),
+        ({"steps": 2, "timesteps": [5, 3]}, r"both say which steps to take; got 2 and \[5, 3\]"),
+        ({"guidance": -0.5}, r"guidance must be in 0\.\.1e\+06; got -0.5"),
+        ({"guidance": float("nan")}, r"guidance must be in 0\.\.1e\+06; got nan"),
         ({"guidance": 2.0}, "guidance needs a network trained with label_dropout > 0"),
         ({"seed": 2**63}, r"seed must be in -2\^63\.\.2\^63-1; got 9223372036854775808"),
     ],

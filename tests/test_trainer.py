@@ -13,7 +13,7 @@ import torch
 from fastddpm import checkpoint
 from fastddpm.config import DiffusionConfig, Preset, TrainConfig, UNetConfig
 from fastddpm.data import Dataset
-from fastddpm.errors import DataError, DivergedError
+from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.runlog import JsonLines
 from fastddpm.trainer import RunInterruptedError, Tally, Trainer
 
@@ -220,3 +220,16 @@ def test_averaged_weights_come_and_go(tmp_path: Path, dataset: Dataset) -> None:
     for name, tensor in trainer.unet.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert trainer.unet.training
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_seeds_that_no_64_bits_hold(seed: int) -> None:
+    with pytest.raises(UsageError, match=rf"seed must be in -2\^63\.\.2\^63-1; got {seed}"):
+        tiny_preset(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), 2**32 + 5])
+def test_seeds_of_64_bits(seed: int, dataset: Dataset) -> None:
+    """All of them count: 2^32 + 5 is another run than 5."""
+    losses = [float(Trainer(tiny_preset(seed=s), dataset, CPU).train_step()[0]) for s in (seed, 5, seed)]
+    assert losses[0] == losses[2] != losses[1]

@@ -8,6 +8,7 @@ from networks import TINY, batch, shaken, tiny
 from torch import Tensor
 
 from fastddpm.config import UNetConfig
+from fastddpm.errors import UsageError
 from fastddpm.noise import NoiseKey
 from fastddpm.presets import PRESETS
 from fastddpm.unet import ResBlock, UNet
@@ -260,11 +261,20 @@ def test_compiles_into_one_graph(training: bool) -> None:
         ((2, 3, 12, 12), [0.0, 1.0], None, {}, r"t must be integer \(2,\); got torch.float32 \(2,\)"),
         ((2, 3, 12, 12), [0, 1], [0, 1], {}, "this network takes no label"),
         ((2, 3, 12, 12), [0, 1], None, {"num_classes": 3}, "this network needs a label"),
-        ((2, 3, 12, 12), [0, 1], [0], {"num_classes": 3}, r"label must be integer \(2,\); got \(1,\)"),
+        ((2, 3, 12, 12), [0, 1], [0], {"num_classes": 3}, r"label must be integer \(2,\); got torch.int64 \(1,\)"),
+        ((2, 3, 12, 12), [0, 1], [0.0, 1], {"num_classes": 3}, r"label must be integer \(2,\); got torch.float32"),
     ],
 )
 def test_refuses(
-    shape: tuple[int, ...], t: list[float], label: list[int] | None, options: dict[str, int], message: str
+    shape: tuple[int, ...], t: list[float], label: list[float] | None, options: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match="UNet: " + message):
         UNet(tiny(**options))(torch.zeros(shape), torch.tensor(t), None if label is None else torch.tensor(label))
+
+
+def test_groups_divide_the_first_convolutions_channels() -> None:
+    """Its output, one width, is normalised in the first block, and with a skip in the last."""
+    with pytest.raises(UsageError, match="groups must divide each level's channels; 8 does not divide 12"):
+        tiny(width=12, multipliers=(2, 4), groups=8)
+    config = tiny(width=12, multipliers=(2, 4), groups=12)
+    assert UNet(config)(torch.zeros(1, 3, 12, 12), torch.tensor([0])).shape == (1, 3, 12, 12)

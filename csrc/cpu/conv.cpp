@@ -14,15 +14,19 @@ bool supported(const fastddpm_conv_args &p) {
     return p.algorithm == 0;
 }
 
+// No output: plans divide by numbers of pixels and tiles.
+bool nothing(const fastddpm_conv_args &p) { return p.n < 1 || p.height < 1 || p.width < 1 || p.k < 1; }
+
 }  // namespace
 
 int64_t conv_workspace(const fastddpm_conv_args &p, int32_t threads) {
-    if (!supported(p)) return 0;
+    if (!supported(p) || nothing(p)) return 0;
     return p.algorithm == 1 ? winograd_workspace(p, threads) : patches_workspace(p, threads);
 }
 
 int32_t conv(const fastddpm_conv_args &p, int32_t threads) {
     if (!supported(p)) return FASTDDPM_UNSUPPORTED;
+    if (nothing(p)) return FASTDDPM_OK;
     if (p.workspace_bytes < conv_workspace(p, threads)) return FASTDDPM_NO_MEMORY;
     return p.algorithm == 1 ? conv_winograd(p, threads) : conv_patches(p, threads);
 }

@@ -110,9 +110,13 @@ class Levels:
         if self._decoder is not None:
             return self._decoder
         diffusion = self._sampler.diffusion
-        if second is not None and diffusion.config.variance == "learned":
+        high = float(diffusion.model_log_variance[0])
+        if second is None:
+            return math.exp(0.5 * high)
+        if diffusion.config.variance == "learned":
             return np.exp(0.5 * second)
-        return math.exp(0.5 * float(diffusion.model_log_variance[0]))
+        low = float(diffusion.posterior_log_variance[0])
+        return np.exp(0.5 * (low + (high - low) * (second + 1) / 2))
 
 
 def _levels(sampler: Sampler) -> list[_Level]:

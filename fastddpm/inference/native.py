@@ -8,7 +8,8 @@ is an index, and the projections of the time embedding are computed for all time
 
 import ctypes
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -48,6 +49,8 @@ class PreparedUNet:
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.unet.check(x_t, t, label)
+        if not len(x_t):
+            return x_t.new_empty(0, self.unet.conv_out.out_channels, *x_t.shape[2:])
         with self._lock, torch.no_grad():
             key = (len(x_t), torch.get_num_threads())
             if self._plan is None or self._plan.key != key:
@@ -67,15 +70,34 @@ class PreparedUNet:
                 self._rows |= self._rows_of([value])
             return torch.stack([self._rows[value] for value in values])
         pairs = list(zip(t.tolist(), label.tolist(), strict=True))
-        rows = {pair: self._project(self.unet.embed(*(torch.tensor([v]) for v in pair)))[0] for pair in set(pairs)}
+        rows = {}
+        for pair in set(pairs):
+            embedding = self.unet.embed(*(torch.tensor([value], device="cpu") for value in pair))
+            rows[pair] = self._project(embedding)[0]
         return torch.stack([rows[pair] for pair in pairs])
 
     def _rows_of(self, timesteps: Sequence[int]) -> dict[int, Tensor]:
-        embedding = self.unet.embed(torch.tensor([int(t) for t in timesteps]), None)
-        return dict(zip((int(t) for t in timesteps), self._project(embedding), strict=True))
+        with _one_thread():  # with more, a product of matrices may be summed in another order
+            embedding = self.unet.embed(torch.tensor([int(t) for t in timesteps], device="cpu"), None)
+            return dict(zip((int(t) for t in timesteps), self._project(embedding), strict=True))
 
     def _project(self, activated_temb: Tensor) -> Tensor:
         return torch.cat([block.temb_proj(activated_temb) for block in self._blocks], dim=1)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Not filled; what the library reads and writes, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ def _layer(module: nn.Module, height: int, width: int) -> _Layer:
         stride=stride, pad=_padding(kernel, stride), x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
     )  # fmt: skip
     library = native.library()
-    packed = torch.empty(library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args)) // 4)
+    packed = _floats(library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args)) // 4)
     native.check("conv", library.fastddpm_cpu_conv_pack(ctypes.byref(args), ctypes.c_void_p(packed.data_ptr())))
     return _Layer(packed, bias, c, k, kernel, stride, algorithm)
 
@@ -133,7 +155,7 @@ class _Arena:
             storage = min(fitting, key=Tensor.numel)
             self._free = [other for other in self._free if other is not storage]
         else:
-            storage = torch.empty(count)
+            storage = _floats(count)
         self._owners[storage.data_ptr()] = (storage, 1)
         return storage[:count].view(shape)
 
@@ -164,16 +186,16 @@ class _Plan:
         self._calls: list[tuple[str, ctypes.Structure]] = []
         self._workspace_bytes = 0
         widths = [block.temb_proj.out_features for block in blocks]
-        self._temb = torch.empty(self._batch, sum(widths))
+        self._temb = _floats(self._batch, sum(widths))
         self._temb_at = {id(block): sum(widths[:i]) for i, block in enumerate(blocks)}
         widest = max(max(m.weight.numel() for m in unet.modules() if isinstance(m, GroupNormSiLU)), 1)
-        self._gain, self._offset = torch.empty(self._batch, widest), torch.empty(self._batch, widest)
+        self._gain, self._offset = _floats(self._batch, widest), _floats(self._batch, widest)
 
         size = unet.config.image_size
         self._output_shape = (self._batch, size, size, unet.conv_out.out_channels)
         self._input, self._output = self._build(unet, size)
         # A page more, so that it can begin on one: the structures hold addresses, the list keeps the memory.
-        self._workspace = torch.empty(self._workspace_bytes // 4 + 1024)
+        self._workspace = _floats(self._workspace_bytes // 4 + 1024)
         address = -(-self._workspace.data_ptr() // 4096) * 4096
         for _, args in self._calls:
             if hasattr(args, "workspace"):
@@ -184,7 +206,7 @@ class _Plan:
 
     def run(self, x_t: Tensor, projections: Tensor) -> Tensor:
         self._temb.copy_(projections)
-        out = torch.empty(self._output_shape)
+        out = _floats(*self._output_shape)
         self._input.x, self._output.out = x_t.data_ptr(), out.data_ptr()
         self._input.x_stride[:] = [x_t.stride(i) for i in (0, 2, 3, 1)]
         for function, args, name in self._functions:
@@ -196,7 +218,7 @@ class _Plan:
     def _build(self, unet: UNet, size: int) -> tuple[interface.Conv, interface.Conv]:
         """All calls of the network, in order; the structures that take its input and its output."""
         arena = self._arena
-        first = torch.empty(self._batch, size, size, unet.config.image_channels)  # a stand-in for its shape
+        first = _floats(self._batch, size, size, unet.config.image_channels)  # a stand-in for its shape
         h = self._conv(unet.conv_in, first)
         entry = cast(interface.Conv, self._calls[-1][1])
         skips = [h]
@@ -218,7 +240,7 @@ class _Plan:
                 low = h
                 h = self._conv(level.resample.conv, low, doubled=True)
                 arena.give(low)
-        self._conv(unet.conv_out, h, norm=unet.norm_out, out=torch.empty(self._output_shape))
+        self._conv(unet.conv_out, h, norm=unet.norm_out, out=_floats(*self._output_shape))
         return entry, cast(interface.Conv, self._calls[-1][1])
 
     def _res_block(self, block: ResBlock, h: Tensor, skip: Tensor | None) -> Tensor:
