@@ -110,7 +110,7 @@ def random_normal(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: 
     `images`: int64 (N,) on the CPU. `seed` and `step`: 0-d int64. Raises ValueError for other images and
     RuntimeError without a library.
     """
-    out = torch.empty(len(images), num, dtype=torch.float32)
+    out = torch.empty(len(images), num, dtype=torch.float32, device="cpu")
     args, _keep = _random_args(out, num, images, seed, step, stream)
     call("random_normal", args)
     return out
@@ -118,7 +118,7 @@ def random_normal(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: 
 
 def philox_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
     """The raw output words, uint32 (N, num_blocks, 4); arguments and errors as `random_normal`."""
-    out = torch.empty(len(images), num_blocks, 4, dtype=torch.uint32)
+    out = torch.empty(len(images), num_blocks, 4, dtype=torch.uint32, device="cpu")
     args, _keep = _random_args(None, num_blocks, images, seed, step, stream)
     library().fastddpm_cpu_philox(ctypes.byref(args), ctypes.c_void_p(out.data_ptr()), torch.get_num_threads())
     return out

@@ -36,7 +36,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     if q.numel() == 0:
         return reference.forward(q, k, v, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+    out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device="cpu")
     args = _arguments(q, k, v, scale)
     args.out, args.lse = native.pointer(out), native.pointer(lse)
     args.out_stride = (ctypes.c_int64 * 2)(*out.stride()[:2])
@@ -49,7 +50,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: 
     if q.numel() == 0:
         return reference.backward(grad, q, k, v, lse, scale)
     q, k, v, grad, lse = _rows(q), _rows(k), _rows(v), grad.to(q.dtype).contiguous(), lse.contiguous()
-    grads = [torch.empty(q.shape, dtype=q.dtype) for _ in range(3)]
+    grads = [torch.empty(q.shape, dtype=q.dtype, device="cpu") for _ in range(3)]
     args = _arguments(q, k, v, scale)
     args.grad, args.lse = native.pointer(grad), native.pointer(lse)
     args.grad_q, args.grad_k, args.grad_v = map(native.pointer, grads)

@@ -81,8 +81,9 @@ def _convolve(
     n, _, height, width = x.shape
     factor = 2 if doubled else 1
     out = torch.empty(
-        n, out_channels, factor * height, factor * width, dtype=torch.float32, memory_format=torch.channels_last
-    )
+        n, out_channels, factor * height, factor * width, dtype=torch.float32, device="cpu",
+        memory_format=torch.channels_last,
+    )  # fmt: skip
     bias = None if bias is None else bias.contiguous()
     args = _arguments(x, weight_stride, out_channels, doubled)
     args.weight, args.bias, args.out = native.pointer(weight), native.pointer(bias), native.pointer(out)
@@ -104,6 +105,6 @@ def _call(operation: str, args: interface.Conv) -> None:
     """Run it with a workspace of its own."""
     workspace_bytes = getattr(native.library(), f"fastddpm_cpu_{operation}_workspace")
     args.workspace_bytes = workspace_bytes(ctypes.byref(args), torch.get_num_threads())
-    workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8)
+    workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device="cpu")
     args.workspace = workspace.data_ptr()
     native.call(operation, args)

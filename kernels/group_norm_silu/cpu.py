@@ -67,7 +67,8 @@ class _Call:
     def image(self, channels: int) -> Tensor:
         """An uninitialised tensor in x's dtype and layout."""
         n, _, height, width = self.x.shape
-        return torch.empty((n, channels, height, width), dtype=self.x.dtype, memory_format=self.memory_format)
+        shape = (n, channels, height, width)
+        return torch.empty(shape, dtype=self.x.dtype, device="cpu", memory_format=self.memory_format)
 
     def point(self, **tensors: Tensor | None) -> None:
         """Fill in pointers of the structure."""
@@ -98,7 +99,7 @@ def forward(
         return reference.forward(x, weight, bias, groups, eps, *rest)
     call = _Call(x, weight, bias, groups, *rest)
     y = call.image(call.channels)
-    mean, rstd = (torch.empty((len(x), groups), dtype=torch.float32) for _ in range(2))
+    mean, rstd = (torch.empty((len(x), groups), dtype=torch.float32, device="cpu") for _ in range(2))
     call.point(y=y, mean=mean, rstd=rstd)
     call.args.eps = eps
     native.call("group_norm_silu", call.args)
@@ -132,7 +133,11 @@ def backward(
     grad, mean, rstd = call.dense(grad.to(x.dtype)), mean.contiguous(), rstd.contiguous()
     grad_x, grad_skip = call.image(x.shape[1]), None if skip is None else call.image(skip.shape[1])
     given = {"weight": weight, "bias": bias, "temb": temb, "scale": scale, "shift": shift}
-    sums = {name: torch.empty(like.shape, dtype=torch.float32) for name, like in given.items() if like is not None}
+    sums = {
+        name: torch.empty(like.shape, dtype=torch.float32, device="cpu")
+        for name, like in given.items()
+        if like is not None
+    }
     call.point(grad=grad, mean=mean, rstd=rstd, grad_x=grad_x, grad_skip=grad_skip)
     call.point(**{f"grad_{name}": tensor for name, tensor in sums.items()})
     native.call("group_norm_silu_backward", call.args)

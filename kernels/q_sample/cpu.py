@@ -29,7 +29,7 @@ def forward(
     t, table, images = t.contiguous(), table.contiguous(), images.contiguous()
     flip = None if flip is None else flip.contiguous()
     noise = None if noise is None else noise.to(torch.float32).contiguous()
-    x_t, eps = torch.empty(x0.shape, dtype=torch.float32), torch.empty(x0.shape, dtype=torch.float32)
+    x_t, eps = (torch.empty(x0.shape, dtype=torch.float32, device="cpu") for _ in range(2))
     n, c, height, width = x0.shape
     args = interface.QSample(
         x0=native.pointer(x0), t=native.pointer(t), table=native.pointer(table), flip=native.pointer(flip),

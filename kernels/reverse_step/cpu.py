@@ -31,7 +31,7 @@ def forward(
         out = out.to(torch.float32)
     table, timesteps, images = table.contiguous(), timesteps.contiguous(), images.contiguous()
     noise = None if noise is None else noise.contiguous()
-    dense_x0 = x0 if x0 is None or x0.is_contiguous() else torch.empty(x0.shape)
+    dense_x0 = x0 if x0 is None or x0.is_contiguous() else torch.empty(x0.shape, dtype=torch.float32, device="cpu")
     n, c, height, width = x.shape
     args = interface.ReverseStep(
         x=native.pointer(x), out=native.pointer(out), table=native.pointer(table),
