@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
         for seed in seeds
         for cell in cells
     ]
+    cli.check_out(command.out)
 
     from fastddpm.data import open_dataset
     from fastddpm.device import choose_device

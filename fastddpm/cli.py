@@ -1,6 +1,8 @@
 """What the commands share: options from dataclasses, errors in one line, exit codes. Imports no torch."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import sys
@@ -12,22 +14,28 @@ import tyro
 
 from . import processes
 from .config import Preset, difference, from_dict, to_dict
-from .errors import DataError, FastddpmError, UsageError
+from .errors import DataError, FastddpmError, StorageError, UsageError
 
 T = TypeVar("T")
-EXIT_CODES = """exit codes: 0 done, 2 a mistake in the options, 3 images or a checkpoint that cannot be read,
-4 the loss diverged, 5 the disk is full or failing, 75 another process died or did not answer (start again to go on),
-130 SIGINT and 143 SIGTERM (what was done is saved)"""
+
+_OF_STORAGE = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command on this process's arguments; a user's mistake becomes one line and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a table may hold what a terminal's encoding does not: Σ, ±
+        sys.stdout.reconfigure(errors="backslashreplace")
     processes.finish(_exit_code(main))
 
 
 def _exit_code(main: Callable[[Sequence[str]], None]) -> int:
     try:
         main(sys.argv[1:])
+        if sys.stdout is not None:  # a full disk or a reader that has gone is found here, not while Python ends
+            sys.stdout.flush()
     except FastddpmError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -35,9 +43,41 @@ def _exit_code(main: Callable[[Sequence[str]], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 141
+    except OSError as error:
+        if error.errno not in _OF_STORAGE:
+            raise
+        print(f"error: {error.filename or 'a file or the output'}: {error.strerror}", file=sys.stderr)
+        _forget_output()
+        return StorageError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        print(f"error: {_too_little_memory(error)}", file=sys.stderr)
+        return UsageError.exit_code
     return 0
+
+
+def _forget_output() -> None:
+    """Have what standard output cannot take go nowhere, rather than fail again while Python ends."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether NumPy, PyTorch on a CPU or PyTorch on a GPU could not allocate."""
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's own, without importing torch
+    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)
+
+
+def _too_little_memory(error: Exception) -> str:
+    said = " ".join(str(error).split()) or "an allocation failed"
+    return f"not enough memory: {said[:200]}. Take a smaller --batch (training: or --accumulate, --checkpoint-blocks)"
 
 
 def parse(command: type[T], arguments: Sequence[str], *, program: str, default: T | None = None) -> T:
@@ -54,6 +94,18 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
         if argument.startswith(flag + "="):
             return argument.partition("=")[2]
     return None
+
+
+def check_out(directory: Path) -> None:
+    """Raise `StorageError` unless files can be put into `directory`, or it can be made; before hours of work.
+
+    Makes nothing.
+    """
+    found = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
+    if not found.is_dir():
+        raise StorageError(f"{directory} cannot hold what is to be written: {found} is not a directory")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise StorageError(f"{directory} cannot hold what is to be written: {found} takes no files from this user")
 
 
 def read_preset(path: Path) -> Preset:

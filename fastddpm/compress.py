@@ -86,6 +86,9 @@ def main(arguments: Sequence[str]) -> None:
 def _encode(action: Encode) -> None:
     if action.count is not None and action.count < 1:
         raise UsageError(f"--count must be positive; got {action.count}")
+    if action.out.is_dir():
+        raise UsageError(f"{action.out} is a directory; name the file to write, such as {action.out / 'images.fdz'}")
+    cli.check_out(action.out.parent)
 
     from fastddpm.codec import container, encode
     from fastddpm.runlog import Meter
@@ -94,7 +97,7 @@ def _encode(action: Encode) -> None:
     images, labels = _images(action, sampler)
     if action.labels and labels is None:
         raise UsageError(f"--labels: {action.images} has none")
-    most = sampler.diffusion.timesteps - (action.codec.lossy or 0)
+    most = sampler.diffusion.timesteps - action.codec.last(sampler.diffusion.timesteps)
     steps = min(action.codec.steps or most, most)
     print(f"{len(images)} images, {steps} steps: {len(images) * steps:,} evaluations of the network", file=sys.stderr)
     with Meter("coding", len(images) * steps, "image steps") as meter:
@@ -113,6 +116,8 @@ def _decode(action: Decode) -> None:
     from fastddpm.figures import grid, save_arrays, save_png
     from fastddpm.runlog import Meter
 
+    arrays = action.out.suffix == ".npz"
+    cli.check_out(action.out.parent if arrays else action.out)
     data = container.read(action.file)
     header = Header.of(container.unpack(data, action.file)[0], str(action.file))
     sampler = _sampler(action)
@@ -123,7 +128,7 @@ def _decode(action: Decode) -> None:
             meter.update(done, lambda rate: f"{rate / steps:.2f} images/s")
 
         decoded = decode(sampler, data, str(action.file), progress=progress)
-    if action.out.suffix == ".npz":
+    if arrays:
         action.out.parent.mkdir(parents=True, exist_ok=True)
         labels = {} if decoded.labels is None else {"labels": decoded.labels}
         save_arrays({"images": decoded.images, **labels}, action.out)

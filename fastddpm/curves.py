@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
     if not command.runs:
         raise UsageError("name one or more run directories")
+    out = command.out or command.runs[0] / "curves.png"
     for run in command.runs:
         if not (run / "log.jsonl").is_file():
             raise UsageError(f"{run} is no run: it has no log.jsonl")
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str]) -> None:
         logs[name] = records, cli.read_preset(run / "config.json").diffusion.timesteps
     if not logs:
         raise UsageError("nothing to draw: no run has a line in its log")
-    out = command.out or command.runs[0] / "curves.png"
+    cli.check_out(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     curves(logs, out)
     print(out)
 

@@ -78,6 +78,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"--batch must be positive; got {command.batch}")
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
+    cli.check_out(_out(command))
     where = processes.place()
     # Scores are computed by the first process alone, for hours perhaps, while the others wait.
     with processes.together(where, timeout_s=7 * 24 * 3600):
@@ -103,7 +104,7 @@ def _subject(command: Command, where: processes.Place) -> "Subject":
         command.data, image_size=model.preset.unet.image_size, channels=model.preset.unet.image_channels,
         resize=command.resize, skip_bad=command.skip_bad, split=command.split,
     )  # fmt: skip
-    out = command.out or _default_out(command.checkpoint)
+    out = _out(command)
     out.mkdir(parents=True, exist_ok=True)
     batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
     return Subject(model, sampler, dataset, batch, device, out, where)
@@ -235,7 +236,10 @@ def _data(subject: "Subject") -> dict[str, dict[str, str]]:
     return {"data": {"name": subject.dataset.name, "sha256": subject.dataset.checksum}}
 
 
-def _default_out(checkpoint: Path) -> Path:
+def _out(command: Command) -> Path:
+    if command.out is not None:
+        return command.out
+    checkpoint = command.checkpoint
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     return run / "evaluation"
 

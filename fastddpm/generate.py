@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastddpm.figures import grid, save_animation, save_png, to_uint8
+from fastddpm.figures import grid, save_animation, save_arrays, save_png, to_uint8
 from fastddpm.runlog import Meter
 from fastddpm.sampler import Sampler
 from fastddpm.shards import Shards
@@ -90,11 +90,24 @@ def fill(shards: Shards, indices: Sequence[int], sampler: Sampler, batch: int, *
         return meter.rate
 
 
+def save_png_of_shard(shards: Shards, index: int) -> None:
+    """One PNG for each image of a shard that is there, as far as they are not."""
+    seeds, _ = shards.part(index)
+    wanted = [i for i, seed in enumerate(seeds) if not _png(shards.directory, seed).exists()]
+    if wanted:
+        images = shards.read(index)
+        save_png_of_each(Batch([seeds[i] for i in wanted], images[wanted]), shards.directory)
+
+
+def _png(directory: Path, seed: int) -> Path:
+    return directory / f"{seed:010d}.png"
+
+
 def save_png_of_each(batch: Batch, directory: Path) -> None:
     """One PNG for each image, named by its seed."""
     directory.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(batch.seeds, batch.images, strict=True):
-        save_png(grid(image[None], padding=0, scale=1), directory / f"{seed:010d}.png")
+        save_png(grid(image[None], padding=0, scale=1), _png(directory, seed))
 
 
 def save_first_grid(shards: Shards) -> Path:
@@ -115,12 +128,10 @@ def save_pictures(
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / "samples.png", directory / "samples.npz"]
     save_png(grid(images), paths[0])
-    temporary = directory / ".samples.tmp.npz"
     arrays = {"images": images, "seeds": np.asarray(seeds, dtype=np.int64)}
     if labels is not None:
         arrays["labels"] = np.asarray(labels, dtype=np.int64)
-    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    temporary.replace(paths[1])
+    save_arrays(arrays, paths[1])
     if frames:
         paths.append(directory / "denoising.gif")
         save_animation(frames, paths[-1])

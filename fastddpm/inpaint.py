@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastddpm.sampler import Sampler
 
 PROGRAM = "fastddpm.inpaint"
+MAX_FRAMES = 1000  # all of them are in memory until the file is written
 _GREY = 128  # of what is not known
 
 
@@ -63,10 +64,12 @@ def main(arguments: Sequence[str]) -> None:
     seeds = parse_numbers(command.seeds, "seeds")
     if command.batch is not None and command.batch < 1:
         raise UsageError(f"--batch must be positive; got {command.batch}")
-    if command.frames < 0:
-        raise UsageError(f"--frames must be 0 or more; got {command.frames}")
+    if not 0 <= command.frames <= MAX_FRAMES:
+        raise UsageError(f"--frames must be in 0..{MAX_FRAMES}; got {command.frames}")
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
+    out = command.out or _default_out(command.checkpoint)
+    cli.check_out(out)
 
     from fastddpm import batching, interchange
     from fastddpm.device import choose_device
@@ -75,11 +78,11 @@ def main(arguments: Sequence[str]) -> None:
     model = interchange.load(command.checkpoint, device)
     sampler = command.chain.sampler(model)
     batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
-    for path in _complete(command, sampler, seeds, batch):
+    for path in _complete(command, sampler, seeds, batch, out):
         print(path)
 
 
-def _complete(command: Command, sampler: "Sampler", seeds: list[int], batch: int) -> list[Path]:
+def _complete(command: Command, sampler: "Sampler", seeds: list[int], batch: int, out: Path) -> list[Path]:
     """Read, draw, write; the paths of the files."""
     from fastddpm.data.decode import Rule
     from fastddpm.evaluation.inpainting import cost, inpaint
@@ -105,7 +108,6 @@ def _complete(command: Command, sampler: "Sampler", seeds: list[int], batch: int
             jump_length=command.jump_length, resamplings=command.resamplings, frames=command.frames, batch=batch,
             progress=lambda more: meter.update(meter.done + more),
         )  # fmt: skip
-    out = command.out or _default_out(command.checkpoint)
     return _save(found, given, known, seeds, labels, out)
 
 

@@ -67,16 +67,17 @@ def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
     seeds = parse_numbers(command.seeds, "seeds")
     labels = _labels(command, len(seeds))
-    if command.batch is not None and command.batch < 1:
-        raise UsageError(f"--batch must be positive; got {command.batch}")
-    if command.shard_size is not None and command.shard_size < 1:
-        raise UsageError(f"--shard-size must be positive; got {command.shard_size}")
+    for name, size in (("batch", command.batch), ("shard-size", command.shard_size)):
+        if size is not None and size < 1:
+            raise UsageError(f"--{name} must be positive; got {size}")
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
     where = processes.place()
     sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or where.count > 1
     if sharded and command.gif:
         raise UsageError(f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, by one process")
+    out = command.out or _default_out(command.checkpoint, seeds)
+    cli.check_out(out)
 
     from fastddpm import batching, interchange
     from fastddpm.device import choose_device
@@ -85,7 +86,6 @@ def main(arguments: Sequence[str]) -> None:
     device = choose_device(command.device, processes.local_rank())
     model = interchange.load(command.checkpoint, device)
     sampler = command.chain.sampler(model)
-    out = command.out or _default_out(command.checkpoint, seeds)
     batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
     print(
         f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}",
@@ -117,7 +117,7 @@ def _sample_shards(
     where: processes.Place,
 ) -> None:
     """Draw what is missing in `out` of this process's shards."""
-    from fastddpm.generate import fill, save_first_grid
+    from fastddpm.generate import fill, save_first_grid, save_png_of_shard
     from fastddpm.shards import Shards
 
     rank, count = where.rank, where.count
@@ -131,9 +131,12 @@ def _sample_shards(
         missing, damaged = shards.missing(rank, count)
         for line in damaged:
             print(line, file=sys.stderr)
-        mine = len(range(rank, len(shards), count))
+        own = range(rank, len(shards), count)
+        mine = len(own)
         if len(missing) < mine:
             print(f"{mine - len(missing)} of {mine} shards are there already", file=sys.stderr)
+        for index in sorted({*own}.difference(missing)) if command.png else ():
+            save_png_of_shard(shards, index)
         rate = fill(shards, missing, sampler, batch, png=command.png)
         if rank == 0:
             print(save_first_grid(shards))

@@ -10,6 +10,7 @@ and the images are the same whatever their number is.
 import contextlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fastddpm.errors import DataError, StorageError, UsageError
 
 SETTINGS = "sampling.json"
 _VERSION = 1
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Shards:
     labels: Sequence[int] | None
     size: int
     shape: tuple[int, int, int]
+
+    # Where shards of something else say so.
+    _holds = "images"
+    _otherwise = "sample into another --out"
 
     def __len__(self) -> int:
         return -(-len(self.seeds) // self.size)
@@ -49,7 +55,7 @@ class Shards:
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Write what determines the images, or compare it with what is there.
 
-        `UsageError`, naming the first difference, for another; then nothing is written.
+        `UsageError`, naming the first difference that can be read, for another; then nothing is written.
         """
         described = json.loads(json.dumps({"version": _VERSION, **settings, **self._described()}))
         path = self.directory / SETTINGS
@@ -62,15 +68,17 @@ class Shards:
             temporary.unlink()
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise DataError(f"{path} is damaged; sample into another --out") from None
+            raise DataError(f"{path} is damaged; {self._otherwise}") from None
         except OSError as error:
-            raise StorageError(f"{path} cannot be written ({error.strerror}); sample into another --out") from error
-        for name in dict.fromkeys([*described, *found]):
-            if described.get(name) != found.get(name):
-                raise UsageError(
-                    f"{self.directory} holds images with {name} {found.get(name)}, not {described.get(name)}; "
-                    "sample into another --out"
-                )
+            raise StorageError(f"{path} cannot be written ({error.strerror}); {self._otherwise}") from error
+        differing = [name for name in dict.fromkeys([*described, *found]) if described.get(name) != found.get(name)]
+        if differing:
+            named = [name for name in differing if not _DIGEST.fullmatch(str(found.get(name)))]  # steps, not its digest
+            name = (named or differing)[0]
+            raise UsageError(
+                f"{self.directory} holds {self._holds} with {name} {found.get(name)}, not {described.get(name)}; "
+                f"{self._otherwise}"
+            )
 
     def _described(self) -> dict[str, Any]:
         """In a few words: the seeds may be millions."""

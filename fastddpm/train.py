@@ -5,6 +5,7 @@ The same command started by torchrun, once for each process, trains one model wi
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,11 @@ def _parse(arguments: Sequence[str], where: processes.Place) -> tuple[Command, P
     resuming = ("--resume" in arguments or again) and not helps
     if resuming:
         run = Path(out) if out else _newest_run(name)
+        if not (run / "config.json").is_file():
+            raise UsageError(f"nothing to resume: {run} holds no run, that is no config.json")
         base = cli.read_preset(run / "config.json")
+        if cli.peek(arguments, "--preset") not in (None, base.name):
+            raise UsageError(f"{run} is a run of preset {base.name}, not {name}; leave --preset out")
     default = Command(base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample)
     command = dataclasses.replace(cli.parse(Command, arguments, program=PROGRAM, default=default), resume=resuming)
     if not command.timeout > 0:
@@ -137,9 +142,18 @@ def _parse(arguments: Sequence[str], where: processes.Place) -> tuple[Command, P
     if not resuming:
         if command.out is None and (where.count > 1 or processes.restarted()):
             raise UsageError("name the run's directory with --out, so that a restart finds it")
-        return command, base, command.out or _free_run(name)
+        run = command.out or _free_run(name)
+        if not command.dry_run:
+            _refuse_taken(run)
+            cli.check_out(run)
+        return command, base, run
     _refuse_changes(base, command, run)
     return command, base, run
+
+
+def _refuse_taken(run: Path) -> None:
+    if (run / "config.json").exists():
+        raise UsageError(f"{run} holds a run already; --resume continues it, or choose another --out")
 
 
 def _refuse_changes(base: Preset, command: Command, run: Path) -> None:
@@ -215,18 +229,16 @@ def _train(
     with contextlib.ExitStack() as held:
 
         def claim() -> None:
-            if not command.resume and (run / "config.json").exists():
-                raise UsageError(f"{run} holds a run already; --resume continues it, or choose another --out")
+            if not command.resume:
+                _refuse_taken(run)
             held.enter_context(checkpoint.lock(run))
 
-        processes.by_first(claim, where)
+        # First what can be refused: it leaves no directory behind.
         trainer = Trainer(wanted, dataset, device, where, data_workers=command.data_workers)
         held.callback(trainer.batches.close)
+        processes.by_first(claim, where)
         if command.resume:
-            saved = _newest_checkpoint(run, where, say)
-            if saved is not None:
-                trainer.resume(saved)
-            say(f"resuming {run} at step {trainer.step}")
+            _go_on(trainer, run, where, say)
         log = None
         if where.first:
             cli.write_preset(wanted, run / "config.json")
@@ -237,10 +249,25 @@ def _train(
         with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
             pictures = draw_closing_samples(unet, trainer.diffusion, wanted, run, where)
     if where.first:
-        print(f"checkpoint {last}")
-        for path in pictures:
-            print(f"{path.suffix[1:]:<10} {path}")
-        print(f"next: python -m fastddpm.sample {run} --seeds 64-127")
+        _tell(run, last, pictures)
+
+
+def _tell(run: Path, last: Path, pictures: Sequence[Path]) -> None:
+    print(f"checkpoint {last}")
+    for path in pictures:
+        print(f"{path.suffix[1:]:<10} {path}")
+    print(f"next: python -m fastddpm.sample {shlex.quote(str(run))} --seeds 64-127")
+
+
+def _go_on(trainer: "Trainer", run: Path, where: processes.Place, say: Callable[[str], None]) -> None:
+    """Bring `trainer` to the newest checkpoint, if there is one; `UsageError` where that is behind its last step."""
+    saved = _newest_checkpoint(run, where, say)
+    if saved is not None:
+        trainer.resume(saved)
+    last = trainer.preset.train.steps
+    if trainer.step > last:
+        raise UsageError(f"{run} has taken {trainer.step} steps already; --steps {last} would end before that")
+    say(f"resuming {run} at step {trainer.step}")
 
 
 def _watch(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 
 import fastddpm
 from fastddpm import sample, train
-from fastddpm.errors import UsageError
+from fastddpm.errors import DataError, UsageError
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -85,6 +86,10 @@ def test_the_answer_to_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> 
         (["--variance", "learned"], "gets no gradient from loss simple"),
         (["--data", "nowhere"], "nowhere"),
         (["--sample.guidance", "3", "--label-dropout", "0"], "guidance needs"),
+        (["--sample.guidance", "nan"], "guidance must be in"),
+        (["--sample.guidance", "inf"], "guidance must be in"),
+        (["--sample.count", "99999999999999999999"], "count must be in"),
+        (["--lr", "inf"], "lr must be finite"),
     ],
 )
 def test_impossible_configurations_are_refused(
@@ -219,6 +224,37 @@ def test_resume_refuses_another_model_and_continues_with_other_steps(
     train.main(["--resume", "--steps", "4"])
     assert (tmp_path / "runs" / "mnist" / "checkpoints" / "step-00000004").is_dir()
     assert not (tmp_path / "runs" / "mnist-2").exists()
+
+
+def test_resume_refuses_another_preset_and_fewer_steps_than_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--steps", "2", "--sample.count", "0", "--out", "run"])
+    saved = (tmp_path / "run" / "config.json").read_text()
+    for arguments, message in [
+        (["--preset", "cifar10"], "a run of preset mnist, not cifar10"),
+        (["--steps", "1"], "has taken 2 steps already; --steps 1"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            train.main(["--resume", "--out", "run", *arguments])
+        assert (tmp_path / "run" / "config.json").read_text() == saved
+    with pytest.raises(UsageError, match="nothing to resume: elsewhere holds no run"):
+        train.main(["--resume", "--out", "elsewhere"])
+
+
+def test_a_refused_training_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="5000 images are fewer than a batch of 5008"):
+        train.main([*TINY, "--steps", "2", "--batch", "5008"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_command_quotes_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "a run's"
+    train.main([*TINY, "--steps", "1", "--sample.count", "1", "--out", str(run)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(line.removeprefix("next: "))[:4] == ["python", "-m", "fastddpm.sample", str(run)]
 
 
 def test_sigterm_saves_exits_143_and_resumes(tmp_path: Path) -> None:

@@ -122,6 +122,14 @@ def test_mistakes(run: Path, arguments: list[str], error: type[Exception], messa
     assert not (tmp_path / "x.fdz").exists()
 
 
+def test_a_depth_that_the_chain_lacks_is_refused_before_anything_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match=r"lossy must be a timestep in 0\.\.\d+; got 1000000"):
+        encode(run, "digits", tmp_path / "x.fdz", "--lossy", "1000000")
+    assert "evaluations" not in capsys.readouterr().err  # of which it counted fewer than none
+
+
 def test_a_folder_named_digits_does_not_hide_the_embedded_ones(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

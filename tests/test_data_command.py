@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -14,10 +15,12 @@ from packs import collection_of, encoded
 from PIL import Image
 from test_data_problems import huge_header, spoil
 
+from fastddpm import train
 from fastddpm.data import duplicates, open_dataset, scan
 from fastddpm.data.__main__ import main
 from fastddpm.data.pack import open_pack
 from fastddpm.errors import DataError, UsageError
+from fastddpm.processes import ALONE
 
 __all__ = ["source"]
 ROOT = Path(__file__).parent.parent
@@ -117,7 +120,7 @@ def test_pack_then_inspect_verify_and_train(source: Path, tmp_path: Path, capsys
     said = capsys.readouterr().out
     checksum = open_pack(out).checksum
     assert f"sha256 of the pixels {checksum}" in said
-    assert f"python -m fastddpm.train --data {out} --image-size 8\n" in said
+    assert f"python -m fastddpm.train --preset cifar10 --data {out} --image-size 8\n" in said
     main(["inspect", str(out), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["good"] == 30 and found["pack"]["checksum"] == checksum
@@ -166,6 +169,20 @@ def test_resized_grey_and_skipped(source: Path, tmp_path: Path, capsys: pytest.C
         source, image_size=4, channels=3, resize="area", skip_bad=True, cache=tmp_path / "c", report=lambda _: None
     )
     np.testing.assert_array_equal(open_pack(out).images()[:], expected.images)
+
+
+def test_the_next_command_takes_the_pack(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grey = tmp_path / "grey"
+    grey.mkdir()
+    Image.new("L", (8, 8), 7).save(grey / "0.png")
+    for folder, expected in ((source, 3), (grey, 1)):
+        pack = tmp_path / f"a pack{expected}.fdpack"
+        main(["pack", str(folder), str(pack), "--image-size", "8", "--image-channels", str(expected)])
+        line = capsys.readouterr().out.splitlines()[-1]
+        arguments = shlex.split(line.removeprefix("next: python -m fastddpm.train "))
+        config = train._parse(arguments, ALONE)[0].resolved().unet
+        assert (config.image_size, config.image_channels, config.num_classes) == (8, expected, 0)
+        assert open_dataset(arguments[arguments.index("--data") + 1], image_size=8, channels=expected).images.size
 
 
 def test_cifar_can_be_packed(tmp_path: Path) -> None:

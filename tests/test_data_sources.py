@@ -118,7 +118,7 @@ def test_other_kinds_of_files_name_what_is_accepted(tmp_path: Path, load: Load) 
     for name in ("data.npz", "picture.png", "noending"):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(
-            UsageError, match=r"it may be a folder, \.zip or \.tar of images, \.parquet .*LMDB.*CIFAR-10"
+            UsageError, match=r"images may be a folder, \.zip or \.tar of images, \.parquet .*LMDB.*CIFAR-10"
         ):
             load(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.zip")

@@ -149,7 +149,8 @@ def test_images_without_labels_are_completed_without_a_class(run: Path, tmp_path
         (["--resamplings", "0"], "jump length and resamplings must be positive; got 10 and 0"),
         (["--guidance", "2", "--seeds", "x"], "--seeds takes numbers and ranges"),
         (["--batch", "0"], "--batch must be positive; got 0"),
-        (["--frames", "-1"], "--frames must be 0 or more; got -1"),
+        (["--frames", "-1"], r"--frames must be in 0\.\.1000; got -1"),
+        (["--frames", "1000000000"], r"--frames must be in 0\.\.1000"),
     ],
 )
 def test_mistakes(run: Path, arguments: list[str], message: str, tmp_path: Path) -> None:

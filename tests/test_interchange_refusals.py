@@ -11,8 +11,19 @@ import safetensors.torch
 from networks import SMALL, random_model
 
 from fastddpm.config import DiffusionConfig
-from fastddpm.errors import DataError, FastddpmError, UsageError
+from fastddpm.errors import DataError, FastddpmError, StorageError, UsageError
 from fastddpm.interchange import diffusers as interchange
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_storage(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(StorageError, match=r"cannot write .*below"):
+        interchange.save(random_model(SMALL), tmp_path / "file" / "below")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        interchange.save(random_model(SMALL), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
+    interchange.save(random_model(SMALL), tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file" / "model_index.json").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from networks import SMALLEST, shaken
+from PIL import Image
 
 from fastddpm import batching, model, sample
 from fastddpm.config import DiffusionConfig
@@ -161,7 +162,7 @@ def test_a_damaged_shard_is_drawn_again(
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (["--steps", "5"], "timesteps"),
+        (["--steps", "5"], "steps 4, not 5"),
         (["--noise-seed", "1"], "noise_seed 0, not 1"),
         (["--precision", "bf16"], "precision float32, not bfloat16"),
         (["--seeds", "0-8"], "seeds 0-7, not 0-8"),
@@ -177,6 +178,16 @@ def test_other_settings_are_refused(change: list[str], name: str, run: Path, tmp
     with pytest.raises(UsageError, match=f"holds images with {name}.*sample into another --out"):
         sample.main([*arguments, *change])
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_png_asked_for_later_are_of_the_shards_that_are_there(run: Path, tmp_path: Path) -> None:
+    arguments = command(run, tmp_path, "--seeds", "0-7", "--shard-size", "4")
+    sample.main(arguments)
+    (tmp_path / "shard-00001.npz").unlink()
+    sample.main([*arguments, "--png"])
+    for seed, image in images_of(tmp_path).items():
+        with Image.open(tmp_path / f"{seed:010d}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), image[0])
 
 
 def test_another_network_is_refused(run: Path, tmp_path: Path) -> None:

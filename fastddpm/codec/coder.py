@@ -85,9 +85,7 @@ def encode(
     options = CodecOptions() if options is None else options
     _check_images(sampler, images)
     classes, conditioning = _conditioning(sampler, labels, len(images))
-    last = 0 if options.lossy is None else options.lossy
-    if not 0 <= last < sampler.diffusion.timesteps - 1:
-        raise UsageError(f"lossy must be a timestep in 0..{sampler.diffusion.timesteps - 2}; got {last}")
+    last = options.last(sampler.diffusion.timesteps)
     plain = Sampler(sampler.unet, sampler.diffusion, engine=sampler.engine)
     timesteps = best_timesteps(plain, images, classes, options.steps, last)
     levels, decoder = 256, None

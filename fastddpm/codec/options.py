@@ -23,3 +23,9 @@ class CodecOptions:
             raise UsageError(f"lossy must be a timestep, 0 or more; got {self.lossy}")
         if not 1 <= self.batch <= 4096:
             raise UsageError(f"batch must be in 1..4096; got {self.batch}")
+
+    def last(self, timesteps: int) -> int:
+        """The timestep that the chain stops at; `UsageError` for one that T, `timesteps`, does not have."""
+        if self.lossy is not None and self.lossy > timesteps - 2:
+            raise UsageError(f"lossy must be a timestep in 0..{timesteps - 2}; got {self.lossy}")
+        return self.lossy or 0

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 import tempfile
 from collections import Counter
@@ -17,6 +18,7 @@ from fastddpm import cli
 from fastddpm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from fastddpm.data.decode import Rule
     from fastddpm.data.pack import Pack
     from fastddpm.data.scan import Findings
 
@@ -75,7 +77,7 @@ class MakePack:
     skip_bad: bool = False
     """Leave out images that cannot be used, rather than stop with a list of them."""
     overwrite: bool = False
-    """Replace --out if it exists."""
+    """Replace the file to write if it exists."""
 
 
 COMMANDS: Any = (
@@ -157,8 +159,18 @@ def _pack(command: MakePack) -> None:
     size = command.out.stat().st_size
     print(f"{command.out}: {len(made):,} images, {_rule_text(made)}, {size:,} bytes")
     print(f"sha256 of the pixels {made.checksum}")
-    channels = "" if made.rule.channels == 3 else f" --image-channels {made.rule.channels}"
-    print(f"next: python -m fastddpm.train --data {command.out} --image-size {made.rule.image_size}{channels}")
+    print(f"next: python -m fastddpm.train {_training(made.rule, command.out)}")
+
+
+def _training(rule: "Rule", pack: Path) -> str:
+    """Options of a training that takes the pack, by the paper's preset for images about as large."""
+    from fastddpm.presets import PRESETS
+
+    base = PRESETS["cifar10" if rule.image_size < 256 else "lsun256"]
+    options = f"--preset {base.name} --data {shlex.quote(str(pack))}"
+    if rule.image_size != base.unet.image_size:
+        options += f" --image-size {rule.image_size}"
+    return options if rule.channels == base.unet.image_channels else f"{options} --image-channels {rule.channels}"
 
 
 def _size(image_size: int) -> int:

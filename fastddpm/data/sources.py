@@ -118,10 +118,10 @@ def _found(source: str | os.PathLike[str], split: Split) -> Collection | Pack | 
 def _existing(name: str) -> Path:
     """`name` as a path to a file or folder; reading anything else, such as a pipe, could block."""
     if not name or not os.path.exists(name):
-        raise UsageError(f"--data {name!r} does not exist")
+        raise UsageError(f"{name!r} does not exist; images may be {ACCEPTED}")
     path = Path(name)
     if not (path.is_dir() or path.is_file()):
-        raise UsageError(f"--data {path} is neither a file nor a folder; it may be {ACCEPTED}")
+        raise UsageError(f"{path} is neither a file nor a folder; images may be {ACCEPTED}")
     return path
 
 
@@ -141,7 +141,7 @@ def _collection(path: Path, split: Split) -> Collection:
         return zip_collection(path, split)
     if path.suffix.lower() == ".tar":
         return tar_collection([path], split)
-    raise UsageError(f"--data {path} is a {path.suffix or 'nameless kind of'} file; it may be {ACCEPTED}")
+    raise UsageError(f"{path} is a {path.suffix or 'nameless kind of'} file; images may be {ACCEPTED}")
 
 
 def _of_pack(pack: Pack, rule: Rule, keep: Keep, directory: Path, report: Report) -> Dataset:

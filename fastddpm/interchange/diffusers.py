@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastddpm.config import Preset, SampleConfig, TrainConfig, from_dict, to_dict
 from fastddpm.diffusion import Diffusion
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.model import Model
 from fastddpm.unet import UNet
 from fastddpm.untrusted import parse_json, parse_tensors
@@ -92,7 +92,7 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
     """Write `model` as a `DDPMPipeline` directory, whole or not at all.
 
     Raises UsageError when diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
-    learned), or when `path` holds something and `overwrite` is false.
+    learned), or when `path` holds something and `overwrite` is false; StorageError when it cannot be written.
     """
     target = Path(path)
     documents = {
@@ -108,6 +108,13 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
     }
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
         raise UsageError(f"{target} exists and is not empty; choose another path or overwrite=True")
+    try:
+        _write_whole(model, documents, target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _write_whole(model: Model, documents: dict[str, Any], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -119,8 +126,10 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
         }
         _write(temporary / "unet" / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         temporary.chmod(0o755)
-        if target.exists():
+        if target.is_dir():
             shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
