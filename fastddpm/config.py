@@ -259,6 +259,8 @@ class SampleConfig:
             _require_positive(self, "steps")
         _require_choice(self, "method")
         _require_range(self, "eta", 0.0, 1.0, closed=True)
+        if self.eta and self.method != "ddim":
+            raise UsageError(f"eta is of method ddim, ancestral sampling has none; got {self.eta}")
         if not 0 <= self.count <= MOST_IN_GRID:
             raise UsageError(f"count must be in 0..{MOST_IN_GRID}; got {self.count}")
         if not 0 <= self.guidance <= MAX_GUIDANCE:

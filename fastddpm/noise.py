@@ -1,5 +1,6 @@
 """Randomness as a pure function of (seed, step, image): what a training step draws besides its noise."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,8 @@ def draw_examples(key: NoiseKey, timesteps: int, label_dropout: float = 0.0) -> 
 
 
 def image_seeds(seeds: Sequence[int]) -> list[int]:
-    """`seeds` as a list; `UsageError` for one outside 0..2^32-1 (a counter word) or for none at all."""
-    values = [int(seed) for seed in seeds]
+    """`seeds` as a list; `UsageError` for one outside 0..2^32-1 (a counter word) or for none, TypeError for 1.5."""
+    values = [operator.index(seed) for seed in seeds]
     if not values:
         raise UsageError("at least one seed is needed")
     wrong = [seed for seed in values if not 0 <= seed <= MAX_IMAGE]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ class Sampler:
             raise UsageError(f"method must be ancestral or ddim; got {method!r}")
         if not 0 <= eta <= 1:
             raise UsageError(f"eta must be in [0, 1]; got {eta}")
+        if eta and method != "ddim":
+            raise UsageError(f"eta is of method ddim, ancestral sampling has none; got {eta}")
         if not -(2**63) <= seed < 2**63:
             raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
         if not 0 <= guidance <= MAX_GUIDANCE:
@@ -334,7 +337,7 @@ class Sampler:
         wrong = [label for label in labels if not 0 <= label < num_classes and label != self.unet.null_label]
         if wrong:
             raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
-        return list(labels)
+        return [operator.index(label) for label in labels]
 
 
 def _watched(first: int, steps: int, watch: Collection[int] | None) -> set[int]:

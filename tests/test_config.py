@@ -169,6 +169,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
      "mode paper takes its batch in 8 shards already; leave accumulate at 1"),
     (SampleConfig, {"steps": 0}, "steps must be positive; got 0"),
     (SampleConfig, {"method": "heun"}, "method must be one of ancestral, ddim; got 'heun'"),
+    (SampleConfig, {"eta": 0.5}, r"eta is of method ddim, ancestral sampling has none; got 0\.5"),
     (SampleConfig, {"eta": 1.1}, r"eta must be in \[0\.0, 1\.0\]; got 1\.1"),
     (SampleConfig, {"count": -1}, r"count must be in 0\.\.10000; got -1"),
     (SampleConfig, {"guidance": -1.0}, r"guidance must be in 0\.\..*; got -1\.0"),
@@ -196,7 +197,7 @@ def test_refuses(cls: type, options: dict[str, Any], message: str) -> None:
         (UNetConfig, {"width": 4, "groups": 4, "multipliers": (1,), "image_size": 1}),
         (DiffusionConfig, {"timesteps": 2}),
         (TrainConfig, {"ema": 0.0, "warmup": 0}),
-        (SampleConfig, {"eta": 1.0, "guidance": 0.0, "count": 0}),
+        (SampleConfig, {"method": "ddim", "eta": 1.0, "guidance": 0.0, "count": 0}),
     ],
 )
 def test_accepts_the_ends_of_ranges(cls: type, options: dict[str, Any]) -> None:

@@ -242,11 +242,15 @@ def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: P
     ours.add("test", "fid", score | {"value": 5.27})
     bits = {"bits_per_dim": 3.7512, "standard_error": 0.002, "num_images": 10000, "data": {"name": "cifar"}}
     ours.add("test", "bpd", bits)
+    ours.add("train", "bpd", bits | {"bits_per_dim": None, "standard_error": None})
+    ours.add("train", "rate-distortion", bits | {"rate": None, "rmse": 0.5})
     ours.add("train", "frechet_distance[digits]", score)
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in ours.table().splitlines()[2:]]
     assert rows == [
         ["fid, train", "3.21", "3.17"],
         ["inception_score, train", "9.4 ± 0.125", "9.46 ± 0.11"],
+        ["bpd, train", "not finite bits/dim", "≤ 3.72"],
+        ["rate-distortion, train", "not finite bits/dim at RMSE 0.5000", ""],
         ["frechet_distance[digits], train", "3.21", ""],
         ["fid, test", "5.27", "5.24"],
         ["bpd, test", "3.7512 ± 0.0020 bits/dim", "≤ 3.75"],

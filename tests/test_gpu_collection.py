@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fastddpm.kernels import native
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = "import sys, pytest, torch; torch.cuda.is_available = lambda: True; sys.exit(pytest.main(sys.argv[1:]))"
 
@@ -24,7 +26,7 @@ def collected(*arguments: str) -> set[tuple[str, str]]:
 
 
 def _implementations(parameters: str) -> set[str]:
-    return {"reference", "auto", "triton", "cuda", "sse2", "avx2", "avx512"} & set(parameters.split("-"))
+    return {"reference", "auto", "triton", "cuda", *native.ISAS} & set(parameters.split("-"))
 
 
 @pytest.mark.parametrize("options", [["-m", "gpu"], ["--device", "cuda"]], ids=" ".join)

@@ -1,8 +1,10 @@
 """Inpainting's files and command: images, masks, pictures, mistakes."""
 
+import io
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,17 +66,38 @@ def test_files_that_hold_no_images(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", images=np.zeros((2, 3, 4, 4), np.uint8))
     np.savez(tmp_path / "c.npz", pictures=np.zeros((2, 3, 5, 5), np.uint8))
     np.savez(tmp_path / "d.npz", images=np.zeros((2, 3, 5, 5), np.uint8), labels=np.zeros(3, int))
+    np.savez(tmp_path / "e.npz", images=np.zeros((2, 3, 5, 5), np.uint8), labels=np.zeros(2))
+    np.savez(tmp_path / "f.npz", images=np.zeros((0, 3, 5, 5), np.uint8))
     for name, message in {
         "a.npz": r"a\.npz holds no images that can be read",
         "a.png": r"a\.png: not an image of a known format",
         "b.npz": r"b\.npz must hold images uint8 \(N, 3, 5, 5\); got uint8 \(2, 3, 4, 4\)",
         "c.npz": r"c\.npz holds no images that can be read",
-        "d.npz": r"d\.npz holds 2 images and labels \(3,\)",
+        "d.npz": r"d\.npz must hold labels of integers \(2,\); got int64 \(3,\)",
+        "e.npz": r"e\.npz must hold labels of integers \(2,\); got float64 \(2,\)",
+        "f.npz": r"f\.npz holds 0 images; 1 to 57,266,230 are read",
     }.items():
         with pytest.raises(DataError, match=message):
             read_images(str(tmp_path / name), Rule(5, 3))
     with pytest.raises(UsageError, match="nowhere"):
         read_images("nowhere", Rule(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2**26, 3, 9, 9), r"must hold images uint8 \(N, 3, 3, 3\); got uint8 \(67108864, 3, 9, 9\)"),
+        ((2**28, 3, 3, 3), "holds 268,435,456 images; 1 to 159,072,862 are read"),
+    ],
+)
+def test_an_array_that_is_too_large_is_not_unpacked(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
+    """Its first bytes suffice: there are no others."""
+    header, path = io.BytesIO(), tmp_path / "large.npz"
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", header.getvalue())
+    with pytest.raises(DataError, match=message):
+        read_images(str(path), Rule(3, 3))
 
 
 # The command

@@ -248,8 +248,8 @@ def test_pairs_of_a_network_with_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 0}, "rows must be positive; got 0"),
-        ({"frames": -1}, "frames must be positive; got -1"),
+        ({"rows": 0}, r"rows must be in 1\.\.10000; got 0"),
+        ({"frames": 10001}, r"frames must be in 1\.\.10000; got 10001"),
         ({"lambdas": 1}, "lambdas must be 2 or more"),
         ({"first_seed": -1}, r"first_seed must be in 0\.\.4294967285; got -1"),
         ({"first_seed": 2**32 - 2}, "first_seed must be in"),

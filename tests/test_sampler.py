@@ -191,6 +191,7 @@ def test_learned_variance_drives_the_noise() -> None:
     [
         ({"method": "euler"}, "method must be ancestral or ddim; got 'euler'"),
         ({"eta": 1.5}, r"eta must be in \[0, 1\]; got 1.5"),
+        ({"eta": 0.5}, "eta is of method ddim, ancestral sampling has none; got 0.5"),
         ({"eta": -0.1}, r"eta must be in \[0, 1\]; got -0.1"),
         ({"steps": 0}, r"steps must be in 1\.\.1000; got 0"),
         ({"steps": 1001}, r"steps must be in 1\.\.1000; got 1001"),
@@ -209,6 +210,15 @@ def test_learned_variance_drives_the_noise() -> None:
 def test_sampler_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Sampler(Formula(wave), Diffusion(), **options)  # type: ignore[arg-type]
+
+
+def test_seeds_and_labels_are_not_rounded() -> None:
+    sampler = Sampler(Formula(by_label, num_classes=3), Diffusion(), 2)
+    for seeds, labels in (([1.5], [0]), ([1], [0.5])):
+        with pytest.raises(TypeError):
+            sampler.sample(seeds, labels)  # type: ignore[arg-type]
+    numbers = np.array([2, 1])
+    assert torch.equal(sampler.sample(numbers, numbers), sampler.sample([2, 1], [2, 1]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

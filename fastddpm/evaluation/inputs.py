@@ -1,5 +1,6 @@
 """Images to complete, and what of them is missing, as files hold them. Imports no torch."""
 
+import math
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,7 @@ from fastddpm.errors import DataError, UsageError
 
 DIGITS = "digits"
 _WHITE = 128  # and above
+_MAX_BYTES = 2**32  # of pixels in an .npz, all of which are unpacked
 
 
 def read_images(source: str, rule: Rule) -> tuple[Images, np.ndarray | None]:
@@ -66,14 +68,32 @@ def _decoded(path: Path, rule: Rule) -> np.ndarray:
 
 def _read_arrays(path: Path, rule: Rule) -> tuple[np.ndarray, np.ndarray | None]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            shape, dtype = _header(archive, "images.npy")
+            num_labels = _header(archive, "labels.npy") if "labels.npy" in archive.namelist() else None
+        _check_arrays(path, shape, dtype, num_labels, rule)
         with np.load(path, allow_pickle=False) as arrays:
-            images = arrays["images"]
-            labels = arrays.get("labels")
+            return arrays["images"], None if num_labels is None else arrays["labels"].astype(np.int64)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} holds no images that can be read: {error}") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != rule.shape:
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an array, before any of it is unpacked."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _check_arrays(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, labels: tuple[tuple[int, ...], np.dtype] | None, rule: Rule
+) -> None:
+    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != rule.shape:
         wanted = ", ".join(map(str, rule.shape))
-        raise DataError(f"{path} must hold images uint8 (N, {wanted}); got {images.dtype} {images.shape}")
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise DataError(f"{path} holds {len(images)} images and labels {labels.shape}")
-    return images, labels
+        raise DataError(f"{path} must hold images uint8 (N, {wanted}); got {dtype} {shape}")
+    if not 0 < math.prod(shape) <= _MAX_BYTES:
+        raise DataError(f"{path} holds {shape[0]:,} images; 1 to {_MAX_BYTES // math.prod(rule.shape):,} are read")
+    if labels is not None and (labels[0] != shape[:1] or labels[1].kind not in "iu"):
+        raise DataError(f"{path} must hold labels of integers ({shape[0]},); got {labels[1]} {labels[0]}")

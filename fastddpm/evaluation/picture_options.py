@@ -14,6 +14,8 @@ PICTURE_NAMES = (
     "classes",
 )
 
+_MOST = 10_000  # of anything in a row or a column
+
 
 @dataclass(frozen=True)
 class PictureOptions:
@@ -48,8 +50,8 @@ class PictureOptions:
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "lambdas", "continuations", "neighbours", "frames"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be positive; got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UsageError(f"{name} must be in 1..{_MOST}; got {getattr(self, name)}")
         if self.lambdas < 2:
             raise UsageError(f"lambdas must be 2 or more, for both ends are shown; got {self.lambdas}")
         highest = 2**32 - max(self.rows, self.columns)

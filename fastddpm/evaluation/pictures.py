@@ -161,7 +161,7 @@ def picture_cost(name: str, subject: Subject, options: PictureOptions) -> int:
     starts = [step_at(sampler, depth) for depth in _depths(name, sampler, options) if depth]
     behind = sum(sampler.steps - start for start in starts)
     if name == "shared-latent":
-        return evaluations(sampler, rows, max(starts) + options.continuations * behind)
+        return evaluations(sampler, rows, max(starts, default=0) + options.continuations * behind)
     return evaluations(sampler, (rows if name == "interpolation" else 1) * options.lambdas, behind)
 
 

@@ -51,7 +51,7 @@ def fill_reference(subject: Subject, network: FeatureNetwork, shards: FeatureSha
     place = subject.place
 
     def images(indices: Sequence[int], _: Sequence[int] | None) -> Tensor:
-        chosen = np.ascontiguousarray(subject.dataset.images[indices[0] : indices[-1] + 1])
+        chosen = np.array(subject.dataset.images[indices[0] : indices[-1] + 1])  # a copy: a memory map is read-only
         return torch.from_numpy(chosen).to(subject.device)
 
     with shards.locked(place.rank, lambda: _say(f"another process is filling {shards.directory}: waiting for it")):

@@ -92,10 +92,15 @@ class Report:
 def _measured(name: str, record: dict[str, Any]) -> str:
     if name == "bpd":
         error = record["standard_error"]  # one image alone has none
-        return f"{record['bits_per_dim']:.4f}" + (f" ± {error:.4f}" if error is not None else "") + " bits/dim"
+        return _number(record["bits_per_dim"]) + (f" ± {error:.4f}" if error is not None else "") + " bits/dim"
     if name == "rate-distortion":
-        return f"{record['rate']:.4f} bits/dim at RMSE {record['rmse']:.4f}"
+        return f"{_number(record['rate'])} bits/dim at RMSE {_number(record['rmse'])}"
     return f"{record['value']:.5g}" + (f" ± {record['std']:.3g}" if "std" in record else "")
+
+
+def _number(value: float | None) -> str:
+    """With four decimals; None stands in the file for NaN and infinity, which JSON does not have."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _of(record: dict[str, Any]) -> str:

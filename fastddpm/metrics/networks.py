@@ -1,6 +1,7 @@
 """Feature networks by name or by their weights' file."""
 
 import hashlib
+import io
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     if path.suffix == ".safetensors":
         return parse_tensors(data, path), checksum
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

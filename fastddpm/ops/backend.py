@@ -75,7 +75,7 @@ def _resolve(operation: str, device_type: str, backend: str) -> ModuleType:
         offered = backend in (*ladder, *BY_NAME_ONLY.get(device_type, ()))
         reason = _problem(operation, backend) if offered else f"it does not run on {device_type}"
         if reason is not None:
-            possible = ", ".join(rung for rung in ladder if _problem(operation, rung) is None)
+            possible = ", ".join(rung for rung in ladder if rung in CHOICES and _problem(operation, rung) is None)
             raise UsageError(f"{operation}: backend {backend!r} was forced, but {reason}; possible here: {possible}")
     return importlib.import_module(_module_name(operation, backend))
 
