@@ -387,6 +387,8 @@ def _acquire(file: TextIO, run: Path) -> None:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return
         raise StorageError(f"cannot lock {run}: {error.strerror or error}") from error
-    file.truncate(0)
-    file.write(f"{os.getpid()} {socket.gethostname()}\n")
-    file.flush()
+    try:  # past the file's buffer, which would be written once more as it is closed
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"{os.getpid()} {socket.gethostname()}\n".encode())
+    except OSError as error:
+        raise StorageError(f"cannot write into {run}: {error.strerror or error}") from error

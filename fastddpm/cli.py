@@ -15,6 +15,7 @@ import tyro
 from . import processes
 from .config import Preset, difference, from_dict, to_dict
 from .errors import DataError, FastddpmError, StorageError, UsageError
+from .files import write_json
 
 T = TypeVar("T")
 
@@ -136,8 +137,6 @@ def _plain(value: object) -> str:
 
 
 def write_preset(preset: Preset, path: Path) -> None:
-    """Save a configuration as JSON, whole or not at all."""
+    """Save a configuration as JSON, whole or not at all. Raises `StorageError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(to_dict(preset), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, to_dict(preset))

@@ -113,7 +113,8 @@ def _encode(action: Encode) -> None:
 def _decode(action: Decode) -> None:
     from fastddpm.codec import container, decode
     from fastddpm.codec.header import Header
-    from fastddpm.figures import grid, save_arrays, save_png
+    from fastddpm.figures import grid, save_png
+    from fastddpm.files import save_arrays
     from fastddpm.runlog import Meter
 
     arrays = action.out.suffix == ".npz"

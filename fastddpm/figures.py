@@ -1,16 +1,15 @@
 """Pictures: grids and animations of uint8 images, and arrays beside them, written whole or not at all."""
 
-import contextlib
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fastddpm.errors import DataError, StorageError, UsageError
+from fastddpm.errors import DataError, UsageError
+from fastddpm.files import write_whole
 
 GRID_PIXELS = 512  # small images are enlarged until the grid is about this wide
 
@@ -107,16 +106,6 @@ def save_png(image: Image.Image, path: Path) -> None:
     write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
-def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write a compressed .npz; a reader of `path` finds the old file or the new one. Raises `StorageError`."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-    write_whole(path, write)
-
-
 def save_animation(frames: Sequence[Image.Image], path: Path, *, duration_ms: int = 80, hold_ms: int = 2000) -> None:
     """Write an endlessly repeated GIF that rests on its last frame, in whole hundredths of a second.
 
@@ -153,19 +142,3 @@ def _shared_palette(frames: Sequence[Image.Image]) -> Image.Image:
     for i, frame in enumerate(chosen):
         mosaic.paste(frame.resize((width, height), Image.Resampling.NEAREST), (0, i * height))
     return mosaic.quantize(256, method=Image.Quantize.MAXCOVERAGE)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, then give it that name: a reader finds the old file or the new one.
-
-    Raises `StorageError`.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastddpm.figures import grid, save_animation, save_arrays, save_png, to_uint8
+from fastddpm.figures import grid, save_animation, save_png, to_uint8
+from fastddpm.files import save_arrays
 from fastddpm.runlog import Meter
 from fastddpm.sampler import Sampler
 from fastddpm.shards import Shards

@@ -142,7 +142,7 @@ def _save(
 ) -> list[Path]:
     """A row an image: what is known of it, then a completion for each seed."""
     from fastddpm.evaluation.layout import Block, save_blocks, save_frames
-    from fastddpm.figures import save_arrays
+    from fastddpm.files import save_arrays
 
     out.mkdir(parents=True, exist_ok=True)
     rows, columns = len(given), len(seeds)

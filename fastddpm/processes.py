@@ -9,16 +9,19 @@ import contextlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import TracebackType
 from typing import TypeVar
 
 from fastddpm.errors import FastddpmError, UsageError
 
 T = TypeVar("T")
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-# How gloo, NCCL and the store between them say that another process is gone or does not answer.
+# How gloo, NCCL and the store between them say that another process is gone or does not answer, where the type of the
+# error does not.
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|timeout caused pair closure|TCPStore"
 )
@@ -91,18 +94,50 @@ def together(where: Place, *, device: str = "cpu", timeout_s: float | None = Non
                 raise UsageError("the process group that was formed has NCCL alone; form it with cpu:gloo,cuda:nccl")
             yield
             return
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        limit = default_pg_timeout if timeout_s is None else timedelta(seconds=timeout_s)
+        _form(where, device, default_pg_timeout if timeout_s is None else timedelta(seconds=timeout_s))
+        yield
+        # Not where an error leaves the block: other processes may be waiting for this one to take part.
+        dist.destroy_process_group()
+
+
+def _form(where: Place, device: str, limit: timedelta) -> None:
+    """Meet the other processes, waiting for each answer for `limit` at most."""
+    import torch.distributed as dist
+
+    global _formed_a_group
+    _formed_a_group = True
+    # A store whose process is stopped keeps a client that has given up waiting for a key, without a limit.
+    stuck = threading.Timer(2 * limit.total_seconds(), _end_stuck, (limit.total_seconds(),))
+    stuck.daemon = True
+    stuck.start()
+    try:
         store, rank, count = next(dist.rendezvous("env://", where.rank, where.count, timeout=limit))
         # torchrun keeps its store over restarts: without a name of its own an attempt would find the addresses of the
         # processes of the one before, which are gone.
         attempt = dist.PrefixStore(f"attempt-{os.environ.get(_RESTARTS[0], '0')}", store)
-        global _formed_a_group
-        _formed_a_group = True
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=count, timeout=limit)
-        yield
-        # Not where an error leaves the block: other processes may be waiting for this one to take part.
-        dist.destroy_process_group()
+    finally:
+        stuck.cancel()
+        _finish_when_uncaught()
+
+
+def _end_stuck(limit_s: float) -> None:
+    print(f"error: {_told('not all processes have met', limit_s)}", file=sys.stderr, flush=True)
+    os._exit(LostProcessError.exit_code)
+
+
+def _finish_when_uncaught() -> None:
+    """Have an exception that nobody catches shown as before, and then end the process at once: the others see it."""
+    shown = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            shown(kind, error, trace)
+        finally:
+            finish(1)
+
+    sys.excepthook = show
 
 
 def finish(code: int) -> None:
@@ -121,19 +156,42 @@ def finish(code: int) -> None:
         sys.exit(code)
 
 
+def tells_a_loss(error: BaseException) -> bool:
+    """Whether torch raised this because another process is gone or does not answer."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and not isinstance(error, FastddpmError) and bool(_LOST.search(_reason(error)))
+    )
+
+
 @contextlib.contextmanager
 def _losses_told(timeout_s: float | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, FastddpmError) or not _LOST.search(reason):
+        reason = _reason(error)
+        if "EADDRINUSE" in reason:
+            raise UsageError(
+                f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use on this machine; choose another"
+            ) from error
+        if not tells_a_loss(error):
             raise
-        limit = "in time" if timeout_s is None else f"for {timeout_s:g} s"
-        raise LostProcessError(
-            f"another process died or did not answer {limit} ({reason[:160]}). What was saved is whole: start again to "
-            "go on from it (training: --resume, which torchrun --max-restarts does by itself)"
-        ) from error
+        raise LostProcessError(_told(reason, timeout_s)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _told(reason: str, timeout_s: float | None) -> str:
+    limit = "in time" if timeout_s is None else f"for {timeout_s:g} s"
+    return (
+        f"another process died or did not answer {limit} ({reason[:160]}). What was saved is whole: start again to go "
+        "on from it (training: --resume, which torchrun --max-restarts does by itself)"
+    )
 
 
 def gathered(value: T, where: Place) -> list[T]:

@@ -1,8 +1,8 @@
 """What a run tells: a line of JSON for each logged step, and progress for whoever watches."""
 
+import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from fastddpm.errors import StorageError
+from fastddpm.files import write_text
 
 
 class JsonLines:
@@ -23,10 +24,8 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         self.path = path
         if resume_step is not None and path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
+            write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -38,7 +37,8 @@ class JsonLines:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # every record was flushed; what is left is what could not be written
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from fastddpm import checkpoint
 from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.optim import Optimizer
 from fastddpm.parallel import Alone, Divided
-from fastddpm.processes import by_first
+from fastddpm.processes import by_first, tells_a_loss
 
 TRAINING = "training"  # the part, or what the shards hold: weights, moments and step counts
 
@@ -114,5 +114,7 @@ def _read_shards(path: Path, state: dict[str, Tensor], team: Alone) -> None:
             warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
     except (dcp.CheckpointException, KeyError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        if tells_a_loss(error):
+            raise
         reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         raise DataError(f"{path}: the shards do not hold the state of this network: {reason}") from error

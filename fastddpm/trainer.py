@@ -163,6 +163,8 @@ class Trainer:
                         monitor.preview(self.step, unet, self.diffusion)
             if saved_step != self.step:
                 saved = self.save(run, dataset_source)
+            # It may have come while the last checkpoint was written, and nobody looks after this.
+            request = self.team.agreed(watch.requested())
             if request.stop:
                 name = signal.Signals(request.stop).name
                 raise RunInterruptedError(
@@ -241,7 +243,7 @@ class Trainer:
         if data["checksum"] != self.dataset.checksum:
             raise DataError(
                 f"{saved.path} was trained on {data['name']} (sha256 {data['checksum'][:12]}), "
-                f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]})"
+                f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]}); name that data set with --data"
             )
         sharded.restore(self.optimizer, saved, self.team)
         state = saved.documents["state"]

@@ -283,6 +283,23 @@ def test_a_run_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints").read_text() == "in the way"
 
 
+def test_a_full_disk_cannot_be_locked(tmp_path: Path) -> None:
+    """With one message, although the file is closed afterwards."""
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(checkpoint.StorageError, match=r"cannot write into .*: No space left"),
+    ):
+        patch.setattr(os, "write", full)
+        with checkpoint.lock(tmp_path / "run"):
+            pass
+    with checkpoint.lock(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").read_text().startswith(f"{os.getpid()} ")
+
+
 def test_a_run_removed_while_it_trains_is_made_again(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     save(run, 1)

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     4: {"train", "sample", "cli", "dry_run", "doctor", "evaluate", "inpaint", "compress", "ablation", "curves"},
     3: {"trainer", "sampler", "generate", "checkpoint", "manifest", "untrusted", "model", "data", "interchange",
-        "figures", "runlog", "device", "selftest", "shards", "batching", "processes", "chain_options", "parallel",
-        "sharded", "signals", "finite", "closing", "monitor", "metrics", "evaluation", "codec"},
+        "figures", "files", "runlog", "device", "selftest", "shards", "batching", "processes", "chain_options",
+        "parallel", "sharded", "signals", "finite", "closing", "monitor", "metrics", "evaluation", "codec"},
     2: {"unet", "inference", "chain", "diffusion", "likelihood", "schedules", "noise", "optim", "config", "presets"},
     1: {"ops"},
     0: {"kernels"},

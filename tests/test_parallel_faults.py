@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from training import CPU, digest, log_digest, noise_images, tiny_preset, train, 
 from fastddpm import checkpoint, manifest, processes
 from fastddpm import train as command
 from fastddpm.closing import draw_closing_samples
-from fastddpm.errors import DivergedError
+from fastddpm.errors import DivergedError, UsageError
 from fastddpm.processes import ALONE, LostProcessError, Place
 from fastddpm.trainer import Trainer
 
@@ -64,6 +65,53 @@ def test_the_others_stop_when_a_process_is_lost(tmp_path: Path, fault: str, kind
 
 def lost(run: Path, fault: str, kind: str, options: dict[str, float]) -> None:
     team.grouped(with_fault, run, fault, kind, **options)
+
+
+def lost_before_meeting(fault: str, rank: int) -> None:
+    """Process `rank` has met the store and is gone before it says there where it is found."""
+    import torch.distributed as dist
+
+    def gone(*_: Any, **__: Any) -> None:
+        time.sleep(0.2)
+        os.kill(os.getpid(), getattr(signal, fault))
+
+    place = processes.place()
+    if place.rank == rank:
+        dist.init_process_group = gone  # type: ignore[assignment]
+    team.grouped(lambda place: None, timeout_s=1.0)
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_lost_while_the_group_forms(tmp_path: Path, fault: str, rank: int) -> None:
+    """The first holds the store of both."""
+    started = team.start(2, lost_before_meeting, fault, rank, directory=tmp_path)
+    started[1 - rank].join(60)
+    code = started[1 - rank].exitcode  # that of before the kill
+    started[rank].kill()
+    other = team.wait(started, tmp_path)[1 - rank]
+    assert code == LostProcessError.exit_code, other.stderr
+    assert "error: another process died or did not answer for 1 s" in other.stderr
+
+
+def lost_at_reading(place: Place, run: Path) -> None:
+    """Process 1 is killed as both have begun to read the shards of a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    preset = tiny_preset(parallel="fsdp", steps=1)
+    train(place, preset, run)
+    if place.rank == 1:
+        dcp.load = killed  # type: ignore[assignment]
+    train(place, preset, run, resume=True)
+
+
+def test_a_process_lost_while_shards_are_read_is_not_taken_for_damage(tmp_path: Path) -> None:
+    first, second = team.run(2, team.grouped, lost_at_reading, tmp_path / "run")
+    assert (first.code, second.code) == (LostProcessError.exit_code, -signal.SIGKILL)
+    assert "another process died" in first.stderr
 
 
 def signalled(place: Place, run: Path) -> tuple[int, str]:
@@ -220,6 +268,19 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     assert log_digest(tmp_path / "run") == log_digest(tmp_path / "whole")
 
 
+def pair(script: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+    """A program in two processes, as torchrun starts it."""
+    port = team.free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=os.environ | team.contract(rank, 2, port) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+
 ENDS = """
 import atexit, time, torch, torch.distributed as dist
 from fastddpm import cli, processes
@@ -234,32 +295,78 @@ def main(arguments):
         dist.all_reduce(torch.zeros(3), async_op=True)  # in a thread that waits for the other process
         print("done")
         if arguments:
-            raise processes.LostProcessError(arguments[0])
+            raise getattr(processes, arguments[0], ZeroDivisionError)("gone")
 cli.run(main)
 """
 
 
-@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["gone"], 75)])
-def test_a_process_ends_although_threads_of_its_group_wait(tmp_path: Path, arguments: list[str], code: int) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        ([], 0, ""),
+        (["LostProcessError"], 75, "error: gone\n"),
+        (["ZeroDivisionError"], 1, "[rank0]: ZeroDivisionError: gone\n"),
+    ],
+)
+def test_a_process_ends_although_threads_of_its_group_wait(
+    tmp_path: Path, error: list[str], code: int, told: str
+) -> None:
     """With what it printed, its exit code and what was registered for the end."""
     script = tmp_path / "ends.py"
     script.write_text(ENDS)
-    port = team.free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env=os.environ | team.contract(rank, 2, port) | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+    started = pair(script, *error)
     try:
         out, errors = started[0].communicate(timeout=60)
     finally:
         started[1].kill()
         started[1].communicate()
     assert (started[0].returncode, out) == (code, "done\nlast words\n"), errors
-    assert errors == "".join(f"error: {reason}\n" for reason in arguments)
+    assert errors.endswith(told) and errors.startswith("[rank0]: Traceback" if code == 1 else told)
+
+
+RAISES = """
+import os, sys
+from fastddpm import cli, train
+from fastddpm.trainer import Trainer
+step = Trainer.train_step
+def failing(trainer):
+    if trainer.step == 3 and os.environ["RANK"] == "1":
+        raise ZeroDivisionError("nobody thought of this")
+    return step(trainer)
+Trainer.train_step = failing
+cli.run(train.main)
+"""
+
+
+def test_an_error_that_nobody_caught_in_one_process_ends_all(tmp_path: Path) -> None:
+    """At once: the one with its traceback and 1, the other with 75."""
+    script = tmp_path / "raises.py"
+    script.write_text(RAISES)
+    started = pair(script, *TINY, "--out", str(tmp_path / "run"))
+    try:
+        second, first = (process.communicate(timeout=60)[1] for process in reversed(started))
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [75, 1], first + second
+    assert "in failing" in second and second.endswith("ZeroDivisionError: nobody thought of this\n")
+    assert first.splitlines()[-1].startswith("error: another process died or did not answer for 600 s")
+    assert checkpoint.load(tmp_path / "run").step == 2
+
+
+def test_a_port_in_use_is_not_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in team.contract(0, 2, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(processes, "_formed_a_group", False)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        with (
+            pytest.raises(UsageError, match=r"MASTER_PORT [0-9]+ is in use"),
+            processes.together(Place(0, 2), timeout_s=3),
+        ):
+            pass
 
 
 def two_in_one(run: Path) -> None:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from fastddpm.errors import StorageError
 from fastddpm.evaluation.layout import Block, levels, save_blocks, save_frames
-from fastddpm.figures import grid, labelled, save_arrays, to_uint8
+from fastddpm.figures import grid, labelled, to_uint8
+from fastddpm.files import save_arrays
 
 
 def random_images(*shape: int, seed: int = 0) -> np.ndarray:

@@ -10,10 +10,8 @@
 Nothing of a file is looked at before its checksum is right.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fastddpm.errors import DataError, StorageError, UsageError
+from fastddpm.errors import DataError, UsageError
+from fastddpm.files import write_whole
 from fastddpm.untrusted import MAX_JSON_BYTES, parse_json
 
 from .ans import EMPTY
@@ -82,14 +81,10 @@ def read(path: Path) -> bytes:
 
 
 def write(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all; `StorageError` where that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write a file, and its directory, whole or not at all; `StorageError` where that fails."""
+
+    def make(temporary: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+    write_whole(path, make)

@@ -17,7 +17,7 @@ from fastddpm import batching, checkpoint
 from fastddpm.config import Preset, to_dict
 from fastddpm.data import Dataset
 from fastddpm.errors import DataError, DivergedError, UsageError
-from fastddpm.figures import write_whole
+from fastddpm.files import write_json, write_text
 from fastddpm.generate import sample_batches, save_pictures
 from fastddpm.metrics import FeatureNetwork, Moments, frechet_distance, inception_score, open_network
 from fastddpm.model import Model
@@ -103,9 +103,9 @@ class Sweep:
             found: Result = record["result"]
             return found
         run.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"settings": settings})
+        write_json(path, {"settings": settings})
         found = self._measure(run, config)
-        _write_json(path, {"settings": settings, "result": found})
+        write_json(path, {"settings": settings, "result": found})
         return found
 
     def _settings(self, config: Preset) -> Result:
@@ -164,9 +164,9 @@ def write_tables(results: Mapping[Cell, Sequence[Result]], sweep: Sweep, describ
         "rows": rows, "runs": {cell.name: list(found) for cell, found in results.items()}, "settings": describe,
         "network": network, "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    _write_json(sweep.out / "table.json", document)
+    write_json(sweep.out / "table.json", document)
     text = _markdown(rows, sweep, describe)
-    write_whole(sweep.out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(sweep.out / "table.md", text)
     return text
 
 
@@ -212,7 +212,3 @@ def _read(path: Path) -> Result:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}); remove it to measure again") from error
     return record
-
-
-def _write_json(path: Path, value: Result) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))

@@ -1,26 +1,35 @@
-"""Bits per dimension of a subject: evaluated once, kept beside the results, and told as numbers and a table."""
+"""Bits per dimension of a subject: evaluated once, kept beside the results, and told as numbers and a table.
 
+bits.npz     the result, and what it is a function of; another setting is refused
+bits.csv     the terms of each timestep
+bits-parts/  until then: a shard of sums for each block of images, so that an interrupted bound goes on
+"""
+
+import contextlib
 import json
+import shutil
 import sys
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastddpm.errors import UsageError
-from fastddpm.figures import save_arrays, write_whole
+from fastddpm.files import save_arrays, write_text
 from fastddpm.processes import gathered
 from fastddpm.runlog import Meter
+from fastddpm.shards import Shards
 
-from .bound import BitsPerDim, Plan, bits_per_dim, or_none
+from .bound import BLOCK, BitsPerDim, Block, Plan, bits_per_dim, or_none
 from .options import BitsOptions
 from .subject import Subject
 
 __all__ = ["BitsPerDim", "bits_cost", "bits_of", "bits_per_dim", "measure_bits"]
 
 _CACHE = "bits.npz"
+_PARTS = "bits-parts"
 _TABLE = "bits.csv"
 _VERSION = 1
 
@@ -39,7 +48,7 @@ def measure_bits(subject: Subject, options: BitsOptions) -> dict[str, Any]:
     """
     result = bits_of(subject, options)
     if subject.place.first:
-        write_whole(subject.out / _TABLE, lambda path: path.write_text(_csv(result), encoding="utf-8"))
+        write_text(subject.out / _TABLE, _csv(result))
     summary = result.to_dict()
     return {
         "bits_per_dim": summary["total"],
@@ -58,28 +67,77 @@ def measure_bits(subject: Subject, options: BitsOptions) -> dict[str, Any]:
 def bits_of(subject: Subject, options: BitsOptions) -> BitsPerDim:
     """The bound of the subject's images, from bits.npz in its directory when it is there, and put there otherwise.
 
-    Raises `UsageError` where the directory holds that of another model, other data or other options, and
-    `StorageError` where it cannot be written.
+    What an interrupted call has left is not evaluated again. Raises `UsageError` where the directory holds that of
+    another model, other data or other options, and `StorageError` where it cannot be written.
     """
     settings, path = _settings(subject, options), subject.out / _CACHE
     # The first process looks for all: another one might find what the first has only just written.
     kept = gathered(_kept(path, settings) if subject.place.first else None, subject.place)[0]
-    if kept is not None:
-        return BitsPerDim(**kept)
-    dataset = subject.dataset
-    mine = -(-bits_cost(subject, options) // subject.place.count)
-    with Meter("bits/dim", mine, "evaluations") as meter:
-
-        def progress(done: int) -> None:
-            meter.update(min(done, mine), lambda rate: f"{rate:.0f} evaluations/s")
-
-        result = bits_per_dim(
-            subject.sampler, dataset.images, dataset.labels, options, subject.batch,
-            place=subject.place, progress=progress if subject.place.first else None,
-        )  # fmt: skip
+    result = _evaluated(subject, options, settings) if kept is None else BitsPerDim(**kept)
     if subject.place.first:
-        _keep(path, result, settings)
+        if kept is None:
+            _keep(path, result, settings)
+        shutil.rmtree(subject.out / _PARTS, ignore_errors=True)
     return result
+
+
+@dataclass(frozen=True)
+class _Parts(Shards):
+    """Sums of blocks of images instead of the images; `seeds` are the indices of the images."""
+
+    timesteps: int
+
+    _holds = "sums"
+    _otherwise = "choose another --out, or remove it"
+
+    def block(self, index: int) -> Block:
+        """The sums of a block; errors of NumPy and zip for a damaged file."""
+        with np.load(self.path(index), allow_pickle=False) as arrays:
+            return Block(**{f.name: arrays[f.name] for f in fields(Block)})
+
+    def put(self, index: int, block: Block) -> None:
+        """Keep the sums of a block, whole or not at all; `StorageError` where that fails."""
+        self.put_arrays(index, {f.name: getattr(block, f.name) for f in fields(Block)})
+
+    def _problem(self, index: int) -> str | None:
+        seeds, _ = self.part(index)
+        try:
+            found = self.block(index)
+            with np.load(self.path(index), allow_pickle=False) as arrays:
+                ours = np.array_equal(arrays["seeds"], seeds)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            return f"cannot be read ({type(error).__name__})"
+        values = [getattr(found, f.name) for f in fields(Block)]
+        wanted = [(len(seeds),)] * 3 + [(4, self.timesteps)]
+        if [value.shape for value in values] != wanted or any(value.dtype != np.float64 for value in values):
+            return f"has arrays {[value.shape for value in values]}, not {wanted}"
+        return None if ours else "is of other images"
+
+
+def _evaluated(subject: Subject, options: BitsOptions, settings: dict[str, Any]) -> BitsPerDim:
+    """The bound, from what an interrupted evaluation has left and the rest of it."""
+    dataset, place = subject.dataset, subject.place
+    timesteps = subject.sampler.diffusion.timesteps
+    indices = Plan.of(len(dataset.images), timesteps, options).indices
+    parts = _Parts(subject.out / _PARTS, indices, None, BLOCK, dataset.images.shape[1:], timesteps)  # type: ignore[arg-type]
+    parts.claim(settings)
+    with parts.locked(place.rank), contextlib.ExitStack() as stack:
+        parts.forget_temporaries(place.rank, place.count)
+        missing, damaged = parts.missing(place.rank, place.count)
+        for line in damaged:
+            print(line, file=sys.stderr)
+        known = {i: parts.block(i) for i in range(place.rank, len(parts), place.count) if i not in missing}
+        meters: list[Meter] = []
+
+        def progress(done: int, total: int) -> None:
+            if not meters:
+                meters.append(stack.enter_context(Meter("bits/dim", total, "evaluations")))
+            meters[0].update(done, lambda rate: f"{rate:.0f} evaluations/s")
+
+        return bits_per_dim(
+            subject.sampler, dataset.images, dataset.labels, options, subject.batch, place=place,
+            progress=progress if place.first else None, known=known, keep=parts.put,
+        )  # fmt: skip
 
 
 def _settings(subject: Subject, options: BitsOptions) -> dict[str, Any]:

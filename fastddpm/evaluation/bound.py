@@ -6,7 +6,7 @@ the number of images is; everything behind it is float64.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,14 @@ from fastddpm.errors import UsageError
 from fastddpm.kernels.philox import STREAM_BOUND
 from fastddpm.kernels.philox.reference import philox
 from fastddpm.ops import random_normal
-from fastddpm.processes import Place, gathered
+from fastddpm.processes import ALONE, Place, gathered
 from fastddpm.sampler import Sampler
 
 from .options import BitsOptions
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
 
-_BLOCK = 32  # images whose sums are taken together: the order of additions is the same for every batch and process
+BLOCK = 32  # images whose sums are taken together: the order of additions is the same for every batch and process
 _BATCHES = 16  # at least, between two rests of pairs that fill no batch
 
 
@@ -124,6 +124,14 @@ class Plan:
         by_offset = np.bincount(self.offsets, minlength=self.every)
         return np.append(len(self), by_offset[np.arange(self.timesteps - 1) % self.every])
 
+    def places(self, blocks: Sequence[int]) -> np.ndarray:
+        """Those of the images of some blocks."""
+        return np.concatenate([np.arange(n * BLOCK, min((n + 1) * BLOCK, len(self))) for n in blocks])
+
+    def num_pairs(self, places: np.ndarray) -> int:
+        """How many `pairs` will be."""
+        return int((1 - (1 + self.offsets[places] - self.timesteps) // self.every).sum())
+
     def pairs(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(image, t) of the images at `places`, (P,) each: image as a position in `places`; t ascends."""
         own = [np.append(0, np.arange(1 + offset, self.timesteps, self.every)) for offset in self.offsets[places]]
@@ -139,35 +147,44 @@ def bits_per_dim(
     options: BitsOptions,
     batch: int,
     *,
-    place: Place | None = None,
+    place: Place = ALONE,
     progress: Progress | None = None,
+    known: Mapping[int, "Block"] | None = None,
+    keep: Callable[[int, "Block"], None] | None = None,
 ) -> BitsPerDim:
     """The bound of `images`, uint8 (N, C, H, W), under the sampler's network and the whole T-step process.
 
     A network with classes is evaluated given `labels`, int64 (N,), without guidance; where there are none, as the
     network without a class. `batch`: pairs of image and timestep evaluated at once. Several processes (`place`, inside
     `processes.together`) share the images, and each returns the whole result. `progress` is told how many pairs of
-    this process are on their way. Noise is a function of (options.seed, index, t), and sums are always taken in the
-    same order: the result depends neither on `batch` nor on the number of processes, beyond what the network's output
+    this process are on their way, and how many it has to evaluate. `keep` is given each of this process's blocks by
+    its number, and `known` the blocks that were kept: so an interrupted bound goes on, to the same bits. Noise is a
+    function of (options.seed, index, t), and sums are always taken in the same order: the result depends neither on
+    `batch` nor on the number of processes, beyond what the network's output
     does. Raises `UsageError` for a plan that cannot be, and for a network with classes that was never trained without.
     """
-    place = Place() if place is None else place
     plan = Plan.of(len(images), sampler.diffusion.timesteps, options)
     evaluator = _Evaluator(sampler, plan, images, labels, options.seed, batch, progress)
-    mine = range(place.rank, -(-len(plan) // _BLOCK), place.count)
-    per_block = _BLOCK * plan.evaluated().sum() / len(plan)
-    at_once = max(1, math.ceil(_BATCHES * batch / per_block))
-    blocks: dict[int, _Block] = {}
-    for start in range(0, len(mine), at_once):
-        blocks |= evaluator.blocks(mine[start : start + at_once])
+    mine = range(place.rank, -(-len(plan) // BLOCK), place.count)
+    at_once = max(1, math.ceil(_BATCHES * batch * len(plan) / (BLOCK * plan.evaluated().sum())))
+    groups = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
+    blocks = {} if known is None else dict(known)
+    # A group is evaluated whole: so the network sees the batches that it sees when nothing interrupts.
+    left = [group for group in groups if not blocks.keys() >= set(group)]
+    evaluator.expect(left)
+    for group in left:
+        for number, block in evaluator.blocks(group).items():
+            blocks[number] = block
+            if keep:
+                keep(number, block)
     for others in gathered(blocks, place):
         blocks |= others
     return _summary(plan, [blocks[number] for number in sorted(blocks)], evaluator.conditioning)
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
-    """Sums of up to 32 images. `prior`, `decoder`, `rest` (n,): the three parts of each image's bound.
+class Block:
+    """Sums of up to 32 images, float64. `prior`, `decoder`, `rest` (n,): the three parts of each image's bound.
 
     `over_images` (4, T): at each timestep the sums of the terms, of their squares, of the squared errors, of theirs.
     """
@@ -208,18 +225,24 @@ class _Evaluator:
         self.sampler = Sampler(sampler.unet, sampler.diffusion, engine=sampler.engine)
         self.device = next(sampler.unet.parameters()).device
         self.seed = torch.tensor(seed, dtype=torch.int64, device=self.device)
-        self.progress, self.done = progress, 0
+        self.progress, self.done, self.total = progress, 0, 0
 
-    def blocks(self, numbers: Sequence[int]) -> dict[int, _Block]:
+    def expect(self, groups: Sequence[Sequence[int]]) -> None:
+        """Begin to tell the progress of these groups of blocks."""
+        self.total = sum(self.plan.num_pairs(self.plan.places(group)) for group in groups)
+        if self.progress is not None and self.total:
+            self.progress(0, self.total)
+
+    def blocks(self, numbers: Sequence[int]) -> dict[int, Block]:
         """The sums of the blocks called `numbers`, their pairs evaluated together."""
-        first = np.concatenate([np.arange(n * _BLOCK, min((n + 1) * _BLOCK, len(self.plan))) for n in numbers])
-        rows, t = self.plan.pairs(first)
-        prior, terms, errors = self._pairs(self.plan.indices[first], rows, t)
+        places = self.plan.places(numbers)
+        rows, t = self.plan.pairs(places)
+        prior, terms, errors = self._pairs(self.plan.indices[places], rows, t)
         blocks = {}
         for i, number in enumerate(numbers):
-            own = rows // _BLOCK == i
+            own = rows // BLOCK == i
             blocks[number] = _block(
-                prior[i * _BLOCK : (i + 1) * _BLOCK], rows[own] - i * _BLOCK, t[own], terms[own], errors[own],
+                prior[i * BLOCK : (i + 1) * BLOCK], rows[own] - i * BLOCK, t[own], terms[own], errors[own],
                 self.plan.timesteps,
             )  # fmt: skip
         return blocks
@@ -238,7 +261,7 @@ class _Evaluator:
             found.append(self._terms(pixels[chosen], timestep[part], eps, label, num_first=int((t[part] == 0).sum())))
             self.done += len(chosen)
             if self.progress is not None:
-                self.progress(self.done)
+                self.progress(self.done, self.total)
         prior = likelihood.prior_term(self.exact, pixels.to(torch.float64) / 127.5 - 1)
         terms, errors = (torch.cat(values).cpu().numpy() for values in zip(*found, strict=True))
         return prior.cpu().numpy(), terms, errors
@@ -283,14 +306,14 @@ def _conditioning(sampler: Sampler, labels: np.ndarray | None, num_images: int) 
 
 def _block(
     prior: np.ndarray, rows: np.ndarray, t: np.ndarray, terms: np.ndarray, errors: np.ndarray, timesteps: int
-) -> _Block:
+) -> Block:
     later = t > 0
     over_images = [np.bincount(t, values, timesteps) for values in (terms, terms**2, errors, errors**2)]
     rest = np.bincount(rows[later], terms[later], len(prior))
-    return _Block(prior, terms[~later], rest, np.stack(over_images))
+    return Block(prior, terms[~later], rest, np.stack(over_images))
 
 
-def _summary(plan: Plan, blocks: Sequence[_Block], conditioning: str) -> BitsPerDim:
+def _summary(plan: Plan, blocks: Sequence[Block], conditioning: str) -> BitsPerDim:
     prior, decoder, rest = (
         np.concatenate([getattr(block, name) for block in blocks]) for name in ("prior", "decoder", "rest")
     )

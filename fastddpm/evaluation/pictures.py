@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastddpm.figures import save_arrays
+from fastddpm.files import save_arrays
 from fastddpm.runlog import Meter
 from fastddpm.sampler import Sampler
 

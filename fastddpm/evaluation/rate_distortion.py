@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastddpm.figures import write_whole
+from fastddpm.files import write_text
 
 from .bits import bits_of
 from .bound import BitsPerDim, or_none
@@ -68,7 +68,7 @@ def measure_rate_distortion(subject: Subject, options: BitsOptions) -> dict[str,
     rows = table(curve)
     pictures: list[str] = []
     if subject.place.first:
-        write_whole(subject.out / _TABLE, lambda path: path.write_text(_csv(curve), encoding="utf-8"))
+        write_text(subject.out / _TABLE, _csv(curve))
         pictures = _draw(subject, curve, result.num_images)
     return {
         "rate": or_none(float(curve.rate[-1])),

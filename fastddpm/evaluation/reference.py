@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastddpm.data.cache import default_directory
 from fastddpm.errors import StorageError
-from fastddpm.figures import save_arrays
+from fastddpm.files import save_arrays
 from fastddpm.metrics.features import FeatureNetwork
 from fastddpm.metrics.frechet import Moments
 

@@ -1,7 +1,6 @@
 """What was measured: metrics.json, which every run of the command adds to, and the table with the paper's figures."""
 
 import json
-import os
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 import torch
 
 from fastddpm import __version__
-from fastddpm.errors import DataError, StorageError, UsageError
+from fastddpm.errors import DataError, UsageError
+from fastddpm.files import write_json
 
 from .subject import Subject
 
@@ -70,14 +70,7 @@ class Report:
             },
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        temporary = self._path.with_name(f".{FILE}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)
-        except OSError as error:
-            raise StorageError(f"{self._path} cannot be written: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(self._path, self._document)
 
     def table(self) -> str:
         """All figures of the file in Markdown, the paper's beside them where the preset is one of the paper's."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fastddpm.kernels
-from fastddpm.errors import StorageError
+from fastddpm.files import write_json
 from fastddpm.ops import status
 from fastddpm.ops.backend import chosen_backend
 from fastddpm.processes import ALONE, Place
@@ -52,15 +52,7 @@ def record_session(
         "data": dict(data),
         **_system(device),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        document = {"sessions": [*_earlier(path), session]}
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, {"sessions": [*_earlier(path), session]})
     return path
 
 
