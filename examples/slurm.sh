@@ -1,5 +1,5 @@
 #!/bin/bash
-# LSUN at 256x256 on 4 nodes of 8 GPUs: sbatch examples/slurm.sh --preset lsun256 --data /shared/bedrooms.pack
+# LSUN at 256x256 on 4 nodes of 8 GPUs: sbatch examples/slurm.sh --preset lsun256 --data /shared/church.fdpack
 #
 # Options after the script are those of fastddpm.train. One torchrun a node starts 8 processes; each trains its part of
 # every batch. Two minutes before the time limit, or when the job is preempted, SLURM's SIGTERM makes the run save and

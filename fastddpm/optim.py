@@ -1,7 +1,7 @@
 """One optimizer step: gradient clipping, Adam with warm-up, and the moving average of the weights."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -143,11 +143,3 @@ class Optimizer:
     def averaged(self, decay: float | None = None) -> dict[str, Tensor]:
         """The EMA of each parameter, by the network's own names; of the first decay unless given."""
         return dict(zip(self.names, self.average if decay is None else self.averages[decay], strict=True))
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor], averaged: Mapping[str, Tensor]) -> None:
-        """Take over what `state` and `averaged` gave; KeyError for a missing name."""
-        for name, value in self.state().items():
-            value.copy_(state[name])
-        for name, average in self.averaged().items():
-            average.copy_(averaged[name])

@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import gpu
 
 FOREVER = float("inf")
 

@@ -1,15 +1,9 @@
 """The benchmarks compare like with like: every peer that is here computes the network's numbers."""
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
 import harness
 import peers
+import pytest
+import torch
 from networks import tiny
 from plain import PlainUNet
 

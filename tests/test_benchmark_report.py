@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
 import report
 
 ROOT = Path(__file__).parent.parent

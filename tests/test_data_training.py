@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from packs import numbered, packed
 
+from fastddpm import checkpoint
 from fastddpm.config import DiffusionConfig, Preset, TrainConfig, UNetConfig
 from fastddpm.data import Dataset
 from fastddpm.trainer import Trainer
@@ -29,8 +30,7 @@ def test_training_from_a_pack_is_training_from_an_array(tmp_path: Path) -> None:
     )
     losses = [float(whole.train_step()[0]) for _ in range(11)]
     halves = [float(first.train_step()[0]) for _ in range(5)]
-    second.optimizer.load(first.optimizer.state(), first.optimizer.averaged())
-    second.step = first.step
+    second.resume(checkpoint.load(first.save(tmp_path / "run", None)))
     halves += [float(second.train_step()[0]) for _ in range(6)]
     second.batches.close()
     assert halves == losses

@@ -1,14 +1,8 @@
 """The floors that benchmarks are held against: bytes and products counted by hand."""
 
-import sys
-from pathlib import Path
-
+import limits
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import limits
 from shapes import Call, distinct, network_calls, step_calls
 
 

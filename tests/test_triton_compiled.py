@@ -1,13 +1,10 @@
 """The Triton kernels compiled ahead of time, without a GPU: what the compiler says of them."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("triton")
 if importlib.util.find_spec("triton.backends.nvidia") is None:
     pytest.skip("Triton has no compiler for NVIDIA here", allow_module_level=True)
