@@ -1,5 +1,6 @@
 """What of a diffusers directory is refused, and what is never written."""
 
+import errno
 import json
 import os
 import warnings
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from networks import SMALL, random_model
+from networks import SMALL, TINY, random_model
 
 from fastddpm.config import DiffusionConfig
 from fastddpm.errors import DataError, FastddpmError, StorageError, UsageError
@@ -22,8 +23,37 @@ def test_a_place_that_cannot_be_written_is_an_error_of_storage(tmp_path: Path) -
     with pytest.raises(UsageError, match="exists and is not empty"):
         interchange.save(random_model(SMALL), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
-    interchange.save(random_model(SMALL), tmp_path / "file", overwrite=True)
-    assert (tmp_path / "file" / "model_index.json").is_file()
+
+
+def test_only_a_pipeline_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    for foreign in (tmp_path / "file", tmp_path / "home" / "letter"):
+        foreign.write_text("kept")
+    for target in (tmp_path / "file", tmp_path / "home"):
+        with pytest.raises(UsageError, match="is no pipeline, and only one is overwritten"):
+            interchange.save(random_model(SMALL), target, overwrite=True)
+    assert (tmp_path / "file").read_text() == (tmp_path / "home" / "letter").read_text() == "kept"
+
+
+def test_a_pipeline_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, first, second = tmp_path / "pipe", random_model(SMALL), random_model(TINY)
+    interchange.save(first, target)
+    (target / "notes.txt").write_text("of the first")
+    rename = os.rename
+
+    def failing(source: Path, name: Path) -> None:
+        if Path(name) == target and Path(source).name != "old":
+            raise OSError(errno.EIO, "failing disk")
+        rename(source, name)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(StorageError, match="failing disk"):
+        interchange.save(second, target, overwrite=True)
+    assert interchange.load(target).unet.config == SMALL and (target / "notes.txt").exists()
+    monkeypatch.setattr(os, "rename", rename)
+    interchange.save(second, target, overwrite=True)
+    assert interchange.load(target).unet.config == TINY and not (target / "notes.txt").exists()
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.fixture(scope="module")

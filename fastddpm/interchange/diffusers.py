@@ -92,7 +92,8 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
     """Write `model` as a `DDPMPipeline` directory, whole or not at all.
 
     Raises UsageError when diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
-    learned), or when `path` holds something and `overwrite` is false; StorageError when it cannot be written.
+    learned), or when `path` holds something, unless that is a pipeline and `overwrite` is true; StorageError when it
+    cannot be written.
     """
     target = Path(path)
     documents = {
@@ -106,8 +107,11 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
         "scheduler/scheduler_config.json": write_scheduler(model.preset.diffusion),
         OUR_FILE: {"format": 1, "preset": to_dict(model.preset)},
     }
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise UsageError(f"{target} exists and is not empty; choose another path or overwrite=True")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not overwrite:
+            raise UsageError(f"{target} exists and is not empty; choose another path or overwrite=True")
+        if not (target / "model_index.json").exists():
+            raise UsageError(f"{target} is no pipeline, and only one is overwritten; choose another path")
     try:
         _write_whole(model, documents, target)
     except OSError as error:
@@ -126,13 +130,26 @@ def _write_whole(model: Model, documents: dict[str, Any], target: Path) -> None:
         }
         _write(temporary / "unet" / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         temporary.chmod(0o755)
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
-        os.rename(temporary, target)
+        _put(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(directory: Path, target: Path) -> None:
+    """Give `directory` the name `target`; what had it before is removed afterwards, and comes back where that fails."""
+    if not target.is_dir():
+        os.rename(directory, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        os.rename(target, aside / "old")
+        try:
+            os.rename(directory, target)
+        except OSError:
+            os.rename(aside / "old", target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def their_name(name: str) -> str:
