@@ -169,8 +169,11 @@ class TrainConfig:
     clip_gradient: float = 1.0
     """Largest norm of the gradient."""
     ema: float | tuple[float, ...] = 0.9999
-    """Decay of the exponential moving average of the weights, from the first step, without a ramp. Given several
-    decays, an average of each is kept; samples are drawn from the first."""
+    """Decay of the exponential moving average of the weights. Given several decays, an average of each is kept; samples
+    are drawn from the first."""
+    ema_ramp: bool = False
+    """Average over few steps at first: at step n = 0, 1, .. the decay is at most (1 + n) / (10 + n). For runs that are
+    short beside 1 / (1 - ema); the paper has none."""
     flip: bool = True
     """Mirror half of the images, at random."""
     mode: Literal["standard", "paper"] = "standard"

@@ -25,6 +25,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return rate
 
 
+def decay_at(config: TrainConfig, decay: float, step: int) -> float:
+    """What an average of `decay` decays by at step 0, 1, ..; the ramp is that of TensorFlow's averages."""
+    return min(decay, (1 + step) / (10 + step)) if config.ema_ramp else decay
+
+
 class Optimizer:
     """Adam on a network's parameters, its clipping, and exponential moving averages (EMA) of the weights.
 
@@ -95,8 +100,9 @@ class Optimizer:
         self._adam.found_inf = skipped  # type: ignore[attr-defined]
         self._adam.step()
         self.zero_grad()
-        for decay in self.averages:
-            self._update_average(decay, skipped)
+        for decay, average in self.averages.items():
+            share = 1 - decay_at(self.config, decay, step)
+            self._update_average(average, share, self._averaging[decay], skipped)
         return norm, applied
 
     def zero_grad(self) -> None:
@@ -115,18 +121,16 @@ class Optimizer:
         return [part.grad for part in self._parts if part.grad is not None]
 
     @torch.no_grad()
-    def _update_average(self, decay: float, skipped: Tensor) -> None:
-        """average += (1 - decay) (weight - average), unless the step is skipped."""
-        average = self.averages[decay]
+    def _update_average(self, average: list[Tensor], share: float, descent: torch.optim.SGD, skipped: Tensor) -> None:
+        """average += share (weight - average), unless the step is skipped."""
         if self._on_cpu:  # where looking costs nothing, and one pass over memory does it
             if not skipped:
-                torch._foreach_lerp_(average, self._parts, 1 - decay)
+                torch._foreach_lerp_(average, self._parts, share)
             return
         change = torch._foreach_sub(average, self._parts)
-        torch._foreach_mul_(change, 1 - decay)
+        torch._foreach_mul_(change, share)
         for a, c in zip(average, change, strict=True):
             a.grad = c
-        descent = self._averaging[decay]
         descent.found_inf = skipped  # type: ignore[attr-defined]
         descent.step()
         descent.zero_grad()

@@ -67,6 +67,21 @@ def test_standard_mode_equals_adam_with_global_clip_warmup_and_ema(start: np.nda
     np.testing.assert_allclose(optimizer.averaged()["weight"].numpy(), expected.ema, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("decay", [0.2, 0.5, 0.99])
+def test_the_ramp_of_the_averages(start: np.ndarray, decay: float) -> None:
+    config = TrainConfig(lr=0.1, warmup=0, ema=(decay, 0.9), ema_ramp=True)
+    network = Linear(start)
+    optimizer, expected = Optimizer(network, config), {decay: start.copy(), 0.9: start.copy()}
+    for step in range(30):
+        network.backward_with(np.random.default_rng(step).normal(size=13))
+        optimizer.step(step, torch.tensor(1.0))
+        for each, average in expected.items():
+            ramped = min(each, (1 + step) / (10 + step))
+            average += (1 - ramped) * (network.weight.detach().numpy() - average)
+    for each, average in expected.items():
+        np.testing.assert_allclose(optimizer.averaged(each)["weight"].numpy(), average, rtol=1e-5, atol=1e-6)
+
+
 def test_paper_mode_clips_each_shard_warms_up_from_zero_and_uses_eps_hat(start: np.ndarray) -> None:
     config = TrainConfig(mode="paper", batch=16, lr=0.1, warmup=4, ema=0.9)
     network = Linear(start)
