@@ -32,9 +32,9 @@ UNUSUAL = Preset(
         loss="hybrid", hybrid_weight=0.02, min_snr_gamma=2.5, clip_x0=False,
     ),
     TrainConfig(
-        steps=9, batch=6, accumulate=3, lr=3e-3, warmup=2, decay="cosine", clip_gradient=0.5, ema=(0.9, 0.5), ema_ramp=True,
-        flip=False, precision="bf16", compile=True, checkpoint_blocks=True, seed=-4, log_every=3, save_every=4, keep=5,
-        preview_every=7, preview_steps=8, patience=6,
+        steps=9, batch=6, accumulate=3, lr=3e-3, warmup=2, decay="cosine", clip_gradient=0.5, ema=(0.9, 0.5),
+        ema_ramp=True, flip=False, precision="bf16", compile=True, checkpoint_blocks=True, seed=-4, log_every=3,
+        save_every=4, keep=5, preview_every=7, preview_steps=8, patience=6,
     ),
     SampleConfig(method="ddim", steps=33, eta=0.5, guidance=2.5, count=4),
 )  # fmt: skip
