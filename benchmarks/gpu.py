@@ -28,6 +28,8 @@ from typing import Any
 import machine
 import torch
 
+from fastddpm.files import write_json
+
 ROOT = Path(__file__).parent.parent
 PYTEST = (sys.executable, "-m", "pytest")
 # Our kernels by their mangled names: Triton's are called as their functions, those of csrc live in a namespace.
@@ -39,6 +41,8 @@ KERNELS = (
 )
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUITE = ("kernels", "sampler", "train", "unet", "scaling")
+# In order: what is right comes before what is fast.
+STAGES = ("doctor", "operators", "tests", *SANITIZERS, *SUITE, "tiles")
 PATIENCE = 30.0  # seconds that an interrupted command has to write what it has
 
 
@@ -51,17 +55,19 @@ class Stage:
     needs: str | None = None
 
 
-def stages(out: Path) -> dict[str, Stage]:
-    """By name, in order: what is right comes before what is fast. `out`: where a stage leaves its files."""
-    tuned = ("--preset", "cifar10", "--out", str(out / "triton-tiles.json"))
+def stage(name: str, out: Path) -> Stage:
+    """The stage called `name`, which leaves its files in `out`."""
+    if name in SANITIZERS:
+        return sanitizer(name)
+    if name in SUITE:
+        return suite(name, out)
     return {
         "doctor": Stage((sys.executable, "-m", "fastddpm.doctor")),
         "operators": Stage((*PYTEST, "tests/ops", "--device", "cuda")),
         "tests": Stage((*PYTEST, "-m", "gpu", "--ignore", "tests/ops")),
-        **{tool: sanitizer(tool) for tool in SANITIZERS},
-        **{name: suite(name, out) for name in SUITE},
-        "tiles": Stage((sys.executable, "benchmarks/tune.py", *tuned)),
-    }
+        "tiles": Stage((sys.executable, "benchmarks/tune.py", "--preset", "cifar10", "--out",
+                        str(out / "triton-tiles.json"))),
+    }[name]  # fmt: skip
 
 
 def sanitizer(tool: str) -> Stage:
@@ -119,10 +125,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, ended: Mapping[str, Any], device: str) -> None:
-    document = {"machine": machine.description() | {"device": device}, "stages": dict(ended)}
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_json(path, {"machine": machine.description() | {"device": device}, "stages": dict(ended)})
 
 
 def drive(chosen: Mapping[str, Stage], out: Path, seconds: float, again: bool, device: str) -> dict[str, Any]:
@@ -147,19 +150,18 @@ def drive(chosen: Mapping[str, Stage], out: Path, seconds: float, again: bool, d
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR")
-    parser.add_argument("stage", nargs="*", metavar="STAGE", help=", ".join(stages(Path())))
+    parser.add_argument("stage", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start and leave running nothing beyond")
     parser.add_argument("--again", action="store_true", help="run what has passed, too")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
-    all_stages = stages(out)
-    unknown = [name for name in options.stage if name not in all_stages]
+    unknown = [name for name in options.stage if name not in STAGES]
     if unknown:
-        parser.error(f"no stage is called {unknown[0]!r}; there are {', '.join(all_stages)}")
+        parser.error(f"no stage is called {unknown[0]!r}; there are {', '.join(STAGES)}")
     if not torch.cuda.is_available():
         parser.exit(2, "this is for a machine with a GPU, and torch sees none\n")
     out.mkdir(parents=True, exist_ok=True)
-    chosen = {name: all_stages[name] for name in options.stage or all_stages}
+    chosen = {name: stage(name, out) for name in options.stage or STAGES}
     ended = drive(chosen, out, options.seconds, options.again, torch.cuda.get_device_name())
     return 0 if all(ended.get(name, {}).get("passed") for name in chosen) else 1
 

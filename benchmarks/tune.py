@@ -29,6 +29,7 @@ from shapes import Call, describe
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
+from fastddpm.files import write_json
 from fastddpm.kernels import triton_tiles
 from fastddpm.kernels.attention import tiles as attention_tiles
 from fastddpm.kernels.group_norm_silu import tiles as norm_tiles
@@ -257,10 +258,7 @@ def install(results: Sequence[Timed], chip: str, path: Path = triton_tiles.FILE)
             shapes[shape] = dataclasses.asdict(timed.best)
             count += 1
     kept = {name: {kernel: shapes for kernel, shapes in kernels.items() if shapes} for name, kernels in table.items()}
-    text = json.dumps({name: kernels for name, kernels in kept.items() if kernels}, indent=1)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(f"{text}\n", encoding="utf-8")
-    new.replace(path)
+    write_json(path, {name: kernels for name, kernels in kept.items() if kernels})
     return count
 
 
@@ -310,8 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     seen.add(timed.decision.key)
                     results.append(timed)
                     print(f"{timed.ratio:.3f} {' '.join(timed.decision.key)}: {timed.best}", flush=True)
-                    text = json.dumps(document(results, chip, device, options.rounds), indent=1)
-                    options.out.write_text(f"{text}\n", encoding="utf-8")
+                    write_json(options.out, document(results, chip, device, options.rounds))
     if options.install:
         print(f"{install(results, chip)} of {len(results)} tiles installed")
     return 0

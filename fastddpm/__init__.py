@@ -25,34 +25,23 @@ _HOMES = {
     "ops": None,
     "preset": ".presets",
 }
-__all__ = [
-    "Diffusion",
-    "EngineConfig",
-    "Model",
-    "Sampler",
-    "Trainer",
-    "UNet",
-    "__version__",
-    "codec",
-    "data",
-    "errors",
-    "interchange",
-    "load",
-    "metrics",
-    "ops",
-    "preset",
-]
+__all__ = ["__version__", *_HOMES]
 __dir__ = listing(__all__)
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
-    from . import codec, data, errors, interchange, metrics, ops
-    from .config import EngineConfig
-    from .diffusion import Diffusion
-    from .interchange import load
-    from .model import Model
-    from .presets import preset
-    from .sampler import Sampler
-    from .trainer import Trainer
-    from .unet import UNet
+    from . import codec as codec
+    from . import data as data
+    from . import errors as errors
+    from . import interchange as interchange
+    from . import metrics as metrics
+    from . import ops as ops
+    from .config import EngineConfig as EngineConfig
+    from .diffusion import Diffusion as Diffusion
+    from .interchange import load as load
+    from .model import Model as Model
+    from .presets import preset as preset
+    from .sampler import Sampler as Sampler
+    from .trainer import Trainer as Trainer
+    from .unet import UNet as UNet
 else:
     __getattr__ = attributes(__name__, _HOMES)

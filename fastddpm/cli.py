@@ -97,6 +97,11 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
     return None
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run's directory, beside whose checkpoints the commands write, of a checkpoint in it or of itself."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
 def check_out(directory: Path) -> None:
     """Raise `StorageError` unless files can be put into `directory`, or it can be made; before hours of work.
 

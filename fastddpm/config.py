@@ -21,6 +21,20 @@ MOST_IN_GRID = 10_000
 MAX_GUIDANCE = 1e6  # far above any that is of use, far below what overflows float32
 
 
+def check_seed(seed: int) -> None:
+    """`UsageError` for a key that has more than 64 bits."""
+    if not -(2**63) <= seed < 2**63:
+        raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
+
+
+def check_chain(method: str, eta: float, guidance: float) -> None:
+    """`UsageError` for noise of DDIM in another method, and for a scale of guidance that is out of range."""
+    if eta and method != "ddim":
+        raise UsageError(f"eta is of method ddim, ancestral sampling has none; got {eta}")
+    if not 0 <= guidance <= MAX_GUIDANCE:
+        raise UsageError(f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}")
+
+
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -212,8 +226,7 @@ class TrainConfig:
             raise UsageError("lr must be finite; got inf")
         for name in ("mode", "precision", "decay", "parallel"):
             _require_choice(self, name)
-        if not -(2**63) <= self.seed < 2**63:
-            raise UsageError(f"seed must be in -2^63..2^63-1; got {self.seed}")
+        check_seed(self.seed)
         if self.warmup < 0:
             raise UsageError(f"warmup must be 0 or more; got {self.warmup}")
         self._check_decays()
@@ -262,12 +275,9 @@ class SampleConfig:
             _require_positive(self, "steps")
         _require_choice(self, "method")
         _require_range(self, "eta", 0.0, 1.0, closed=True)
-        if self.eta and self.method != "ddim":
-            raise UsageError(f"eta is of method ddim, ancestral sampling has none; got {self.eta}")
+        check_chain(self.method, self.eta, self.guidance)
         if not 0 <= self.count <= MOST_IN_GRID:
             raise UsageError(f"count must be in 0..{MOST_IN_GRID}; got {self.count}")
-        if not 0 <= self.guidance <= MAX_GUIDANCE:
-            raise UsageError(f"guidance must be in 0..{MAX_GUIDANCE:g}; got {self.guidance}")
 
 
 @dataclass(frozen=True)

@@ -237,11 +237,7 @@ def _data(subject: "Subject") -> dict[str, dict[str, str]]:
 
 
 def _out(command: Command) -> Path:
-    if command.out is not None:
-        return command.out
-    checkpoint = command.checkpoint
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    return run / "evaluation"
+    return command.out or cli.run_of(command.checkpoint) / "evaluation"
 
 
 def _say(line: str) -> None:

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"--frames must be in 0..{MAX_FRAMES}; got {command.frames}")
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
-    out = command.out or _default_out(command.checkpoint)
+    out = command.out or cli.run_of(command.checkpoint) / "inpainting"
     cli.check_out(out)
 
     from fastddpm import batching, interchange
@@ -159,11 +159,6 @@ def _save(
         frames = [np.concatenate([shown[:, None], moments[:, :, i]], axis=1) for i in range(moments.shape[2])]
         paths.append(save_frames([f.reshape(-1, *given.shape[1:]) for f in frames], out / "inpainted.gif", columns + 1))
     return paths
-
-
-def _default_out(checkpoint: Path) -> Path:
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    return run / "inpainting"
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or where.count > 1
     if sharded and command.gif:
         raise UsageError(f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, by one process")
-    out = command.out or _default_out(command.checkpoint, seeds)
+    out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
     cli.check_out(out)
 
     from fastddpm import batching, interchange
@@ -155,11 +155,6 @@ def _labels(command: Command, num_seeds: int) -> list[int] | None:
             f"--labels gives {len(labels)} classes for {num_seeds} seeds; give one for each, or one for all"
         )
     return labels
-
-
-def _default_out(checkpoint: Path, seeds: Sequence[int]) -> Path:
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    return run / f"samples-{seeds[0]}-{seeds[-1]}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.chain import Chain, Process, Start, padded
-from fastddpm.config import MAX_GUIDANCE, EngineConfig
+from fastddpm.config import EngineConfig, check_chain, check_seed
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.inference import Network, is_current, precision_of, prepare
@@ -113,12 +113,8 @@ class Sampler:
             raise UsageError(f"method must be ancestral or ddim; got {method!r}")
         if not 0 <= eta <= 1:
             raise UsageError(f"eta must be in [0, 1]; got {eta}")
-        if eta and method != "ddim":
-            raise UsageError(f"eta is of method ddim, ancestral sampling has none; got {eta}")
-        if not -(2**63) <= seed < 2**63:
-            raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
-        if not 0 <= guidance <= MAX_GUIDANCE:
-            raise UsageError(f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}")
+        check_chain(method, eta, guidance)
+        check_seed(seed)
         if steps is not None and timesteps is not None:
             raise UsageError(f"steps and timesteps both say which steps to take; got {steps} and {list(timesteps)}")
         self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed

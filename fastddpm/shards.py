@@ -126,16 +126,26 @@ class Shards:
 
     def _problem(self, index: int) -> str | None:
         """What is wrong with a shard, or None."""
-        seeds, labels = self.part(index)
         try:
             with np.load(self.path(index), allow_pickle=False) as arrays:
-                images, found = arrays["images"], arrays["seeds"]  # reads them whole: the archive has checksums
-                classes = arrays["labels"] if labels is not None else None
+                found = {name: arrays[name] for name in self._names()}  # reads them whole: the archive has checksums
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             return f"cannot be read ({type(error).__name__})"
+        return self._mismatch(index, found)
+
+    def _names(self) -> list[str]:
+        """The arrays that a shard must have."""
+        return ["images", "seeds"] if self.labels is None else ["images", "seeds", "labels"]
+
+    def _mismatch(self, index: int, found: Mapping[str, np.ndarray]) -> str | None:
+        """In what these arrays are not those of the shard, or None."""
+        seeds, labels = self.part(index)
+        images = found["images"]
         if images.shape != (len(seeds), *self.shape) or images.dtype != np.uint8:
             return f"has images {images.dtype} {images.shape}"
-        if not np.array_equal(found, seeds) or (classes is not None and not np.array_equal(classes, np.array(labels))):
+        if not np.array_equal(found["seeds"], seeds) or (
+            labels is not None and not np.array_equal(found["labels"], np.array(labels))
+        ):
             return "has other seeds or labels"
         return None
 

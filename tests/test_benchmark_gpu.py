@@ -8,6 +8,7 @@ from pathlib import Path
 import gpu
 import pytest
 import torch
+from test_gpu_collection import PROGRAM
 
 FOREVER = float("inf")
 
@@ -82,10 +83,9 @@ def collected(stage: gpu.Stage) -> list[str]:
 
 def test_the_sanitizers_see_every_kernel() -> None:
     """As the tests are collected where torch sees a GPU."""
-    program = "import sys, pytest, torch; torch.cuda.is_available = lambda: True; sys.exit(pytest.main(sys.argv[1:]))"
     command = gpu.sanitizer("memcheck").command
     options = command[command.index("pytest") + 1 :]
-    done = subprocess.run([sys.executable, "-c", program, "--collect-only", *options], cwd=gpu.ROOT,
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "--collect-only", *options], cwd=gpu.ROOT,
                           capture_output=True, text=True, check=True)  # fmt: skip
     tests = {line for line in done.stdout.splitlines() if "::" in line}
     seen = {(Path(test.partition("::")[0]).stem, kind) for test in tests for kind in ("triton", "cuda") if kind in test}

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from test_trainer import tiny_preset
+from training import CPU, noise_images, tiny_preset
 
 from fastddpm.config import Preset
-from fastddpm.data import Dataset
 from fastddpm.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GPU = torch.device("cuda")
 STEPS = 3
 
 
@@ -31,9 +30,7 @@ def preset(**train: object) -> Preset:
 
 
 def trainer(device: torch.device, **train: object) -> Trainer:
-    images = np.random.default_rng(0).integers(0, 256, (29, 1, 8, 8), dtype=np.uint8)
-    dataset = Dataset(images, np.arange(29, dtype=np.int64) % 3, "noise", "0" * 64)
-    return Trainer(preset(**train), dataset, device)
+    return Trainer(preset(**train), noise_images(), device)
 
 
 def losses_and_norms(owner: Trainer) -> np.ndarray:

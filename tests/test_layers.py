@@ -13,7 +13,8 @@ LAYERS = {
     3: {"trainer", "sampler", "generate", "checkpoint", "manifest", "untrusted", "model", "data", "interchange",
         "figures", "files", "runlog", "device", "selftest", "shards", "batching", "processes", "chain_options",
         "parallel", "sharded", "signals", "finite", "closing", "monitor", "metrics", "evaluation", "codec"},
-    2: {"unet", "inference", "chain", "diffusion", "likelihood", "schedules", "noise", "optim", "config", "presets"},
+    2: {"unet", "inference", "chain", "diffusion", "likelihood", "schedules", "noise", "optim", "config", "presets",
+        "threads"},
     1: {"ops"},
     0: {"kernels"},
 }  # fmt: skip

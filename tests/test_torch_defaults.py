@@ -1,7 +1,7 @@
 """Where somebody has changed torch's default dtype or device, everything on the CPU gives the same bits."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +29,11 @@ OTHER = pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (t
                                                       (torch.float32, "meta")])  # fmt: skip
 
 
+def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 @OTHER
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_the_sampler(dtype: torch.dtype, device: str, num_classes: int) -> None:
@@ -43,8 +48,7 @@ def test_the_sampler(dtype: torch.dtype, device: str, num_classes: int) -> None:
     expected = results()
     with defaults(dtype, device):
         found = results()
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert_same(found, expected)
 
 
 @OTHER
@@ -72,8 +76,7 @@ def test_the_operations(dtype: torch.dtype, device: str, backend: str) -> None:
         expected = results()
         with defaults(dtype, device):
             found = results()
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert_same(found, expected)
 
 
 @OTHER
@@ -90,4 +93,4 @@ def test_a_training_step(dtype: torch.dtype, device: str) -> None:
     expected = gradients()
     with defaults(dtype, device):
         found = gradients()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert_same(found, expected)

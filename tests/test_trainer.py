@@ -9,32 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training import CPU, noise_images, tiny_preset
 
 from fastddpm import checkpoint
-from fastddpm.config import DiffusionConfig, Preset, TrainConfig, UNetConfig
+from fastddpm.config import Preset
 from fastddpm.data import Dataset
 from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.runlog import JsonLines
 from fastddpm.trainer import RunInterruptedError, Tally, Trainer
 
-CPU = torch.device("cpu")
-
-
-def tiny_preset(**train: object) -> Preset:
-    """Two levels, dropout, labels and flips: everything that draws a random number."""
-    unet = UNetConfig(
-        image_size=8, image_channels=1, width=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,),
-        dropout=0.2, groups=4, num_classes=3, label_dropout=0.3,
-    )  # fmt: skip
-    options = {"steps": 12, "batch": 8, "lr": 1e-2, "warmup": 3, "ema": 0.9, "log_every": 4, "save_every": 1000}
-    return Preset("tiny", unet, DiffusionConfig(timesteps=50), TrainConfig(**(options | train)))  # type: ignore[arg-type]
-
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (29, 1, 8, 8), dtype=np.uint8)
-    return Dataset(images, np.arange(29, dtype=np.int64) % 3, "noise", "0" * 64)
+    return noise_images()
 
 
 def trained(

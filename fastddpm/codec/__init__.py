@@ -14,17 +14,14 @@ _HOMES = {
     "decode": ".coder",
     "encode": ".coder",
 }
-__all__ = [
-    "CodecOptions",
-    "Decoded",
-    "Encoded",
-    "decode",
-    "encode",
-]
+__all__ = list(_HOMES)
 __dir__ = listing(__all__)
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
-    from .coder import Decoded, Encoded, decode, encode
-    from .options import CodecOptions
+    from .coder import Decoded as Decoded
+    from .coder import Encoded as Encoded
+    from .coder import decode as decode
+    from .coder import encode as encode
+    from .options import CodecOptions as CodecOptions
 else:
     __getattr__ = attributes(__name__, _HOMES)

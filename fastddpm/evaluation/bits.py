@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -99,19 +100,16 @@ class _Parts(Shards):
         """Keep the sums of a block, whole or not at all; `StorageError` where that fails."""
         self.put_arrays(index, {f.name: getattr(block, f.name) for f in fields(Block)})
 
-    def _problem(self, index: int) -> str | None:
+    def _names(self) -> list[str]:
+        return [*(f.name for f in fields(Block)), "seeds"]
+
+    def _mismatch(self, index: int, found: Mapping[str, np.ndarray]) -> str | None:
         seeds, _ = self.part(index)
-        try:
-            found = self.block(index)
-            with np.load(self.path(index), allow_pickle=False) as arrays:
-                ours = np.array_equal(arrays["seeds"], seeds)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            return f"cannot be read ({type(error).__name__})"
-        values = [getattr(found, f.name) for f in fields(Block)]
-        wanted = [(len(seeds),)] * 3 + [(4, self.timesteps)]
-        if [value.shape for value in values] != wanted or any(value.dtype != np.float64 for value in values):
-            return f"has arrays {[value.shape for value in values]}, not {wanted}"
-        return None if ours else "is of other images"
+        values = [found[f.name] for f in fields(Block)]
+        shapes, wanted = [value.shape for value in values], [(len(seeds),)] * 3 + [(4, self.timesteps)]
+        if shapes != wanted or any(value.dtype != np.float64 for value in values):
+            return f"has arrays {shapes}, not {wanted}"
+        return None if np.array_equal(found["seeds"], seeds) else "is of other images"
 
 
 def _evaluated(subject: Subject, options: BitsOptions, settings: dict[str, Any]) -> BitsPerDim:

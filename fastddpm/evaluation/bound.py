@@ -160,8 +160,8 @@ def bits_per_dim(
     this process are on their way, and how many it has to evaluate. `keep` is given each of this process's blocks by
     its number, and `known` the blocks that were kept: so an interrupted bound goes on, to the same bits. Noise is a
     function of (options.seed, index, t), and sums are always taken in the same order: the result depends neither on
-    `batch` nor on the number of processes, beyond what the network's output
-    does. Raises `UsageError` for a plan that cannot be, and for a network with classes that was never trained without.
+    `batch` nor on the number of processes, beyond what the network's output does. Raises `UsageError` for a plan that
+    cannot be, and for a network with classes that was never trained without.
     """
     plan = Plan.of(len(images), sampler.diffusion.timesteps, options)
     evaluator = _Evaluator(sampler, plan, images, labels, options.seed, batch, progress)

@@ -6,8 +6,7 @@
 The images themselves are never on the disk.
 """
 
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,19 +33,17 @@ class FeatureShards(Shards):
     dimension: int
     classes: int
 
-    def _problem(self, index: int) -> str | None:
+    def _names(self) -> list[str]:
+        return ["features", "logits", "seeds"] if self.classes else ["features", "seeds"]
+
+    def _mismatch(self, index: int, found: Mapping[str, np.ndarray]) -> str | None:
         seeds, _ = self.part(index)
-        try:
-            found = self.activations(index)
-            with np.load(self.path(index), allow_pickle=False) as arrays:
-                ours = np.array_equal(arrays["seeds"], seeds)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            return f"cannot be read ({type(error).__name__})"
-        shapes = [tuple(tensor.shape) for tensor in found if tensor is not None]
+        arrays = [found[name] for name in self._names() if name != "seeds"]
+        shapes = [array.shape for array in arrays]
         wanted = [(len(seeds), self.dimension), *([(len(seeds), self.classes)] if self.classes else [])]
-        if shapes != wanted or any(t is not None and t.dtype != torch.float32 for t in found):
+        if shapes != wanted or any(array.dtype != np.float32 for array in arrays):
             return f"has arrays {shapes}, not {wanted}"
-        return None if ours else "has other seeds"
+        return None if np.array_equal(found["seeds"], seeds) else "has other seeds"
 
     def put(self, index: int, found: Activations) -> None:
         """Write a shard, onto the disk itself, whole or not at all; `StorageError` where that fails."""

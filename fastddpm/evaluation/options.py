@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fastddpm.config import check_seed
 from fastddpm.errors import UsageError
 
 
@@ -22,5 +23,4 @@ class BitsOptions:
             raise UsageError(f"images must be positive; got {self.images}")
         if self.every < 1:
             raise UsageError(f"every must be positive; got {self.every}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise UsageError(f"seed must be in -2^63..2^63-1; got {self.seed}")
+        check_seed(self.seed)

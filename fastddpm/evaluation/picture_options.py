@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fastddpm.config import MOST_IN_GRID
 from fastddpm.errors import UsageError
 
 PICTURE_NAMES = (
@@ -13,8 +14,6 @@ PICTURE_NAMES = (
     "strips",
     "classes",
 )
-
-_MOST = 10_000  # of anything in a row or a column
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class PictureOptions:
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "lambdas", "continuations", "neighbours", "frames"):
-            if not 1 <= getattr(self, name) <= _MOST:
-                raise UsageError(f"{name} must be in 1..{_MOST}; got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MOST_IN_GRID:
+                raise UsageError(f"{name} must be in 1..{MOST_IN_GRID}; got {getattr(self, name)}")
         if self.lambdas < 2:
             raise UsageError(f"lambdas must be 2 or more, for both ends are shown; got {self.lambdas}")
         highest = 2**32 - max(self.rows, self.columns)

@@ -8,8 +8,7 @@ is an index, and the projections of the time embedding are computed for all time
 
 import ctypes
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fastddpm.kernels import interface, native
 from fastddpm.kernels.conv3x3 import algorithm_for
+from fastddpm.threads import one_thread
 from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
 
 from .versions import weight_versions
@@ -77,7 +77,7 @@ class PreparedUNet:
         return torch.stack([rows[pair] for pair in pairs])
 
     def _rows_of(self, timesteps: Sequence[int]) -> dict[int, Tensor]:
-        with _one_thread():  # with more, a product of matrices may be summed in another order
+        with one_thread():  # with more, a product of matrices may be summed in another order
             embedding = self.unet.embed(torch.tensor([int(t) for t in timesteps], device="cpu"), None)
             return dict(zip((int(t) for t in timesteps), self._project(embedding), strict=True))
 
@@ -88,16 +88,6 @@ class PreparedUNet:
 def _floats(*shape: int) -> Tensor:
     """Not filled; what the library reads and writes, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

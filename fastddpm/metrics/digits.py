@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from fastddpm import manifest
 from fastddpm.data import Dataset, open_dataset
 from fastddpm.data.cache import default_directory
 from fastddpm.errors import DataError, UsageError
+from fastddpm.threads import one_thread
 from fastddpm.untrusted import parse_tensors
 
 from .features import Pretrained
@@ -146,22 +147,12 @@ def train_nets(digits: Dataset, seeds: Sequence[int], epochs: int) -> DigitNets:
     assert labels is not None
     train, _, _ = held_out_halves(labels)
     nets = DigitNets(images.shape[-1], len(seeds)).eval()
-    with _one_thread():
+    with one_thread():
         nets.nets = nn.ModuleList(train_net(images[train], labels[train], seed, epochs) for seed in seeds)
         with torch.inference_mode():
             features = torch.stack([net(to_float(images[train]))[0] for net in nets.nets])
         nets.scales.copy_(features.var(dim=1).sum(1).sqrt())
     return nets.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def load(
