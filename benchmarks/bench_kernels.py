@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastddpm import ops
 from fastddpm.kernels.reverse_step import COLUMNS, FIXED
-from fastddpm.selftest import plain_attention, plain_group_norm_silu, plain_q_sample, plain_reverse_step
+from fastddpm.ops.selftest import plain_attention, plain_group_norm_silu, plain_q_sample, plain_reverse_step
 
 pytestmark = pytest.mark.benchmark(timer=synchronised_timer, min_rounds=10, max_time=0.5, warmup=True,
                                    warmup_iterations=2)  # fmt: skip

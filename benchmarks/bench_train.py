@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastddpm
 from fastddpm.data import Dataset
-from fastddpm.trainer import Trainer
+from fastddpm.training.trainer import Trainer
 
 pytestmark = pytest.mark.benchmark(timer=synchronised_timer, min_rounds=5, max_time=2.0, warmup=True,
                                    warmup_iterations=1)  # fmt: skip

@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 
 import fastddpm
-from fastddpm.codec import CodecOptions, decode, encode
+from fastddpm.codec import decode, encode
+from fastddpm.config import CodecOptions
 from fastddpm.data import open_dataset
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -108,8 +108,8 @@ def reading(folder: Path, workers: Sequence[int], seconds: float) -> list[dict[s
     import torch
 
     from fastddpm.data.batches import Batches
-    from fastddpm.data.decode import Rule
-    from fastddpm.data.packing import write_pack
+    from fastddpm.data.image import Rule
+    from fastddpm.data.pack.writer import write_pack
     from fastddpm.data.sources import open_collection
 
     rows = []

@@ -35,7 +35,7 @@ from fastddpm.data import open_dataset
 from fastddpm.errors import DataError, FastddpmError, UsageError
 from fastddpm.metrics.digits import CLASSES, EPOCHS, SEEDS, SMALLEST, held_out_halves, to_float, train_net
 from fastddpm.metrics.frechet import Moments, frechet_distance
-from fastddpm.metrics.manifolds import NEIGHBOURS, precision_recall
+from fastddpm.metrics.precision_recall import NEIGHBOURS, precision_recall
 
 CONFIDENT = 0.9
 DRAWS = 20  # of as many real digits as there are samples, for the floor and its spread

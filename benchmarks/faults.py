@@ -29,8 +29,10 @@ import machine
 import numpy as np
 import torch
 
-from fastddpm import checkpoint, cli, train
-from fastddpm.monitor import MEASURED
+from fastddpm import train
+from fastddpm.runtime import cli
+from fastddpm.storage import checkpoint
+from fastddpm.training.monitor import MEASURED
 
 STEPS = 30
 OPTIONS = [
@@ -173,7 +175,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    CONTEXT.set_forkserver_preload(["fastddpm.train", "fastddpm.closing", "fastddpm.trainer", "torch._dynamo"])
+    CONTEXT.set_forkserver_preload(
+        ["fastddpm.train", "fastddpm.training.samples", "fastddpm.training.trainer", "torch._dynamo"]
+    )
     plain: dict[int, tuple[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         ended(start(1, Path(name) / "first"))  # the server imports torch

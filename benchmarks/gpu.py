@@ -28,7 +28,7 @@ from typing import Any
 import machine
 import torch
 
-from fastddpm.files import write_json
+from fastddpm.storage.files import write_json
 
 ROOT = Path(__file__).parent.parent
 PYTEST = (sys.executable, "-m", "pytest")

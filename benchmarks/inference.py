@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import fastddpm
-from fastddpm.interchange import diffusers as interchange
-from fastddpm.model import Model
+from fastddpm.pretrained import diffusers as interchange
+from fastddpm.pretrained.model import Model
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

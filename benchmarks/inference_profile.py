@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from fastddpm.inference import PreparedUNet
 from fastddpm.kernels import native
 from fastddpm.kernels.conv3x3 import WINOGRAD
+from fastddpm.sampling.engine import PreparedUNet
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

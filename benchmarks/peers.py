@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fastddpm
 from fastddpm.config import EngineConfig
-from fastddpm.interchange import diffusers as interchange
-from fastddpm.model import Model
+from fastddpm.pretrained import diffusers as interchange
+from fastddpm.pretrained.model import Model
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]
 

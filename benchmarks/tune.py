@@ -29,11 +29,11 @@ from shapes import Call, describe
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
-from fastddpm.files import write_json
 from fastddpm.kernels import triton_tiles
 from fastddpm.kernels.attention import tiles as attention_tiles
 from fastddpm.kernels.group_norm_silu import tiles as norm_tiles
 from fastddpm.presets import PRESETS
+from fastddpm.storage.files import write_json
 
 MODULES = {"attention": attention_tiles, "group_norm_silu": norm_tiles}
 WORTH = 0.97  # of the rules' time, at most

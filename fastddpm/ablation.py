@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastddpm import cli
 from fastddpm.errors import UsageError
 from fastddpm.evaluation.options import BitsOptions
 from fastddpm.evaluation.table2 import CELLS, chosen_cells, configuration
 from fastddpm.presets import PRESETS, preset
-from fastddpm.sample import parse_numbers
+from fastddpm.runtime import cli
+from fastddpm.runtime.cli import parse_numbers
 
 PROGRAM = "fastddpm.ablation"
 
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str]) -> None:
     cli.check_out(command.out)
 
     from fastddpm.data import open_dataset
-    from fastddpm.device import choose_device
     from fastddpm.evaluation.ablation import Judge, Result, Sweep, split, write_tables
+    from fastddpm.runtime.device import choose_device
 
     device = choose_device(command.device)
     dataset = open_dataset(command.data, image_size=base.unet.image_size, channels=base.unet.image_channels)

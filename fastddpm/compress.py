@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastddpm import cli
-from fastddpm.codec.options import CodecOptions
-from fastddpm.config import EngineConfig
-from fastddpm.data.decode import Resize
+from fastddpm.config import CodecOptions, EngineConfig
+from fastddpm.data.image import Resize
 from fastddpm.errors import UsageError
+from fastddpm.runtime import cli
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fastddpm.codec import Encoded
-    from fastddpm.sampler import Sampler
+    from fastddpm.sampling.sampler import Sampler
 
 PROGRAM = "fastddpm.compress"
 
@@ -90,8 +89,8 @@ def _encode(action: Encode) -> None:
         raise UsageError(f"{action.out} is a directory; name the file to write, such as {action.out / 'images.fdz'}")
     cli.check_out(action.out.parent)
 
-    from fastddpm.codec import container, encode
-    from fastddpm.runlog import Meter
+    from fastddpm.codec import encode, file_format
+    from fastddpm.runtime.progress import Meter
 
     sampler = _sampler(action)
     images, labels = _images(action, sampler)
@@ -106,21 +105,21 @@ def _encode(action: Encode) -> None:
             meter.update(done, lambda rate: f"{rate / steps:.2f} images/s")
 
         coded = encode(sampler, images, labels if action.labels else None, action.codec, progress=progress)
-    container.write(coded.data, action.out)
+    file_format.write(coded.data, action.out)
     print(_summary(coded, images, action.out))
 
 
 def _decode(action: Decode) -> None:
-    from fastddpm.codec import container, decode
-    from fastddpm.codec.header import Header
-    from fastddpm.figures import grid, save_png
-    from fastddpm.files import save_arrays
-    from fastddpm.runlog import Meter
+    from fastddpm.codec import decode, file_format
+    from fastddpm.codec.file_format import Header
+    from fastddpm.runtime.progress import Meter
+    from fastddpm.sampling.images import grid, save_png
+    from fastddpm.storage.files import save_arrays
 
     arrays = action.out.suffix == ".npz"
     cli.check_out(action.out.parent if arrays else action.out)
-    data = container.read(action.file)
-    header = Header.of(container.unpack(data, action.file)[0], str(action.file))
+    data = file_format.read(action.file)
+    header = Header.of(file_format.unpack(data, action.file)[0], str(action.file))
     sampler = _sampler(action)
     steps = len(header.timesteps)
     with Meter("decoding", header.num_images * steps, "image steps") as meter:
@@ -141,11 +140,11 @@ def _decode(action: Decode) -> None:
 
 
 def _sampler(action: Encode | Decode) -> "Sampler":
-    from fastddpm import interchange
-    from fastddpm.device import choose_device
-    from fastddpm.sampler import Sampler
+    from fastddpm import pretrained
+    from fastddpm.runtime.device import choose_device
+    from fastddpm.sampling.sampler import Sampler
 
-    model = interchange.load(action.checkpoint, choose_device(action.device))
+    model = pretrained.load(action.checkpoint, choose_device(action.device))
     return Sampler(model.unet, model.diffusion, engine=action.engine)
 
 
@@ -153,8 +152,8 @@ def _images(action: Encode, sampler: "Sampler") -> tuple["np.ndarray", "np.ndarr
     """uint8 (N, C, H, W) and labels, if there are any."""
     import numpy as np
 
-    from fastddpm.data.decode import Rule
-    from fastddpm.evaluation.inputs import read_images
+    from fastddpm.data.image import Rule
+    from fastddpm.data.inputs import read_images
 
     config = sampler.unet.config
     images, labels = read_images(action.images, Rule(config.image_size, config.image_channels, action.resize))

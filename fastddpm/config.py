@@ -1,15 +1,13 @@
 """What a run is, as frozen dataclasses. Imports no torch, so `--help` is quick."""
 
-import dataclasses
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress
 
-from .errors import UsageError
+from fastddpm.errors import UsageError
 
 Schedule = Literal["linear", "cosine", "quad", "const", "jsd"]
 Prediction = Literal["eps", "x0", "xprev", "v"]
@@ -334,60 +332,30 @@ class Preset:
             raise UsageError("guidance needs a network trained with label_dropout > 0")
 
 
-def to_dict(value: Any) -> Any:
-    """A configuration as plain dictionaries and lists, for JSON."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+# How images are coded, as a frozen dataclass. Imports no torch, so `--help` is quick.
 
 
-def from_dict(cls: type, data: Any, where: str = "configuration") -> Any:
-    """The inverse of `to_dict`; `UsageError` names any field that is unknown, or of the wrong type."""
-    if not isinstance(data, dict):
-        raise UsageError(f"{where} must be an object; got {type(data).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(data) - set(fields))
-    if unknown:
-        raise UsageError(f"{where} has no field {unknown[0]!r}; it has {', '.join(fields)}")
-    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    missing = [name for name in required if name not in data]
-    if missing:
-        raise UsageError(f"{where} lacks the field {missing[0]!r}")
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+@dataclass(frozen=True)
+class CodecOptions:
+    """Of the encoder; who decodes reads them in the file."""
 
+    steps: int | None = 100
+    """Timesteps of the chain, picked for the images at hand; all of them where there are no more. None: all."""
+    lossy: int | None = None
+    """Timestep that the chain stops at, 0..T-2: pixels as coarse as the noise there. None: every pixel exactly."""
+    batch: int = 64
+    """Most images coded side by side; the first ones are coded alone."""
 
-def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lines "field: old -> new" for each field in which two configurations of one type differ."""
-    lines = []
-    for f in dataclasses.fields(old):
-        a, b = getattr(old, f.name), getattr(new, f.name)
-        if dataclasses.is_dataclass(a):
-            lines += difference(a, b, f"{prefix}{f.name}.")
-        elif a != b:
-            lines.append(f"{prefix}{f.name}: {a} -> {b}")
-    return lines
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 2:
+            raise UsageError(f"steps must be at least 2; got {self.steps}")
+        if self.lossy is not None and self.lossy < 0:
+            raise UsageError(f"lossy must be a timestep, 0 or more; got {self.lossy}")
+        if not 1 <= self.batch <= 4096:
+            raise UsageError(f"batch must be in 1..4096; got {self.batch}")
 
-
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise UsageError(f"{where} must be a list; got {value!r}")
-        item = typing.get_args(hint)[0]
-        return tuple(_parse(item, element, where) for element in value)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in typing.get_args(hint):
-            return None
-        wanted = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        lists = [arg for arg in wanted if typing.get_origin(arg) is tuple]
-        return _parse((lists if lists and isinstance(value, list) else wanted)[0], value, where)
-    if origin is Literal:
-        return value  # the dataclass checks its own choices
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise UsageError(f"{where} must be {hint.__name__}; got {value!r}")
-    return value
+    def last(self, timesteps: int) -> int:
+        """The timestep that the chain stops at; `UsageError` for one that T, `timesteps`, does not have."""
+        if self.lossy is not None and self.lossy > timesteps - 2:
+            raise UsageError(f"lossy must be a timestep in 0..{timesteps - 2}; got {self.lossy}")
+        return self.lossy or 0

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from fastddpm import cli
 from fastddpm.errors import UsageError
+from fastddpm.presets import read_preset
+from fastddpm.runtime import cli
 
 PROGRAM = "fastddpm.curves"
 
@@ -33,12 +34,12 @@ def main(arguments: Sequence[str]) -> None:
         if not (run / "log.jsonl").is_file():
             raise UsageError(f"{run} is no run: it has no log.jsonl")
     try:
-        from fastddpm.monitor.plots import curves
+        from fastddpm.training.plots import curves
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise UsageError("curves need matplotlib: pip install 'fastddpm[report]'") from None
-    from fastddpm.runlog import read_log
+    from fastddpm.training.loggers import read_log
 
     logs = {}
     for name, run in zip(_names(command.runs), command.runs, strict=True):
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         if not records:
             print(f"{run} has no line in its log yet", file=sys.stderr)
             continue
-        logs[name] = records, cli.read_preset(run / "config.json").diffusion.timesteps
+        logs[name] = records, read_preset(run / "config.json").diffusion.timesteps
     if not logs:
         raise UsageError("nothing to draw: no run has a line in its log")
     cli.check_out(out.parent)

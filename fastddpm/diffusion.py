@@ -1,13 +1,15 @@
-"""The diffusion process: its constants, q, p and the training losses. Equation numbers are the paper's.
+"""The diffusion process: its schedule, q, p, the training losses and the bound. Equation numbers are the paper's.
 
 Timesteps are those of the released code, t = 0..T-1: t = 0 has been diffused once (the paper's t is one
 more). Constants are computed in float64 and rounded once; x_t, predictions and losses are float32 whatever
 the network computes in, because a bfloat16 alpha_bar adds no noise at all for t = 0..9.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +17,41 @@ from torch import Tensor
 
 from fastddpm.config import DiffusionConfig
 from fastddpm.errors import UsageError
+from fastddpm.kernels.philox import STREAM_EXAMPLE
+from fastddpm.kernels.philox.eager import per_image_words
 from fastddpm.kernels.q_sample.reference import scale_images
-from fastddpm.noise import NoiseKey, draw_examples
 from fastddpm.ops import q_sample
-from fastddpm.schedules import betas
-
-from . import likelihood
+from fastddpm.ops.noise import NoiseKey
 
 Network = Callable[..., Tensor]
+
+_COSINE_OFFSET = 0.008  # s of Nichol and Dhariwal 2021, equation 17
+_COSINE_MAX_BETA = 0.999
+_LOG_2 = math.log(2.0)
+
+
+def betas(config: DiffusionConfig) -> np.ndarray:
+    """beta_t for t = 0..T-1 (the paper's t = 1..T): float64 (T,), each in (0, 1].
+
+    linear: equally spaced from beta_start to beta_end. quad: their square roots are. const: beta_end.
+    jsd: 1/T, 1/(T-1), .., 1. These are the released code's, which does not rescale them with T.
+    cosine: alpha_bar(t) = cos^2((t/T + s)/(1 + s) pi/2), beta at most 0.999 (Nichol and Dhariwal 2021).
+    """
+    num = config.timesteps
+    if config.schedule == "linear":
+        return np.linspace(config.beta_start, config.beta_end, num, dtype=np.float64)
+    if config.schedule == "quad":
+        return np.linspace(config.beta_start**0.5, config.beta_end**0.5, num, dtype=np.float64) ** 2
+    if config.schedule == "const":
+        return np.full(num, config.beta_end, dtype=np.float64)
+    if config.schedule == "jsd":
+        return 1.0 / np.linspace(num, 1, num, dtype=np.float64)
+
+    def alpha_bar(fraction: np.ndarray) -> np.ndarray:
+        return np.cos((fraction + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
+
+    steps = np.arange(num, dtype=np.float64)
+    return np.minimum(1 - alpha_bar((steps + 1) / num) / alpha_bar(steps / num), _COSINE_MAX_BETA)
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,52 @@ class Gaussian:
 
     mean: Tensor
     log_variance: Tensor
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x_0) between pairs of timesteps s < t: equations 6 and 7 with beta = 1 - alpha_bar_t / alpha_bar_s.
+
+    float64 arrays of one shape. The mean is `from_x0` x_0 + `from_xt` x_t.
+    """
+
+    alpha_bar: np.ndarray
+    alpha_bar_prev: np.ndarray
+    beta: np.ndarray
+    variance: np.ndarray
+    from_x0: np.ndarray
+    from_xt: np.ndarray
+
+    @staticmethod
+    def between(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray, beta: np.ndarray | None = None) -> "Posterior":
+        """From alpha_bar at t and at s; `beta`, where it is known, is not computed again from their ratio."""
+        beta = 1 - alpha_bar / alpha_bar_prev if beta is None else beta
+        return Posterior(
+            alpha_bar,
+            alpha_bar_prev,
+            beta,
+            variance=beta * (1 - alpha_bar_prev) / (1 - alpha_bar),
+            from_x0=beta * np.sqrt(alpha_bar_prev) / (1 - alpha_bar),
+            from_xt=(1 - alpha_bar_prev) * np.sqrt(1 - beta) / (1 - alpha_bar),
+        )
+
+
+@dataclass(frozen=True)
+class ExampleDraws:
+    """What each training example draws: `t` int64 (N,) in 0..T-1, `flip` bool (N,), `drop_label` bool (N,)."""
+
+    t: Tensor
+    flip: Tensor
+    drop_label: Tensor
+
+
+def draw_examples(key: NoiseKey, timesteps: int, label_dropout: float = 0.0) -> ExampleDraws:
+    """Independent draws: t uniform, flip with probability 1/2, drop_label with probability `label_dropout`."""
+    for_t, for_flip, for_label, _ = per_image_words(1, key.images, key.seed, key.step, STREAM_EXAMPLE)
+    return ExampleDraws(
+        t=((for_t * timesteps) >> 32)[:, 0],
+        flip=(for_flip < 2**31)[:, 0],
+        drop_label=(for_label < int(label_dropout * 2**32))[:, 0],
+    )
 
 
 class Diffusion:
@@ -49,10 +124,10 @@ class Diffusion:
         self.betas = betas(self.config)
         self.alpha_bar = np.cumprod(1.0 - self.betas)
         self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
-        self.posterior_variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        posterior = Posterior.between(self.alpha_bar, self.alpha_bar_prev, self.betas)
+        self.posterior_variance = posterior.variance
+        self.posterior_x0, self.posterior_xt = posterior.from_x0, posterior.from_xt
         self.posterior_log_variance = np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
-        self.posterior_x0 = self.betas * np.sqrt(self.alpha_bar_prev) / (1 - self.alpha_bar)
-        self.posterior_xt = (1 - self.alpha_bar_prev) * np.sqrt(1 - self.betas) / (1 - self.alpha_bar)
         if self.config.variance == "fixedsmall":
             self.model_log_variance = self.posterior_log_variance
         elif self.config.variance == "learned_range":
@@ -79,6 +154,14 @@ class Diffusion:
     def snr(self) -> np.ndarray:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64 (T,)."""
         return self.alpha_bar / (1 - self.alpha_bar)
+
+    def respaced(self, timesteps: np.ndarray) -> Posterior:
+        """The process that visits `timesteps` alone, int (S,) descending: float64 (S,) each.
+
+        Between t and the next timestep s it is the original process with beta = 1 - alpha_bar_t / alpha_bar_s;
+        alpha_bar is 1 behind the last.
+        """
+        return Posterior.between(self.alpha_bar[timesteps], np.append(self.alpha_bar[timesteps[1:]], 1.0))
 
     # q: the forward process
 
@@ -188,7 +271,7 @@ class Diffusion:
         config = self.config
         if config.loss == "vlb":
             assert x0 is not None
-            return likelihood.bound_term(self, out, x0, x_t, t, clip=False)
+            return self.bound_term(out, x0, x_t, t, clip=False)
         target = self._target(x_t, t, eps, x0)
         simple = (self._prediction(out, x_t) - target).square().mean((1, 2, 3))
         if config.loss == "min_snr":
@@ -197,7 +280,7 @@ class Diffusion:
             assert x0 is not None
             channels = x_t.shape[1]
             frozen_mean = torch.cat([out[:, :channels].detach(), out[:, channels:]], dim=1)
-            bound = likelihood.bound_term(self, frozen_mean, x0, x_t, t, clip=False)
+            bound = self.bound_term(frozen_mean, x0, x_t, t, clip=False)
             return simple + config.hybrid_weight * self.timesteps * bound
         return simple
 
@@ -227,6 +310,25 @@ class Diffusion:
         weight = np.minimum(self.snr, self.config.min_snr_gamma)
         return {"eps": weight / self.snr, "x0": weight, "v": weight / (self.snr + 1)}[self.config.prediction]
 
+    # the bound
+
+    def bound_term(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, *, clip: bool = True) -> Tensor:
+        """L_t of equation 5 for each image, float32 (N,), bits per dimension.
+
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, the decoder's -log p(x_0 | x_1) at t = 0.
+        `clip`: bound the x_0 prediction; evaluation does, training with this loss does not.
+        """
+        posterior = self.q_posterior(x0, x_t, t)
+        model, _ = self.p(out, x_t, t, clip=clip)
+        return torch.where(t == 0, decoder_bits(x0, model), kl_bits(posterior, model))
+
+    def prior_term(self, x0: Tensor) -> Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, I)) for each image, float32 (N,), bits per dimension."""
+        alpha_bar = float(self.alpha_bar[-1])
+        log_variance = torch.full_like(x0, math.log1p(-alpha_bar))
+        kl = gaussian_kl(math.sqrt(alpha_bar) * x0, log_variance, torch.zeros_like(x0), torch.zeros_like(x0))
+        return kl.mean((1, 2, 3)) / _LOG_2
+
     # tables on the device
 
     def at(self, name: str, t: Tensor) -> Tensor:
@@ -242,3 +344,42 @@ class Diffusion:
     @staticmethod
     def _prediction(out: Tensor, x_t: Tensor) -> Tensor:
         return out[:, : x_t.shape[1]].to(torch.float32)
+
+
+# The bound's terms (sections 3.2 to 3.4 of the paper)
+
+
+def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats."""
+    # exp(d) - 1 - d is 1e-10 and less at late t, where exp(d) - 1 in float32 would be an error of 1e-7.
+    difference = log_variance1 - log_variance2
+    mean_term = (mean1 - mean2).square() * torch.exp(-log_variance2)
+    return 0.5 * (torch.expm1(difference) - difference + mean_term)
+
+
+def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log of the mass N(mean, var) puts on each pixel's bin of width 2/255 (eq. 13), in nats.
+
+    `x0`: floats on the grid v / 127.5 - 1. The outer bins reach to infinity. The normal CDF is the paper's
+    code's: 0.5 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))); the published bits/dim are of this decoder.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse_deviation = torch.exp(-0.5 * log_variance)
+    upper = cdf(inverse_deviation * (x0 - mean + 1.0 / 255.0))
+    lower = cdf(inverse_deviation * (x0 - mean - 1.0 / 255.0))
+    mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1.0 - lower, upper - lower))
+    return torch.log(mass.clamp(min=1e-12))
+
+
+def kl_bits(posterior: Gaussian, model: Gaussian) -> Tensor:
+    """KL(posterior || model), (N,), bits per dimension: the term of a timestep t > 0."""
+    kl = gaussian_kl(posterior.mean, posterior.log_variance, model.mean, model.log_variance)
+    return kl.mean((1, 2, 3)) / _LOG_2
+
+
+def decoder_bits(x0: Tensor, model: Gaussian) -> Tensor:
+    """-log2 of the mass that p(x_0 | x_1) puts on the pixels' bins, (N,), per dimension: the term of t = 0."""
+    return -discretized_log_likelihood(x0, model.mean, model.log_variance).mean((1, 2, 3)) / _LOG_2

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastddpm import __version__, cli
+from fastddpm import __version__
+from fastddpm.runtime import cli
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +47,9 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from fastddpm import selftest
-    from fastddpm.device import choose_device
-    from fastddpm.inference import PRECISIONS
-    from fastddpm.ops import status
+    from fastddpm.ops import selftest, status
+    from fastddpm.runtime.device import choose_device
+    from fastddpm.sampling.engine import PRECISIONS
 
     device = choose_device(command.device)
     on_gpu = device.type == "cuda"

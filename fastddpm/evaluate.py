@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastddpm import cli, processes
-from fastddpm.chain_options import ChainOptions
 from fastddpm.errors import UsageError
-from fastddpm.evaluation.options import BitsOptions
-from fastddpm.evaluation.picture_options import PICTURE_NAMES, PictureOptions
-from fastddpm.evaluation.quality_options import QUALITY_METRICS, QualityOptions
+from fastddpm.evaluation.options import PICTURE_NAMES, QUALITY_METRICS, BitsOptions, PictureOptions, QualityOptions
+from fastddpm.runtime import cli, distributed
+from fastddpm.sampling.options import ChainOptions
 
 if TYPE_CHECKING:
+    from fastddpm.evaluation.context import EvaluationContext
     from fastddpm.evaluation.report import Report
-    from fastddpm.evaluation.subject import Subject
     from fastddpm.metrics.features import FeatureNetwork
 
 PROGRAM = "fastddpm.evaluate"
@@ -79,26 +77,27 @@ def main(arguments: Sequence[str]) -> None:
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
     cli.check_out(_out(command))
-    where = processes.place()
+    where = distributed.place()
     # Scores are computed by the first process alone, for hours perhaps, while the others wait.
-    with processes.together(where, timeout_s=7 * 24 * 3600):
-        subject = _subject(command, where)
-        network = _network(command, subject) if set(metrics).intersection(QUALITY_METRICS) else None
+    with distributed.together(where, timeout_s=7 * 24 * 3600):
+        context = _context(command, where)
+        network = _network(command, context) if set(metrics).intersection(QUALITY_METRICS) else None
         if network is None:
             metrics = [metric for metric in metrics if metric not in QUALITY_METRICS]
-        if command.pictures == "all" and not subject.sampler.unet.config.num_classes:
+        if command.pictures == "all" and not context.sampler.unet.config.num_classes:
             pictures.remove("classes")
-        _evaluate(command, subject, network, metrics, pictures)
+        _evaluate(command, context, network, metrics, pictures)
 
 
-def _subject(command: Command, where: processes.Place) -> "Subject":
-    from fastddpm import batching, interchange
+def _context(command: Command, where: distributed.Place) -> "EvaluationContext":
+    from fastddpm import pretrained
     from fastddpm.data import open_dataset
-    from fastddpm.device import choose_device
-    from fastddpm.evaluation.subject import Subject
+    from fastddpm.evaluation.context import EvaluationContext
+    from fastddpm.runtime.device import choose_device
+    from fastddpm.sampling import batch_size
 
-    device = choose_device(command.device, processes.local_rank())
-    model = interchange.load(command.checkpoint, device)
+    device = choose_device(command.device, distributed.local_rank())
+    model = pretrained.load(command.checkpoint, device)
     sampler = command.chain.sampler(model)
     dataset = open_dataset(
         command.data, image_size=model.preset.unet.image_size, channels=model.preset.unet.image_channels,
@@ -106,11 +105,11 @@ def _subject(command: Command, where: processes.Place) -> "Subject":
     )  # fmt: skip
     out = _out(command)
     out.mkdir(parents=True, exist_ok=True)
-    batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
-    return Subject(model, sampler, dataset, batch, device, out, where)
+    batch = command.batch or batch_size.choose(sampler.probe, sampler.unet.config, device)
+    return EvaluationContext(model, sampler, dataset, batch, device, out, where)
 
 
-def _network(command: Command, subject: "Subject") -> "FeatureNetwork | None":
+def _network(command: Command, context: "EvaluationContext") -> "FeatureNetwork | None":
     """The feature network; None, with a line that says why, where none is here and none was asked for."""
     from fastddpm.metrics import inception
     from fastddpm.metrics.networks import open_network
@@ -124,20 +123,20 @@ def _network(command: Command, subject: "Subject") -> "FeatureNetwork | None":
         problem = f"{inception.how_to_get_them()}; or take --features efficientnet-lite0, whose scores are no FID"
         if command.metrics is not None:
             raise UsageError(problem)
-        if subject.place.first:
+        if context.place.first:
             print(f"{', '.join(QUALITY_METRICS)} are left out: {problem}", file=sys.stderr)
         return None
-    size, network = subject.dataset.images.shape[-1], None
+    size, network = context.dataset.images.shape[-1], None
     for turn in (True, False):  # the first process may have to train it; the others find it in the cache
-        if subject.place.first == turn:
-            network = open_network(name, image_size=size, device=subject.device, report=_say)
-        processes.gathered(None, subject.place)
+        if context.place.first == turn:
+            network = open_network(name, image_size=size, device=context.device, report=_say)
+        distributed.gathered(None, context.place)
     return network
 
 
 def _evaluate(
     command: Command,
-    subject: "Subject",
+    context: "EvaluationContext",
     network: "FeatureNetwork | None",
     metrics: Sequence[str],
     pictures: Sequence[str],
@@ -145,95 +144,99 @@ def _evaluate(
     """Every process comes here; the first one estimates, writes and tells."""
     from fastddpm.evaluation.report import Report
 
-    first = subject.place.first
-    report = Report(subject, command.checkpoint) if first else None
+    first = context.place.first
+    report = Report(context, command.checkpoint) if first else None
     if first:
-        for line in _estimates(command, subject, network, metrics, pictures):
+        for line in _estimates(command, context, network, metrics, pictures):
             _say(line)
     if network is not None:
-        _add_quality(command, subject, network, metrics, report)
+        _add_quality(command, context, network, metrics, report)
     if set(metrics).intersection(BITS_METRICS):
-        _add_bits(command, subject, metrics, report)
+        _add_bits(command, context, metrics, report)
     if report is not None:
-        _add_pictures(command, subject, pictures, report)
+        _add_pictures(command, context, pictures, report)
         print(report.table())
 
 
 def _estimates(
     command: Command,
-    subject: "Subject",
+    context: "EvaluationContext",
     network: "FeatureNetwork | None",
     metrics: Sequence[str],
     pictures: Sequence[str],
 ) -> list[str]:
     """What each part will take, from a batch of each network that is timed now."""
-    from fastddpm.evaluation.bits import bits_cost
-    from fastddpm.evaluation.pictures import picture_cost
+    from fastddpm.evaluation.figures.draw import picture_cost
+    from fastddpm.evaluation.likelihood import bits_cost
     from fastddpm.evaluation.quality import quality_cost, seconds_per_evaluation
-    from fastddpm.runlog import duration
+    from fastddpm.runtime.progress import duration
 
-    each = seconds_per_evaluation(subject)
-    count = subject.place.count
-    where = f"{subject.device}" + (f", {count} processes" if count > 1 else "")
-    lines = [f"{subject.model.preset.name} on {where}: {1 / each:,.0f} evaluations of one image per second, each"]
+    each = seconds_per_evaluation(context)
+    count = context.place.count
+    where = f"{context.device}" + (f", {count} processes" if count > 1 else "")
+    lines = [f"{context.model.preset.name} on {where}: {1 / each:,.0f} evaluations of one image per second, each"]
     if network is not None:
         wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
-        cost = quality_cost(subject, network, wanted, command.quality, each)
+        cost = quality_cost(context, network, wanted, command.quality, each)
         lines.append(
             f"{','.join(wanted)}: {cost.images:,} samples to draw, {cost.evaluations:,} evaluations; {cost.features:,} "
             f"images through {network.name}: about {duration(cost.seconds)}"
         )
     if set(metrics).intersection(BITS_METRICS):
-        evaluations = bits_cost(subject, command.bits)
+        evaluations = bits_cost(context, command.bits)
         lines.append(
             f"bpd, rate-distortion: {evaluations:,} evaluations (images x timesteps), unless they are there already: "
             f"about {duration(evaluations * each / count)}"
         )
     for name in pictures:
-        evaluations = picture_cost(name, subject, command.picture)
+        evaluations = picture_cost(name, context, command.picture)
         lines.append(f"{name}: {evaluations:,} evaluations: about {duration(evaluations * each)}")
     return lines
 
 
 def _add_quality(
-    command: Command, subject: "Subject", network: "FeatureNetwork", metrics: Sequence[str], report: "Report | None"
+    command: Command,
+    context: "EvaluationContext",
+    network: "FeatureNetwork",
+    metrics: Sequence[str],
+    report: "Report | None",
 ) -> None:
     from fastddpm.evaluation.quality import measure_quality
 
     wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
-    for name, record in measure_quality(subject, network, wanted, command.quality).items():
+    for name, record in measure_quality(context, network, wanted, command.quality).items():
         if report is not None:
-            report.add(command.split, name, record | _data(subject))
+            report.add(command.split, name, record | _data(context))
 
 
-def _add_bits(command: Command, subject: "Subject", metrics: Sequence[str], report: "Report | None") -> None:
-    from fastddpm.evaluation.bits import measure_bits
+def _add_bits(command: Command, context: "EvaluationContext", metrics: Sequence[str], report: "Report | None") -> None:
+    from fastddpm.evaluation.likelihood import measure_bits
     from fastddpm.evaluation.rate_distortion import measure_rate_distortion
 
-    own = dataclasses.replace(subject, out=subject.out / command.split)  # the other split's bits stay
+    own = dataclasses.replace(context, out=context.out / command.split)  # the other split's bits stay
     own.out.mkdir(exist_ok=True)
     for name, measure in (("bpd", measure_bits), ("rate-distortion", measure_rate_distortion)):
         if name in metrics:
             record = measure(own, command.bits)
             if report is not None:
-                report.add(command.split, name, record | _data(subject))
+                report.add(command.split, name, record | _data(context))
 
 
-def _add_pictures(command: Command, subject: "Subject", pictures: Sequence[str], report: "Report") -> None:
-    from fastddpm.evaluation.pictures import PICTURES
+def _add_pictures(command: Command, context: "EvaluationContext", pictures: Sequence[str], report: "Report") -> None:
+    from fastddpm.evaluation.figures.draw import PICTURES
 
     for name in pictures:
-        paths = PICTURES[name](subject, command.picture)
-        sampling = subject.sampler.settings()
-        files = [str(path.relative_to(subject.out)) for path in paths]
+        paths = PICTURES[name](context, command.picture)
+        sampling = context.sampler.settings()
+        files = [str(path.relative_to(context.out)) for path in paths]
         options = dataclasses.asdict(command.picture)
-        report.add("pictures", name, {"files": files, "options": options, "sampling": sampling} | _data(subject))
+        report.add("pictures", name, {"files": files, "options": options, "sampling": sampling} | _data(context))
         for path in paths:
             print(path)
 
 
-def _data(subject: "Subject") -> dict[str, dict[str, str]]:
-    return {"data": {"name": subject.dataset.name, "sha256": subject.dataset.checksum}}
+def _data(context: "EvaluationContext") -> dict[str, dict[str, str]]:
+    return {"data": {"name": context.dataset.name, "sha256": context.dataset.checksum}}
 
 
 def _out(command: Command) -> Path:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import tyro
 
-from fastddpm import cli
-from fastddpm.chain_options import ChainOptions
 from fastddpm.errors import UsageError
-from fastddpm.sample import parse_numbers
+from fastddpm.runtime import cli
+from fastddpm.runtime.cli import parse_numbers
+from fastddpm.sampling.options import ChainOptions
 
 if TYPE_CHECKING:
-    from fastddpm.evaluation.inpainting import Inpainted
-    from fastddpm.sampler import Sampler
+    from fastddpm.sampling.inpainting import Inpainted
+    from fastddpm.sampling.sampler import Sampler
 
 PROGRAM = "fastddpm.inpaint"
 MAX_FRAMES = 1000  # all of them are in memory until the file is written
@@ -71,23 +71,24 @@ def main(arguments: Sequence[str]) -> None:
     out = command.out or cli.run_of(command.checkpoint) / "inpainting"
     cli.check_out(out)
 
-    from fastddpm import batching, interchange
-    from fastddpm.device import choose_device
+    from fastddpm import pretrained
+    from fastddpm.runtime.device import choose_device
+    from fastddpm.sampling import batch_size
 
     device = choose_device(command.device)
-    model = interchange.load(command.checkpoint, device)
+    model = pretrained.load(command.checkpoint, device)
     sampler = command.chain.sampler(model)
-    batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
+    batch = command.batch or batch_size.choose(sampler.probe, sampler.unet.config, device)
     for path in _complete(command, sampler, seeds, batch, out):
         print(path)
 
 
 def _complete(command: Command, sampler: "Sampler", seeds: list[int], batch: int, out: Path) -> list[Path]:
     """Read, draw, write; the paths of the files."""
-    from fastddpm.data.decode import Rule
-    from fastddpm.evaluation.inpainting import cost, inpaint
-    from fastddpm.evaluation.inputs import read_hole, read_images
-    from fastddpm.runlog import Meter
+    from fastddpm.data.image import Rule
+    from fastddpm.data.inputs import read_hole, read_images
+    from fastddpm.runtime.progress import Meter
+    from fastddpm.sampling.inpainting import cost, inpaint
 
     rule = Rule(sampler.unet.config.image_size, sampler.unet.config.image_channels, command.resize)
     known = ~read_hole(command.mask, rule)
@@ -141,8 +142,8 @@ def _save(
     found: "Inpainted", given: np.ndarray, known: np.ndarray, seeds: list[int], labels: list[int] | None, out: Path
 ) -> list[Path]:
     """A row an image: what is known of it, then a completion for each seed."""
-    from fastddpm.evaluation.layout import Block, save_blocks, save_frames
-    from fastddpm.files import save_arrays
+    from fastddpm.evaluation.figures.layout import Block, save_blocks, save_frames
+    from fastddpm.storage.files import save_arrays
 
     out.mkdir(parents=True, exist_ok=True)
     rows, columns = len(given), len(seeds)

@@ -1,9 +1,14 @@
 """The paper's configurations, and one for two CPU cores."""
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
-from .config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
-from .errors import UsageError
+from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
+from fastddpm.errors import DataError, UsageError
+from fastddpm.storage.documents import difference, from_dict, to_dict
+from fastddpm.storage.files import write_json
 
 # Section 4 and appendix B of the paper, and its released code, for everything but mnist.
 _256: dict[str, Any] = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
@@ -71,3 +76,36 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def read_preset(path: Path) -> Preset:
+    """The configuration that a run saved."""
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    return from_dict(Preset, data, str(path))
+
+
+def describe(preset: Preset, base: Preset) -> str:
+    """The resolved configuration, a line for each part, and what differs from `base`."""
+    lines = [f"configuration {preset.name}"]
+    for part in ("unet", "diffusion", "train", "sample"):
+        values = dataclasses.asdict(getattr(preset, part))
+        lines.append(f"  {part}: " + ", ".join(f"{name}={_plain(value)}" for name, value in values.items()))
+    changed = difference(base, preset)
+    if changed:
+        lines.append(f"changed from preset {base.name}: " + "; ".join(changed))
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def write_preset(preset: Preset, path: Path) -> None:
+    """Save a configuration as JSON, whole or not at all. Raises `StorageError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, to_dict(preset))

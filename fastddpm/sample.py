@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastddpm import cli, processes
-from fastddpm.chain_options import ChainOptions
 from fastddpm.errors import UsageError
+from fastddpm.runtime import cli, distributed
+from fastddpm.runtime.cli import parse_numbers
+from fastddpm.sampling.options import ChainOptions
 
 if TYPE_CHECKING:
-    from fastddpm.sampler import Sampler
+    from fastddpm.sampling.sampler import Sampler
 
 PROGRAM = "fastddpm.sample"
-MAX_SEEDS = 10_000_000
 MOST_IN_ONE_FILE = 1024
 SHARD_SIZE = 1000
 
@@ -47,22 +47,6 @@ class Command:
     """auto: a CUDA or ROCm device when there is one."""
 
 
-def parse_numbers(text: str, option: str) -> list[int]:
-    """The numbers of "1,5,10-19", in order; `UsageError` names the part that is none."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"--{option} takes numbers and ranges, as in 0-63 or 1,5,10-19; got {part.strip()!r}")
-        low, high = int(first), int(last) if dash else int(first)
-        if high < low:
-            raise UsageError(f"--{option}: {part.strip()} runs backwards")
-        if len(numbers) + high - low >= MAX_SEEDS:
-            raise UsageError(f"--{option}: more than {MAX_SEEDS:,} numbers; draw them in several calls")
-        numbers += range(low, high + 1)
-    return numbers
-
-
 def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
     seeds = parse_numbers(command.seeds, "seeds")
@@ -72,21 +56,22 @@ def main(arguments: Sequence[str]) -> None:
             raise UsageError(f"--{name} must be positive; got {size}")
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
-    where = processes.place()
+    where = distributed.place()
     sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or where.count > 1
     if sharded and command.gif:
         raise UsageError(f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, by one process")
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
     cli.check_out(out)
 
-    from fastddpm import batching, interchange
-    from fastddpm.device import choose_device
-    from fastddpm.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
+    from fastddpm import pretrained
+    from fastddpm.runtime.device import choose_device
+    from fastddpm.sampling import batch_size
+    from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
 
-    device = choose_device(command.device, processes.local_rank())
-    model = interchange.load(command.checkpoint, device)
+    device = choose_device(command.device, distributed.local_rank())
+    model = pretrained.load(command.checkpoint, device)
     sampler = command.chain.sampler(model)
-    batch = command.batch or batching.choose(sampler.probe, sampler.unet.config, device)
+    batch = command.batch or batch_size.choose(sampler.probe, sampler.unet.config, device)
     print(
         f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}",
         file=sys.stderr,
@@ -114,11 +99,11 @@ def _sample_shards(
     labels: Sequence[int] | None,
     out: Path,
     batch: int,
-    where: processes.Place,
+    where: distributed.Place,
 ) -> None:
     """Draw what is missing in `out` of this process's shards."""
-    from fastddpm.generate import fill, save_first_grid, save_png_of_shard
-    from fastddpm.shards import Shards
+    from fastddpm.sampling.generate import fill, save_first_grid, save_png_of_shard
+    from fastddpm.storage.shards import Shards
 
     rank, count = where.rank, where.count
     config = sampler.unet.config

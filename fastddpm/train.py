@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastddpm import cli, processes
-from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig, difference, to_dict
+from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.errors import UsageError
-from fastddpm.presets import PRESETS, preset
+from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
+from fastddpm.runtime import cli, distributed
+from fastddpm.storage.documents import difference, to_dict
 
 if TYPE_CHECKING:
     import torch
 
-    from fastddpm import checkpoint
     from fastddpm.data import Dataset
-    from fastddpm.trainer import Trainer
+    from fastddpm.storage import checkpoint
+    from fastddpm.training.trainer import Trainer
 
 PROGRAM = "fastddpm.train"
 DEFAULT_PRESET = "mnist"
@@ -79,24 +80,24 @@ class Command:
 
 
 def main(arguments: Sequence[str]) -> None:
-    where = processes.place()
+    where = distributed.place()
     command, base, run = _parse(arguments, where)
     wanted = command.resolved()
     say = _to_stderr if where.first else _to_nobody
-    say(cli.describe(wanted, base))
+    say(describe(wanted, base))
 
-    from fastddpm.device import choose_device
     from fastddpm.ops.backend import OPERATIONS, obstacles
-    from fastddpm.signals import nothing_to_save
+    from fastddpm.runtime.device import choose_device
+    from fastddpm.training.signals import nothing_to_save
 
-    device = choose_device(command.device, processes.local_rank())
+    device = choose_device(command.device, distributed.local_rank())
     for reason in sorted({reason for operation in OPERATIONS for reason in obstacles(operation, device.type)}):
         say(f"note: {reason}")
-    with nothing_to_save(), processes.together(where, device=device.type, timeout_s=command.timeout):
-        processes.agree((to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", where)
+    with nothing_to_save(), distributed.together(where, device=device.type, timeout_s=command.timeout):
+        distributed.agree((to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", where)
         dataset = _open_data(command, wanted, where, say)
         if command.dry_run:
-            from fastddpm.dry_run import describe_run
+            from fastddpm.training.dry_run import describe_run
 
             report = describe_run(wanted, dataset, device, where)
             if where.first:
@@ -113,7 +114,7 @@ def _to_nobody(line: str) -> None:
     pass
 
 
-def _parse(arguments: Sequence[str], where: processes.Place) -> tuple[Command, Preset, Path]:
+def _parse(arguments: Sequence[str], where: distributed.Place) -> tuple[Command, Preset, Path]:
     """The options, the configuration they start from (the saved one when resuming), and the run directory.
 
     A command that torchrun or SLURM has started again resumes the run that it had begun.
@@ -122,13 +123,13 @@ def _parse(arguments: Sequence[str], where: processes.Place) -> tuple[Command, P
     base = preset(name)
     out = cli.peek(arguments, "--out")
     helps = "--help" in arguments or "-h" in arguments
-    again = processes.restarted() and out is not None and (Path(out) / "config.json").exists()
+    again = distributed.restarted() and out is not None and (Path(out) / "config.json").exists()
     resuming = ("--resume" in arguments or again) and not helps
     if resuming:
         run = Path(out) if out else _newest_run(name)
         if not (run / "config.json").is_file():
             raise UsageError(f"nothing to resume: {run} holds no run, that is no config.json")
-        base = cli.read_preset(run / "config.json")
+        base = read_preset(run / "config.json")
         if cli.peek(arguments, "--preset") not in (None, base.name):
             raise UsageError(f"{run} is a run of preset {base.name}, not {name}; leave --preset out")
     default = Command(base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample)
@@ -140,7 +141,7 @@ def _parse(arguments: Sequence[str], where: processes.Place) -> tuple[Command, P
     if command.profile < 0:
         raise UsageError(f"--profile must be 0 or more steps; got {command.profile}")
     if not resuming:
-        if command.out is None and (where.count > 1 or processes.restarted()):
+        if command.out is None and (where.count > 1 or distributed.restarted()):
             raise UsageError("name the run's directory with --out, so that a restart finds it")
         run = command.out or _free_run(name)
         if not command.dry_run:
@@ -169,7 +170,7 @@ def _refuse_changes(base: Preset, command: Command, run: Path) -> None:
         raise UsageError(f"{run} was trained otherwise: {'; '.join(changed)}. --override goes on so from here on")
 
 
-def _open_data(command: Command, wanted: Preset, where: processes.Place, say: Callable[[str], None]) -> "Dataset":
+def _open_data(command: Command, wanted: Preset, where: distributed.Place, say: Callable[[str], None]) -> "Dataset":
     """The data set; of several processes the first one opens it first, and so fills a cache for the others."""
     from fastddpm.data import open_dataset
 
@@ -184,9 +185,9 @@ def _open_data(command: Command, wanted: Preset, where: processes.Place, say: Ca
         )
 
     own: list[Dataset] = []
-    processes.by_first(lambda: own.append(opened()), where)
+    distributed.by_first(lambda: own.append(opened()), where)
     dataset = own[0] if own else opened()
-    processes.agree((len(dataset.images), dataset.checksum), "the number of images or their sha256", where)
+    distributed.agree((len(dataset.images), dataset.checksum), "the number of images or their sha256", where)
     say(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}")
     return dataset
 
@@ -217,14 +218,14 @@ def _train(
     run: Path,
     dataset: "Dataset",
     device: "torch.device",
-    where: processes.Place,
+    where: distributed.Place,
     say: Callable[[str], None],
 ) -> None:
-    from fastddpm import checkpoint
-    from fastddpm.closing import draw_closing_samples
-    from fastddpm.runlog import JsonLines
-    from fastddpm.signals import interruptible
-    from fastddpm.trainer import Trainer
+    from fastddpm.storage import checkpoint
+    from fastddpm.training.loggers import JsonLines
+    from fastddpm.training.samples import draw_closing_samples
+    from fastddpm.training.signals import interruptible
+    from fastddpm.training.trainer import Trainer
 
     with contextlib.ExitStack() as held:
 
@@ -236,12 +237,12 @@ def _train(
         # First what can be refused: it leaves no directory behind.
         trainer = Trainer(wanted, dataset, device, where, data_workers=command.data_workers)
         held.callback(trainer.batches.close)
-        processes.by_first(claim, where)
+        distributed.by_first(claim, where)
         if command.resume:
             _go_on(trainer, run, where, say)
         log = None
         if where.first:
-            cli.write_preset(wanted, run / "config.json")
+            write_preset(wanted, run / "config.json")
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
         _watch(command, arguments, trainer, run, held, say)
@@ -259,7 +260,7 @@ def _tell(run: Path, last: Path, pictures: Sequence[Path]) -> None:
     print(f"next: python -m fastddpm.sample {shlex.quote(str(run))} --seeds 64-127")
 
 
-def _go_on(trainer: "Trainer", run: Path, where: processes.Place, say: Callable[[str], None]) -> None:
+def _go_on(trainer: "Trainer", run: Path, where: distributed.Place, say: Callable[[str], None]) -> None:
     """Bring `trainer` to the newest checkpoint, if there is one; `UsageError` where that is behind its last step."""
     saved = _newest_checkpoint(run, where, say)
     if saved is not None:
@@ -279,7 +280,10 @@ def _watch(
     say: Callable[[str], None],
 ) -> None:
     """Have the run watched as the options say, and note down what this process is."""
-    from fastddpm.monitor import Previews, Profile, Sinks, open_sinks, record_session
+    from fastddpm.training.environment import record_session
+    from fastddpm.training.loggers import Sinks, open_sinks
+    from fastddpm.training.profiling import Profile
+    from fastddpm.training.samples import Previews
 
     preset, dataset, where = trainer.preset, trainer.dataset, trainer.place
     own: list[Sinks] = []
@@ -292,7 +296,7 @@ def _watch(
         own.append(open_sinks(run, preset, resume_step=resume_step, wandb=command.wandb, say=say))
         held.callback(own[0].close)
 
-    processes.by_first(begin, where)
+    distributed.by_first(begin, where)
     config = preset.train
     trainer.monitor.attach(
         sinks=own[0] if own else None,
@@ -301,9 +305,11 @@ def _watch(
     )
 
 
-def _newest_checkpoint(run: Path, where: processes.Place, say: Callable[[str], None]) -> "checkpoint.Checkpoint | None":
+def _newest_checkpoint(
+    run: Path, where: distributed.Place, say: Callable[[str], None]
+) -> "checkpoint.Checkpoint | None":
     """The checkpoint to go on from: found and verified by the first process, and read by each."""
-    from fastddpm import checkpoint
+    from fastddpm.storage import checkpoint
 
     own: list[checkpoint.Checkpoint] = []
 
@@ -314,7 +320,7 @@ def _newest_checkpoint(run: Path, where: processes.Place, say: Callable[[str], N
         own.append(saved)
         return saved.path, [*saved.tensors]
 
-    found = processes.by_first(find, where)
+    found = distributed.by_first(find, where)
     if found is None or own:
         return own[0] if own else None
     return checkpoint.load(*found)

@@ -7,7 +7,7 @@ gain 1e-5 where a residual branch or the network ends.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.config import UNetConfig
-from fastddpm.noise import NoiseKey
 from fastddpm.ops import attention, conv3x3, group_norm_silu
+from fastddpm.ops.noise import NoiseKey
 
 GROUP_NORM_EPS = 1e-6
 NEAR_ZERO_GAIN = 1e-5  # variance scale 1e-10 in the released code, where it says 0
@@ -294,3 +294,22 @@ class UNet(nn.Module):
             )
         if label is not None and (label.shape != t.shape or label.dtype.is_floating_point):
             raise ValueError(f"UNet: label must be integer ({x_t.shape[0]},); got {label.dtype} {tuple(label.shape)}")
+
+
+# Whether a network's weights are still those that something was prepared from.
+
+
+def weight_versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Where each parameter lies and how often it was written to; another list after any change."""
+    return [(p.data_ptr(), p._version) for p in module.parameters()]
+
+
+def network_with(config: UNetConfig, weights: Mapping[str, Tensor]) -> UNet:
+    """A network whose parameters are the tensors `weights`, by name: no copies, so it changes as they do.
+
+    In evaluation mode. What is prepared from it for inference notices when they have changed.
+    """
+    with torch.device("meta"):
+        unet = UNet(config)
+    unet.load_state_dict(dict(weights), assign=True)
+    return unet.requires_grad_(False).eval()

@@ -1,27 +1,7 @@
-"""An encoder and a decoder for images on top of a model's conditionals: lossless, and lossy down to a timestep.
+"""A codec on a model's conditionals: lossless at the price of the variational bound, or lossy down to a timestep."""
 
-The names are imported when first used, so that the command answers `--help` without loading torch.
-"""
+from fastddpm.config import CodecOptions
 
-from typing import TYPE_CHECKING
+from .coder import Decoded, Encoded, decode, encode
 
-from fastddpm.lazy import attributes, listing
-
-_HOMES = {
-    "CodecOptions": ".options",
-    "Decoded": ".coder",
-    "Encoded": ".coder",
-    "decode": ".coder",
-    "encode": ".coder",
-}
-__all__ = list(_HOMES)
-__dir__ = listing(__all__)
-
-if TYPE_CHECKING:  # the same names for type checkers and editors
-    from .coder import Decoded as Decoded
-    from .coder import Encoded as Encoded
-    from .coder import decode as decode
-    from .coder import encode as encode
-    from .options import CodecOptions as CodecOptions
-else:
-    __getattr__ = attributes(__name__, _HOMES)
+__all__ = ["CodecOptions", "Decoded", "Encoded", "decode", "encode"]

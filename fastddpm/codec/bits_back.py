@@ -18,7 +18,7 @@ from fastddpm.kernels.philox import STREAM_PAD
 from fastddpm.kernels.philox.reference import philox
 
 from .ans import Stack
-from .levels import Levels
+from .conditionals import Levels
 
 Progress = Callable[[int], None]
 

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastddpm.config import CodecOptions
 from fastddpm.data.dataset import checksum
 from fastddpm.errors import DataError, UsageError
-from fastddpm.sampler import Sampler
+from fastddpm.sampling.sampler import Sampler
 
-from . import bits_back, container, identity
+from . import bits_back, file_format, fingerprint
 from .ans import EMPTY, Stack
 from .bits_back import Pads
-from .gaussians import Uniform
-from .header import MOST_IMAGES, Header, Run
-from .levels import Levels, pixel_cells
+from .conditionals import Levels, pixel_cells
+from .file_format import MOST_IMAGES, Header, Run
 from .lossy import as_noisy, levels_at, reconstruct, to_cells
-from .options import CodecOptions
-from .spacing import best_timesteps, mean_squared_error
+from .quantised import Uniform
+from .timesteps import best_timesteps, mean_squared_error
 
 Progress = Callable[[int], None]
 
@@ -105,11 +105,11 @@ def decode(sampler: Sampler, data: bytes, where: str = "the file", *, progress: 
     `where` names the file in messages. Raises `DataError` for a file that is damaged or foreign, was made by another
     network, or elsewhere, where the network's outputs have other last bits; nothing is decoded then.
     """
-    fields, head, words = container.unpack(data, where)
+    fields, head, words = file_format.unpack(data, where)
     header = Header.of(fields, where)
     config = sampler.unet.config
     expected = (config.image_channels, config.image_size, config.image_size)
-    if header.network != identity.of_network(sampler):
+    if header.network != fingerprint.of_network(sampler):
         raise DataError(f"{where} was coded with another model; decoding takes the very weights")
     if header.shape != expected or header.timesteps[0] != sampler.diffusion.timesteps - 1:
         raise DataError(f"{where} does not suit the model: images {header.shape}, timestep {header.timesteps[0]}")
@@ -197,11 +197,11 @@ class _Encoder:
         header = Header(
             shape=coder.shape, levels=coder.levels.cells.bins, timesteps=tuple(coder.sampler.timesteps.tolist()),
             runs=tuple(self.runs), decoder=coder.decoder, conditioning=coder.conditioning,
-            network=identity.of_network(coder.sampler),
-            process=identity.of_process(coder.sampler), outputs=identity.of_outputs(coder.sampler, sizes),
-            made=identity.made_by(coder.sampler), pixels=_checksum(images),
+            network=fingerprint.of_network(coder.sampler),
+            process=fingerprint.of_process(coder.sampler), outputs=fingerprint.of_outputs(coder.sampler, sizes),
+            made=fingerprint.made_by(coder.sampler), pixels=_checksum(images),
         )  # fmt: skip
-        data, around = container.pack(header.to_dict(), stack.head, stack.words)
+        data, around = file_format.pack(header.to_dict(), stack.head, stack.words)
         above = math.log2(stack.head / EMPTY)  # of the head's 64 bits those that say something
         return Encoded(
             data, header, net=16 * stack.balance + above, initial=16 * stack.borrowed,
@@ -268,11 +268,11 @@ def _decoded(coder: _Coder, header: Header, stack: Stack, where: str, progress: 
 
 def _check_machine(coder: _Coder, header: Header, where: str) -> None:
     sizes = {run.size for run in header.runs}
-    same = header.process == identity.of_process(coder.sampler)
-    if not same or header.outputs != identity.of_outputs(coder.sampler, sizes):
+    same = header.process == fingerprint.of_process(coder.sampler)
+    if not same or header.outputs != fingerprint.of_outputs(coder.sampler, sizes):
         raise DataError(
             f"{where} was coded by {header.made}; here the network's outputs have other last bits, by "
-            f"{identity.made_by(coder.sampler)}. Decode it where it was made, with the same versions and --precision"
+            f"{fingerprint.made_by(coder.sampler)}. Decode it where it was made, with the same versions and --precision"
         )
 
 

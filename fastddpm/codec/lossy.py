@@ -11,7 +11,7 @@ import numpy as np
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 
-from .gaussians import Grid
+from .quantised import Grid
 
 _DEVIATIONS = 2.0  # of the noise at t, relative to the signal, in a cell
 

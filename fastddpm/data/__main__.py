@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastddpm import cli
 from fastddpm.errors import DataError, UsageError
+from fastddpm.runtime import cli
 
 if TYPE_CHECKING:
-    from fastddpm.data.decode import Rule
-    from fastddpm.data.pack import Pack
-    from fastddpm.data.scan import Findings
+    from .image import Rule
+    from .inspect import Findings
+    from .pack.format import Pack
 
 PROGRAM = "fastddpm.data"
 _SHOWN = 12
@@ -98,9 +98,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _inspect(command: Inspect) -> None:
-    from fastddpm.data.pack import ENDING, open_pack
-    from fastddpm.data.scan import scan
-    from fastddpm.data.sources import open_collection
+    from .inspect import scan
+    from .pack.format import ENDING, open_pack
+    from .sources import open_collection
 
     collection = open_collection(command.source, command.split)
     pack = open_pack(Path(command.source)) if command.source.lower().endswith(ENDING) else None
@@ -115,11 +115,10 @@ def _inspect(command: Inspect) -> None:
 
 
 def _verify(command: Verify) -> None:
-    from fastddpm.data.decode import Rule
-    from fastddpm.data.pack import ENDING, open_pack
-    from fastddpm.data.scan import scan
-    from fastddpm.data.sources import open_collection
-    from fastddpm.data.verify import faults
+    from .image import Rule
+    from .inspect import faults, scan
+    from .pack.format import ENDING, open_pack
+    from .sources import open_collection
 
     with _problem_list() as full_list:
         if command.source.lower().endswith(ENDING) and Path(command.source).is_file():
@@ -140,10 +139,10 @@ def _verify(command: Verify) -> None:
 
 
 def _pack(command: MakePack) -> None:
-    from fastddpm.data.decode import Rule
-    from fastddpm.data.pack import ENDING
-    from fastddpm.data.packing import write_pack
-    from fastddpm.data.sources import open_collection
+    from .image import Rule
+    from .pack.format import ENDING
+    from .pack.writer import write_pack
+    from .sources import open_collection
 
     if command.out.suffix.lower() != ENDING:
         raise UsageError(f"the file to write must end in {ENDING}; got {command.out}")
@@ -174,7 +173,7 @@ def _training(rule: "Rule", pack: Path) -> str:
 
 
 def _size(image_size: int) -> int:
-    from fastddpm.data.pack import MAX_SIZE
+    from .pack.format import MAX_SIZE
 
     if not 1 <= image_size <= MAX_SIZE:
         raise UsageError(f"--image-size must be in 1..{MAX_SIZE}; got {image_size}")

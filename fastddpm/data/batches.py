@@ -11,7 +11,7 @@ from fastddpm.errors import UsageError
 
 from .dataset import Dataset
 from .order import batch_indices
-from .packed import PackedImages
+from .pack.format import PackedImages
 from .workers import Workers, default_workers
 
 RESIDENT_LIMIT_BYTES = 2 * 2**30

@@ -14,13 +14,12 @@ import numpy as np
 
 from fastddpm.errors import DataError, StorageError
 
-from .collection import Collection
 from .dataset import Dataset, checksum
-from .decode import Rule
-from .decoding import decode_all
-from .pack import ENDING, open_pack
-from .packing import write_pack
-from .problems import Report
+from .image import Rule
+from .ingest import Report, decode_all
+from .pack.format import ENDING, open_pack
+from .pack.writer import write_pack
+from .readers.collection import Collection
 
 _VERSION = 2
 _VERIFY_ALL_BYTES = 2**30

@@ -14,19 +14,19 @@ from PIL import Image
 from fastddpm.errors import DataError, UsageError
 
 from . import cache as image_cache
-from .archive import zip_collection
-from .cifar import IMAGE_SIZE, Batches, find_batches, read_batches
-from .collection import Collection, Item, split_files
 from .dataset import Dataset
-from .decode import Resize, Rule, fit
-from .digits import load_digits
-from .folder import folder_collection
-from .hub import PREFIX, hub_collection
-from .lsun import lmdb_collection, lmdb_file
-from .pack import ENDING, Pack, open_pack
-from .parquet import parquet_collection, parquet_files
-from .problems import Report
-from .tars import tar_collection
+from .image import Resize, Rule, fit
+from .ingest import Report
+from .pack.format import ENDING, Pack, open_pack
+from .readers.cifar import IMAGE_SIZE, Batches, find_batches, read_batches
+from .readers.collection import Collection, Item, split_files
+from .readers.digits import load_digits
+from .readers.folder import folder_collection
+from .readers.hub import PREFIX, hub_collection
+from .readers.lmdb import lmdb_collection, lmdb_file
+from .readers.parquet import parquet_collection, parquet_files
+from .readers.tar import tar_collection
+from .readers.zip import zip_collection
 
 Split = Literal["train", "test"]
 Keep = Literal["auto", "decoded", "encoded"]

@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from .decode import BadImageError, Rule, decode
-from .packed import INDEX, read_record
+from .image import BadImageError, Rule, decode
+from .pack.format import INDEX, read_record
 
 TASK = struct.Struct("<III")  # slot, first and last + 1 of the images to decode in it
 DONE = struct.Struct("<I")  # slot; then, if an image is damaged, its place in the slot and the reason as text

@@ -24,7 +24,7 @@ import numpy as np
 
 from fastddpm.errors import DataError, StorageError
 
-from .packed import PackedImages, damaged
+from .pack.format import PackedImages, damaged
 from .worker import DONE, PLACE, TASK, num_bytes, views
 
 _PROGRAM = """

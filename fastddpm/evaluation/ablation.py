@@ -13,22 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddpm import batching, checkpoint
-from fastddpm.config import Preset, to_dict
+from fastddpm.config import Preset
 from fastddpm.data import Dataset
 from fastddpm.errors import DataError, DivergedError, UsageError
-from fastddpm.files import write_json, write_text
-from fastddpm.generate import sample_batches, save_pictures
 from fastddpm.metrics import FeatureNetwork, Moments, frechet_distance, inception_score, open_network
-from fastddpm.model import Model
-from fastddpm.processes import Place
-from fastddpm.runlog import JsonLines
-from fastddpm.sampler import Sampler
-from fastddpm.trainer import Trainer
+from fastddpm.pretrained.model import Model
+from fastddpm.runtime.distributed import Place
+from fastddpm.sampling import batch_size
+from fastddpm.sampling.generate import sample_batches, save_pictures
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage import checkpoint
+from fastddpm.storage.documents import to_dict
+from fastddpm.storage.files import write_json, write_text
+from fastddpm.training.loggers import JsonLines
+from fastddpm.training.trainer import Trainer
 
-from .bits import measure_bits
+from .context import EvaluationContext
+from .likelihood import measure_bits
 from .options import BitsOptions
-from .subject import Subject
 from .table2 import Cell
 
 Result = dict[str, Any]
@@ -137,7 +139,7 @@ class Sweep:
 
     def _score(self, run: Path, model: Model) -> Result:
         sampler = Sampler(model.unet, model.diffusion)
-        batch = batching.choose(sampler.probe, model.unet.config, self.device)
+        batch = batch_size.choose(sampler.probe, model.unet.config, self.device)
         found: Result = {"outcome": "trained"}
         try:
             seeds = range(self.samples)
@@ -147,8 +149,8 @@ class Sweep:
         else:
             save_pictures(images, seeds, None, [], run)
             found |= {} if self.judge is None else self.judge.scores(images)
-        subject = Subject(model, sampler, self.held_out, batch, self.device, run, Place())
-        likelihood = measure_bits(subject, self.bits)
+        context = EvaluationContext(model, sampler, self.held_out, batch, self.device, run, Place())
+        likelihood = measure_bits(context, self.bits)
         if likelihood["bits_per_dim"] is None and found["outcome"] == "trained":
             found["outcome"] = "bits/dim are not finite"
         return found | {name: likelihood[name] for name in ("bits_per_dim", "standard_error")}

@@ -16,20 +16,19 @@ import torch
 from torch import Tensor
 
 from fastddpm.errors import UsageError
-from fastddpm.figures import to_uint8
-from fastddpm.metrics.class_score import inception_score
 from fastddpm.metrics.features import Activations, FeatureNetwork
 from fastddpm.metrics.frechet import Moments, frechet_distance
+from fastddpm.metrics.inception_score import inception_score
 from fastddpm.metrics.kid import kernel_distance, kernel_distance_of_subsets
-from fastddpm.metrics.manifolds import precision_recall
-from fastddpm.processes import gathered
-from fastddpm.runlog import Meter
+from fastddpm.metrics.precision_recall import precision_recall
+from fastddpm.runtime.distributed import gathered
+from fastddpm.runtime.progress import Meter
+from fastddpm.sampling.generate import evaluations as evaluations_of
+from fastddpm.sampling.images import to_uint8
 
-from .drawing import evaluations as evaluations_of
-from .feature_shards import SIZE, FeatureShards, fill
-from .quality_options import QUALITY_METRICS, QualityOptions
-from .reference import fill_reference, reference_moments, reference_shards
-from .subject import Subject
+from .context import EvaluationContext
+from .features import SIZE, FeatureShards, fill, fill_reference, reference_moments, reference_shards
+from .options import QUALITY_METRICS, QualityOptions
 
 Record = dict[str, Any]
 _OF_SAMPLES_ALONE = ("is",)
@@ -61,28 +60,32 @@ class Cost:
 
 
 def quality_cost(
-    subject: Subject, network: FeatureNetwork, metrics: Sequence[str], options: QualityOptions, per_evaluation: float
+    context: EvaluationContext,
+    network: FeatureNetwork,
+    metrics: Sequence[str],
+    options: QualityOptions,
+    per_evaluation: float,
 ) -> Cost:
     """By all processes together, from a timed batch of `network` and from `seconds_per_evaluation`."""
-    images = sample_shards(subject, network, options).unfinished()
+    images = sample_shards(context, network, options).unfinished()
     features = images
     if set(metrics).difference(_OF_SAMPLES_ALONE):
-        features += reference_shards(subject, network).unfinished()
+        features += reference_shards(context, network).unfinished()
     seconds = 0.0
     if features:
-        batch = torch.from_numpy(subject.dataset.images[: subject.batch].copy()).to(subject.device)
-        seconds += features * _timed(lambda: network(batch), subject.device) / len(batch)
-    evaluations = evaluations_of(subject.sampler, images, subject.sampler.steps)
+        batch = torch.from_numpy(context.dataset.images[: context.batch].copy()).to(context.device)
+        seconds += features * _timed(lambda: network(batch), context.device) / len(batch)
+    evaluations = evaluations_of(context.sampler, images, context.sampler.steps)
     seconds += evaluations * per_evaluation
-    return Cost(images, features, evaluations, seconds / subject.place.count)
+    return Cost(images, features, evaluations, seconds / context.place.count)
 
 
-def seconds_per_evaluation(subject: Subject) -> float:
-    """Of the network, for one image of a batch of this subject: two batches are timed, the second one counts."""
-    config = subject.model.unet.config
-    shape = (subject.batch, config.image_channels, config.image_size, config.image_size)
-    x = torch.zeros(shape, device=subject.device)
-    return _timed(lambda: subject.sampler.probe(x), subject.device) / evaluations_of(subject.sampler, subject.batch, 1)
+def seconds_per_evaluation(context: EvaluationContext) -> float:
+    """Of the network, for one image of a batch of this context: two batches are timed, the second one counts."""
+    config = context.model.unet.config
+    shape = (context.batch, config.image_channels, config.image_size, config.image_size)
+    x = torch.zeros(shape, device=context.device)
+    return _timed(lambda: context.sampler.probe(x), context.device) / evaluations_of(context.sampler, context.batch, 1)
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
@@ -97,34 +100,36 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_quality(
-    subject: Subject, network: FeatureNetwork, metrics: Sequence[str], options: QualityOptions
+    context: EvaluationContext, network: FeatureNetwork, metrics: Sequence[str], options: QualityOptions
 ) -> dict[str, Record]:
     """Scores by `score_name`, each with its value and settings, for JSON; on the first process, nothing on the others.
 
-    `metrics`: of `QUALITY_METRICS`. Features of the samples stay in the subject's directory: the same call finishes
+    `metrics`: of `QUALITY_METRICS`. Features of the samples stay in the context's directory: the same call finishes
     what a killed one left, and other metrics of the same samples cost no sampling. Raises `UsageError` for metrics or
     samples that cannot be, and where the directory holds those of another model or other settings.
     """
-    _check(subject, network, metrics, options)
-    samples = sample_shards(subject, network, options)
-    _fill_samples(subject, network, samples)
+    _check(context, network, metrics, options)
+    samples = sample_shards(context, network, options)
+    _fill_samples(context, network, samples)
     reference = None
     if set(metrics).difference(_OF_SAMPLES_ALONE):
-        reference = reference_shards(subject, network)
-        fill_reference(subject, network, reference)
-    gathered(None, subject.place)  # from here on every shard is there
-    if not subject.place.first:
+        reference = reference_shards(context, network)
+        fill_reference(context, network, reference)
+    gathered(None, context.place)  # from here on every shard is there
+    if not context.place.first:
         return {}
-    common = _common(subject, network, options)
+    common = _common(context, network, options)
     fake = samples.together()
     scores: dict[str, Record] = {}
     for metric in metrics:
-        for name, record in _scores(metric, fake, reference, subject.device, options).items():
+        for name, record in _scores(metric, fake, reference, context.device, options).items():
             scores[score_name(name, network)] = record | common
     return scores
 
 
-def _check(subject: Subject, network: FeatureNetwork, metrics: Sequence[str], options: QualityOptions) -> None:
+def _check(
+    context: EvaluationContext, network: FeatureNetwork, metrics: Sequence[str], options: QualityOptions
+) -> None:
     unknown = [metric for metric in metrics if metric not in QUALITY_METRICS]
     if unknown:
         raise UsageError(f"metrics of samples are {', '.join(QUALITY_METRICS)}; got {unknown[0]!r}")
@@ -132,28 +137,28 @@ def _check(subject: Subject, network: FeatureNetwork, metrics: Sequence[str], op
         raise UsageError(f"network {network.name} tells no classes apart, which metric is needs")
     if "is" in metrics and options.samples < options.splits:
         raise UsageError(f"{options.samples} samples cannot be split into {options.splits} parts; use --splits 1")
-    fewest = min(options.samples, len(subject.dataset.images))
+    fewest = min(options.samples, len(context.dataset.images))
     if "pr" in metrics and fewest <= options.neighbours:
         raise UsageError(f"{options.neighbours} neighbours need more images of each set; got {fewest}")
 
 
-def sample_shards(subject: Subject, network: FeatureNetwork, options: QualityOptions) -> FeatureShards:
-    """The shards, perhaps unfinished, of samples of seeds 0, 1, .. in the subject's directory; claimed for them."""
-    sampler, config = subject.sampler, subject.model.unet.config
+def sample_shards(context: EvaluationContext, network: FeatureNetwork, options: QualityOptions) -> FeatureShards:
+    """The shards, perhaps unfinished, of samples of seeds 0, 1, .. in the context's directory; claimed for them."""
+    sampler, config = context.sampler, context.model.unet.config
     seeds = range(options.samples)
     shards = FeatureShards(
-        subject.out / "features" / network.name, seeds, sampler.labels_for(seeds), SIZE,
+        context.out / "features" / network.name, seeds, sampler.labels_for(seeds), SIZE,
         (config.image_channels, config.image_size, config.image_size), network.dimension, network.classes,
     )  # fmt: skip
     shards.claim(sampler.settings() | {"features": {"name": network.name, "sha256": network.checksum}})
     return shards
 
 
-def _fill_samples(subject: Subject, network: FeatureNetwork, shards: FeatureShards) -> None:
-    place = subject.place
+def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: FeatureShards) -> None:
+    place = context.place
 
     def images(seeds: Sequence[int], labels: Sequence[int] | None) -> Tensor:
-        return torch.from_numpy(to_uint8(subject.sampler.sample(seeds, labels))).to(subject.device)
+        return torch.from_numpy(to_uint8(context.sampler.sample(seeds, labels))).to(context.device)
 
     with shards.locked(place.rank):
         shards.forget_temporaries(place.rank, place.count)
@@ -161,7 +166,7 @@ def _fill_samples(subject: Subject, network: FeatureNetwork, shards: FeatureShar
         for line in damaged:
             print(line, file=sys.stderr)
         if missing:
-            fill(shards, missing, images, network, subject.batch, "sampling")
+            fill(shards, missing, images, network, context.batch, "sampling")
 
 
 def _scores(
@@ -196,13 +201,13 @@ def _kid(real: Tensor, fake: Tensor, options: QualityOptions) -> Record:
     }  # fmt: skip
 
 
-def _common(subject: Subject, network: FeatureNetwork, options: QualityOptions) -> Record:
+def _common(context: EvaluationContext, network: FeatureNetwork, options: QualityOptions) -> Record:
     return {
         "samples": options.samples,
-        "reference_images": len(subject.dataset.images),
+        "reference_images": len(context.dataset.images),
         "features": {"name": network.name, "sha256": network.checksum},
         "images": "uint8, rounded to the nearest level",
-        "sampling": subject.sampler.settings(),
+        "sampling": context.sampler.settings(),
     }
 
 

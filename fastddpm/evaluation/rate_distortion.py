@@ -2,17 +2,18 @@
 
 import datetime
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastddpm.files import write_text
+from fastddpm.storage.files import write_text
 
-from .bits import bits_of
-from .bound import BitsPerDim, or_none
+from .bits_per_dim import BitsPerDim, or_none
+from .context import EvaluationContext
+from .likelihood import bits_of
 from .options import BitsOptions
-from .subject import Subject
 
 # Reverse steps taken, of 1000: bits per dimension, and the root of the mean squared error in levels of 255. CIFAR-10's
 # test set, table 4 of the paper's appendix. Its first row is the lossy part of 3.75 bits; the decoder takes the rest.
@@ -30,6 +31,7 @@ PAPER_TABLE = {
 }
 PAPER_SET = "CIFAR-10 test"
 _TABLE = "rate-distortion.csv"
+_Axis = tuple[str, np.ndarray, Sequence[float]]  # its text, our values, the paper's
 _LEVELS = 127.5  # from [-1, 1] to pixel values
 
 
@@ -57,19 +59,19 @@ def rate_distortion(result: BitsPerDim) -> RateDistortion:
     return RateDistortion(np.arange(1, len(rate) + 1), rate, _LEVELS * rmse, _LEVELS * errors)
 
 
-def measure_rate_distortion(subject: Subject, options: BitsOptions) -> dict[str, Any]:
-    """The curve of the subject's images: for JSON, with the paper's table beside it; rate-distortion.csv and plots.
+def measure_rate_distortion(context: EvaluationContext, options: BitsOptions) -> dict[str, Any]:
+    """The curve of the context's images: for JSON, with the paper's table beside it; rate-distortion.csv and plots.
 
     Evaluates nothing where the bound is known already (`bits_of`, and what it raises). Plots need matplotlib; without
     it a line on stderr says so.
     """
-    result = bits_of(subject, options)
+    result = bits_of(context, options)
     curve = rate_distortion(result)
     rows = table(curve)
     pictures: list[str] = []
-    if subject.place.first:
-        write_text(subject.out / _TABLE, _csv(curve))
-        pictures = _draw(subject, curve, result.num_images)
+    if context.place.first:
+        write_text(context.out / _TABLE, _csv(curve))
+        pictures = _draw(context, curve, result.num_images)
     return {
         "rate": or_none(float(curve.rate[-1])),
         "rmse": or_none(float(curve.rmse[-1])),
@@ -106,21 +108,34 @@ def _csv(curve: RateDistortion) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw(subject: Subject, curve: RateDistortion, num_images: int) -> list[str]:
+def _draw(context: EvaluationContext, curve: RateDistortion, num_images: int) -> list[str]:
     try:
-        from . import plots
-
-        names = ("distortion.png", "rate.png", "rate-distortion.png")
-        caption = (
-            f"{subject.model.preset.name}, {num_images:,} images of {subject.dataset.name}, "
-            f"{datetime.date.today().isoformat()}"
-        )
-        paper = PAPER_TABLE if len(curve.steps) == 1000 else {}
-        for name, draw in zip(names, (plots.distortion, plots.rate, plots.rate_against_distortion), strict=True):
-            draw(curve, paper, caption, subject.out / name)
+        from fastddpm.training.plots import panel, save_figure
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         print(f"no plots: they need matplotlib, pip install 'fastddpm[report]'; {_TABLE} is written", file=sys.stderr)
         return []
-    return list(names)
+    caption = (
+        f"{context.model.preset.name}, {num_images:,} images of {context.dataset.name}, "
+        f"{datetime.date.today().isoformat()}"
+    )
+    paper = PAPER_TABLE if len(curve.steps) == 1000 else {}
+    steps: _Axis = ("reverse steps", curve.steps, list(paper))
+    rate: _Axis = ("rate (bits/dim)", curve.rate, [rate for rate, _ in paper.values()])
+    distortion: _Axis = (
+        "distortion (root mean squared error, levels of 255)", curve.rmse, [rmse for _, rmse in paper.values()]
+    )  # fmt: skip
+    panels = {
+        "distortion.png": (steps, distortion),
+        "rate.png": (steps, rate),
+        "rate-distortion.png": (rate, distortion),
+    }
+    for name, ((x_text, x, paper_x), (y_text, y, paper_y)) in panels.items():
+        figure, axes = panel(x_text, y_text, caption, dots_per_inch=150)
+        axes.plot(x, y, label="measured")
+        if paper:
+            axes.plot(paper_x, paper_y, "x", color="tab:red", label=f"paper, {PAPER_SET}")
+        axes.legend()
+        save_figure(figure, context.out / name)
+    return list(panels)

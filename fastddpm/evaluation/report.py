@@ -11,9 +11,9 @@ import torch
 
 from fastddpm import __version__
 from fastddpm.errors import DataError, UsageError
-from fastddpm.files import write_json
+from fastddpm.storage.files import write_json
 
-from .subject import Subject
+from .context import EvaluationContext
 
 FILE = "metrics.json"
 _VERSION = 1
@@ -38,10 +38,10 @@ class Report:
     `UsageError` where the directory holds figures of other weights, and `DataError` for a file that cannot be read.
     """
 
-    def __init__(self, subject: Subject, checkpoint: Path) -> None:
-        self._path = subject.out / FILE
-        self._preset = subject.model.preset.name
-        network = subject.sampler.settings()["network"]
+    def __init__(self, context: EvaluationContext, checkpoint: Path) -> None:
+        self._path = context.out / FILE
+        self._preset = context.model.preset.name
+        network = context.sampler.settings()["network"]
         self._document: dict[str, Any] = {
             "version": _VERSION,
             "checkpoint": {"path": str(checkpoint), "preset": self._preset, "network": network},

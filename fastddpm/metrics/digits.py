@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastddpm import manifest
 from fastddpm.data import Dataset, open_dataset
 from fastddpm.data.cache import default_directory
 from fastddpm.errors import DataError, UsageError
-from fastddpm.threads import one_thread
-from fastddpm.untrusted import parse_tensors
+from fastddpm.runtime.device import one_thread
+from fastddpm.storage import manifest
+from fastddpm.storage.tensors import parse_tensors
 
 from .features import Pretrained
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.errors import DataError, UsageError
-from fastddpm.untrusted import parse_tensors
+from fastddpm.storage.tensors import parse_tensors
 
 from . import digits, efficientnet, inception
 from .features import Pretrained

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from types import ModuleType
 
-from ..errors import UsageError
+from fastddpm.errors import UsageError
 
 OPERATIONS = ("group_norm_silu", "attention", "conv3x3", "conv3x3_fp8", "q_sample", "reverse_step", "random_normal")
 # ROCm devices are called cuda too; sdpa is the library's attention, behind the shapes that our kernel takes.

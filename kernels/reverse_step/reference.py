@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..philox import STREAM_REVERSE
 from ..philox.eager import normals
-from . import FIXED, LEARNED
+from . import FIXED, LEARNED, StepTable
 
 
 def forward(
@@ -29,24 +29,24 @@ def forward(
     step is `timesteps[index]`. `clip` <= 0 means no clipping.
     """
     # index_select with a device tensor reads no value back to the host, unlike table[index].
-    row = table.index_select(0, index.reshape(1))[0]
+    row = StepTable(*table.index_select(0, index.reshape(1))[0])
     prediction = out[:, : x.shape[1]].to(torch.float32)
-    x0_hat = row[0] * x + row[1] * prediction
+    x0_hat = row.x0_from_x * x + row.x0_from_out * prediction
     if clip > 0:
         x0_hat = x0_hat.clamp(-clip, clip)
-    mean = row[2] * x0_hat + row[3] * x + row[4] * prediction
+    mean = row.mean_from_x0 * x0_hat + row.mean_from_x * x + row.mean_from_out * prediction
 
     if noise is None:
         step = timesteps.index_select(0, index.reshape(1))
         noise = normals(math.prod(x.shape[1:]), images, seed, step, STREAM_REVERSE).reshape(x.shape)
-    sigma = row[5]
+    sigma = row.sigma
     if variance != FIXED:
         log_var = out[:, x.shape[1] :].to(torch.float32)
         if variance != LEARNED:
-            log_var = row[6] + (row[7] - row[6]) * (log_var + 1.0) / 2.0
+            log_var = row.log_var_low + (row.log_var_high - row.log_var_low) * (log_var + 1.0) / 2.0
         # sigma is 1 or 0 here: it switches the noise off on the last step.
         sigma = sigma * torch.exp(0.5 * log_var)
     # On the last step sigma is 0 and the result must be the mean itself, whatever the noise is.
-    x.copy_(torch.where(row[5] > 0, mean + sigma * noise, mean))
+    x.copy_(torch.where(row.sigma > 0, mean + sigma * noise, mean))
     if x0 is not None:
         x0.copy_(x0_hat)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import guarded
-from triton_ladder import forget_choices, triton_modules
+from helpers.guarded import guarded
+from helpers.triton_ladder import forget_choices, triton_modules
 
 from fastddpm.kernels import native
 from fastddpm.ops import backend, use_backend

@@ -1,12 +1,11 @@
 """The library's attention behind ours: on the CPU, whose operator has the interface of those for GPUs."""
 
-import contract
 import numpy as np
-import oracle
 import pytest
 import torch
-from test_attention import expected_gradients, inputs, low_precision
-from triton_ladder import forget_choices
+from helpers import contract, oracle
+from helpers.attention_cases import expected_gradients, inputs, low_precision
+from helpers.triton_ladder import forget_choices
 
 from fastddpm.kernels.attention import sdpa
 from fastddpm.ops import attention, backend

@@ -1,8 +1,8 @@
 """What torch.autocast does to the operations: activations in its dtype, parameters and statistics as they are."""
 
-import contract
 import pytest
 import torch
+from helpers import contract
 from torch import Tensor
 
 from fastddpm.ops import attention, group_norm_silu

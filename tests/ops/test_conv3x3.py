@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import contract
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import contract
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import contract
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import contract
 from torch import Tensor
 
 from fastddpm.ops import conv3x3_fp8

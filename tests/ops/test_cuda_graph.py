@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-import contract
 import pytest
 import torch
+from helpers import contract
 from torch import Tensor
 
 from fastddpm.kernels.reverse_step import COLUMNS

@@ -1,10 +1,9 @@
 """group_norm_silu's dropout: which elements it keeps, how often, and what that depends on."""
 
-import contract
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import contract, oracle
 from torch import Tensor
 
 from fastddpm.ops import group_norm_silu

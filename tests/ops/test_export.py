@@ -4,9 +4,9 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import contract
 import pytest
 import torch
+from helpers import contract
 from torch import Tensor
 
 from fastddpm.kernels.reverse_step import COLUMNS

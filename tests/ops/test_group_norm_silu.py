@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import contract
 import numpy as np
-import oracle
 import pytest
 import torch
-from group_norm_silu_cases import (
+from helpers import contract, oracle
+from helpers.group_norm_silu_cases import (
     CASES,
     Case,
     expected_gradients,

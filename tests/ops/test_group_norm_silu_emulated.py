@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-import contract
-import group_norm_silu_cases
 import numpy as np
 import pytest
 import torch
-from emulated_cuda import CHIPS, ORDERS, PATHS, emulated_library, key, launches, on_path
+from helpers import contract, group_norm_silu_cases
+from helpers.emulated_cuda import CHIPS, ORDERS, PATHS, emulated_library, key, launches, on_path
 from torch import Tensor
 
 from fastddpm.kernels.group_norm_silu import cuda, reference

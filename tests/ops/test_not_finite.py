@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from group_norm_silu_cases import Case
+from helpers.group_norm_silu_cases import Case
 from torch import Tensor
 
 from fastddpm.ops import attention, group_norm_silu

@@ -1,10 +1,9 @@
 """q_sample: equation 4 from uint8 or floats, with its own noise or a given one."""
 
-import contract
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import contract, oracle
 
 from fastddpm.ops import q_sample, random_normal
 

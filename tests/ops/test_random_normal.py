@@ -1,10 +1,9 @@
 """random_normal: the normals of a counter, and nothing else."""
 
-import contract
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import contract, oracle
 
 from fastddpm.ops import random_normal
 

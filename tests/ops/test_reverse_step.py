@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import contract
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import contract, oracle
+from helpers.chains import coefficient_table
 from torch import Tensor
 
 from fastddpm.config import DiffusionConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.ops import reverse_step
-from fastddpm.sampler import coefficient_table
 
 STREAM_REVERSE = 1
 SHAPE = (2, 3, 4, 4)

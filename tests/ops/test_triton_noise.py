@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import contract
 import numpy as np
 import pytest
 import torch
+from helpers import contract
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

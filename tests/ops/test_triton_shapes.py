@@ -1,11 +1,13 @@
 """The Triton kernels at shapes that nobody chose, each way that an image can be taken apart."""
 
-import contract
 import numpy as np
-import oracle
 import pytest
 import torch
-from group_norm_silu_cases import (
+from helpers import contract, oracle
+from helpers.attention_cases import expected_gradients as attention_gradients
+from helpers.attention_cases import inputs as attention_inputs
+from helpers.attention_cases import low_precision as plain_attention
+from helpers.group_norm_silu_cases import (
     CASES,
     Case,
     expected_gradients,
@@ -16,9 +18,6 @@ from group_norm_silu_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_attention import expected_gradients as attention_gradients
-from test_attention import inputs as attention_inputs
-from test_attention import low_precision as plain_attention
 
 from fastddpm.ops import attention
 

@@ -1,0 +1,1 @@
+"""The pack: encoded images in one file, decoded while training."""

@@ -1,0 +1,160 @@
+"""A collection of encoded images into a pack (`pack.py` tells the format): every one of them decoded once, to know."""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import __version__ as pillow_version
+
+from fastddpm.data.dataset import Checksum, checksum
+from fastddpm.data.image import Rule, as_planes, fitted, open_picture
+from fastddpm.data.ingest import Labels, Problems, Report, each, settle
+from fastddpm.data.readers.collection import Collection, Item
+from fastddpm.errors import StorageError
+
+from .format import INDEX, MAGIC, TRAILER, VERSION, Pack, PackedImages, Store, decoding, open_pack
+
+
+def write_pack(
+    collection: Collection,
+    path: Path,
+    rule: Rule,
+    *,
+    store: Store = "fitted",
+    skip_bad: bool = False,
+    report: Report,
+) -> Pack:
+    """Pack the collection into the file `path`, which appears when it is whole, and open it.
+
+    store "fitted": an image that has the rule's size keeps its bytes, unless they are more than its pixels; any other
+    is fitted and stored as PNG, without loss. store "original": every image keeps its bytes. A bad image raises
+    DataError with the list of all, or is left out with `skip_bad`; a file that cannot be written raises StorageError.
+    Memory, beside what lists the collection: 16 images for each processor, encoded and decoded, and about 60 bytes for
+    each image packed.
+    """
+    labels = Labels(collection.name)
+    problems = Problems(collection, path.with_name(f"{path.name}.problems.txt"), report)
+    pixels = Checksum((collection.count, *rule.shape))
+    work = functools.partial(_record, rule=rule, store=store)
+    with _Writer(path) as writer:
+        for _, item, (data, planes) in each(collection, work, problems, title="packing"):
+            writer.append(data)
+            labels.append(item.label)
+            pixels.add(planes)
+        settle(problems, len(labels), skip_bad=skip_bad, report=report)
+        classes = labels.array()
+        if len(labels) == collection.count:
+            value = pixels.result(classes)
+        else:  # a checksum starts with the number of images, which is known only now
+            value = checksum(writer.images(decoding(rule, store)), classes)
+        writer.close(
+            classes,
+            {
+                "source": collection.name,
+                "rule": asdict(rule),
+                "store": store,
+                "left_out": problems.count,
+                "checksum": value,
+                "decoder": f"pillow {pillow_version}",
+            },
+        )
+        writer.publish()
+    return open_pack(path)
+
+
+def _record(item: Item, rule: Rule, store: Store) -> tuple[bytes, np.ndarray]:
+    """What is stored of an image, and its pixels uint8 (C, S, S)."""
+    data = item.read()
+    picture = open_picture(data)
+    image = fitted(picture, rule)
+    planes = as_planes(image, rule)
+    if store == "original" or (picture.image.size == image.size and len(data) <= planes.nbytes):
+        return data, planes
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue(), planes
+
+
+class _Writer:
+    """Writes a pack beside `path`, and gives it that name when it is whole. Raises StorageError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._index = bytearray()
+        self._digest = hashlib.sha256()
+        self._at = 0
+
+    def __enter__(self) -> "_Writer":
+        with _storing(self._path):
+            self._file = self.temporary.open("wb")
+            self._write(MAGIC)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        with suppress(OSError):  # of a full disk, which was told already
+            self._file.close()
+        with suppress(OSError):
+            self.temporary.unlink(missing_ok=True)
+
+    def append(self, data: bytes) -> None:
+        """Add an encoded image."""
+        self._index += struct.pack("<QII", self._at, len(data), zlib.crc32(data))
+        with _storing(self._path):
+            self._write(data)
+
+    def images(self, rule: Rule) -> PackedImages:
+        """What was added, to be read back."""
+        with _storing(self._path):
+            self._file.flush()
+        return PackedImages(self.temporary, np.frombuffer(bytes(self._index), INDEX), rule)
+
+    def close(self, labels: np.ndarray | None, description: dict[str, Any]) -> None:
+        """Write index, description and trailer; the file is whole, but for its name."""
+        index = bytes(self._index) + (b"" if labels is None else labels.astype("<i8").tobytes())
+        said = {
+            "version": VERSION,
+            **description,
+            "count": len(self._index) // INDEX.itemsize,
+            "labels": labels is not None,
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+        }
+        text = json.dumps(said, indent=1).encode()
+        with _storing(self._path):
+            self._write(index)
+            start = self._at
+            self._write(text)
+            ends = start, len(text), hashlib.sha256(text).digest(), self._digest.digest(), MAGIC
+            self._file.write(TRAILER.pack(*ends))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def publish(self) -> None:
+        """Give the file its name."""
+        with _storing(self._path):
+            os.replace(self.temporary, self._path)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._at += len(data)
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """OSError inside the block becomes a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""One reader for each kind of source: folders, archives, databases, data sets as distributed."""

@@ -1,0 +1,234 @@
+"""The paper's pictures as files: each draws the arrays by its library call and lays them out.
+
+A picture is a PNG, with a GIF where it is a process in time, and the arrays beside it as .npz. Numbers above columns
+and beside rows are steps of the forward process, the paper's t: 0 is an image, T noise.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastddpm.evaluation.context import EvaluationContext
+from fastddpm.evaluation.options import PictureOptions
+from fastddpm.runtime.progress import Meter
+from fastddpm.sampling.generate import Progress, draw, evaluations, evenly, step_at
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage.files import save_arrays
+
+from .chains import (
+    Interpolation,
+    Strip,
+    class_grid,
+    classes_of,
+    forward_strip,
+    interpolate,
+    pairs,
+    picked,
+    progressive,
+    reverse_strip,
+    shared_latents,
+)
+from .layout import Block, levels, save_blocks, save_frames
+from .neighbours import Features, nearest_features, nearest_pixels
+
+# Where chains are stopped, or images mixed: parts of T, those of the paper's figures.
+_DEPTHS = {
+    "shared-latent": (1, 0.75, 0.5, 0.25),
+    "interpolation": (0.5,),
+    "interpolation-depths": (1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0),
+}
+
+
+def draw_progressive(context: EvaluationContext, options: PictureOptions) -> list[Path]:
+    """Figure 6: a row an image, its x_0 predictions from the first step to the last."""
+    shown, frames = (evenly(count, context.sampler.steps - 1) for count in (options.columns, options.frames))
+    steps = sorted({*shown, *frames})
+    with _progress("progressive", context, options) as progress:
+        found = progressive(context.sampler, options.seeds, steps=steps, batch=context.batch, progress=progress)
+    columns = [steps.index(step) for step in shown]
+    texts = [f"t={depth}" for depth in found.depths[columns]]
+    return [
+        save_blocks([Block(found.x0[:, columns], texts)], context.out / "progressive.png"),
+        save_frames([found.x0[:, steps.index(step)] for step in frames], context.out / "progressive.gif"),
+        _save(context, "progressive", x0=found.x0, depths=found.depths, seeds=np.array(options.seeds)),
+    ]
+
+
+def draw_shared_latents(context: EvaluationContext, options: PictureOptions) -> list[Path]:
+    """Figure 7: a row a chain; for each depth x_t and, right of it, images drawn from it."""
+    depths = _depths("shared-latent", context.sampler, options)
+    with _progress("shared-latent", context, options) as progress:
+        found = shared_latents(
+            context.sampler, options.seeds, depths, options.continuations, batch=context.batch, progress=progress
+        )
+    cells = np.concatenate([levels(found.latents)[:, :, None], found.images], axis=2)
+    texts = [""] * options.continuations
+    blocks = [Block(cells[:, i], [f"t={depth}", *texts]) for i, depth in enumerate(found.depths)]
+    arrays = {"latents": found.latents, "images": found.images, "depths": found.depths}
+    return [
+        save_blocks(blocks, context.out / "shared-latent.png"),
+        _save(context, "shared-latent", **arrays, seeds=np.array(options.seeds)),
+    ]
+
+
+def draw_interpolation(context: EvaluationContext, options: PictureOptions) -> list[Path]:
+    """Figure 8: a row a pair of images, which stand at the borders, mixed at one depth."""
+    images, found, arrays = _interpolated("interpolation", context, options, options.rows)
+    blocks = _between(images[:, :1], found.images[:, 0], images[:, 1:], found.lambdas)
+    return [save_blocks(blocks, context.out / "interpolation.png"), _save(context, "interpolation", **arrays)]
+
+
+def draw_interpolation_depths(context: EvaluationContext, options: PictureOptions) -> list[Path]:
+    """Figure 9: one pair of images, a row a depth, from coarse to fine."""
+    images, found, arrays = _interpolated("interpolation-depths", context, options, 1)
+    first, second = (np.repeat(images[:, i : i + 1], len(found.depths), axis=0) for i in (0, 1))
+    blocks = _between(first, found.images[0], second, found.lambdas)
+    rows = [f"t={depth}" for depth in found.depths]
+    return [
+        save_blocks(blocks, context.out / "interpolation-depths.png", rows),
+        _save(context, "interpolation-depths", **arrays),
+    ]
+
+
+def draw_neighbours(context: EvaluationContext, options: PictureOptions) -> list[Path]:
+    """The appendix: a row a sample, at the left, and the images nearest to it by pixels; another by features."""
+    features = None if options.features is None else _features(options.features, context)
+    with _progress("neighbours", context, options) as progress:
+        samples = draw(context.sampler, options.seeds, batch=context.batch, progress=progress)
+    images, k = context.dataset.images, options.neighbours
+    found = {"neighbours": nearest_pixels(samples, images, k, crop=options.crop)}
+    if features is not None:
+        found["neighbours-features"] = nearest_features(samples, images, k, features, batch=context.batch)
+    paths = []
+    for name, nearest in found.items():
+        shown = images[nearest.indices.reshape(-1)].reshape(len(samples), k, *samples.shape[1:])
+        blocks = [Block(samples[:, None], ["drawn"]), Block(shown, [f"{i + 1}." for i in range(k)])]
+        paths.append(save_blocks(blocks, context.out / f"{name}.png"))
+        paths.append(_save(context, name, samples=samples, **vars(nearest), seeds=np.array(options.seeds)))
+    return paths
+
+
+def draw_strips(context: EvaluationContext, options: PictureOptions) -> list[Path]:
+    """Images of the data set by q from x_0 to x_T, samples by p from x_T to x_0; the animation shows both in turn."""
+    sampler = context.sampler
+    shown, frames = (evenly(count, sampler.steps) for count in (options.columns, options.frames))
+    steps = sorted({*shown, *frames})
+    indices = picked(context.dataset, options.rows)
+    forward = forward_strip(sampler, context.dataset.images[indices], steps, options.seeds)
+    with _progress("strips", context, options) as progress:
+        reverse = reverse_strip(sampler, options.seeds, steps, batch=context.batch, progress=progress)
+    columns, moments = ([steps.index(step) for step in chosen] for chosen in (shown, frames))
+    animated = [levels(strip.x[:, i]) for strip, order in ((forward, moments[::-1]), (reverse, moments)) for i in order]
+    arrays = {"forward": forward.x, "reverse": reverse.x, "depths": reverse.depths, "sources": indices}
+    return [
+        _save_strip(forward, columns[::-1], context.out / "strips-forward.png"),
+        _save_strip(reverse, columns, context.out / "strips-reverse.png"),
+        save_frames(animated, context.out / "strips.gif"),
+        _save(context, "strips", **arrays, seeds=np.array(options.seeds)),
+    ]
+
+
+def draw_classes(context: EvaluationContext, options: PictureOptions) -> list[Path]:
+    """A row a class, a column a seed, a block a scale of guidance."""
+    scales, seeds = _scales(context.sampler, options), options.column_seeds
+    with _progress("classes", context, options) as progress:
+        found = class_grid(context.sampler, seeds, scales, batch=context.batch, progress=progress)
+    texts = [""] * (len(seeds) - 1)
+    blocks = [Block(cells, [f"guidance {scale:g}", *texts]) for scale, cells in zip(scales, found, strict=True)]
+    rows = [str(label) for label in range(found.shape[1])]
+    return [
+        save_blocks(blocks, context.out / "classes.png", rows),
+        _save(context, "classes", images=found, scales=np.array(scales), seeds=np.array(seeds)),
+    ]
+
+
+PICTURES: dict[str, Callable[[EvaluationContext, PictureOptions], list[Path]]] = {
+    "progressive": draw_progressive,
+    "shared-latent": draw_shared_latents,
+    "interpolation": draw_interpolation,
+    "interpolation-depths": draw_interpolation_depths,
+    "neighbours": draw_neighbours,
+    "strips": draw_strips,
+    "classes": draw_classes,
+}
+"""Each writes its files into `context.out` and returns their paths; of several processes one calls it."""
+
+
+def picture_cost(name: str, context: EvaluationContext, options: PictureOptions) -> int:
+    """How often picture `name` evaluates the network for one image; `UsageError` where it cannot be drawn."""
+    sampler, rows = context.sampler, options.rows
+    if name == "classes":
+        images = classes_of(sampler) * len(options.column_seeds)
+        return sum(images * sampler.steps * (1 if scale == 1 else 2) for scale in _scales(sampler, options))
+    if name not in _DEPTHS:
+        return evaluations(sampler, rows, sampler.steps)
+    starts = [step_at(sampler, depth) for depth in _depths(name, sampler, options) if depth]
+    behind = sum(sampler.steps - start for start in starts)
+    if name == "shared-latent":
+        return evaluations(sampler, rows, max(starts, default=0) + options.continuations * behind)
+    return evaluations(sampler, (rows if name == "interpolation" else 1) * options.lambdas, behind)
+
+
+def _depths(name: str, sampler: Sampler, options: PictureOptions) -> list[int]:
+    depths = options.depths or [round(part * sampler.diffusion.timesteps) for part in _DEPTHS[name]]
+    return list(depths[:1] if name == "interpolation" else depths)
+
+
+def _scales(sampler: Sampler, options: PictureOptions) -> list[float]:
+    """Those asked for, as far as the network knows guidance."""
+    return [1.0] if sampler.unet.null_label is None else list(options.scales)
+
+
+def _interpolated(
+    name: str, context: EvaluationContext, options: PictureOptions, count: int
+) -> tuple[np.ndarray, Interpolation, dict[str, np.ndarray]]:
+    """The pairs, uint8 (count, 2, C, H, W), what lies between them, and the arrays of it."""
+    indices, labels = pairs(context.dataset, count, context.sampler)
+    images = context.dataset.images[indices.reshape(-1)].reshape(count, 2, *context.dataset.images.shape[1:])
+    lambdas = np.linspace(0, 1, options.lambdas).tolist()
+    with _progress(name, context, options) as progress:
+        found = interpolate(
+            context.sampler, images, _depths(name, context.sampler, options), lambdas, options.seeds[:count], labels,
+            one_noise=options.one_noise, batch=context.batch, progress=progress,
+        )  # fmt: skip
+    return images, found, {**vars(found), "sources": indices}
+
+
+def _between(first: np.ndarray, found: np.ndarray, second: np.ndarray, lambdas: np.ndarray) -> list[Block]:
+    texts = [f"{value:.2g}" for value in lambdas]
+    return [Block(first, ["first"]), Block(found, texts), Block(second, ["second"])]
+
+
+def _features(name: str, context: EvaluationContext) -> Features:
+    """The features of a network, as arrays."""
+    from fastddpm.metrics.networks import open_network
+
+    network = open_network(name, image_size=context.dataset.images.shape[-1], device=context.device)
+
+    def features(images: np.ndarray) -> np.ndarray:
+        return network(torch.from_numpy(np.ascontiguousarray(images)).to(context.device)).features.cpu().numpy()
+
+    return features
+
+
+def _save_strip(strip: Strip, columns: Sequence[int], path: Path) -> Path:
+    return save_blocks([Block(levels(strip.x[:, columns]), [f"t={strip.depths[i]}" for i in columns])], path)
+
+
+def _save(context: EvaluationContext, name: str, **arrays: np.ndarray) -> Path:
+    path = context.out / f"{name}.npz"
+    save_arrays(arrays, path)
+    return path
+
+
+@contextmanager
+def _progress(name: str, context: EvaluationContext, options: PictureOptions) -> Iterator[Progress]:
+    with Meter(name, picture_cost(name, context, options), "evaluations") as meter:
+
+        def more(evaluations: int) -> None:
+            meter.update(meter.done + evaluations)
+
+        yield more

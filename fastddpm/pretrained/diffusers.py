@@ -1,0 +1,237 @@
+"""diffusers' `DDPMPipeline` directories, read and written without diffusers.
+
+    model_index.json                                 optional when reading
+    unet/config.json                                 or config.json at the root
+    unet/diffusion_pytorch_model.safetensors         or at the root
+    scheduler/scheduler_config.json                  or scheduler_config.json at the root
+    fastddpm.json                                    ours: training, sampling and label settings that diffusers lacks
+
+Nothing that a file names is imported. diffusers' choice of timesteps for short chains (`timestep_spacing`) is not
+taken over: `fastddpm.Sampler` spreads its own, or takes them one by one.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastddpm.config import Preset, SampleConfig, TrainConfig
+from fastddpm.diffusion import Diffusion
+from fastddpm.errors import DataError, StorageError, UsageError
+from fastddpm.storage.documents import from_dict, parse_json, to_dict
+from fastddpm.storage.tensors import parse_tensors
+from fastddpm.unet import UNet
+
+from .diffusers_config import VERSION, check_agreement, read_scheduler, read_unet, write_scheduler, write_unet
+from .model import Model
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OUR_FILE = "fastddpm.json"
+_MAX_CONFIG_BYTES = 2**20
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Ours to theirs, applied from the left to a parameter's name.
+_RENAMES = [
+    (r"^time([12])\.", r"time_embedding.linear_\1."),
+    (r"^label\.", "class_embedding."),
+    (r"^norm_out\.", "conv_norm_out."),
+    (r"^mid\.block1\.", "mid_block.resnets.0."),
+    (r"^mid\.block2\.", "mid_block.resnets.1."),
+    (r"^mid\.attention\.", "mid_block.attentions.0."),
+    (r"^down\.(\d+)\.resample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"^up\.(\d+)\.resample\.", r"up_blocks.\1.upsamplers.0."),
+    (r"^(down|up)\.(\d+)\.blocks\.", r"\1_blocks.\2.resnets."),
+    (r"^(down|up)\.(\d+)\.attentions\.", r"\1_blocks.\2.attentions."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj\.", r"\1.to_out.0."),
+    (r"\.temb_proj\.", ".time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+]
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """The model of a pipeline directory, float32, in evaluation mode.
+
+    Weights may be float32, float16 or bfloat16, with the old attention names or the new. Raises UsageError when
+    there is no such directory, DataError when a file is missing, damaged, or describes what ours cannot represent.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UsageError(f"no diffusers directory at {root}")
+    _check_index(root)
+    unet_file = _find(root, "unet", "config.json")
+    scheduler_file = _find(root, "scheduler", "scheduler_config.json")
+    unet_config = read_unet(_read_json(unet_file), str(unet_file))
+    diffusion_config = read_scheduler(_read_json(scheduler_file), str(scheduler_file))
+    if unet_config.learned_variance != diffusion_config.learned_variance:
+        raise DataError(
+            f"{unet_file} has {'twice' if unet_config.learned_variance else 'just'} the image's channels as output, "
+            f"which does not go with variance_type {diffusion_config.variance} in {scheduler_file}"
+        )
+    preset = Preset("diffusers", unet_config, diffusion_config, TrainConfig(), SampleConfig())
+    if (root / OUR_FILE).exists():
+        ours = _read_json(root / OUR_FILE)
+        preset = from_dict(Preset, ours.get("preset") if isinstance(ours, dict) else None, str(root / OUR_FILE))
+        check_agreement(preset, unet_config, diffusion_config, str(root / OUR_FILE))
+
+    with torch.device("meta"):
+        unet = UNet(preset.unet)
+    unet.load_state_dict(_read_weights(root, unet), assign=True)
+    return Model(unet.channels_last().eval(), Diffusion(preset.diffusion), preset)
+
+
+def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write `model` as a `DDPMPipeline` directory, whole or not at all.
+
+    Raises UsageError when diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
+    learned), or when `path` holds something, unless that is a pipeline and `overwrite` is true; StorageError when it
+    cannot be written.
+    """
+    target = Path(path)
+    documents = {
+        "model_index.json": {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": VERSION,
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
+        "unet/config.json": write_unet(model.preset.unet),
+        "scheduler/scheduler_config.json": write_scheduler(model.preset.diffusion),
+        OUR_FILE: {"format": 1, "preset": to_dict(model.preset)},
+    }
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not overwrite:
+            raise UsageError(f"{target} exists and is not empty; choose another path or overwrite=True")
+        if not (target / "model_index.json").exists():
+            raise UsageError(f"{target} is no pipeline, and only one is overwritten; choose another path")
+    try:
+        _write_whole(model, documents, target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _write_whole(model: Model, documents: dict[str, Any], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for name, document in documents.items():
+            _write(temporary / name, (json.dumps(document, indent=2) + "\n").encode())
+        tensors = {
+            their_name(name): tensor.detach().to("cpu", torch.float32).contiguous()
+            for name, tensor in model.unet.state_dict().items()
+        }
+        _write(temporary / "unet" / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        temporary.chmod(0o755)
+        _put(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(directory: Path, target: Path) -> None:
+    """Give `directory` the name `target`; what had it before is removed afterwards, and comes back where that fails."""
+    if not target.is_dir():
+        os.rename(directory, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        os.rename(target, aside / "old")
+        try:
+            os.rename(directory, target)
+        except OSError:
+            os.rename(aside / "old", target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def their_name(name: str) -> str:
+    """diffusers' name of one of our parameters."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _check_index(root: Path) -> None:
+    index = root / "model_index.json"
+    if not index.exists():
+        return
+    data = _read_json(index)
+    name = data.get("_class_name") if isinstance(data, dict) else None
+    if name != "DDPMPipeline":
+        raise DataError(f"{index}: _class_name must be DDPMPipeline; got {name!r}")
+    for part, expected in (("unet", "UNet2DModel"), ("scheduler", "DDPMScheduler")):
+        if not isinstance(data.get(part), list) or data[part][-1:] != [expected]:
+            raise DataError(f"{index}: {part} must be {expected}; got {data.get(part)!r}")
+
+
+def _find(root: Path, folder: str, name: str) -> Path:
+    for path in (root / folder / name, root / name):
+        if path.is_file():
+            return path
+    raise DataError(f"{root} lacks {folder}/{name}, and {name} beside it")
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise DataError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most {_MAX_CONFIG_BYTES:,}")
+    return parse_json(path.read_bytes(), path)
+
+
+def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
+    """Our names to float32 tensors of the shapes that `unet` (on the meta device) has."""
+    for folder in (root / "unet", root):
+        if (folder / WEIGHTS).is_file():
+            path = folder / WEIGHTS
+            break
+    else:
+        pickled = [p for p in (*root.glob("*.bin"), *root.glob("unet/*.bin"), *root.glob("*.ckpt")) if p.is_file()]
+        if pickled:
+            raise DataError(
+                f"{pickled[0]} is a pickle, which can run code, and is not read; load it with diffusers where it is "
+                f"trusted and save_pretrained(..., safe_serialization=True)"
+            )
+        raise DataError(f"{root} lacks unet/{WEIGHTS}, and {WEIGHTS} beside it")
+    shapes = {name: tuple(parameter.shape) for name, parameter in unet.state_dict().items()}
+    expected_bytes = sum(4 * parameter.numel() for parameter in unet.state_dict().values())
+    if path.stat().st_size > 2 * expected_bytes + 2**20:
+        raise DataError(f"{path}: {path.stat().st_size:,} bytes; the network it should fill has {expected_bytes:,}")
+    theirs = {_new_attention_name(name): tensor for name, tensor in parse_tensors(path.read_bytes(), path).items()}
+    names = {name: their_name(name) for name in shapes}
+    problems = [f"{theirs_name} is missing" for theirs_name in names.values() if theirs_name not in theirs]
+    problems += [f"{name} belongs to no layer" for name in theirs if name not in set(names.values())]
+    weights = {}
+    for name, theirs_name in names.items():
+        if theirs_name not in theirs:
+            continue
+        tensor = theirs[theirs_name]
+        if tensor.ndim == 4 and len(shapes[name]) == 2 and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]  # old attention projections were 1x1 convolutions
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype not in _FLOATS:
+            problems.append(f"{theirs_name} is {tensor.dtype} {tuple(tensor.shape)}, expected {shapes[name]}")
+        weights[name] = tensor.to(torch.float32)
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise DataError(f"{path} does not fit its configuration: {'; '.join(problems[:5])}{more}")
+    return weights
+
+
+def _new_attention_name(name: str) -> str:
+    match = re.fullmatch(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
+    return f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}" if match else name
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

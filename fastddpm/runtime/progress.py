@@ -1,0 +1,86 @@
+"""What a run tells: a line of JSON for each logged step, and progress for whoever watches."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Bar(Progress):
+    """Progress bars, each with its note on a line below."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Bars and notes; rich calls this."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+class Meter:
+    """Progress of a known amount of work: a bar on a terminal; elsewhere a line every few seconds.
+
+    `seconds_between_lines` None: elsewhere a line with each new note.
+    """
+
+    def __init__(
+        self, title: str, total: int, unit: str, *, done: int = 0, seconds_between_lines: float | None = 10.0
+    ) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._pause = seconds_between_lines
+        self._start, self._first = time.monotonic(), done
+        self._last_line = self._start
+        self._note = ""
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = _Bar(
+                TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(), TextColumn("left"), console=console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> "Meter":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the meter began."""
+        return (self.done - self._first) / max(1e-9, time.monotonic() - self._start)
+
+    def update(self, done: int, note: str | Callable[[float], str] | None = None) -> None:
+        """Show that `done` units are finished, with a short note that stays until the next, or is made of the rate."""
+        self.done = done
+        noted = note is not None
+        self._note = note = self._note if note is None else note(self.rate) if callable(note) else note
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        due = noted if self._pause is None else now - self._last_line >= self._pause
+        if due or done == self.total:
+            self._last_line = now
+            left = (self.total - done) / max(1e-9, self.rate)
+            parts = [f"{self.title} {done}/{self.total} {self.unit}", note, f"{duration(left)} left"]
+            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 12 min 05 s or 3 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

@@ -1,0 +1,311 @@
+"""The U-Net on the compiled library of a CPU.
+
+A plan for one batch size is a list of calls of the compiled library over buffers that are allocated once. Every
+residual block is four to five calls: GroupNorm's statistics, then a convolution that applies GroupNorm and SiLU to its
+input as it reads it, and adds bias, time embedding and residual as it writes. Skips are read where they lie, doubling
+is an index, and the projections of the time embedding are computed for all timesteps at once.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.kernels import interface, native
+from fastddpm.kernels.conv3x3 import algorithm_for
+from fastddpm.runtime.device import one_thread
+from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBlock, UNet, weight_versions
+
+
+class PreparedUNet:
+    """`PreparedUNet(unet, timesteps)(x_t, t, label)`: `unet` in evaluation mode, within float32 rounding.
+
+    `x_t`: float32 (N, C, H, W), any strides. `t`: int64 (N,), fastest for values in `timesteps`. `label` as the network
+    takes it. Returns float32 (N, C or 2C, H, W). An image's result has the same bits whatever the rest of the batch
+    and the number of threads are. The weights of convolutions and linear layers are copied into the order in which they
+    are read; `stale` says when the network's have changed since. Raises RuntimeError without the compiled library.
+    """
+
+    def __init__(self, unet: UNet, timesteps: Sequence[int] = ()) -> None:
+        native.library()
+        self.unet = unet
+        self._versions = weight_versions(unet)
+        self._blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
+        with torch.no_grad():
+            self._rows = {} if unet.label is not None or not len(timesteps) else self._rows_of(timesteps)
+        self._layers: dict[int, _Layer] = {}
+        self._plan: _Plan | None = None
+        self._lock = threading.Lock()  # a plan's buffers serve one call at a time
+
+    def stale(self) -> bool:
+        """Whether the network's weights have been changed or replaced since this was made."""
+        return weight_versions(self.unet) != self._versions
+
+    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        self.unet.check(x_t, t, label)
+        if not len(x_t):
+            return x_t.new_empty(0, self.unet.conv_out.out_channels, *x_t.shape[2:])
+        with self._lock, torch.no_grad():
+            key = (len(x_t), torch.get_num_threads())
+            if self._plan is None or self._plan.key != key:
+                self._plan = None  # its memory first
+                self._plan = _Plan(self.unet, self._blocks, self._layers, key)
+            x = x_t.to(torch.float32).contiguous(memory_format=torch.channels_last)
+            return self._plan.run(x, self._projections(t, label))
+
+    def _projections(self, t: Tensor, label: Tensor | None) -> Tensor:
+        """The time embedding's projections for every residual block side by side, (N, sum of channels).
+
+        Each is computed alone: the bits of a product of matrices depend on how many rows there are.
+        """
+        if label is None:
+            values = t.tolist()
+            for value in set(values) - self._rows.keys():
+                self._rows |= self._rows_of([value])
+            return torch.stack([self._rows[value] for value in values])
+        pairs = list(zip(t.tolist(), label.tolist(), strict=True))
+        rows = {}
+        for pair in set(pairs):
+            embedding = self.unet.embed(*(torch.tensor([value], device="cpu") for value in pair))
+            rows[pair] = self._project(embedding)[0]
+        return torch.stack([rows[pair] for pair in pairs])
+
+    def _rows_of(self, timesteps: Sequence[int]) -> dict[int, Tensor]:
+        with one_thread():  # with more, a product of matrices may be summed in another order
+            embedding = self.unet.embed(torch.tensor([int(t) for t in timesteps], device="cpu"), None)
+            return dict(zip((int(t) for t in timesteps), self._project(embedding), strict=True))
+
+    def _project(self, activated_temb: Tensor) -> Tensor:
+        return torch.cat([block.temb_proj(activated_temb) for block in self._blocks], dim=1)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Not filled; what the library reads and writes, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A convolution's, or a linear layer's, weights as the library reads them."""
+
+    packed: Tensor
+    bias: Tensor
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    algorithm: int
+
+
+def _layer(module: nn.Module, height: int, width: int) -> _Layer:
+    """A convolution, a linear layer, or q, k and v of an attention block as one, for an output of height x width."""
+    if isinstance(module, AttnBlock):
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in (module.q, module.k, module.v)), strict=True)
+        weight, bias = torch.cat(weights), torch.cat(biases)
+    else:
+        weight, bias = cast(Tensor, module.weight), cast(Tensor, module.bias)
+    stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
+    if weight.ndim == 2:
+        weight = weight[:, :, None, None]
+    k, c, kernel, _ = weight.shape
+    algorithm = algorithm_for(kernel, stride, c, height, width)
+    args = interface.Conv(
+        weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
+        stride=stride, pad=_padding(kernel, stride), x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
+    )  # fmt: skip
+    library = native.library()
+    packed = _floats(library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args)) // 4)
+    native.check("conv", library.fastddpm_cpu_conv_pack(ctypes.byref(args), ctypes.c_void_p(packed.data_ptr())))
+    return _Layer(packed, bias, c, k, kernel, stride, algorithm)
+
+
+def _padding(kernel: int, stride: int) -> int:
+    """Zeros above and to the left; with stride 2 the network pads at the right and bottom alone."""
+    return 1 if kernel == 3 and stride == 1 else 0
+
+
+class _Arena:
+    """Buffers for a plan while it is made: memory given back is handed out again."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+        self._owners: dict[int, tuple[Tensor, int]] = {}
+
+    def take(self, *shape: int) -> Tensor:
+        """A float32 tensor that shares memory with none that is still held."""
+        count = torch.Size(shape).numel()
+        fitting = [storage for storage in self._free if storage.numel() >= count]
+        if fitting:
+            storage = min(fitting, key=Tensor.numel)
+            self._free = [other for other in self._free if other is not storage]
+        else:
+            storage = _floats(count)
+        self._owners[storage.data_ptr()] = (storage, 1)
+        return storage[:count].view(shape)
+
+    def hold(self, tensor: Tensor) -> None:
+        storage, owners = self._owners[tensor.data_ptr()]
+        self._owners[tensor.data_ptr()] = (storage, owners + 1)
+
+    def shared(self, tensor: Tensor) -> bool:
+        return self._owners[tensor.data_ptr()][1] > 1
+
+    def give(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            storage, owners = self._owners.pop(tensor.data_ptr())
+            if owners > 1:
+                self._owners[tensor.data_ptr()] = (storage, owners - 1)
+            else:
+                self._free.append(storage)
+
+
+class _Plan:
+    """The calls that evaluate the network for a batch of `key[0]` images with `key[1]` threads."""
+
+    def __init__(self, unet: UNet, blocks: list[ResBlock], layers: dict[int, _Layer], key: tuple[int, int]) -> None:
+        self.key = key
+        self._batch, self._threads = key
+        self._library, self._layers = native.library(), layers
+        self._arena = _Arena()
+        self._calls: list[tuple[str, ctypes.Structure]] = []
+        self._workspace_bytes = 0
+        widths = [block.temb_proj.out_features for block in blocks]
+        self._temb = _floats(self._batch, sum(widths))
+        self._temb_at = {id(block): sum(widths[:i]) for i, block in enumerate(blocks)}
+        widest = max(max(m.weight.numel() for m in unet.modules() if isinstance(m, GroupNormSiLU)), 1)
+        self._gain, self._offset = _floats(self._batch, widest), _floats(self._batch, widest)
+
+        size = unet.config.image_size
+        self._output_shape = (self._batch, size, size, unet.conv_out.out_channels)
+        self._input, self._output = self._build(unet, size)
+        # A page more, so that it can begin on one: the structures hold addresses, the list keeps the memory.
+        self._workspace = _floats(self._workspace_bytes // 4 + 1024)
+        address = -(-self._workspace.data_ptr() // 4096) * 4096
+        for _, args in self._calls:
+            if hasattr(args, "workspace"):
+                args.workspace = address
+        self._functions = [
+            (getattr(self._library, f"fastddpm_cpu_{name}"), ctypes.byref(args), name) for name, args in self._calls
+        ]
+
+    def run(self, x_t: Tensor, projections: Tensor) -> Tensor:
+        self._temb.copy_(projections)
+        out = _floats(*self._output_shape)
+        self._input.x, self._output.out = x_t.data_ptr(), out.data_ptr()
+        self._input.x_stride[:] = [x_t.stride(i) for i in (0, 2, 3, 1)]
+        for function, args, name in self._functions:
+            code = function(args, self._threads)
+            if code:
+                native.check(name, code)
+        return out.permute(0, 3, 1, 2)
+
+    def _build(self, unet: UNet, size: int) -> tuple[interface.Conv, interface.Conv]:
+        """All calls of the network, in order; the structures that take its input and its output."""
+        arena = self._arena
+        first = _floats(self._batch, size, size, unet.config.image_channels)  # a stand-in for its shape
+        h = self._conv(unet.conv_in, first)
+        entry = cast(interface.Conv, self._calls[-1][1])
+        skips = [h]
+        for level in cast(Iterable[Level], unet.down):
+            for i, block in enumerate(level.blocks):
+                arena.hold(h)
+                h = self._attend(level, i, self._res_block(cast(ResBlock, block), h, None))
+                skips.append(h)
+            if level.resample is not None:
+                h = self._conv(level.resample.conv, h)
+                skips.append(h)
+        arena.hold(h)
+        h = self._res_block(unet.mid.block1, h, None)
+        h = self._res_block(unet.mid.block2, self._attention(unet.mid.attention, h), None)
+        for level in cast(Iterable[Level], unet.up):
+            for i, block in enumerate(level.blocks):
+                h = self._attend(level, i, self._res_block(cast(ResBlock, block), h, skips.pop()))
+            if level.resample is not None:
+                low = h
+                h = self._conv(level.resample.conv, low, doubled=True)
+                arena.give(low)
+        self._conv(unet.conv_out, h, norm=unet.norm_out, out=_floats(*self._output_shape))
+        return entry, cast(interface.Conv, self._calls[-1][1])
+
+    def _res_block(self, block: ResBlock, h: Tensor, skip: Tensor | None) -> Tensor:
+        """Gives back h and skip."""
+        residual = self._conv(block.conv1, h, skip=skip, norm=block.norm1, temb=self._temb_at[id(block)])
+        if block.shortcut is not None:
+            out = self._conv(block.shortcut, h, skip=skip)
+            self._arena.give(h)
+        elif self._arena.shared(h):
+            out = self._conv(block.conv2, residual, norm=block.norm2, residual=h)
+            self._arena.give(h, residual)
+            return out
+        else:
+            out = h
+        self._conv(block.conv2, residual, norm=block.norm2, residual=out, out=out)
+        self._arena.give(residual, *([] if skip is None else [skip]))
+        return out
+
+    def _attend(self, level: Level, index: int, h: Tensor) -> Tensor:
+        return self._attention(cast(AttnBlock, level.attentions[index]), h) if len(level.attentions) else h
+
+    def _attention(self, block: AttnBlock, h: Tensor) -> Tensor:
+        n, height, width, c = h.shape
+        tokens, out = height * width, self._arena.take(n, height, width, c)
+        qkv = self._conv(block, h, norm=block.norm)
+        triple, single = (ctypes.c_int64 * 2)(tokens * 3 * c, 3 * c), (ctypes.c_int64 * 2)(tokens * c, c)
+        start = qkv.data_ptr()
+        args = interface.Attention(
+            q=start, k=start + 4 * c, v=start + 8 * c, out=out.data_ptr(), n=n, l=tokens, c=c, scale=c**-0.5,
+            q_stride=triple, k_stride=triple, v_stride=triple, out_stride=single, dtype=interface.FLOAT32,
+        )  # fmt: skip
+        self._calls.append(("attention", args))
+        self._arena.give(qkv)
+        self._conv(block.proj, out, residual=h, out=h)
+        self._arena.give(out)
+        return h
+
+    def _conv(
+        self, module: nn.Module, h: Tensor, *, skip: Tensor | None = None, norm: GroupNormSiLU | None = None,
+        temb: int | None = None, residual: Tensor | None = None, out: Tensor | None = None, doubled: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Calls for conv(silu(norm(concat(h, skip)))) + bias + temb + residual; its output, taken unless given."""
+        stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
+        factor = 2 if doubled else 1
+        out_height, out_width = h.shape[1] * factor // stride, h.shape[2] * factor // stride
+        layer = self._layers.get(id(module))
+        if layer is None:
+            layer = self._layers[id(module)] = _layer(module, out_height, out_width)
+        n, height, width, c1 = h.shape
+        c2 = 0 if skip is None else skip.shape[3]
+        if norm is not None:
+            self._norm(norm, h, skip)
+        if out is None:
+            out = self._arena.take(n, out_height, out_width, layer.out_channels)
+        args = interface.Conv(
+            x=h.data_ptr(), skip=native.pointer(skip), packed=layer.packed.data_ptr(),
+            bias=layer.bias.data_ptr(),
+            gain=None if norm is None else self._gain.data_ptr(),
+            offset=None if norm is None else self._offset.data_ptr(),
+            temb=None if temb is None else self._temb.data_ptr() + 4 * temb, temb_stride=self._temb.shape[1],
+            residual=native.pointer(residual), out=out.data_ptr(),
+            n=n, height=height, width=width, c1=c1, c2=c2, k=layer.out_channels,
+            x_stride=(ctypes.c_int64 * 4)(*h.stride()), kernel=layer.kernel, stride=layer.stride,
+            pad=_padding(layer.kernel, layer.stride), doubled=doubled, silu=norm is not None and norm.silu,
+            algorithm=layer.algorithm,
+        )  # fmt: skip
+        args.workspace_bytes = self._library.fastddpm_cpu_conv_workspace(ctypes.byref(args), self._threads)
+        self._workspace_bytes = max(self._workspace_bytes, args.workspace_bytes)
+        self._calls.append(("conv", args))
+        return out
+
+    def _norm(self, norm: GroupNormSiLU, h: Tensor, skip: Tensor | None) -> None:
+        args = interface.NormAffine(
+            x=h.data_ptr(), skip=native.pointer(skip), weight=norm.weight.data_ptr(), bias=norm.bias.data_ptr(),
+            gain=self._gain.data_ptr(), offset=self._offset.data_ptr(), n=len(h), pixels=h.shape[1] * h.shape[2],
+            c1=h.shape[3], c2=0 if skip is None else skip.shape[3], groups=norm.groups, eps=GROUP_NORM_EPS,
+        )  # fmt: skip
+        args.workspace_bytes = self._library.fastddpm_cpu_norm_affine_workspace(ctypes.byref(args))
+        self._workspace_bytes = max(self._workspace_bytes, args.workspace_bytes)
+        self._calls.append(("norm_affine", args))

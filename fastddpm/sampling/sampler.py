@@ -1,0 +1,325 @@
+"""The reverse process run to the end: ancestral sampling (Algorithm 2 of the paper) and DDIM."""
+
+import dataclasses
+import functools
+import hashlib
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastddpm.config import EngineConfig, check_chain, check_seed
+from fastddpm.diffusion import Diffusion
+from fastddpm.errors import UsageError
+from fastddpm.unet import UNet
+
+from .chain import Chain, Process, Start
+from .cuda_graph import padded
+from .engine import Network, is_current, precision_of, prepare
+from .step_table import spread_timesteps, step_table
+
+MAX_IMAGE = 2**32 - 1
+
+
+def image_seeds(seeds: Sequence[int]) -> list[int]:
+    """`seeds` as a list; `UsageError` for one outside 0..2^32-1 (a counter word) or for none, TypeError for 1.5."""
+    values = [operator.index(seed) for seed in seeds]
+    if not values:
+        raise UsageError("at least one seed is needed")
+    wrong = [seed for seed in values if not 0 <= seed <= MAX_IMAGE]
+    if wrong:
+        raise UsageError(f"image seeds must be in 0..{MAX_IMAGE}; got {wrong[0]}")
+    return values
+
+
+Callback = Callable[[int, int, Tensor, Tensor], None]
+
+_KEPT_CHAINS = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """A chain after one of its steps: `step` 0..steps-1 at timestep `t`; `x`, `x0`: float32 (N, C, H, W).
+
+    `x` is x_{t-1} and `x0` the x_0 prediction that it was made from; both are overwritten by the next step.
+    """
+
+    step: int
+    t: int
+    x: Tensor
+    x0: Tensor
+
+
+class Sampler:
+    """Draws images from a network: `Sampler(unet, diffusion, steps=250).sample(range(64))`.
+
+    `steps` of the T timesteps are taken, all of them unless given, spread evenly with both ends included;
+    `timesteps` names them one by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in
+    [0, 1]. `guidance`: scale of classifier-free guidance, 0 or more, 1 for none; a learned variance is not scaled.
+    `seed`: 64-bit key shared by all images of this sampler, -2^63..2^63-1. `engine`: how the network is evaluated.
+    Raises `UsageError` for values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        diffusion: Diffusion,
+        steps: int | None = None,
+        method: str = "ancestral",
+        eta: float = 0.0,
+        *,
+        guidance: float = 1.0,
+        seed: int = 0,
+        timesteps: Sequence[int] | None = None,
+        engine: EngineConfig | None = None,
+    ) -> None:
+        if method not in ("ancestral", "ddim"):
+            raise UsageError(f"method must be ancestral or ddim; got {method!r}")
+        if not 0 <= eta <= 1:
+            raise UsageError(f"eta must be in [0, 1]; got {eta}")
+        check_chain(method, eta, guidance)
+        check_seed(seed)
+        if steps is not None and timesteps is not None:
+            raise UsageError(f"steps and timesteps both say which steps to take; got {steps} and {list(timesteps)}")
+        self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
+        self.eta = eta
+        self.engine = EngineConfig() if engine is None else engine
+        if timesteps is None:
+            self.timesteps = spread_timesteps(diffusion.timesteps, diffusion.timesteps if steps is None else steps)
+        else:
+            self.timesteps = np.asarray(timesteps, dtype=np.int64)
+            if len(self.timesteps) == 0 or (np.diff(self.timesteps) >= 0).any():
+                raise UsageError("timesteps must descend, one or more of them")
+            if self.timesteps[0] >= diffusion.timesteps or self.timesteps[-1] < 0:
+                raise UsageError(f"timesteps must be in 0..{diffusion.timesteps - 1}")
+        self.table = np.stack(step_table(diffusion, self.timesteps, method, eta), axis=1)
+        if guidance != 1 and getattr(unet, "null_label", None) is None:
+            raise UsageError("guidance needs a network trained with label_dropout > 0")
+        self._prepared: Network | None = None
+        self._chains: dict[int, Chain] = {}
+
+    @property
+    def steps(self) -> int:
+        """Number of network evaluations a chain takes."""
+        return len(self.timesteps)
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        watch: Collection[int] | None = None,
+        start: Start | None = None,
+    ) -> Tensor:
+        """Images, float32 (N, C, H, W) in [-1, 1], one for each seed.
+
+        An image depends on its seed (0..2^32-1), its label and the sampler, not on the rest of the batch.
+        `labels`: 0..num_classes-1, (N,), or the network's null label; seed modulo num_classes when the network wants
+        labels and none are given. `callback(i, t, x_t, x0)` sees the state after each step, or those of `watch`
+        (0..steps-1), as `State` says. `start`: go on from a state x_t, (N, C, H, W), instead of from noise; from the
+        same state the same seeds draw the same images. Raises `UsageError` for seeds, labels or a start out of range.
+        """
+        first = 0 if start is None else start.step
+        watched = _watched(first, self.steps, watch) if callback else set()
+        with self.chain(seeds, labels, start) as chain:
+            for state in self._states(chain, len(seeds), first, watched):
+                assert callback is not None
+                callback(state.step, state.t, state.x, state.x0)
+            return chain.x[: len(seeds)].clamp(-1, 1)
+
+    def trajectory(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        watch: Collection[int] | None = None,
+        start: Start | None = None,
+    ) -> Iterator[State]:
+        """The states of a chain after each step, or those of `watch`, as they come; arguments as for `sample`.
+
+        The steps between are taken at full speed. The last state's x, clamped to [-1, 1], is the images.
+        """
+        first = 0 if start is None else start.step
+        watched = _watched(first, self.steps, watch)
+        with self.chain(seeds, labels, start) as chain:
+            yield from self._states(chain, len(seeds), first, watched)
+
+    @contextmanager
+    def chain(
+        self, seeds: Sequence[int], labels: Sequence[int] | None = None, start: Start | None = None
+    ) -> Iterator[Chain]:
+        """The chain of a batch before its first step, to be moved by hand inside the block; arguments as for `sample`.
+
+        Its first len(seeds) images are theirs; on a GPU the rest is padding. `advance` takes `timesteps` one by one.
+        """
+        chain = self._begin(seeds, labels, start)
+        network = self._prepared
+        yield chain
+        if network is self._prepared:  # not if the weights were changed meanwhile, and it is of the old ones
+            self._keep(chain)
+
+    def guided(self, guidance: float) -> "Sampler":
+        """This sampler at another scale of guidance."""
+        return Sampler(
+            self.unet, self.diffusion, None, self.method, self.eta,
+            guidance=guidance, seed=self.seed, timesteps=self.timesteps.tolist(), engine=self.engine,
+        )  # fmt: skip
+
+    def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None, start: Start | None) -> Chain:
+        """A chain at its first state, taken out of those that are kept: nobody else moves it."""
+        if start is not None:
+            self._check(start, len(seeds))
+        device = next(self.unet.parameters()).device
+        images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
+        classes = self.labels_for(seeds, labels)
+        label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            network = self._network()  # which forgets the chains of an older one
+            graph = self.engine.graph and device.type == "cuda"
+            batch = padded(len(seeds)) if graph else len(seeds)
+            chain = self._chains.pop(batch, None)
+            if chain is None:
+                predict = functools.partial(self._predict, network)
+                chain = Chain(predict, self._process(device), batch, labels=label is not None, graph=graph)
+            chain.begin(images, label, start)
+        return chain
+
+    def _check(self, start: Start, num_images: int) -> None:
+        config = self.unet.config
+        expected = (num_images, config.image_channels, config.image_size, config.image_size)
+        if not 0 <= start.step < self.steps:
+            raise UsageError(f"a chain starts before a step in 0..{self.steps - 1}; got {start.step}")
+        if start.x.shape != expected or start.x.dtype != torch.float32:
+            raise UsageError(f"a chain starts from float32 {expected}; got {start.x.dtype} {tuple(start.x.shape)}")
+
+    def _keep(self, chain: Chain) -> None:
+        """For the next batch of this size; the oldest size is given up, so that memory is bounded."""
+        self._chains[chain.batch] = chain
+        while len(self._chains) > _KEPT_CHAINS:
+            del self._chains[next(iter(self._chains))]
+
+    def _process(self, device: torch.device) -> Process:
+        config = self.unet.config
+        learned = self.method == "ancestral" and self.diffusion.config.learned_variance
+        return Process(
+            table=torch.tensor(self.table, dtype=torch.float32, device=device),
+            timesteps=torch.tensor(self.timesteps, device=device),
+            total=self.diffusion.timesteps,
+            seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
+            shape=(config.image_channels, config.image_size, config.image_size),
+            clip=1.0 if self.diffusion.config.clip_x0 else 0.0,
+            variance=self.diffusion.config.variance if learned else "fixed",
+        )
+
+    def _states(self, chain: Chain, num_images: int, first: int, watched: Collection[int]) -> Iterator[State]:
+        for i, t in enumerate(self.timesteps[first:].tolist(), first):
+            with torch.no_grad():
+                chain.advance(i in watched)
+            if i in watched:
+                yield State(i, t, chain.x[:num_images], chain.x0[:num_images])
+
+    def denoise(self, x_t: Tensor, t: Tensor | int, label: Tensor | None = None) -> Tensor:
+        """The network's prediction for `x_t`, with guidance: what `sample` evaluates at every step, at its speed.
+
+        `x_t`: float32 (N, C, H, W). `t`: int64 (N,) or one timestep for all. `label`: int64 (N,) if the network takes
+        labels. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance: eps, or whatever the network predicts.
+        Raises ValueError for other shapes, and for a label that is missing or not wanted.
+        """
+        if isinstance(t, int):
+            t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
+        with torch.no_grad():
+            return self._predict(self._network(), x_t, t, label)
+
+    def probe(self, x_t: Tensor) -> Tensor:
+        """One evaluation of `x_t` at the last timestep, labels and guidance as in `sample`: to see what it takes."""
+        classes = self.unet.config.num_classes
+        label = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device) if classes else None
+        return self.denoise(x_t, int(self.timesteps[0]), label)
+
+    def settings(self) -> dict[str, Any]:
+        """What, besides seed and label, an image is a function of: for a file beside the images."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.unet.named_parameters()):
+            values = parameter.detach().cpu().reshape(-1)
+            digest.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
+        return {
+            "network": digest.hexdigest(),
+            "timesteps": hashlib.sha256(self.timesteps.tobytes()).hexdigest(),
+            "diffusion": dataclasses.asdict(self.diffusion.config),
+            "method": self.method,
+            "coefficients": hashlib.sha256(self.table.tobytes()).hexdigest(),
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "noise_seed": self.seed,
+            "precision": str(precision_of(self.unet, self.engine)).removeprefix("torch."),
+            "fp8": self.engine.fp8,
+            "device": next(self.unet.parameters()).device.type,
+        }
+
+    def _network(self) -> Network:
+        """`unet` prepared for inference, anew when its weights or the chosen backend have changed."""
+        if self._prepared is None or not is_current(self._prepared, self.unet, self.engine):
+            self._prepared = prepare(self.unet, self.timesteps.tolist(), self.engine)
+            self._chains.clear()
+        return self._prepared
+
+    def _predict(self, network: Network, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        if isinstance(network, nn.Module) and network.training:
+            with _evaluating(network):
+                return self._predict(network, x, t, label)
+        if self.guidance == 1:
+            return network(x, t, label)
+        if label is None:
+            raise ValueError("guidance needs a label for each image; got none")
+        assert self.unet.null_label is not None
+        none = torch.full_like(label, self.unet.null_label)
+        twice = t[:1].expand(2 * len(x)) if t.stride(0) == 0 else torch.cat([t, t])
+        both = network(torch.cat([x, x]), twice, torch.cat([label, none]))
+        conditional, unconditional = both.chunk(2)
+        guided = unconditional + self.guidance * (conditional - unconditional)
+        # Guidance is of the prediction; a learned variance stays as the network gives it for the class.
+        guided[:, x.shape[1] :] = conditional[:, x.shape[1] :]
+        return guided
+
+    def labels_for(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> list[int] | None:
+        """The class that each seed is drawn from: `labels`, or seed modulo num_classes; None without classes.
+
+        Raises `UsageError` for a wrong number of labels, or one that is neither in range nor the null label.
+        """
+        num_classes = self.unet.config.num_classes
+        if not num_classes:
+            if labels is not None:
+                raise UsageError("this network was trained without classes; leave labels out")
+            return None
+        if labels is None:
+            return [seed % num_classes for seed in seeds]
+        if len(labels) != len(seeds):
+            raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(seeds)} seeds")
+        wrong = [label for label in labels if not 0 <= label < num_classes and label != self.unet.null_label]
+        if wrong:
+            raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
+        return [operator.index(label) for label in labels]
+
+
+def _watched(first: int, steps: int, watch: Collection[int] | None) -> set[int]:
+    """The steps to show; `UsageError` for one that the chain does not take."""
+    if watch is None:
+        return set(range(first, steps))
+    wrong = [step for step in watch if not first <= step < steps]
+    if wrong:
+        raise UsageError(f"watch must name steps in {first}..{steps - 1}; got {wrong[0]}")
+    return set(watch)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

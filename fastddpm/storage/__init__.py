@@ -1,0 +1,1 @@
+"""Files that survive crashes, full disks and strangers: checkpoints, shards, JSON documents, tensors."""

@@ -1,0 +1,103 @@
+"""TODO"""
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from fastddpm.errors import DataError, UsageError
+
+
+def to_dict(value: Any) -> Any:
+    """A configuration as plain dictionaries and lists, for JSON."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_dict(cls: type, data: Any, where: str = "configuration") -> Any:
+    """The inverse of `to_dict`; `UsageError` names any field that is unknown, or of the wrong type."""
+    if not isinstance(data, dict):
+        raise UsageError(f"{where} must be an object; got {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise UsageError(f"{where} has no field {unknown[0]!r}; it has {', '.join(fields)}")
+    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in data]
+    if missing:
+        raise UsageError(f"{where} lacks the field {missing[0]!r}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Lines "field: old -> new" for each field in which two configurations of one type differ."""
+    lines = []
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            lines += difference(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            lines.append(f"{prefix}{f.name}: {a} -> {b}")
+    return lines
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where} must be a list; got {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_parse(item, element, where) for element in value)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        wanted = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        lists = [arg for arg in wanted if typing.get_origin(arg) is tuple]
+        return _parse((lists if lists and isinstance(value, list) else wanted)[0], value, where)
+    if origin is Literal:
+        return value  # the dataclass checks its own choices
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UsageError(f"{where} must be {hint.__name__}; got {value!r}")
+    return value
+
+
+# JSON grows up to 50-fold when parsed: these bounds keep the worst of it near 100 MB.
+MAX_JSON_BYTES = 2**21
+
+
+_JSON_DEPTH = 64
+
+
+def parse_json(data: bytes, where: str | Path) -> Any:
+    """JSON from an untrusted source; `DataError` beyond 2 MiB or 64 levels, for a repeated key or malformed text."""
+    if len(data) > MAX_JSON_BYTES:
+        raise DataError(f"{where}: {len(data):,} bytes of JSON; at most {MAX_JSON_BYTES:,} are read")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        raise DataError(f"{where}: JSON nested too deeply; at most {_JSON_DEPTH} levels are read") from None
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from error
+    level = [value]
+    for _ in range(_JSON_DEPTH + 1):
+        level = [
+            child for v in level for child in (v.values() if isinstance(v, dict) else v if type(v) is list else ())
+        ]
+    if level:
+        raise DataError(f"{where}: JSON nested too deeply; at most {_JSON_DEPTH} levels are read")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key is given twice")
+    return value

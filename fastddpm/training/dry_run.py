@@ -1,0 +1,111 @@
+"""What `--dry-run` shows: shapes, parameters, memory, and the time of one real step."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.config import Preset
+from fastddpm.data import Dataset
+from fastddpm.runtime.distributed import ALONE, Place
+from fastddpm.runtime.progress import duration
+from fastddpm.unet import AttnBlock, Down, ResBlock, Up
+
+from .parallel import Divided
+from .trainer import Trainer
+
+_MIB = 2**20
+
+
+def describe_run(preset: Preset, dataset: Dataset, device: torch.device, place: Place = ALONE) -> str:
+    """A report on a run that is not started; computes in memory and writes nothing. All processes call it."""
+    trainer = Trainer(preset, dataset, device, place)
+    num_parameters = sum(p.numel() for p in trainer.unet.parameters())
+    state_bytes = _state_bytes(trainer)
+    shapes, activation_bytes = _activations(_undivided(trainer))
+    trainer.train_step()  # the first step allocates, and compiles
+    started = time.perf_counter()
+    loss, _, _ = trainer.train_step()
+    loss.item()  # waits for the device
+    seconds = time.perf_counter() - started
+
+    config = preset.train
+    each = f" in each of {place.count} processes" if place.count > 1 else ""
+    lines = [f"{name:<28} {'x'.join(map(str, shape))}" for name, shape in shapes.items()]
+    lines += [
+        f"parameters    {num_parameters:,}",
+        f"state         {state_bytes / _MIB:,.0f} MiB: weights, gradients, Adam, EMA{each}",
+        f"activations   {activation_bytes / _MIB:,.0f} MiB kept for the backward pass of one micro-batch{each}",
+        f"one step      {seconds:.2f} s on {device}, batch {config.batch}",
+        f"whole run     {duration(seconds * config.steps)} for {config.steps:,} steps, without sampling",
+    ]
+    return "\n".join(lines)
+
+
+def _undivided(trainer: Trainer) -> Trainer:
+    """`trainer`, or one with a whole network where its own comes and goes block by block (FSDP2)."""
+    if not isinstance(trainer.team, Divided):
+        return trainer
+    train = trainer.preset.train
+    alone = dataclasses.replace(train, batch=train.batch // trainer.place.count, parallel="ddp")
+    return Trainer(dataclasses.replace(trainer.preset, train=alone), trainer.dataset, trainer.device)
+
+
+def _activations(trainer: Trainer) -> tuple[dict[str, tuple[int, ...]], int]:
+    """The output shape of each block, and the bytes kept for the backward pass, of one micro-batch."""
+    activations = SavedActivations(trainer.unet)
+    with block_shapes(trainer.unet) as shapes, activations:
+        next(trainer.part_losses())
+    return shapes, activations.num_bytes
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """Of this process: weights, gradients (as large), Adam's two moments and the averages."""
+    optimizer = trainer.optimizer
+    of_weights = sum(t.nbytes for name, t in optimizer.state().items() if name.startswith("weight."))
+    return of_weights * (4 + len(optimizer.averages))
+
+
+class SavedActivations:
+    """Counts what autograd keeps inside the `with` block: bytes of distinct storages that are not weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._counted = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+        self.num_bytes = 0
+
+    def __enter__(self) -> "SavedActivations":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._counted:
+            self._counted.add(storage.data_ptr())
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def block_shapes(network: nn.Module) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The output shape of each block, in order, filled in by the forward pass inside the `with` block."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    handles = []
+    for name, module in network.named_modules():
+        if isinstance(module, (ResBlock, AttnBlock, Down, Up)):
+
+            def note(_module: nn.Module, _inputs: object, out: Tensor, name: str = name) -> None:
+                shapes[name] = tuple(out.shape)
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        yield shapes
+    finally:
+        for handle in handles:
+            handle.remove()

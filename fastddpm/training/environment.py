@@ -1,0 +1,131 @@
+"""environment.json of a run: the command, versions, device and data of each time it was started."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastddpm.kernels
+from fastddpm.ops import status
+from fastddpm.ops.backend import chosen_backend
+from fastddpm.runtime.distributed import ALONE, Place
+from fastddpm.storage.files import write_json
+
+LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "triton")
+_HIDDEN = "***"
+_SECRET = re.compile(r"token|secret|password|passwd|credential|api[-_]?key|access[-_]?key", re.IGNORECASE)
+_USER_IN_ADDRESS = re.compile(r"(\w+://)[^/@\s]+@")
+# How tokens of Hugging Face, GitHub, OpenAI and AWS begin; Weights & Biases' old ones are 40 hexadecimal digits.
+_TOKEN = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{8,}|\b[0-9a-f]{40}\b|wandb_v1_[\w-]{8,}")
+_SHORTEST_SECRET = 6  # of a variable's value: shorter ones are found in harmless words
+
+
+def record_session(
+    run: Path,
+    command: Sequence[str],
+    device: torch.device,
+    data: Mapping[str, Any],
+    *,
+    step: int = 0,
+    place: Place = ALONE,
+) -> Path:
+    """Add this start of the run, at `step`, to `run`/environment.json; its path.
+
+    `data`: what the images are (name, checksum, source). Of the environment's variables none is written, and what looks
+    like a secret in `command` is replaced by ***. Raises `StorageError`.
+    """
+    path = run / "environment.json"
+    session = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "step": step,
+        "command": without_secrets(command, os.environ),
+        "processes": place.count,
+        "data": dict(data),
+        **_system(device),
+    }
+    write_json(path, {"sessions": [*_earlier(path), session]})
+    return path
+
+
+def without_secrets(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """`command` with *** for the values of options named like secrets, for tokens, for user names and passwords in
+    addresses, and for what a variable of `environment` named like a secret holds."""
+    known = [
+        value
+        for name, value in environment.items()
+        if (_SECRET.search(name) or name.upper().endswith("KEY")) and len(value) >= _SHORTEST_SECRET
+    ]
+    shown, hide_next = [], False
+    for argument in command:
+        option, equals, _ = argument.partition("=")
+        secret_option = option.startswith("-") and _SECRET.search(option) is not None
+        if hide_next and not argument.startswith("-"):
+            argument = _HIDDEN
+        elif secret_option and equals:
+            argument = option + equals + _HIDDEN
+        for value in known:
+            argument = argument.replace(value, _HIDDEN)
+        shown.append(_TOKEN.sub(_HIDDEN, _USER_IN_ADDRESS.sub(rf"\1{_HIDDEN}@", argument)))
+        hide_next = secret_option and not equals
+    return shown
+
+
+def _earlier(path: Path) -> list[Any]:
+    """Sessions written before; none from a file that is damaged, which must not keep a run from going on."""
+    try:
+        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
+    return sessions if isinstance(sessions, list) else []
+
+
+def _system(device: torch.device) -> dict[str, Any]:
+    """Versions, the device and what computes on it."""
+    found: dict[str, Any] = {
+        "fastddpm": fastddpm.__version__,
+        "source_sha256": _source_checksum(),
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "system": platform.platform(),
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "backend": chosen_backend(),
+        "operations": status(device.type),
+    }
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version()}
+    return found
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} processors"
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _source_checksum() -> str:
+    """sha256 of the package's Python files, which says more than a version that stays while one edits."""
+    digest = hashlib.sha256()
+    package = Path(sys.modules["fastddpm"].__path__[0])
+    for root in (package, Path(fastddpm.kernels.__path__[0])):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Curves of runs: loss, gradient norm and loss by timestep. Needs matplotlib (the extra "report")."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastddpm.sampling.images import save_png
+
+Records = Sequence[Mapping[str, Any]]  # the lines of a log
+
+_SIZE, _DPI = (5.4, 4.0), 110  # inches of a panel, dots per inch
+_PARTS = 4  # of a run, in the plot of its loss by timestep
+
+
+def loss_by_t(records: Records, timesteps: int, path: Path, caption: str) -> bool:
+    """Write the loss by timestep of each quarter of a run's log; False, and no file, where it holds none."""
+    known = [record for record in records if record.get("loss_by_t")]
+    if not known:
+        return False
+    figure, axes = panel("t", "loss", caption)
+    parts = [part for part in np.array_split(np.arange(len(known)), _PARTS) if len(part)]
+    for i, part in enumerate(parts):
+        chosen = [known[j] for j in part]
+        t, means = mean_by_t(chosen, timesteps)
+        steps = f"to step {chosen[-1]['step']:,}"
+        axes.plot(t, means, marker=".", color="tab:blue", alpha=(i + 1) / len(parts), label=steps)
+    axes.set_yscale("log")
+    axes.legend(fontsize="small")
+    save_figure(figure, path)
+    return True
+
+
+def mean_by_t(records: Records, timesteps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(middle of each bin of t, mean of the records' losses in it), float64 (bins,); NaN for an empty bin.
+
+    Of records with as many bins as the last one; all of their "loss_by_t" weigh the same.
+    """
+    bins = len(records[-1]["loss_by_t"])
+    table = np.array([r["loss_by_t"] for r in records if len(r["loss_by_t"]) == bins], dtype=np.float64)
+    present = ~np.isnan(table)
+    counts = present.sum(0)
+    sums = np.where(present, table, 0.0).sum(0)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return (np.arange(bins) + 0.5) * timesteps / bins, means
+
+
+def curves(runs: Mapping[str, tuple[Records, int]], path: Path) -> None:
+    """Write three panels with a curve for each run: loss and gradient norm against steps, loss by t of the last
+    quarter of its log. `runs`: log and number of timesteps by the name in the legend."""
+    figure = Figure((3 * _SIZE[0], _SIZE[1]), _DPI, layout="constrained")
+    panels = figure.subplots(1, 3)
+    _axes(panels[0], "step", "loss", "loss, mean since the line before")
+    _axes(panels[1], "step", "gradient norm", "gradient norm before clipping")
+    _axes(panels[2], "t", "loss", "loss by timestep, last quarter")
+    for name, (records, timesteps) in runs.items():
+        for axes, field in zip(panels, ("loss", "gradient_norm"), strict=False):
+            points = [(r["step"], r[field]) for r in records if r.get(field) is not None]
+            axes.plot(*np.array(points, dtype=np.float64).reshape(-1, 2).T, label=name)
+        known = [record for record in records if record.get("loss_by_t")]
+        if known:
+            panels[2].plot(*mean_by_t(known[-max(1, len(known) // _PARTS) :], timesteps), marker=".", label=name)
+    for axes in panels:
+        axes.set_yscale("log")
+        if len(runs) > 1 and axes.lines:
+            axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def _axes(axes: Axes, x: str, y: str, title: str) -> Axes:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize="small")
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def panel(x: str, y: str, title: str, dots_per_inch: int = _DPI) -> tuple[Figure, Axes]:
+    """A figure of one panel, which no window and no global state knows of; `x` and `y` name its axes."""
+    figure = Figure(_SIZE, dots_per_inch, layout="constrained")
+    return figure, _axes(figure.add_subplot(), x, y, title)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all. Raises `StorageError`."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)

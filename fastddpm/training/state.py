@@ -1,0 +1,121 @@
+"""A run's state in checkpoints: whole, or in shards that all processes write (torch.distributed.checkpoint).
+
+Either kind is read by any number of processes, whichever way they share the network: tensors go by their names.
+Averages are whole in both, so that what reads a model need not know of shards. Shards are safetensors, never pickles.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.errors import DataError, StorageError, UsageError
+from fastddpm.runtime.distributed import by_first, tells_a_loss
+from fastddpm.storage import checkpoint
+
+from .optimizer import Optimizer
+from .parallel import Alone, Divided
+
+TRAINING = "training"  # the part, or what the shards hold: weights, moments and step counts
+
+
+def average_part(decay: float, decays: tuple[float, ...]) -> str:
+    """The part of a checkpoint that holds an average: `model` for the first decay."""
+    return "model" if decay == decays[0] else f"model-{decay}"
+
+
+def save(run: Path, step: int, optimizer: Optimizer, documents: dict[str, Any], keep: int, team: Alone) -> Path:
+    """Write a checkpoint of a run; `checkpoint.save` says how, and what it raises. All processes call this."""
+    state = optimizer.state()
+    decays = optimizer.config.decays
+    averages: dict[str, dict[str, Tensor]] = {}
+    for decay in decays:
+        averages[average_part(decay, decays)] = _whole(optimizer.averaged(decay), team)
+    if not isinstance(team, Divided):
+        parts = {**averages, TRAINING: state}
+        return by_first(lambda: checkpoint.save(run, step, parts, documents, keep), team.place)
+    needed = sum(t.nbytes for t in state.values()) * team.place.count
+    with contextlib.ExitStack() as stack:
+        temporary = by_first(lambda: stack.enter_context(checkpoint.begun(run, step, needed)), team.place)
+        _write_shards(temporary, {name: _distributed(name, value, team) for name, value in state.items()})
+        return by_first(lambda: checkpoint.finish(temporary, step, averages, documents, keep), team.place)
+
+
+def restore(optimizer: Optimizer, saved: checkpoint.Checkpoint, team: Alone) -> None:
+    """Put the state of a checkpoint into `optimizer`; `UsageError` for an average that the checkpoint lacks."""
+    decays = optimizer.config.decays
+    for decay in decays:
+        part = average_part(decay, decays)
+        if part not in saved.tensors:
+            raise UsageError(f"{saved.path} holds no average of decay {decay}; leave --ema as it was")
+        _fill(optimizer.averaged(decay), saved.tensors[part], team, saved.path)
+    state = optimizer.state()
+    if TRAINING in saved.tensors:
+        _fill(state, saved.tensors[TRAINING], team, saved.path)
+    else:
+        _read_shards(saved.path, {name: _distributed(name, value, team) for name, value in state.items()}, team)
+
+
+def _parameter(name: str) -> str:
+    """The parameter that a tensor of the state, weight.NAME or step.NAME and so on, belongs to."""
+    return name.partition(".")[2]
+
+
+def _distributed(name: str, value: Tensor, team: Alone) -> Tensor:
+    return value if name.startswith("step.") else team.as_distributed(_parameter(name), value)
+
+
+def _whole(parts: Mapping[str, Tensor], team: Alone) -> dict[str, Tensor]:
+    """Each tensor gathered, and kept by the first process, on the CPU where it would not fit beside the others."""
+    if not isinstance(team, Divided):
+        return dict(parts)
+    whole = {}
+    for name, part in parts.items():
+        tensor = team.whole(name, part)
+        if team.place.first:
+            whole[name] = tensor.cpu()
+    return whole
+
+
+@torch.no_grad()
+def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], team: Alone, path: Path) -> None:
+    for name, target in targets.items():
+        if name not in values:
+            raise DataError(f"{path} lacks {name}, which this network has")
+        value = values[name]
+        if isinstance(team, Divided) and value.ndim:
+            value = team.part_of(name if name in team.names else _parameter(name), value)
+        if value.shape != target.shape:
+            raise DataError(f"{path}: {name} is {tuple(value.shape)}, and this network's {tuple(target.shape)}")
+        target.copy_(value)
+
+
+def _write_shards(directory: Path, state: dict[str, Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True))
+    except dcp.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise StorageError(
+            f"cannot write shards in {directory}: {reason}; older checkpoints are as they were"
+        ) from error
+
+
+def _read_shards(path: Path, state: dict[str, Tensor], team: Alone) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    alone = not isinstance(team, Divided)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
+    except (dcp.CheckpointException, KeyError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        if tells_a_loss(error):
+            raise
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        raise DataError(f"{path}: the shards do not hold the state of this network: {reason}") from error

@@ -1,0 +1,299 @@
+"""The training loop (Algorithm 1 of the paper), top to bottom."""
+
+import contextlib
+import functools
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.config import Preset
+from fastddpm.data import Dataset, batch_indices
+from fastddpm.data.batches import Batches
+from fastddpm.diffusion import Diffusion
+from fastddpm.errors import DataError, DivergedError
+from fastddpm.ops.noise import NoiseKey
+from fastddpm.runtime.distributed import ALONE, Place, gathered
+from fastddpm.storage import checkpoint
+from fastddpm.storage.documents import to_dict
+from fastddpm.unet import UNet, network_with
+
+from . import parallel, state
+from .loggers import JsonLines
+from .monitor import Monitor
+from .optimizer import PAPER_SHARDS, Optimizer, learning_rate
+from .signals import Request, RunInterruptedError, SignalWatch
+from .statistics import BadSteps, Tally, first_not_finite, report
+
+
+class Trainer:
+    """A network in training: `train_step` by `train_step`, or `run` to the end with log and checkpoints.
+
+    Every random number is a function of the configuration's seed and the step, so a run that is resumed
+    from a checkpoint goes on bit for bit as if it had never stopped (float32, CPU). `place`: which of several
+    processes this is, inside `processes.together`; each calls every method, and the images, t and noise of a
+    step are those of one process. `data_workers`: programs that decode images which are kept encoded.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        dataset: Dataset,
+        device: torch.device,
+        place: Place = ALONE,
+        *,
+        data_workers: int | None = None,
+    ) -> None:
+        self.preset, self.dataset, self.device, self.place = preset, dataset, device, place
+        config = preset.train
+        _check_labels(preset, dataset)
+        torch.manual_seed(config.seed)
+        self.unet = UNet(preset.unet).to(device).train()
+        self.team = parallel.share(self.unet, config, place)
+        self.diffusion = Diffusion(preset.diffusion)
+        self.optimizer = Optimizer(self.unet, config, self.team.parts(), self.team.total_norm)
+        self.batches = Batches(
+            dataset, config.batch, config.seed, device, rank=place.rank, world=place.count, workers=data_workers
+        )
+        self.step = 0
+        self.tally, self.bad_steps = Tally(device), BadSteps(device)
+        self.monitor = Monitor(preset, device, place)
+        self._settled = place.count == 1
+        self._seed = torch.tensor(config.seed, dtype=torch.int64, device=device)
+        self._places = torch.arange(self.batches.start, self.batches.end, device=device)
+        network = self.team.network
+        self._network = _autocast(network, device) if config.precision == "bf16" else network
+        self._losses = self._micro_losses
+        if config.compile and place.count == 1:
+            self._losses = in_one_graph(self._micro_losses)
+
+    def train_step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step on the next batch: (loss, gradient norm, applied), 0-d tensors, not waited for."""
+        if not self._settled:
+            self._settle()
+        loss = torch.zeros((), device=self.device)
+        for per_image in self.part_losses():
+            if self.preset.train.mode == "paper":
+                per_image.mean().backward()
+                self.optimizer.end_shard()
+            else:
+                self._differentiate(per_image)
+            loss += per_image.detach().sum() / self.preset.train.batch
+        by_t = self.monitor.losses_by_t
+        self.team.sum([loss, by_t.pending, *(self.optimizer.shard_sum or [])])
+        norm, applied = self.optimizer.step(self.step, loss)
+        by_t.commit(applied)
+        self.step += 1
+        return loss, norm, applied
+
+    def _differentiate(self, per_image: Tensor) -> None:
+        # Processes average their gradients: the share of each is a mean over its part of the global batch.
+        (per_image.sum() / (self.preset.train.batch / self.place.count)).backward()
+
+    def _settle(self) -> None:
+        """A backward pass for nothing: DDP lays out its buckets in the first one, and sums in another order after it.
+
+        So a run that is resumed sums as the one that never stopped.
+        """
+        if self.preset.train.mode == "standard":
+            for per_image in self.part_losses():
+                self._differentiate(per_image)
+            self.optimizer.zero_grad()
+        self._settled = True
+
+    def part_losses(self) -> Iterator[Tensor]:
+        """The loss of each image of this step's batch, one micro-batch (paper mode: one shard) at a time.
+
+        Each is to be differentiated before the next is asked for.
+        """
+        config, unet = self.preset.train, self.preset.unet
+        with self.monitor.clock.waiting():
+            images, labels = self.batches.at(self.step)
+        self.monitor.losses_by_t.begin()
+        step = torch.full((), self.step, dtype=torch.int64, device=self.device)
+        key = NoiseKey(self._seed, step, self._places)
+        size = config.batch // PAPER_SHARDS if config.mode == "paper" else len(images) // config.accumulate
+        for start in range(0, len(images), size):
+            end = start + size
+            with self.team.passing(last=end == len(images)):
+                part_labels = labels[start:end] if labels is not None and unet.num_classes else None
+                per_image, t = self._losses(images[start:end], key.part(start, end), part_labels)
+                self.monitor.losses_by_t.note(per_image, t)
+                yield per_image
+
+    def _micro_losses(self, images: Tensor, key: NoiseKey, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.diffusion.loss(
+            self._network,
+            images,
+            key,
+            label=labels,
+            flip=self.preset.train.flip,
+            null_label=self.unet.null_label,
+            label_dropout=self.preset.unet.label_dropout,
+        )
+
+    def run(self, run: Path, log: JsonLines | None, *, dataset_source: str | None = None) -> Path:
+        """Train to the configured number of steps, logging and saving into `run`; returns the last checkpoint.
+
+        The first process has the log. SIGUSR1, to any process, saves after the step and goes on. Raises
+        `RunInterruptedError` after saving when SIGINT or SIGTERM arrives in any of them, `DivergedError` after
+        `patience` steps in a row with a loss or gradient that is not finite.
+        """
+        config, monitor = self.preset.train, self.monitor
+        saved_step, request = -1, Request()
+        with SignalWatch() as watch, monitor.running(self.step, log):
+            while self.step < config.steps:
+                loss, norm, applied = self.train_step()
+                self.tally.add(loss, applied)
+                self.bad_steps.add(self.step - 1, applied)
+                logs = self.step % config.log_every == 0 or self.step == config.steps
+                # On a CPU reading the loss costs nothing; on a GPU it would wait for the step.
+                if self.device.type == "cpu" or logs:
+                    self._look_for_bad_steps(run)
+                monitor.tell(self.step, functools.partial(self._measured, norm) if logs else None)
+                request = self.team.agreed(watch.requested())
+                if request.save or self.step % config.save_every == 0:
+                    with monitor.clock.aside():
+                        saved, saved_step = self.save(run, dataset_source), self.step
+                if request.stop:
+                    break
+                if monitor.preview_due(self.step):
+                    with monitor.clock.aside(), self.averaged_weights() as unet:
+                        monitor.preview(self.step, unet, self.diffusion)
+            if saved_step != self.step:
+                saved = self.save(run, dataset_source)
+            # It may have come while the last checkpoint was written, and nobody looks after this.
+            request = self.team.agreed(watch.requested())
+            if request.stop:
+                name = signal.Signals(request.stop).name
+                raise RunInterruptedError(
+                    request.stop, f"{name}: saved step {self.step} in {run}; --resume continues it"
+                )
+        return saved
+
+    def _measured(self, norm: Tensor) -> dict[str, float | None]:
+        """Numbers of the log since its line before; waits for the device."""
+        loss_sum, good_steps, bad_in_a_row = self.tally.read()
+        self.tally = Tally(self.device, bad_in_a_row=bad_in_a_row)
+        return {
+            "loss": loss_sum / good_steps if good_steps else None,
+            "gradient_norm": norm.item(),
+            "lr": learning_rate(self.preset.train, self.step - 1),
+        }
+
+    def _look_for_bad_steps(self, run: Path) -> None:
+        """Report steps that were left out; `DivergedError` when there are `patience` of them in a row."""
+        new = self.bad_steps.new()
+        if new and self.place.first:
+            report(run, {step: self._examples(step) for step in new})
+        bad_in_a_row = self.tally.read()[2]
+        if bad_in_a_row < self.preset.train.patience:
+            return
+        steps = range(self.step - bad_in_a_row, self.step)
+        path = run / "diverged.json"
+        if self.place.first:
+            path.write_text(json.dumps({"examples_of_step": {s: self._examples(s) for s in steps}}, indent=1))
+        damaged = first_not_finite(self.optimizer.state())
+        advice = (
+            "Weights, EMA and checkpoints hold the last finite step: lower --lr with --override or look at those images"
+        )
+        if damaged is not None:
+            advice = f"{damaged} is not finite itself, and no step made it so: memory is at fault"
+        raise DivergedError(
+            f"loss or gradient was not finite in {len(steps)} steps in a row, {steps[0]} to {steps[-1]}; the examples "
+            f"of those batches are listed in {path}. {advice}, then --resume"
+        )
+
+    def _examples(self, step: int) -> list[int]:
+        config = self.preset.train
+        return batch_indices(step, len(self.dataset.images), config.batch, config.seed).tolist()
+
+    def save(self, run: Path, dataset_source: str | None) -> Path:
+        """Write a checkpoint: EMA weights, and all that a bit-exact continuation needs.
+
+        Raises `DivergedError`, and leaves the earlier checkpoints, if any of it is not finite.
+        """
+        self._refuse_damage()
+        documents = {
+            "config": to_dict(self.preset),
+            "state": {
+                "step": self.step,
+                "tally": dict(zip(("loss_sum", "steps", "bad_in_a_row"), self.tally.read(), strict=True)),
+                "loss_by_t": self.monitor.losses_by_t.state(),
+            },
+            "data": {"source": dataset_source, "name": self.dataset.name, "checksum": self.dataset.checksum},
+        }
+        return state.save(run, self.step, self.optimizer, documents, self.preset.train.keep, self.team)
+
+    def _refuse_damage(self) -> None:
+        tensors = self.optimizer.state()
+        for decay in self.preset.train.decays:
+            tensors |= {f"average {decay} of {name}": t for name, t in self.optimizer.averaged(decay).items()}
+        for name in gathered(first_not_finite(tensors), self.place):
+            if name is not None:
+                raise DivergedError(
+                    f"step {self.step} is not saved: {name} is not finite, and no step made it so; memory is at fault. "
+                    "--resume goes back to the last checkpoint"
+                )
+
+    def resume(self, saved: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint; `DataError` if the data set is another one."""
+        data: dict[str, Any] = saved.documents["data"]
+        if data["checksum"] != self.dataset.checksum:
+            raise DataError(
+                f"{saved.path} was trained on {data['name']} (sha256 {data['checksum'][:12]}), "
+                f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]}); name that data set with --data"
+            )
+        state.restore(self.optimizer, saved, self.team)
+        counters = saved.documents["state"]
+        self.step = counters["step"]
+        self.tally = Tally(self.device, **counters["tally"])
+        self.monitor.losses_by_t.load(counters.get("loss_by_t"))
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[UNet]:
+        """A network with the EMA weights, in evaluation mode, for the `with` block; no copy, where they are whole."""
+        whole = {name: self.team.whole(name, part) for name, part in self.optimizer.averaged().items()}
+        yield network_with(self.preset.unet, whole).channels_last()
+
+
+def _check_labels(preset: Preset, dataset: Dataset) -> None:
+    if not preset.unet.num_classes:
+        return
+    if dataset.labels is None:
+        raise DataError(f"{dataset.name} has no labels, which num_classes {preset.unet.num_classes} needs")
+    if dataset.labels.max() >= preset.unet.num_classes:
+        raise DataError(
+            f"{dataset.name} has label {dataset.labels.max()}, but num_classes is {preset.unet.num_classes}"
+        )
+
+
+def in_one_graph(
+    losses: Callable[..., tuple[Tensor, Tensor]], backend: Any = "inductor"
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`losses(images, key, labels)` compiled without a break, for every step the same."""
+    compiled = torch.compile(losses, fullgraph=True, backend=backend)
+    tables_made = False
+
+    def run(images: Tensor, key: NoiseKey, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        nonlocal tables_made
+        if not tables_made:  # tables of the diffusion; made inside the graph, they would be compiled into a second one
+            with torch.no_grad():
+                losses(images[:1], key.part(0, 1), None if labels is None else labels[:1])
+            tables_made = True
+        return compiled(images, key, labels)
+
+    return run
+
+
+def _autocast(network: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    @functools.wraps(network)
+    def under_autocast(*args: Any) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return network(*args)
+
+    return under_autocast

@@ -1,0 +1,100 @@
+"""What the doctor says: errors that are measured, faults that it finds, a report that a program can read."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import oracle
+
+from fastddpm import doctor
+from fastddpm.ops import selftest, use_backend
+
+FLOAT32 = (torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "_SECONDS", 1e-3)
+    monkeypatch.setattr(selftest, "_ROUNDS", 1)
+
+
+def trial(name: str) -> selftest.Trial:
+    return next(found for found in selftest.trials(*FLOAT32, batch=1) if found.operation == name)
+
+
+def test_every_operation_of_a_cpu_is_tried_and_passes() -> None:
+    findings = selftest.run(*FLOAT32, batch=1)
+    assert [found.operation for found in findings] == [
+        "group_norm_silu", "group_norm_silu, gradients", "attention", "attention, gradients", "conv3x3",
+        "q_sample", "reverse_step", "random_normal",
+    ]  # fmt: skip
+    for found in findings:
+        assert found.passed and 0 < found.error < found.tolerance and found.speed > 0, found
+
+
+def test_what_counts_as_exact_is_the_tests_own_float64(rng: np.random.Generator) -> None:
+    normals = oracle.normals((3, 32, 32), np.arange(1), selftest.SEED, step=selftest.STEP, stream=2)
+    np.testing.assert_allclose(trial("random_normal").exact().numpy(), normals, rtol=1e-12, atol=1e-12)
+    q, k, v = (rng.standard_normal((2, 5, 8)) for _ in range(3))
+    ours = selftest.plain_attention(*map(torch.from_numpy, (q, k, v)))
+    np.testing.assert_allclose(ours.numpy(), oracle.attention(q, k, v), rtol=1e-12)
+
+
+def test_the_noised_image_is_equation_4(rng: np.random.Generator) -> None:
+    x0 = rng.integers(0, 256, (2, 3, 4, 4), dtype=np.uint8)
+    eps, table, t = rng.standard_normal((2, 3, 4, 4)), rng.random((10, 2)), np.array([3, 7])
+    x_t, _ = selftest.plain_q_sample(*map(torch.from_numpy, (x0, t, table, eps)))
+    expected = oracle.column(table[t, 0]) * (x0 / 127.5 - 1) + oracle.column(table[t, 1]) * eps
+    np.testing.assert_allclose(x_t.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_an_operation_that_is_off_is_named_and_the_exit_code_is_1(
+    wrong: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = selftest.ops.attention
+    monkeypatch.setattr(selftest.ops, "attention", lambda q, k, v: right(q, k, v) * wrong)
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main(["--batch", "1"])
+    assert stopped.value.code == 1
+    out, err = capsys.readouterr()
+    assert [line.split("  ")[1] for line in out.splitlines() if "FAILED" in line] == [
+        "attention",
+        "attention, gradients",
+    ]
+    assert "further from float64 than they may be: attention, attention, gradients" in err
+
+
+def test_the_report_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
+    with use_backend("reference"):
+        doctor.main(["--batch", "1"])
+    out = capsys.readouterr().out
+    assert f"torch             {torch.__version__}" in out
+    assert re.search(r"attention +\d\.\de-\d\d +2e-05 +\d+\.\d\d times as fast\n", out)
+    assert re.search(r"\n  attention        reference", out)
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.1, False), (1e4, True)])
+def test_a_busy_machine_is_mentioned(
+    load: float, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    doctor.main(["--batch", "1"])
+    assert ("other programs keep this machine busy" in capsys.readouterr().out) == said
+
+
+def test_the_report_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(["--batch", "1", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["torch"] == torch.__version__ and report["precision"] == "float32" and report["batch"] == 1
+    assert set(report["backends"]) >= {"attention", "conv3x3_fp8"}
+    assert all(entry["error"] <= entry["tolerance"] for entry in report["trials"])
+    assert report["optional"]["torch-fidelity"] == doctor.version("torch-fidelity")
+
+
+def test_bfloat16_has_a_tolerance_of_its_own() -> None:
+    findings = {found.operation: found for found in selftest.run(torch.device("cpu"), torch.bfloat16, batch=1)}
+    assert 1e-4 < findings["attention"].error < findings["attention"].tolerance == 1e-2
+    assert findings["random_normal"].tolerance == 2e-5

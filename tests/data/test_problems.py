@@ -1,0 +1,122 @@
+"""Images that cannot be used: every one is named with its reason, and `--skip-bad` goes on without them."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers.bad_images import spoil
+from helpers.image_folder import Load, check, load, source
+
+from fastddpm.errors import DataError
+
+__all__ = ["load", "source"]
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """locked.png cannot be opened; permissions would not stop a test that runs as root."""
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "locked.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+
+
+@pytest.mark.usefixtures("locked")
+def test_every_bad_image_is_listed_at_once(
+    load: Load, source: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    reasons = spoil(source)
+    with pytest.raises(DataError) as error:
+        load()
+    first, *listed, advice = str(error.value).splitlines()
+    assert first == f"14 of 44 images in {source} cannot be used:"
+    assert advice == "mend or remove them, or use --skip-bad to go on without them"
+    found = dict(line.strip().split(": ", 1) for line in listed)
+    assert found.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert reason in found[name], name
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not recwarn.list
+
+
+@pytest.mark.usefixtures("locked")
+def test_skip_bad_reports_them_and_goes_on(load: Load, source: Path) -> None:
+    reasons = spoil(source)
+    lines: list[str] = []
+    check(load(skip_bad=True, report=lines.append))
+    (text,) = lines
+    assert all(name in text for name in reasons) and text.endswith("left out, as --skip-bad asks")
+    check(load(skip_bad=True, report=lines.append))
+    assert lines[1:] == [f"14 images of {source} are left out, as --skip-bad asks"]
+
+
+def test_no_usable_image_is_always_an_error(tmp_path: Path, load: Load) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes(b"text")
+    for skip_bad in (False, True):
+        with pytest.raises(DataError, match=r"(?s)1 of 1 images .* x\.png: not an image.*no image is left"):
+            load(source=tmp_path / "bad", skip_bad=skip_bad)
+
+
+def test_a_long_list_is_cut_and_kept_in_a_file(load: Load, source: Path, tmp_path: Path) -> None:
+    for i in range(25):
+        (source / "1" / f"bad{i:02}.png").write_bytes(b"text")
+    with pytest.raises(DataError) as error:
+        load()
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 20 + 1 + 1
+    assert lines[-2].startswith("  and 5 more; the whole list is in ")
+    kept = Path(lines[-2].split(" is in ")[1]).read_text().splitlines()
+    assert kept == [f"1/bad{i:02}.png: not an image of a known format (JPEG, PNG, WEBP, BMP, GIF)" for i in range(25)]
+    # Where no file can be written, each is reported.
+    (tmp_path / "file").write_bytes(b"")
+    reported: list[str] = []
+    with pytest.raises(DataError, match="and 5 more; listed above"):
+        load(cache=tmp_path / "file", report=reported.append)
+    assert [line for line in reported if "bad" in line] == kept
+
+
+def test_a_file_larger_than_any_image_is_not_read(load: Load, source: Path) -> None:
+    with (source / "0" / "film.png").open("wb") as file:
+        file.truncate(2**28 + 1)  # a hole, which takes no space
+    with pytest.raises(
+        DataError, match=r"0/film\.png: cannot be read: 268,435,457 bytes; at most 268,435,456 are read"
+    ):
+        load()
+
+
+def test_a_damaged_deflate_stream(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.png", bytes(1000))
+    data = bytearray(path.read_bytes())
+    data[30 + len("a.png")] = 0b111  # a block of type 3, which there is not
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.png: cannot be read: Error -3 while decompressing"):
+        load(source=path)
+
+
+def test_a_folder_that_cannot_be_listed_is_a_problem(load: Load, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith(f"{os.sep}1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"(?s)1 of 21 images.*images/1: cannot be read: Permission denied"):
+        load()
+    assert len(load(skip_bad=True, report=lambda _: None).images) == 20
+
+
+def test_names_cannot_disturb_the_terminal(load: Load, source: Path) -> None:
+    (source / "0" / "a\x1b[2J\nb.png").write_bytes(b"text")
+    with pytest.raises(DataError) as error:
+        load()
+    assert "\x1b" not in str(error.value) and r"0/a\x1b[2J\nb.png" in str(error.value)

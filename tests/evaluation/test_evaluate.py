@@ -1,0 +1,258 @@
+"""python -m fastddpm.evaluate as a user meets it: a whole run, going on, two processes, mistakes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.runs import trained
+from PIL import Image
+
+from fastddpm import evaluate
+from fastddpm.data import open_dataset
+from fastddpm.errors import DataError, UsageError
+from fastddpm.evaluation import quality, report
+from fastddpm.metrics import digits, open_network
+from fastddpm.runtime import distributed
+
+SHORT = ["--steps", "2", "--batch", "16", "--samples", "40", "--kid-subsets", "3", "--bits.images", "2"]
+SCORES = {
+    "frechet_distance[digits]", "classifier_score[digits]", "kernel_distance[digits]", "precision[digits]",
+    "recall[digits]",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Caches of our own, with one net of one epoch in place of the classifier of digits, and shards of 16 samples."""
+    path = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
+        patch.setenv("TORCH_HOME", str(path / "torch"))
+        patch.setattr(digits, "EPOCHS", 1)
+        patch.setattr(digits, "SEEDS", (0,))
+        patch.setattr(quality, "SIZE", 16)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def run(home: Path) -> Path:
+    """A run of a small network on 100 timesteps."""
+    return trained(home / "run", "--timesteps", "100", "--sample.steps", "2")
+
+
+def command(run: Path, out: Path, *more: str) -> list[str]:
+    return [str(run), "--out", str(out), "--device", "cpu", *SHORT, *more]
+
+
+def document(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path, home: Path) -> Path:
+    """Everything, by one process."""
+    out = home / "whole"
+    evaluate.main(command(run, out))
+    return out
+
+
+def test_one_command_measures_everything(whole: Path, run: Path) -> None:
+    found = document(whole)
+    assert set(found["train"]) == SCORES | {"bpd", "rate-distortion"}
+    assert found["checkpoint"]["preset"] == "mnist" and len(found["checkpoint"]["network"]) == 64
+    data = open_dataset(None, image_size=16, channels=1)
+    network = open_network("digits", image_size=16)
+    for name, record in found["train"].items():
+        assert record["data"] == {"name": "digits", "sha256": data.checksum}
+        assert record["date"] and set(record["versions"]) == {"fastddpm", "torch", "numpy", "python"}
+        if name in SCORES:
+            assert record["features"] == {"name": "digits", "sha256": network.checksum}
+            assert record["samples"] == 40 and record["reference_images"] == 5000
+            assert record["sampling"]["steps"] == 2 and np.isfinite(record["value"])
+    assert found["train"]["bpd"]["num_images"] == 2 and (whole / "train" / "bits.csv").exists()
+    assert "fid" not in (whole / "metrics.json").read_text().lower()
+
+
+def test_before_anything_long_it_says_what_that_takes(
+    run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main(command(run, tmp_path, "--metrics", "is,bpd"))
+    lines = capsys.readouterr().err.splitlines()
+    cost = [line.partition(";")[0] for line in lines].index("is: 40 samples to draw, 160 evaluations")
+    assert lines[cost + 1].startswith("bpd, rate-distortion: 200 evaluations (images x timesteps)")
+    assert next(i for i, line in enumerate(lines) if line.startswith("sampling")) > cost + 1
+
+
+def test_the_table_is_markdown(whole: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(command(run, whole, "--metrics", "none"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["| figure | measured | paper | of |", "|---|---|---|---|"] and len(lines) == 2 + 7
+    value = document(whole)["train"]["frechet_distance[digits]"]["value"]
+    row = next(line for line in lines if line.startswith("| frechet_distance[digits], train |"))
+    assert f"| {value:.5g} |" in row and "40 samples, ancestral, 2 steps; 5,000 images of digits" in row
+
+
+def test_another_command_adds_to_the_figures(
+    run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main(command(run, tmp_path, "--metrics", "is"))
+    first = document(tmp_path)["train"]
+    assert set(first) == {"classifier_score[digits]"}
+    capsys.readouterr()
+    evaluate.main(command(run, tmp_path, "--metrics", "fid,pr", "--split", "test"))
+    assert "0 samples to draw" in capsys.readouterr().err
+    both = document(tmp_path)
+    assert both["train"] == first and set(both["test"]) == SCORES - {
+        "classifier_score[digits]", "kernel_distance[digits]",
+    }  # fmt: skip
+
+
+def test_pictures(run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--picture.rows", "2", "--picture.columns", "2", "--picture.frames", "2"]
+    evaluate.main(command(run, tmp_path, "--metrics", "none", "--pictures", "strips", *options))
+    record = document(tmp_path)["pictures"]["strips"]
+    assert record["options"]["rows"] == 2 and record["sampling"]["steps"] == 2
+    assert "strips-reverse.png" in record["files"] and all((tmp_path / name).exists() for name in record["files"])
+    assert str(tmp_path / "strips.gif") in capsys.readouterr().out
+
+
+def test_two_processes_of_torchrun_measure_the_same(whole: Path, run: Path, tmp_path: Path, home: Path) -> None:
+    """To the bit for what the samples are scored by: the first process reads the shards in their order."""
+    main = tmp_path / "main.py"  # with the changes of `home`
+    main.write_text(
+        "from fastddpm import cli, evaluate\nfrom fastddpm.evaluation import quality\n"
+        "from fastddpm.metrics import digits\ndigits.EPOCHS, digits.SEEDS, quality.SIZE = 1, (0,), 16\n"
+        "cli.run(evaluate.main)\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(main),
+            *command(run, tmp_path / "two"),
+        ],
+        text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (document(out)["train"] for out in (whole, tmp_path / "two"))
+    assert one.keys() == two.keys()
+    for name in SCORES:
+        assert two[name]["value"] == one[name]["value"]
+    assert two["bpd"]["bits_per_dim"] == pytest.approx(one["bpd"]["bits_per_dim"], rel=1e-6)
+    assert two["rate-distortion"]["rmse"] == pytest.approx(one["rate-distortion"]["rmse"], rel=1e-6)
+    assert done.stdout.count("| figure |") == 1 and "2 processes" in done.stderr
+
+
+def test_samples_of_other_settings_are_refused(run: Path, tmp_path: Path, home: Path) -> None:
+    evaluate.main(command(run, tmp_path, "--metrics", "is"))
+    before = (tmp_path / "metrics.json").read_bytes()
+    for more, name in (
+        (["--steps", "3"], r"steps \d+, not 3"),
+        (["--samples", "39"], "seeds"),
+        (["--guidance", "1"], "guid"),
+    ):
+        with pytest.raises(UsageError, match=f"holds images with {name}.*another --out"):
+            evaluate.main(command(run, tmp_path, "--metrics", "is", *more))
+    assert (tmp_path / "metrics.json").read_bytes() == before
+
+
+def test_figures_of_other_weights_are_refused(run: Path, tmp_path: Path, home: Path) -> None:
+    evaluate.main(command(run, tmp_path / "out", "--metrics", "is"))
+    other = trained(tmp_path / "other", "--timesteps", "100", "--seed", "1", "--sample.steps", "2")
+    with pytest.raises(UsageError, match=r"metrics.json is of network [0-9a-f]{12}, not [0-9a-f]{12}"):
+        evaluate.main(command(other, tmp_path / "out", "--metrics", "none"))
+    (tmp_path / "out" / "metrics.json").write_text("{")
+    with pytest.raises(DataError, match=r"metrics\.json cannot be read"):
+        evaluate.main(command(run, tmp_path / "out", "--metrics", "none"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Some images of our own."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+def test_without_a_feature_network_the_rest_is_measured(
+    run: Path, tmp_path: Path, home: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where images are given, digits are no network to compare them by; asked for explicitly it is a mistake."""
+    evaluate.main(command(run, tmp_path, "--data", str(pictures)))
+    error = capsys.readouterr().err
+    assert "fid, is, kid, pr are left out: the Inception weights are not here: fetch" in error
+    assert set(document(tmp_path)["train"]) == {"bpd", "rate-distortion"}
+    with pytest.raises(UsageError, match="--features efficientnet-lite0, whose scores are no FID"):
+        evaluate.main(command(run, tmp_path, "--data", str(pictures), "--metrics", "fid"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metrics", "fid,fvd"], "--metrics takes fid, is, kid, pr, bpd, rate-distortion, all or none; got 'fvd'"),
+        (["--pictures", "strip"], "--pictures takes progressive, .*; got 'strip'"),
+        (["--batch", "0"], "--batch must be positive"),
+        (["--features", "resnet"], "got 'resnet'"),
+        (["--features", "nowhere.pth"], "no weights at nowhere.pth"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--steps", "101"], "steps must be in 1..100"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, run: Path, tmp_path: Path, home: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate.main(command(run, tmp_path, *arguments))
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_help_answers_without_torch() -> None:
+    program = "import sys, fastddpm.evaluate, fastddpm.metrics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        evaluate.main([str(tmp_path / "nowhere")])
+
+
+def test_names_are_taken_once_and_in_order() -> None:
+    known = ("a", "b", "c")
+    assert evaluate.parse_names("c, a,c", known, "x") == ["a", "c"]
+    assert evaluate.parse_names("all", known, "x") == ["a", "b", "c"]
+    assert evaluate.parse_names("none", known, "x") == []
+
+
+def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: Path) -> None:
+    """Of a model of the paper's preset: Table 1, and the FID against the test set of section 4.1."""
+    context = evaluate._context(evaluate.Command(run, out=tmp_path), distributed.Place())
+    of_paper = dataclasses.replace(context.model, preset=dataclasses.replace(context.model.preset, name="cifar10"))
+    ours = report.Report(dataclasses.replace(context, model=of_paper), run)
+    score = {
+        "value": 3.21, "samples": 50000, "reference_images": 50000, "data": {"name": "cifar"},
+        "sampling": {"method": "ancestral", "steps": 1000},
+    }  # fmt: skip
+    ours.add("train", "fid", score)
+    ours.add("train", "inception_score", score | {"value": 9.4, "std": 0.125})
+    ours.add("test", "fid", score | {"value": 5.27})
+    bits = {"bits_per_dim": 3.7512, "standard_error": 0.002, "num_images": 10000, "data": {"name": "cifar"}}
+    ours.add("test", "bpd", bits)
+    ours.add("train", "bpd", bits | {"bits_per_dim": None, "standard_error": None})
+    ours.add("train", "rate-distortion", bits | {"rate": None, "rmse": 0.5})
+    ours.add("train", "frechet_distance[digits]", score)
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in ours.table().splitlines()[2:]]
+    assert rows == [
+        ["fid, train", "3.21", "3.17"],
+        ["inception_score, train", "9.4 ± 0.125", "9.46 ± 0.11"],
+        ["bpd, train", "not finite bits/dim", "≤ 3.72"],
+        ["rate-distortion, train", "not finite bits/dim at RMSE 0.5000", ""],
+        ["frechet_distance[digits], train", "3.21", ""],
+        ["fid, test", "5.27", "5.24"],
+        ["bpd, test", "3.7512 ± 0.0020 bits/dim", "≤ 3.75"],
+    ]

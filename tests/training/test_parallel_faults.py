@@ -1,0 +1,391 @@
+"""Faults among several processes: one that dies, hangs, is signalled, sees NaN or cannot write."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import team
+from helpers.training import CPU, digest, log_digest, noise_images, tiny_preset, train, whole_state
+
+from fastddpm import train as command
+from fastddpm.errors import DivergedError, UsageError
+from fastddpm.runtime import distributed
+from fastddpm.runtime.distributed import ALONE, LostProcessError, Place
+from fastddpm.storage import checkpoint, manifest
+from fastddpm.training.samples import draw_closing_samples
+from fastddpm.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 3.0
+
+
+def with_fault(place: Place, run: Path, fault: str, kind: str) -> None:
+    """Train; in step 3 process 1 is killed, or does not answer any more."""
+    trainer_step = Trainer.train_step
+
+    def step(trainer: Trainer) -> Any:
+        if trainer.step == 2 and place.rank == 1:
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        return trainer_step(trainer)
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+    train(place, tiny_preset(save_every=1, parallel=kind), run)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("killed", "ddp"), ("hung", "ddp"), ("killed", "fsdp")])
+def test_the_others_stop_when_a_process_is_lost(tmp_path: Path, fault: str, kind: str) -> None:
+    run = tmp_path / "run"
+    arguments = {"timeout_s": TIMEOUT_S if fault == "hung" else 60.0}
+    started = team.start(2, lost, run, fault, kind, arguments, directory=tmp_path)
+    begun = time.monotonic()
+    started[0].join(60)
+    assert started[0].exitcode == LostProcessError.exit_code == 75
+    if fault == "hung":
+        assert started[1].is_alive()
+        started[1].kill()
+    first, second = team.wait(started, tmp_path)
+    (line,) = [line for line in first.stderr.splitlines() if line.startswith("error:")]
+    assert "another process died or did not answer for" in line and "start again to go on from it" in line
+    assert second.code == -signal.SIGKILL
+    saved = checkpoint.load(run)
+    assert saved.step == 2
+    print(f"{fault}, {kind}: stopped {time.monotonic() - begun:.1f} s after the start")
+
+
+def lost(run: Path, fault: str, kind: str, options: dict[str, float]) -> None:
+    team.grouped(with_fault, run, fault, kind, **options)
+
+
+def lost_before_meeting(fault: str, rank: int) -> None:
+    """Process `rank` has met the store and is gone before it says there where it is found."""
+    import torch.distributed as dist
+
+    def gone(*_: Any, **__: Any) -> None:
+        time.sleep(0.2)
+        os.kill(os.getpid(), getattr(signal, fault))
+
+    place = distributed.place()
+    if place.rank == rank:
+        dist.init_process_group = gone  # type: ignore[assignment]
+    team.grouped(lambda place: None, timeout_s=1.0)
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_lost_while_the_group_forms(tmp_path: Path, fault: str, rank: int) -> None:
+    """The first holds the store of both."""
+    started = team.start(2, lost_before_meeting, fault, rank, directory=tmp_path)
+    started[1 - rank].join(60)
+    code = started[1 - rank].exitcode  # that of before the kill
+    started[rank].kill()
+    other = team.wait(started, tmp_path)[1 - rank]
+    assert code == LostProcessError.exit_code, other.stderr
+    assert "error: another process died or did not answer for 1 s" in other.stderr
+
+
+def lost_at_reading(place: Place, run: Path) -> None:
+    """Process 1 is killed as both have begun to read the shards of a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    preset = tiny_preset(parallel="fsdp", steps=1)
+    train(place, preset, run)
+    if place.rank == 1:
+        dcp.load = killed  # type: ignore[assignment]
+    train(place, preset, run, resume=True)
+
+
+def test_a_process_lost_while_shards_are_read_is_not_taken_for_damage(tmp_path: Path) -> None:
+    first, second = team.run(2, team.grouped, lost_at_reading, tmp_path / "run")
+    assert (first.code, second.code) == (LostProcessError.exit_code, -signal.SIGKILL)
+    assert "another process died" in first.stderr
+
+
+def signalled(place: Place, run: Path) -> tuple[int, str]:
+    """SIGTERM to process 1 alone, and SIGUSR1 to process 0 before that."""
+    trainer_step = Trainer.train_step
+
+    def step(trainer: Trainer) -> Any:
+        if trainer.step == 2 and place.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if trainer.step == 4 and place.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trainer_step(trainer)
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+    train(place, tiny_preset(keep=5, log_every=1), run)
+    return 0, ""
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for one in team.run(2, team.grouped, signalled, run):
+        assert one.code == 128 + signal.SIGTERM
+        assert "SIGTERM: saved step 5" in one.stderr
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000005"]
+    assert len((run / "log.jsonl").read_text().splitlines()) == 5
+
+
+def poisoned(place: Place, kind: str) -> tuple[list[bool], str, str]:
+    """The images of process 1 give NaN in step 3: which steps were applied, and the state around that one."""
+    trainer = Trainer(tiny_preset(parallel=kind), noise_images(), CPU, place)
+    loss = trainer.diffusion.loss
+
+    def bad(*arguments: Any, **options: Any) -> Any:
+        per_image, t = loss(*arguments, **options)
+        return per_image * (float("nan") if trainer.step == 2 and place.rank == 1 else 1.0), t
+
+    trainer.diffusion.loss = bad  # type: ignore[method-assign]
+    applied, digests = [], []
+    for _ in range(4):
+        applied.append(bool(trainer.train_step()[2]))
+        digests.append(digest(whole_state(trainer)))
+    assert len(set(digests)) == 3
+    return applied, digests[1], digests[2]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_nan_in_one_process_changes_none(kind: str) -> None:
+    for applied, before, after in team.values(2, team.grouped, poisoned, kind):
+        assert applied == [True, True, False, True] and before == after
+
+
+def on_a_full_disk(place: Place, run: Path, kind: str) -> None:
+    def full(path: Path, data: bytes) -> Any:
+        if path.name == "model.safetensors" and "0004" in path.parent.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    write, manifest.write_file = manifest.write_file, full
+    train(place, tiny_preset(save_every=2, parallel=kind), run)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_full_disk_stops_all_with_the_same_error(tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    for one in team.run(2, team.grouped, on_a_full_disk, run, kind):
+        assert one.code == 5 and "cannot save step 4" in one.stderr and "No space left" in one.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert checkpoint.load(run).step == 2
+
+
+def diverging(place: Place, run: Path) -> None:
+    run.mkdir(exist_ok=True)
+    trainer = Trainer(tiny_preset(patience=2), noise_images(), CPU, place)
+    with torch.no_grad():
+        if place.rank == 1:
+            trainer.optimizer.averages[0.9][3].fill_(float("nan"))
+    if place.first:
+        run.mkdir(exist_ok=True)
+    trainer.step = 12
+    trainer.run(run, None)
+
+
+def test_damage_in_one_process_is_saved_by_none(tmp_path: Path) -> None:
+    for one in team.run(2, team.grouped, diverging, tmp_path / "run"):
+        assert one.code == DivergedError.exit_code and "step 12 is not saved: average 0.9 of" in one.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def sampled(place: Place, directory: Path) -> list[str]:
+    """Closing samples of averages that are far from where they began; the trainer itself knows one process only."""
+    trainer = Trainer(tiny_preset(), noise_images(), CPU)
+    with torch.no_grad():
+        for number, average in enumerate(trainer.optimizer.average):
+            average.add_(0.1 * torch.randn(average.shape, generator=torch.Generator().manual_seed(number)))
+    with trainer.averaged_weights() as unet:
+        paths = draw_closing_samples(unet, trainer.diffusion, trainer.preset, directory, place)
+    return [path.name for path in paths]
+
+
+def test_closing_samples_are_those_of_one_process(tmp_path: Path) -> None:
+    expected = sampled(ALONE, tmp_path / "1")
+    assert team.values(3, team.grouped, sampled, tmp_path / "3") == [expected, [], []]
+    one, three = (np.load(tmp_path / count / "samples.npz") for count in ("1", "3"))
+    assert one["images"].shape == (64, 1, 8, 8) and one["images"].std() > 30
+    assert (one["seeds"] == three["seeds"]).all() and (one["labels"] == three["labels"]).all()
+    assert np.abs(one["images"].astype(int) - three["images"]).max() <= 1
+
+
+# torchrun itself
+
+TINY = [
+    "--width", "8", "--groups", "4", "--multipliers", "1", "2", "--blocks", "1", "--timesteps", "20", "--batch", "8",
+    "--log-every", "1", "--sample.steps", "3", "--sample.count", "4", "--device", "cpu", "--steps", "6",
+    "--save-every", "2",
+]  # fmt: skip
+
+KILLED_ONCE = """
+import os, signal, sys
+from fastddpm import cli, train
+from fastddpm.training.trainer import Trainer
+step = Trainer.train_step
+def killed(trainer):
+    if trainer.step == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer)
+Trainer.train_step = killed
+sys.argv[0] = "fastddpm.train"
+cli.run(train.main)
+"""
+
+
+def whole(run: Path) -> None:
+    command.main([*TINY, "--out", str(run)])
+
+
+def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
+    """The same command, and the bits of a run that nothing happened to."""
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         str(script), *TINY, "--out", str(tmp_path / "run")],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {tmp_path / 'run'} at step 4" in done.stderr
+    assert (tmp_path / "run" / "samples.png").exists()
+    team.values(2, whole, tmp_path / "whole")
+    ends = [checkpoint.load(tmp_path / name) for name in ("run", "whole")]
+    assert [end.step for end in ends] == [6, 6]
+    for part, tensors in ends[0].tensors.items():
+        assert digest(tensors) == digest(ends[1].tensors[part])
+    assert log_digest(tmp_path / "run") == log_digest(tmp_path / "whole")
+
+
+def pair(script: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+    """A program in two processes, as torchrun starts it."""
+    port = team.free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=os.environ | team.contract(rank, 2, port) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+
+ENDS = """
+import atexit, time, torch, torch.distributed as dist
+from fastddpm import cli, processes
+def main(arguments):
+    global kept
+    place = distributed.place()
+    atexit.register(print, "last words")
+    with distributed.together(place):
+        kept = dist.group.WORLD  # as DistributedDataParallel does
+        if place.rank == 1:
+            time.sleep(600)
+        dist.all_reduce(torch.zeros(3), async_op=True)  # in a thread that waits for the other process
+        print("done")
+        if arguments:
+            raise getattr(processes, arguments[0], ZeroDivisionError)("gone")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        ([], 0, ""),
+        (["LostProcessError"], 75, "error: gone\n"),
+        (["ZeroDivisionError"], 1, "[rank0]: ZeroDivisionError: gone\n"),
+    ],
+)
+def test_a_process_ends_although_threads_of_its_group_wait(
+    tmp_path: Path, error: list[str], code: int, told: str
+) -> None:
+    """With what it printed, its exit code and what was registered for the end."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    started = pair(script, *error)
+    try:
+        out, errors = started[0].communicate(timeout=60)
+    finally:
+        started[1].kill()
+        started[1].communicate()
+    assert (started[0].returncode, out) == (code, "done\nlast words\n"), errors
+    assert errors.endswith(told) and errors.startswith("[rank0]: Traceback" if code == 1 else told)
+
+
+RAISES = """
+import os, sys
+from fastddpm import cli, train
+from fastddpm.training.trainer import Trainer
+step = Trainer.train_step
+def failing(trainer):
+    if trainer.step == 3 and os.environ["RANK"] == "1":
+        raise ZeroDivisionError("nobody thought of this")
+    return step(trainer)
+Trainer.train_step = failing
+cli.run(train.main)
+"""
+
+
+def test_an_error_that_nobody_caught_in_one_process_ends_all(tmp_path: Path) -> None:
+    """At once: the one with its traceback and 1, the other with 75."""
+    script = tmp_path / "raises.py"
+    script.write_text(RAISES)
+    started = pair(script, *TINY, "--out", str(tmp_path / "run"))
+    try:
+        second, first = (process.communicate(timeout=60)[1] for process in reversed(started))
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [75, 1], first + second
+    assert "in failing" in second and second.endswith("ZeroDivisionError: nobody thought of this\n")
+    assert first.splitlines()[-1].startswith("error: another process died or did not answer for 600 s")
+    assert checkpoint.load(tmp_path / "run").step == 2
+
+
+def test_a_port_in_use_is_not_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in team.contract(0, 2, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(distributed, "_formed_a_group", False)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        with (
+            pytest.raises(UsageError, match=r"MASTER_PORT [0-9]+ is in use"),
+            distributed.together(Place(0, 2), timeout_s=3),
+        ):
+            pass
+
+
+def two_in_one(run: Path) -> None:
+    command.main([*TINY, "--out", str(run)])
+
+
+def test_a_run_in_use_is_refused_to_all_processes(tmp_path: Path) -> None:
+    with checkpoint.lock(tmp_path / "run"):
+        for one in team.run(2, two_in_one, tmp_path / "run"):
+            assert one.code == 2 and f"is in use by process {os.getpid()}" in one.stderr
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_commands_that_differ_are_refused(tmp_path: Path) -> None:
+    for one in team.run(2, differing, tmp_path):
+        assert one.code == 2 and "the processes differ in configuration, --out or device" in one.stderr
+    assert json.dumps(os.listdir(tmp_path)) == "[]"
+
+
+def differing(directory: Path) -> None:
+    command.main([*TINY, "--out", str(directory / "run"), "--seed", str(distributed.place().rank)])
