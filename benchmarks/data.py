@@ -108,9 +108,9 @@ def reading(folder: Path, workers: Sequence[int], seconds: float) -> list[dict[s
     import torch
 
     from fastddpm.data.batches import Batches
-    from fastddpm.data.image import Rule
+    from fastddpm.data.image import Preprocessing
     from fastddpm.data.pack.writer import write_pack
-    from fastddpm.data.sources import open_collection
+    from fastddpm.data.sources import open_image_source
 
     rows = []
     for original, kind, quality, size, batch, count in (
@@ -119,7 +119,9 @@ def reading(folder: Path, workers: Sequence[int], seconds: float) -> list[dict[s
         (320, "WEBP", 75, 256, 64, 640),
     ):
         source = write("folder", folder / f"{original}-{kind}", images(count, original, kind, quality), count)
-        pack = write_pack(open_collection(source), folder / f"{original}.fdpack", Rule(size, 3, "area"), report=print)
+        pack = write_pack(
+            open_image_source(source), folder / f"{original}.fdpack", Preprocessing(size, 3, "area"), report=print
+        )
         stored = kind if original == size else "PNG, resized when packed"
         for number in workers:
             with Batches(pack.dataset(), batch, 0, torch.device("cpu"), workers=number) as batches:

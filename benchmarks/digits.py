@@ -4,7 +4,7 @@
 
 SAMPLES.npz holds `images`, uint8 (N, 1, S, S), and perhaps `labels`, int64 (N,), the classes that were asked for.
 
-The judge is three nets of fastddpm.metrics.digits trained on 4,000 of the embedded digits at the samples' size; 1,000
+The scorer is three nets of fastddpm.metrics.digits trained on 4,000 of the embedded digits at the samples' size; 1,000
 are held out. Half of those, the probe, plays the part of the samples; the other half is the reference that everything
 is compared with, and on which the temperature is fitted. The nets have seen random fields without a class, and the
 figures for noise say whether that worked. Of 1,000 held-out digits at 16x16 about 93% are given a class with more than
@@ -50,7 +50,7 @@ class Judgement:
     features: list[np.ndarray]
 
 
-class Judge:
+class Scorer:
     """Nets trained at one image size, their temperature, and the held-out digits they are checked with.
 
     `reference` and `probe` are judgements of half the held-out digits each, `probe_images` uint8 (500, 1, S, S).
@@ -72,7 +72,7 @@ class Judge:
         self.probe_images = images[probe]
 
     def __call__(self, images: np.ndarray) -> Judgement:
-        """Judge uint8 images (N, 1, size, size)."""
+        """Scorer uint8 images (N, 1, size, size)."""
         features, logits = self._run(images)
         return Judgement(_mean_probabilities(logits, self.temperature), features)
 
@@ -121,32 +121,32 @@ def _likeness(reference: list[np.ndarray], features: list[np.ndarray]) -> dict[s
     return dict(zip(LIKENESS, np.mean(rows, axis=0).tolist(), strict=True))
 
 
-def _real_at(judge: Judge, count: int) -> dict[str, Any]:
+def _real_at(scorer: Scorer, count: int) -> dict[str, Any]:
     """Mean and standard deviation over `DRAWS` draws of `count` probe digits, at most all 500: what real digits get."""
     rng = np.random.default_rng(0)
-    count = min(count, len(judge.probe_labels))
+    count = min(count, len(scorer.probe_labels))
     rows = []
     for _ in range(DRAWS):
-        chosen = rng.choice(len(judge.probe_labels), count, replace=False)
-        row = _confidence(judge.probe.probabilities[chosen], judge.probe_labels[chosen])
-        rows.append(row | _likeness(judge.reference.features, [f[chosen] for f in judge.probe.features]))
+        chosen = rng.choice(len(scorer.probe_labels), count, replace=False)
+        row = _confidence(scorer.probe.probabilities[chosen], scorer.probe_labels[chosen])
+        rows.append(row | _likeness(scorer.reference.features, [f[chosen] for f in scorer.probe.features]))
     names = [name for name in rows[0] if name not in ("images", "class_counts")]
     means = {name: float(np.mean([row[name] for row in rows])) for name in names}
     spreads = {f"{name}_sd": float(np.std([row[name] for row in rows])) for name in names}
     return {"images": count, "draws": DRAWS} | means | spreads
 
 
-def _real_all(judge: Judge) -> dict[str, Any]:
+def _real_all(scorer: Scorer) -> dict[str, Any]:
     """All held-out digits; their likeness is the probe's, since the reference cannot be compared with itself."""
-    probabilities = np.concatenate([judge.probe.probabilities, judge.reference.probabilities])
-    labels = np.concatenate([judge.probe_labels, judge.reference_labels])
-    return _confidence(probabilities, labels) | _likeness(judge.reference.features, judge.probe.features)
+    probabilities = np.concatenate([scorer.probe.probabilities, scorer.reference.probabilities])
+    labels = np.concatenate([scorer.probe_labels, scorer.reference_labels])
+    return _confidence(probabilities, labels) | _likeness(scorer.reference.features, scorer.probe.features)
 
 
-def noise_images(judge: Judge, count: int) -> dict[str, np.ndarray]:
+def noise_images(scorer: Scorer, count: int) -> dict[str, np.ndarray]:
     """Uniform uint8 noise, and probe digits with each one's pixels in an order of its own; fixed by a seed."""
     rng = np.random.default_rng(1)
-    digits = judge.probe_images[rng.choice(len(judge.probe_images), count, replace=count > len(judge.probe_images))]
+    digits = scorer.probe_images[rng.choice(len(scorer.probe_images), count, replace=count > len(scorer.probe_images))]
     return {
         "uniform_noise": rng.integers(0, 256, digits.shape, dtype=np.uint8),
         "shuffled_digits": rng.permuted(digits.reshape(count, -1), axis=1).reshape(digits.shape),
@@ -168,27 +168,27 @@ def check_samples(images: np.ndarray, labels: np.ndarray | None) -> None:
         raise DataError(f"labels must be digits 0..{CLASSES - 1}; got {labels.min()}..{labels.max()}")
 
 
-def score(images: np.ndarray, labels: np.ndarray | None = None, judge: Judge | None = None) -> dict[str, Any]:
+def score(images: np.ndarray, labels: np.ndarray | None = None, scorer: Scorer | None = None) -> dict[str, Any]:
     """Figures for samples, as many real digits, all held-out digits, and two kinds of noise.
 
-    `images` uint8 (N, 1, S, S); `labels` int64 (N,), the classes asked for; without `judge` one is trained for S.
+    `images` uint8 (N, 1, S, S); `labels` int64 (N,), the classes asked for; without `scorer` one is trained for S.
     The distance is biased upward at small N: compare `samples` with `real_at_this_size`, its floor.
-    Raises `DataError` for images or labels of another kind, or a judge of another size.
+    Raises `DataError` for images or labels of another kind, or a scorer of another size.
     """
     check_samples(images, labels)
-    if judge is None:
-        judge = Judge(images.shape[-1])
-    elif judge.size != images.shape[-1]:
-        raise DataError(f"the judge was trained on {judge.size}x{judge.size} images; got {images.shape}")
-    rows = {"samples": _row(judge, images, labels)}
-    rows |= {"real_at_this_size": _real_at(judge, len(images)), "real_held_out": _real_all(judge)}
-    rows |= {name: _row(judge, noise, None) for name, noise in noise_images(judge, len(images)).items()}
-    return {"confident_above": CONFIDENT, "nets": len(judge.nets), "temperature": judge.temperature, "sets": rows}
+    if scorer is None:
+        scorer = Scorer(images.shape[-1])
+    elif scorer.size != images.shape[-1]:
+        raise DataError(f"the scorer was trained on {scorer.size}x{scorer.size} images; got {images.shape}")
+    rows = {"samples": _row(scorer, images, labels)}
+    rows |= {"real_at_this_size": _real_at(scorer, len(images)), "real_held_out": _real_all(scorer)}
+    rows |= {name: _row(scorer, noise, None) for name, noise in noise_images(scorer, len(images)).items()}
+    return {"confident_above": CONFIDENT, "nets": len(scorer.nets), "temperature": scorer.temperature, "sets": rows}
 
 
-def _row(judge: Judge, images: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
-    found = judge(images)
-    return _confidence(found.probabilities, labels) | _likeness(judge.reference.features, found.features)
+def _row(scorer: Scorer, images: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+    found = scorer(images)
+    return _confidence(found.probabilities, labels) | _likeness(scorer.reference.features, found.features)
 
 
 def _table(sets: dict[str, dict[str, Any]]) -> str:

@@ -83,7 +83,7 @@ def frechet_rows() -> dict[str, dict[str, float]]:
         rotation, _ = np.linalg.qr(rng.normal(size=(dimension, dimension)))
         a, b = (drawn(rng, count, dimension, decades, rotation) for count in (count_a, count_b))
         start = time.process_time()
-        ours = frechet_distance(Moments.gathered(a.split(512)), Moments.gathered(b.split(512)))
+        ours = frechet_distance(Moments.of_batches(a.split(512)), Moments.of_batches(b.split(512)))
         seconds = time.process_time() - start
         statistics = [metric_fid.fid_features_to_statistics(z) for z in (a, b)]
         start = time.process_time()

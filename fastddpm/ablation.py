@@ -61,14 +61,14 @@ def main(arguments: Sequence[str]) -> None:
     cli.check_out(command.out)
 
     from fastddpm.data import open_dataset
-    from fastddpm.evaluation.ablation import Judge, Result, Sweep, split, write_tables
+    from fastddpm.evaluation.ablation import AblationRunner, Result, Scorer, split, write_tables
     from fastddpm.runtime.device import choose_device
 
     device = choose_device(command.device)
     dataset = open_dataset(command.data, image_size=base.unet.image_size, channels=base.unet.image_channels)
     trained_on, held_out = split(dataset)
-    judge = None if command.network == "none" else Judge.of(command.network, trained_on, device)
-    sweep = Sweep(command.out, trained_on, held_out, judge, command.samples, command.bits, device)
+    scorer = None if command.network == "none" else Scorer.of(command.network, trained_on, device)
+    runner = AblationRunner(command.out, trained_on, held_out, scorer, command.samples, command.bits, device)
     results: dict[str, list[Result]] = {}
     described = (
         f"{base.name} network on {dataset.name}, {runs[0][2].train.steps} steps, T = {runs[0][2].diffusion.timesteps}, "
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     for number, (cell, seed, config) in enumerate(runs, 1):
         print(f"{number} of {len(runs)}: {cell.predicts}, {cell.objective}, seed {seed}", file=sys.stderr)
-        results.setdefault(cell.name, []).append(sweep.result(f"{cell.name}-{seed}", config))
-        table = write_tables({cell: results.get(cell.name, []) for cell in cells}, sweep, described)
+        results.setdefault(cell.name, []).append(runner.result(f"{cell.name}-{seed}", config))
+        table = write_tables({cell: results.get(cell.name, []) for cell in cells}, runner, described)
     print(table)
     print(f"table {command.out / 'table.md'}")
 

@@ -152,11 +152,11 @@ def _images(action: Encode, sampler: "Sampler") -> tuple["np.ndarray", "np.ndarr
     """uint8 (N, C, H, W) and labels, if there are any."""
     import numpy as np
 
-    from fastddpm.data.image import Rule
+    from fastddpm.data.image import Preprocessing
     from fastddpm.data.inputs import read_images
 
     config = sampler.unet.config
-    images, labels = read_images(action.images, Rule(config.image_size, config.image_channels, action.resize))
+    images, labels = read_images(action.images, Preprocessing(config.image_size, config.image_channels, action.resize))
     count = len(images) if action.count is None else action.count
     return np.ascontiguousarray(images[:count]), None if labels is None else labels[:count]
 

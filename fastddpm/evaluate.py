@@ -77,10 +77,10 @@ def main(arguments: Sequence[str]) -> None:
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
     cli.check_out(_out(command))
-    where = distributed.place()
+    group = distributed.group_from_environment()
     # Scores are computed by the first process alone, for hours perhaps, while the others wait.
-    with distributed.together(where, timeout_s=7 * 24 * 3600):
-        context = _context(command, where)
+    with distributed.process_group(group, timeout_s=7 * 24 * 3600):
+        context = _context(command, group)
         network = _network(command, context) if set(metrics).intersection(QUALITY_METRICS) else None
         if network is None:
             metrics = [metric for metric in metrics if metric not in QUALITY_METRICS]
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         _evaluate(command, context, network, metrics, pictures)
 
 
-def _context(command: Command, where: distributed.Place) -> "EvaluationContext":
+def _context(command: Command, group: distributed.ProcessGroup) -> "EvaluationContext":
     from fastddpm import pretrained
     from fastddpm.data import open_dataset
     from fastddpm.evaluation.context import EvaluationContext
@@ -106,7 +106,7 @@ def _context(command: Command, where: distributed.Place) -> "EvaluationContext":
     out = _out(command)
     out.mkdir(parents=True, exist_ok=True)
     batch = command.batch or batch_size.choose(sampler.probe, sampler.unet.config, device)
-    return EvaluationContext(model, sampler, dataset, batch, device, out, where)
+    return EvaluationContext(model, sampler, dataset, batch, device, out, group)
 
 
 def _network(command: Command, context: "EvaluationContext") -> "FeatureNetwork | None":
@@ -123,14 +123,14 @@ def _network(command: Command, context: "EvaluationContext") -> "FeatureNetwork 
         problem = f"{inception.how_to_get_them()}; or take --features efficientnet-lite0, whose scores are no FID"
         if command.metrics is not None:
             raise UsageError(problem)
-        if context.place.first:
+        if context.group.is_main:
             print(f"{', '.join(QUALITY_METRICS)} are left out: {problem}", file=sys.stderr)
         return None
     size, network = context.dataset.images.shape[-1], None
     for turn in (True, False):  # the first process may have to train it; the others find it in the cache
-        if context.place.first == turn:
+        if context.group.is_main == turn:
             network = open_network(name, image_size=size, device=context.device, report=_say)
-        distributed.gathered(None, context.place)
+        distributed.all_gather_object(None, context.group)
     return network
 
 
@@ -144,7 +144,7 @@ def _evaluate(
     """Every process comes here; the first one estimates, writes and tells."""
     from fastddpm.evaluation.report import Report
 
-    first = context.place.first
+    first = context.group.is_main
     report = Report(context, command.checkpoint) if first else None
     if first:
         for line in _estimates(command, context, network, metrics, pictures):
@@ -172,7 +172,7 @@ def _estimates(
     from fastddpm.runtime.progress import duration
 
     each = seconds_per_evaluation(context)
-    count = context.place.count
+    count = context.group.world_size
     where = f"{context.device}" + (f", {count} processes" if count > 1 else "")
     lines = [f"{context.model.preset.name} on {where}: {1 / each:,.0f} evaluations of one image per second, each"]
     if network is not None:

@@ -85,14 +85,14 @@ def main(arguments: Sequence[str]) -> None:
 
 def _complete(command: Command, sampler: "Sampler", seeds: list[int], batch: int, out: Path) -> list[Path]:
     """Read, draw, write; the paths of the files."""
-    from fastddpm.data.image import Rule
+    from fastddpm.data.image import Preprocessing
     from fastddpm.data.inputs import read_hole, read_images
     from fastddpm.runtime.progress import Meter
     from fastddpm.sampling.inpainting import cost, inpaint
 
-    rule = Rule(sampler.unet.config.image_size, sampler.unet.config.image_channels, command.resize)
-    known = ~read_hole(command.mask, rule)
-    everything, classes = read_images(command.images, rule)
+    preprocessing = Preprocessing(sampler.unet.config.image_size, sampler.unet.config.image_channels, command.resize)
+    known = ~read_hole(command.mask, preprocessing)
+    everything, classes = read_images(command.images, preprocessing)
     pick = _pick(command.pick, len(everything))
     given = everything[pick]
     labels = _labels(command.labels, None if classes is None else classes[pick].tolist(), len(given), sampler)
@@ -142,19 +142,19 @@ def _save(
     found: "Inpainted", given: np.ndarray, known: np.ndarray, seeds: list[int], labels: list[int] | None, out: Path
 ) -> list[Path]:
     """A row an image: what is known of it, then a completion for each seed."""
-    from fastddpm.evaluation.figures.layout import Block, save_blocks, save_frames
+    from fastddpm.evaluation.figures.layout import Panel, save_frames, save_panels
     from fastddpm.storage.files import save_arrays
 
     out.mkdir(parents=True, exist_ok=True)
     rows, columns = len(given), len(seeds)
     shown = np.where(known, given, np.uint8(_GREY))
     images = found.images.reshape(rows, columns, *given.shape[1:])
-    blocks = [Block(shown[:, None], ["known"]), Block(images, [str(seed) for seed in seeds])]
+    blocks = [Panel(shown[:, None], ["known"]), Panel(images, [str(seed) for seed in seeds])]
     arrays = {"images": images, "given": given, "known": known, "seeds": np.array(seeds)}
     if labels is not None:
         arrays["labels"] = np.array(labels)
     save_arrays(arrays, out / "inpainted.npz")
-    paths = [save_blocks(blocks, out / "inpainted.png"), out / "inpainted.npz"]
+    paths = [save_panels(blocks, out / "inpainted.png"), out / "inpainted.npz"]
     if found.x0.shape[1]:
         moments = found.x0.reshape(rows, columns, *found.x0.shape[1:])
         frames = [np.concatenate([shown[:, None], moments[:, :, i]], axis=1) for i in range(moments.shape[2])]

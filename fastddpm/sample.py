@@ -56,8 +56,8 @@ def main(arguments: Sequence[str]) -> None:
             raise UsageError(f"--{name} must be positive; got {size}")
     if not command.checkpoint.exists():
         raise UsageError(f"no checkpoint at {command.checkpoint}")
-    where = distributed.place()
-    sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or where.count > 1
+    group = distributed.group_from_environment()
+    sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or group.world_size > 1
     if sharded and command.gif:
         raise UsageError(f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, by one process")
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
         file=sys.stderr,
     )
     if sharded:
-        _sample_shards(command, sampler, seeds, labels, out, batch, where)
+        _sample_shards(command, sampler, seeds, labels, out, batch, group)
         return
     recorder = FrameRecorder(sampler.steps, min(batch, 64)) if command.gif else None
     parts = []
@@ -99,13 +99,13 @@ def _sample_shards(
     labels: Sequence[int] | None,
     out: Path,
     batch: int,
-    where: distributed.Place,
+    group: distributed.ProcessGroup,
 ) -> None:
     """Draw what is missing in `out` of this process's shards."""
     from fastddpm.sampling.generate import fill, save_first_grid, save_png_of_shard
     from fastddpm.storage.shards import Shards
 
-    rank, count = where.rank, where.count
+    rank, count = group.rank, group.world_size
     config = sampler.unet.config
     shape = (config.image_channels, config.image_size, config.image_size)
     size = command.shard_size or SHARD_SIZE

@@ -80,10 +80,10 @@ class Command:
 
 
 def main(arguments: Sequence[str]) -> None:
-    where = distributed.place()
-    command, base, run = _parse(arguments, where)
+    group = distributed.group_from_environment()
+    command, base, run = _parse(arguments, group)
     wanted = command.resolved()
-    say = _to_stderr if where.first else _to_nobody
+    say = _to_stderr if group.is_main else _to_nobody
     say(describe(wanted, base))
 
     from fastddpm.ops.backend import OPERATIONS, obstacles
@@ -93,17 +93,19 @@ def main(arguments: Sequence[str]) -> None:
     device = choose_device(command.device, distributed.local_rank())
     for reason in sorted({reason for operation in OPERATIONS for reason in obstacles(operation, device.type)}):
         say(f"note: {reason}")
-    with nothing_to_save(), distributed.together(where, device=device.type, timeout_s=command.timeout):
-        distributed.agree((to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", where)
-        dataset = _open_data(command, wanted, where, say)
+    with nothing_to_save(), distributed.process_group(group, device=device.type, timeout_s=command.timeout):
+        distributed.assert_same(
+            (to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", group
+        )
+        dataset = _open_data(command, wanted, group, say)
         if command.dry_run:
             from fastddpm.training.dry_run import describe_run
 
-            report = describe_run(wanted, dataset, device, where)
-            if where.first:
+            report = describe_run(wanted, dataset, device, group)
+            if group.is_main:
                 print(report)
             return
-        _train(command, arguments, wanted, run, dataset, device, where, say)
+        _train(command, arguments, wanted, run, dataset, device, group, say)
 
 
 def _to_stderr(line: str) -> None:
@@ -114,7 +116,7 @@ def _to_nobody(line: str) -> None:
     pass
 
 
-def _parse(arguments: Sequence[str], where: distributed.Place) -> tuple[Command, Preset, Path]:
+def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[Command, Preset, Path]:
     """The options, the configuration they start from (the saved one when resuming), and the run directory.
 
     A command that torchrun or SLURM has started again resumes the run that it had begun.
@@ -141,7 +143,7 @@ def _parse(arguments: Sequence[str], where: distributed.Place) -> tuple[Command,
     if command.profile < 0:
         raise UsageError(f"--profile must be 0 or more steps; got {command.profile}")
     if not resuming:
-        if command.out is None and (where.count > 1 or distributed.restarted()):
+        if command.out is None and (group.world_size > 1 or distributed.restarted()):
             raise UsageError("name the run's directory with --out, so that a restart finds it")
         run = command.out or _free_run(name)
         if not command.dry_run:
@@ -170,7 +172,9 @@ def _refuse_changes(base: Preset, command: Command, run: Path) -> None:
         raise UsageError(f"{run} was trained otherwise: {'; '.join(changed)}. --override goes on so from here on")
 
 
-def _open_data(command: Command, wanted: Preset, where: distributed.Place, say: Callable[[str], None]) -> "Dataset":
+def _open_data(
+    command: Command, wanted: Preset, group: distributed.ProcessGroup, say: Callable[[str], None]
+) -> "Dataset":
     """The data set; of several processes the first one opens it first, and so fills a cache for the others."""
     from fastddpm.data import open_dataset
 
@@ -185,9 +189,9 @@ def _open_data(command: Command, wanted: Preset, where: distributed.Place, say: 
         )
 
     own: list[Dataset] = []
-    distributed.by_first(lambda: own.append(opened()), where)
+    distributed.on_main(lambda: own.append(opened()), group)
     dataset = own[0] if own else opened()
-    distributed.agree((len(dataset.images), dataset.checksum), "the number of images or their sha256", where)
+    distributed.assert_same((len(dataset.images), dataset.checksum), "the number of images or their sha256", group)
     say(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}")
     return dataset
 
@@ -218,12 +222,12 @@ def _train(
     run: Path,
     dataset: "Dataset",
     device: "torch.device",
-    where: distributed.Place,
+    group: distributed.ProcessGroup,
     say: Callable[[str], None],
 ) -> None:
     from fastddpm.storage import checkpoint
     from fastddpm.training.loggers import JsonLines
-    from fastddpm.training.samples import draw_closing_samples
+    from fastddpm.training.samples import draw_final_samples
     from fastddpm.training.signals import interruptible
     from fastddpm.training.trainer import Trainer
 
@@ -235,21 +239,21 @@ def _train(
             held.enter_context(checkpoint.lock(run))
 
         # First what can be refused: it leaves no directory behind.
-        trainer = Trainer(wanted, dataset, device, where, data_workers=command.data_workers)
+        trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
         held.callback(trainer.batches.close)
-        distributed.by_first(claim, where)
+        distributed.on_main(claim, group)
         if command.resume:
-            _go_on(trainer, run, where, say)
+            _go_on(trainer, run, group, say)
         log = None
-        if where.first:
+        if group.is_main:
             write_preset(wanted, run / "config.json")
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
         _watch(command, arguments, trainer, run, held, say)
         last = trainer.run(run, log, dataset_source=command.data)
         with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
-            pictures = draw_closing_samples(unet, trainer.diffusion, wanted, run, where)
-    if where.first:
+            pictures = draw_final_samples(unet, trainer.diffusion, wanted, run, group)
+    if group.is_main:
         _tell(run, last, pictures)
 
 
@@ -260,9 +264,9 @@ def _tell(run: Path, last: Path, pictures: Sequence[Path]) -> None:
     print(f"next: python -m fastddpm.sample {shlex.quote(str(run))} --seeds 64-127")
 
 
-def _go_on(trainer: "Trainer", run: Path, where: distributed.Place, say: Callable[[str], None]) -> None:
+def _go_on(trainer: "Trainer", run: Path, group: distributed.ProcessGroup, say: Callable[[str], None]) -> None:
     """Bring `trainer` to the newest checkpoint, if there is one; `UsageError` where that is behind its last step."""
-    saved = _newest_checkpoint(run, where, say)
+    saved = _newest_checkpoint(run, group, say)
     if saved is not None:
         trainer.resume(saved)
     last = trainer.preset.train.steps
@@ -281,32 +285,32 @@ def _watch(
 ) -> None:
     """Have the run watched as the options say, and note down what this process is."""
     from fastddpm.training.environment import record_session
-    from fastddpm.training.loggers import Sinks, open_sinks
+    from fastddpm.training.loggers import Loggers, open_loggers
     from fastddpm.training.profiling import Profile
     from fastddpm.training.samples import Previews
 
-    preset, dataset, where = trainer.preset, trainer.dataset, trainer.place
-    own: list[Sinks] = []
+    preset, dataset, group = trainer.preset, trainer.dataset, trainer.group
+    own: list[Loggers] = []
 
     def begin() -> None:
         data = {"name": dataset.name, "checksum": dataset.checksum, "source": command.data}
         line = ["python", "-m", PROGRAM, *arguments]
-        record_session(run, line, trainer.device, data, step=trainer.step, place=where)
+        record_session(run, line, trainer.device, data, step=trainer.step, group=group)
         resume_step = trainer.step if command.resume else None
-        own.append(open_sinks(run, preset, resume_step=resume_step, wandb=command.wandb, say=say))
+        own.append(open_loggers(run, preset, resume_step=resume_step, wandb=command.wandb, say=say))
         held.callback(own[0].close)
 
-    distributed.by_first(begin, where)
+    distributed.on_main(begin, group)
     config = preset.train
     trainer.monitor.attach(
-        sinks=own[0] if own else None,
-        previews=Previews(run, preset, config.preview_every, config.preview_steps, place=where),
-        profile=Profile(run, command.profile, trainer.device) if command.profile and where.first else None,
+        loggers=own[0] if own else None,
+        previews=Previews(run, preset, config.preview_every, config.preview_steps, group=group),
+        profile=Profile(run, command.profile, trainer.device) if command.profile and group.is_main else None,
     )
 
 
 def _newest_checkpoint(
-    run: Path, where: distributed.Place, say: Callable[[str], None]
+    run: Path, group: distributed.ProcessGroup, say: Callable[[str], None]
 ) -> "checkpoint.Checkpoint | None":
     """The checkpoint to go on from: found and verified by the first process, and read by each."""
     from fastddpm.storage import checkpoint
@@ -320,7 +324,7 @@ def _newest_checkpoint(
         own.append(saved)
         return saved.path, [*saved.tensors]
 
-    found = distributed.by_first(find, where)
+    found = distributed.on_main(find, group)
     if found is None or own:
         return own[0] if own else None
     return checkpoint.load(*found)

@@ -23,7 +23,7 @@ _BITS = np.uint64(PRECISION)
 _REFILL = (np.uint64(2**32), np.uint64(EMPTY))
 
 
-class Stack:
+class AnsStack:
     """Bits, last in first out. `words`: uint16, the deepest first; `head`: 2^48..2^64 - 1.
 
     With `lending`, words of zero come when there are none left; without it, `DataError`. `borrowed`: how many came.

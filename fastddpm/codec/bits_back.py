@@ -17,14 +17,14 @@ import numpy as np
 from fastddpm.kernels.philox import STREAM_PAD
 from fastddpm.kernels.philox.reference import philox
 
-from .ans import Stack
-from .conditionals import Levels
+from .ans import AnsStack
+from .conditionals import ChainConditionals
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Pads:
+class RandomPads:
     """Random bits of one chunk of images: a function of its number, the timestep and the place in the chunk."""
 
     chunk: int
@@ -37,7 +37,12 @@ class Pads:
 
 
 def encode(
-    stack: Stack, levels: Levels, symbols: np.ndarray, label: np.ndarray | None, pads: Pads, progress: Progress
+    stack: AnsStack,
+    levels: ChainConditionals,
+    symbols: np.ndarray,
+    label: np.ndarray | None,
+    pads: RandomPads,
+    progress: Progress,
 ) -> None:
     """Push images, cells int64 (n * C * H * W,). `label`: int64 (n,) or None.
 
@@ -54,7 +59,12 @@ def encode(
 
 
 def decode(
-    stack: Stack, levels: Levels, count: int, label: np.ndarray | None, pads: Pads, progress: Progress
+    stack: AnsStack,
+    levels: ChainConditionals,
+    count: int,
+    label: np.ndarray | None,
+    pads: RandomPads,
+    progress: Progress,
 ) -> np.ndarray:
     """Pop images of `count` pixels altogether, int64 (count,): `encode` backwards."""
     above = stack.pop(count, levels.prior(count).find)

@@ -12,10 +12,10 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.sampling.sampler import Sampler
 
 from . import bits_back, file_format, fingerprint
-from .ans import EMPTY, Stack
-from .bits_back import Pads
-from .conditionals import Levels, pixel_cells
-from .file_format import MOST_IMAGES, Header, Run
+from .ans import EMPTY, AnsStack
+from .bits_back import RandomPads
+from .conditionals import ChainConditionals, pixel_cells
+from .file_format import MOST_IMAGES, ChunkRun, Header
 from .lossy import as_noisy, levels_at, reconstruct, to_cells
 from .quantised import Uniform
 from .timesteps import best_timesteps, mean_squared_error
@@ -120,7 +120,7 @@ def decode(sampler: Sampler, data: bytes, where: str = "the file", *, progress: 
         raise DataError(f"{where} claims more images side by side than its {2 * len(words):,} bytes can hold")
     coder = _Coder.of(sampler, list(header.timesteps), header.levels, header.decoder, header.conditioning)
     _check_machine(coder, header, where)
-    return _decoded(coder, header, Stack(words, head), where, progress or _silent)
+    return _decoded(coder, header, AnsStack(words, head), where, progress or _silent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +128,14 @@ class _Coder:
     """What both directions share."""
 
     sampler: Sampler
-    levels: Levels
+    levels: ChainConditionals
     decoder: float | None
     conditioning: str
 
     @staticmethod
     def of(sampler: Sampler, timesteps: list[int], levels: int, decoder: float | None, conditioning: str) -> "_Coder":
         own = Sampler(sampler.unet, sampler.diffusion, timesteps=timesteps, engine=sampler.engine)
-        return _Coder(own, Levels(own, pixel_cells(levels), decoder), decoder, conditioning)
+        return _Coder(own, ChainConditionals(own, pixel_cells(levels), decoder), decoder, conditioning)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -170,8 +170,8 @@ class _Encoder:
     ) -> None:
         self.coder, self.labels, self.batch, self.progress = coder, labels, batch, progress
         self.source = images
-        self.stack = Stack(lending=True)
-        self.runs: list[Run] = []
+        self.stack = AnsStack(lending=True)
+        self.runs: list[ChunkRun] = []
         self.results: list[np.ndarray] = []
 
     def run(self) -> None:
@@ -217,7 +217,7 @@ class _Encoder:
         def progress(levels: int) -> None:
             self.progress(before + levels * len(pixels))
 
-        bits_back.encode(self.stack, coder.levels, symbols, labels, Pads(number), progress)
+        bits_back.encode(self.stack, coder.levels, symbols, labels, RandomPads(number), progress)
         if coder.conditioning == "coded":
             assert labels is not None
             self.stack.push(*Uniform(coder.sampler.unet.config.num_classes, len(labels)).intervals(labels))
@@ -226,9 +226,9 @@ class _Encoder:
     def _note(self, size: int) -> None:
         last = self.runs[-1] if self.runs else None
         if last is not None and (last.size, last.lanes) == (size, self.stack.lanes):
-            self.runs[-1] = Run(last.repeats + 1, size, last.lanes)
+            self.runs[-1] = ChunkRun(last.repeats + 1, size, last.lanes)
         else:
-            self.runs.append(Run(1, size, self.stack.lanes))
+            self.runs.append(ChunkRun(1, size, self.stack.lanes))
 
     def _bits(self) -> float:
         return 16 * (self.stack.balance + self.stack.borrowed) + 56 * self.stack.lanes
@@ -239,7 +239,7 @@ class _Encoder:
         return max(_FIRST_LANES, 1 << max(most.bit_length() - 1, 0))
 
 
-def _decoded(coder: _Coder, header: Header, stack: Stack, where: str, progress: Progress) -> Decoded:
+def _decoded(coder: _Coder, header: Header, stack: AnsStack, where: str, progress: Progress) -> Decoded:
     images, labels, done = [], [], 0
     classes = coder.sampler.unet.config.num_classes
     number = sum(run.repeats for run in header.runs)
@@ -256,7 +256,7 @@ def _decoded(coder: _Coder, header: Header, stack: Stack, where: str, progress: 
             progress(done * len(coder.levels) + levels * size)
 
         count = size * math.prod(coder.shape)
-        symbols = bits_back.decode(stack, coder.levels, count, label, Pads(number), report)
+        symbols = bits_back.decode(stack, coder.levels, count, label, RandomPads(number), report)
         images.append(coder.images(symbols, label))
         done += size
     stack.resize(1)

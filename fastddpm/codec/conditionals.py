@@ -10,7 +10,7 @@ from fastddpm.errors import DataError
 from fastddpm.kernels.reverse_step import StepTable
 from fastddpm.sampling.sampler import Sampler
 
-from .quantised import RELEASED, Grid, Masses
+from .quantised import RELEASED, Grid, QuantisedGaussian
 
 _FINENESS = 4  # cells in the smallest deviation that a state is drawn or predicted with, at least
 _RANGE = 8.0  # |x_t| that cells reach to: 1 + more deviations than the table of the normal distribution has
@@ -36,7 +36,7 @@ class _Level:
     row: StepTable
 
 
-class Levels:
+class ChainConditionals:
     """The states of `sampler`'s timesteps, ascending, above an image of `cells`; arrays are (N * C * H * W,), float64.
 
     A cell stands for its middle. So that x_t has the variance that the network was trained on, q and p leave out that
@@ -56,17 +56,17 @@ class Levels:
     def __len__(self) -> int:
         return len(self._levels)
 
-    def forward(self, level: int, below: np.ndarray) -> Masses:
+    def forward(self, level: int, below: np.ndarray) -> QuantisedGaussian:
         """q(x_t | below), `below` being the values of the state before, or of the image at the first level."""
         here = self._levels[level]
         deviation = _less_cells(here.noise, self.grids[level])
-        return Masses(self.grids[level], here.signal * below, deviation, everywhere=False)
+        return QuantisedGaussian(self.grids[level], here.signal * below, deviation, everywhere=False)
 
-    def prior(self, count: int) -> Masses:
+    def prior(self, count: int) -> QuantisedGaussian:
         """p(x_T) of `count` values."""
-        return Masses(self.grids[-1], np.zeros(count), _less_cells(1.0, self.grids[-1]))
+        return QuantisedGaussian(self.grids[-1], np.zeros(count), _less_cells(1.0, self.grids[-1]))
 
-    def reverse(self, level: int, x_t: np.ndarray, label: np.ndarray | None) -> Masses:
+    def reverse(self, level: int, x_t: np.ndarray, label: np.ndarray | None) -> QuantisedGaussian:
         """p(below | x_t); `label` int64 (N,) or None. `DataError` where the network's output is not finite."""
         here = self._levels[level]
         out, second = self._network(x_t, here.t, label)
@@ -75,9 +75,9 @@ class Levels:
             x0 = np.clip(x0, -1.0, 1.0)
         mean = here.row.mean_from_x0 * x0 + here.row.mean_from_x * x_t + here.row.mean_from_out * out
         if level == 0:
-            return Masses(self.cells, mean, self._decoder_deviation(second), cdf=RELEASED)
+            return QuantisedGaussian(self.cells, mean, self._decoder_deviation(second), cdf=RELEASED)
         grid = self.grids[level - 1]
-        return Masses(grid, mean, _less_cells(self._deviation(here, second), grid))
+        return QuantisedGaussian(grid, mean, _less_cells(self._deviation(here, second), grid))
 
     def denoised(self, x0: np.ndarray, t: int, label: np.ndarray | None) -> np.ndarray:
         """The network's x_0 prediction for values that are off by as much as the noise at `t`."""

@@ -38,7 +38,7 @@ CONDITIONINGS = ("none", "unknown", "coded")
 
 
 @dataclass(frozen=True)
-class Run:
+class ChunkRun:
     """`repeats` chunks of `size` images that are coded side by side, in `lanes` lanes."""
 
     repeats: int
@@ -59,7 +59,7 @@ class Header:
     shape: tuple[int, int, int]
     levels: int
     timesteps: tuple[int, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[ChunkRun, ...]
     decoder: float | None
     conditioning: str
     network: str
@@ -99,7 +99,9 @@ class Header:
         timesteps = tuple((downwards[0] - np.cumsum([0, *downwards[1:]])).tolist())
         if timesteps[-1] < 0:
             raise DataError(f"{where}: the timesteps go below 0")
-        runs = tuple(Run(*_numbers(run, "a run", where, 3, 3)) for run in _list(data["runs"], "runs", where, 1, 1000))
+        runs = tuple(
+            ChunkRun(*_numbers(run, "a run", where, 3, 3)) for run in _list(data["runs"], "runs", where, 1, 1000)
+        )
         decoder = data["decoder"]
         if decoder is not None and not (type(decoder) is float and 1e-6 < decoder < 10):
             raise DataError(f"{where}: decoder must be a deviation in 1e-6..10 or null")

@@ -59,7 +59,7 @@ class Grid:
         return self.origin + (cells + 0.5) * self.width
 
 
-class Masses:
+class QuantisedGaussian:
     """The masses that Gaussians put on the cells of a grid, of 2^32: one Gaussian for each of n symbols.
 
     `mean` (n,) and `deviation`, one or (n,), float64. With `everywhere` each cell has at least 1, so that any symbol
@@ -138,6 +138,6 @@ class Uniform:
         return start.astype(np.uint64), ((symbols + 1) * TOTAL // self._count - start).astype(np.uint64)
 
     def find(self, value: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `Masses.find`."""
+        """As `QuantisedGaussian.find`."""
         symbols = ((value.astype(np.int64) + 1) * self._count - 1) // TOTAL
         return (symbols, *self.intervals(symbols))

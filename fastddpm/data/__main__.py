@@ -18,7 +18,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime import cli
 
 if TYPE_CHECKING:
-    from .image import Rule
+    from .image import Preprocessing
     from .inspect import Findings
     from .pack.format import Pack
 
@@ -100,12 +100,12 @@ def main(arguments: Sequence[str]) -> None:
 def _inspect(command: Inspect) -> None:
     from .inspect import scan
     from .pack.format import ENDING, open_pack
-    from .sources import open_collection
+    from .sources import open_image_source
 
-    collection = open_collection(command.source, command.split)
+    image_source = open_image_source(command.source, command.split)
     pack = open_pack(Path(command.source)) if command.source.lower().endswith(ENDING) else None
     with _problem_list() as full_list:
-        found = scan(collection, duplicates=command.duplicates, full_list=full_list, report=_say)
+        found = scan(image_source, duplicates=command.duplicates, full_list=full_list, report=_say)
     if command.json:
         print(json.dumps({**vars(found), "pack": pack and _described(pack)}, indent=1))
     else:
@@ -115,10 +115,10 @@ def _inspect(command: Inspect) -> None:
 
 
 def _verify(command: Verify) -> None:
-    from .image import Rule
+    from .image import Preprocessing
     from .inspect import faults, scan
     from .pack.format import ENDING, open_pack
-    from .sources import open_collection
+    from .sources import open_image_source
 
     with _problem_list() as full_list:
         if command.source.lower().endswith(ENDING) and Path(command.source).is_file():
@@ -126,23 +126,25 @@ def _verify(command: Verify) -> None:
             wrong = faults(pack, full_list=full_list, report=_say)
             what = f"{len(pack):,} images, {_rule_text(pack)}, sha256 of the pixels {pack.checksum}"
         else:
-            rule = None
+            preprocessing = None
             if command.image_size is not None:
-                rule = Rule(_size(command.image_size), command.image_channels, command.resize)
-            collection = open_collection(command.source, command.split)
-            found = scan(collection, rule=rule, duplicates=False, full_list=full_list, report=_say)
+                preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize)
+            image_source = open_image_source(command.source, command.split)
+            found = scan(image_source, preprocessing=preprocessing, duplicates=False, full_list=full_list, report=_say)
             wrong = [found.problems] if found.bad else []
-            what = f"{found.good:,} images" + (f", fit for {rule.image_size}x{rule.image_size}" if rule else "")
+            what = f"{found.good:,} images" + (
+                f", fit for {preprocessing.image_size}x{preprocessing.image_size}" if preprocessing else ""
+            )
     if wrong:
         raise DataError("\n".join(wrong))
     print(f"{command.source}: whole; {what}")
 
 
 def _pack(command: MakePack) -> None:
-    from .image import Rule
+    from .image import Preprocessing
     from .pack.format import ENDING
     from .pack.writer import write_pack
-    from .sources import open_collection
+    from .sources import open_image_source
 
     if command.out.suffix.lower() != ENDING:
         raise UsageError(f"the file to write must end in {ENDING}; got {command.out}")
@@ -150,26 +152,32 @@ def _pack(command: MakePack) -> None:
         raise UsageError(f"{command.out} exists; --overwrite replaces it")
     if not command.out.parent.is_dir():
         raise UsageError(f"there is no folder {command.out.parent}; make it first")
-    rule = Rule(_size(command.image_size), command.image_channels, command.resize)
-    collection = open_collection(command.source, command.split)
-    for note in collection.notes:
+    preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize)
+    image_source = open_image_source(command.source, command.split)
+    for note in image_source.notes:
         _say(note)
-    made = write_pack(collection, command.out, rule, store=command.store, skip_bad=command.skip_bad, report=_say)
+    made = write_pack(
+        image_source, command.out, preprocessing, store=command.store, skip_bad=command.skip_bad, report=_say
+    )
     size = command.out.stat().st_size
     print(f"{command.out}: {len(made):,} images, {_rule_text(made)}, {size:,} bytes")
     print(f"sha256 of the pixels {made.checksum}")
-    print(f"next: python -m fastddpm.train {_training(made.rule, command.out)}")
+    print(f"next: python -m fastddpm.train {_training(made.preprocessing, command.out)}")
 
 
-def _training(rule: "Rule", pack: Path) -> str:
+def _training(preprocessing: "Preprocessing", pack: Path) -> str:
     """Options of a training that takes the pack, by the paper's preset for images about as large."""
     from fastddpm.presets import PRESETS
 
-    base = PRESETS["cifar10" if rule.image_size < 256 else "lsun256"]
+    base = PRESETS["cifar10" if preprocessing.image_size < 256 else "lsun256"]
     options = f"--preset {base.name} --data {shlex.quote(str(pack))}"
-    if rule.image_size != base.unet.image_size:
-        options += f" --image-size {rule.image_size}"
-    return options if rule.channels == base.unet.image_channels else f"{options} --image-channels {rule.channels}"
+    if preprocessing.image_size != base.unet.image_size:
+        options += f" --image-size {preprocessing.image_size}"
+    return (
+        options
+        if preprocessing.channels == base.unet.image_channels
+        else f"{options} --image-channels {preprocessing.channels}"
+    )
 
 
 def _size(image_size: int) -> int:
@@ -203,13 +211,15 @@ def _lines(found: "Findings", pack: "Pack | None") -> list[str]:
 
 def _described(pack: "Pack") -> dict[str, Any]:
     names = ("source", "store", "decoder", "left_out", "checksum", "sha256")
-    return {"rule": dataclasses.asdict(pack.rule)} | {name: getattr(pack, name) for name in names}
+    return {"rule": dataclasses.asdict(pack.preprocessing)} | {name: getattr(pack, name) for name in names}
 
 
 def _rule_text(pack: "Pack") -> str:
-    rule = pack.rule
-    resize = "" if rule.resize == "none" else f", resized by {rule.resize}"
-    return f"{rule.image_size}x{rule.image_size}x{rule.channels}{resize}, stored {pack.store}"
+    preprocessing = pack.preprocessing
+    resize = "" if preprocessing.resize == "none" else f", resized by {preprocessing.resize}"
+    return (
+        f"{preprocessing.image_size}x{preprocessing.image_size}x{preprocessing.channels}{resize}, stored {pack.store}"
+    )
 
 
 def _counts(counts: Counter[str]) -> str:

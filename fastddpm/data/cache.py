@@ -1,4 +1,4 @@
-"""Decoded once: a collection of encoded images as an array on disk, checked whenever it is opened."""
+"""Decoded once: a source of encoded images as an array on disk, checked whenever it is opened."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ import numpy as np
 from fastddpm.errors import DataError, StorageError
 
 from .dataset import Dataset, checksum
-from .image import Rule
+from .image import Preprocessing
 from .ingest import Report, decode_all
 from .pack.format import ENDING, open_pack
 from .pack.writer import write_pack
-from .readers.collection import Collection
+from .readers.source import ImageSource
 
 _VERSION = 2
 _VERIFY_ALL_BYTES = 2**30
@@ -31,53 +31,59 @@ def default_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"
 
 
-def decoded(collection: Collection, rule: Rule, *, skip_bad: bool, directory: Path, report: Report) -> Dataset:
-    """The collection's images, from the cache in `directory`, or decoded into it now.
+def decoded(
+    image_source: ImageSource, preprocessing: Preprocessing, *, skip_bad: bool, directory: Path, report: Report
+) -> Dataset:
+    """The source's images, from the cache in `directory`, or decoded into it now.
 
     An entry is `<key>/images.npy`, `labels.npy` and `meta.json`; the key covers the path, sizes and times of the
     source and the rule. It appears by a rename, whole, whoever else writes it. A damaged one (an array of up to
     1 GiB is read whole to know, of a larger one 1,024 images) is made again; where none can be written the images
     are decoded in memory; `report` is told of both. Raises DataError as `decode_all` does.
     """
-    for note in collection.notes:
-        report(f"{collection.name}: {note}")
-    entry = directory / _key(collection, rule, skip_bad)
-    made = _open(entry, collection.name, rule, report)
+    for note in image_source.notes:
+        report(f"{image_source.name}: {note}")
+    entry = directory / _key(image_source, preprocessing, skip_bad)
+    made = _open(entry, image_source.name, preprocessing, report)
     if made is not None:
         return made
     full_list = directory / f"{entry.name}.problems.txt"
     images: list[np.ndarray] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        return _make(entry, collection, rule, skip_bad, full_list, report)
+        return _make(entry, image_source, preprocessing, skip_bad, full_list, report)
     except OSError as error:
         report(
             f"cache {directory} cannot be written ({error.strerror or error}); decoding in memory, for this run only"
         )
-    labels, _ = decode_all(collection, rule, images.append, skip_bad=skip_bad, report=report, full_list=full_list)
-    return Dataset.of(np.stack(images), labels, collection.name)
+    labels, _ = decode_all(
+        image_source, preprocessing, images.append, skip_bad=skip_bad, report=report, full_list=full_list
+    )
+    return Dataset.of(np.stack(images), labels, image_source.name)
 
 
-def packed(collection: Collection, rule: Rule, *, skip_bad: bool, directory: Path, report: Report) -> Dataset:
-    """The collection's images as a pack (`packing.py`) in `directory`, made now unless it is there.
+def packed(
+    image_source: ImageSource, preprocessing: Preprocessing, *, skip_bad: bool, directory: Path, report: Report
+) -> Dataset:
+    """The source's images as a pack (`packing.py`) in `directory`, made now unless it is there.
 
     For what is too large to keep decoded. Raises DataError as `write_pack` does, StorageError where it cannot be
     written.
     """
-    for note in collection.notes:
-        report(f"{collection.name}: {note}")
-    path = directory / f"{_key(collection, rule, skip_bad)}{ENDING}"
+    for note in image_source.notes:
+        report(f"{image_source.name}: {note}")
+    path = directory / f"{_key(image_source, preprocessing, skip_bad)}{ENDING}"
     if path.exists():
         try:
-            return replace(open_pack(path).dataset(), name=collection.name)
+            return replace(open_pack(path).dataset(), name=image_source.name)
         except DataError as error:
             report(f"{error}; packing again")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cache {directory} cannot be made: {error.strerror or error}") from error
-    made = write_pack(collection, path, rule, skip_bad=skip_bad, report=report)
-    return replace(made.dataset(), name=collection.name)
+    made = write_pack(image_source, path, preprocessing, skip_bad=skip_bad, report=report)
+    return replace(made.dataset(), name=image_source.name)
 
 
 class _Rows:
@@ -115,32 +121,39 @@ class _Rows:
         self._data = self._file.tell()
 
 
-def _make(entry: Path, collection: Collection, rule: Rule, skip_bad: bool, full_list: Path, report: Report) -> Dataset:
+def _make(
+    entry: Path,
+    image_source: ImageSource,
+    preprocessing: Preprocessing,
+    skip_bad: bool,
+    full_list: Path,
+    report: Report,
+) -> Dataset:
     """Decode into a directory beside the entry and rename it. OSError: it cannot be written, or not read back."""
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
     try:
-        with _Rows(temporary / "images.npy", rule.shape) as rows:
+        with _Rows(temporary / "images.npy", preprocessing.shape) as rows:
             labels, num_bad = decode_all(
-                collection, rule, rows.append, skip_bad=skip_bad, report=report, full_list=full_list
+                image_source, preprocessing, rows.append, skip_bad=skip_bad, report=report, full_list=full_list
             )
         if labels is not None:
             np.save(temporary / "labels.npy", labels)
         images = np.load(temporary / "images.npy", mmap_mode="r", allow_pickle=False)
         meta = {
-            "source": collection.name,
-            "rule": asdict(rule),
+            "source": image_source.name,
+            "rule": asdict(preprocessing),
             "left_out": num_bad,
             "checksum": checksum(images, labels),
             "sample": _sampled(images, labels),
         }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        made = _open(temporary, collection.name, rule, lambda _: None)
+        made = _open(temporary, image_source.name, preprocessing, lambda _: None)
         if made is None:
             raise OSError("what was just written cannot be read back")
         try:
             os.rename(temporary, entry)
         except OSError:  # there is one: made by another process in the meantime, and as good as this one, or damaged
-            if _open(entry, collection.name, rule, lambda _: None) is None:
+            if _open(entry, image_source.name, preprocessing, lambda _: None) is None:
                 _replace(entry, temporary)
         return made  # its mapping outlives the name of the file
     finally:
@@ -157,8 +170,8 @@ def _replace(entry: Path, temporary: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _key(collection: Collection, rule: Rule, skip_bad: bool) -> str:
-    identity = [_VERSION, str(Path(collection.name).resolve()), collection.listing, asdict(rule), skip_bad]
+def _key(image_source: ImageSource, preprocessing: Preprocessing, skip_bad: bool) -> str:
+    identity = [_VERSION, str(Path(image_source.name).resolve()), image_source.listing, asdict(preprocessing), skip_bad]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
@@ -166,7 +179,7 @@ def _sampled(images: np.ndarray, labels: np.ndarray | None) -> str:
     return checksum(images[:: max(1, len(images) // _SAMPLE)], labels)
 
 
-def _open(entry: Path, name: str, rule: Rule, report: Report) -> Dataset | None:
+def _open(entry: Path, name: str, preprocessing: Preprocessing, report: Report) -> Dataset | None:
     if not os.path.exists(entry):
         return None
     try:
@@ -175,7 +188,7 @@ def _open(entry: Path, name: str, rule: Rule, report: Report) -> Dataset | None:
         labels = None
         if (entry / "labels.npy").exists():
             labels = np.load(entry / "labels.npy", allow_pickle=False)
-        if images.dtype != np.uint8 or images.shape[1:] != rule.shape or not len(images):
+        if images.dtype != np.uint8 or images.shape[1:] != preprocessing.shape or not len(images):
             raise ValueError(f"it holds {images.dtype} {images.shape}")
         if labels is not None and (labels.dtype != np.int64 or labels.shape != images.shape[:1]):
             raise ValueError(f"it holds {labels.dtype} {labels.shape} labels of {len(images)} images")

@@ -22,7 +22,7 @@ class BadImageError(Exception):
 
 
 @dataclass(frozen=True)
-class Rule:
+class Preprocessing:
     """What every image is turned into: its size, channels (1 or 3) and, for other sizes, how.
 
     resize "area" and "lanczos" cut out the centre square (of an odd margin, the smaller half is cut left or
@@ -49,14 +49,14 @@ class Picture:
     image: Image.Image
 
 
-def decode(data: bytes, rule: Rule) -> np.ndarray:
+def decode(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     """The image in `data`, uint8 (C, S, S). EXIF rotation is applied; of an animation the first frame counts.
 
     Grey is repeated for 3 channels. 16-bit grey is scaled to 8 bits and rounded; of 16-bit colour Pillow keeps
     the high byte. Raises BadImageError for what is damaged, not an image, too large, of another size, or cannot
     become C channels of 8 bits without a choice that is its owner's: transparency, CMYK, colour for a grey model.
     """
-    return as_planes(fitted(open_picture(data), rule), rule)
+    return as_planes(fitted(open_picture(data), preprocessing), preprocessing)
 
 
 def open_picture(data: bytes) -> Picture:
@@ -65,15 +65,19 @@ def open_picture(data: bytes) -> Picture:
         return _opened(data)
 
 
-def fitted(picture: Picture, rule: Rule) -> Image.Image:
+def fitted(picture: Picture, preprocessing: Preprocessing) -> Image.Image:
     """A picture as the rule has it, in mode L or RGB. Raises BadImageError as `decode` does."""
     with _reasons():
-        return fit(_to_channels(picture.image, rule.channels), rule)
+        return fit(_to_channels(picture.image, preprocessing.channels), preprocessing)
 
 
-def as_planes(image: Image.Image, rule: Rule) -> np.ndarray:
+def as_planes(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """An image of the rule's size and channels as uint8 (C, S, S)."""
-    return np.asarray(image).reshape(rule.image_size, rule.image_size, rule.channels).transpose(2, 0, 1)
+    return (
+        np.asarray(image)
+        .reshape(preprocessing.image_size, preprocessing.image_size, preprocessing.channels)
+        .transpose(2, 0, 1)
+    )
 
 
 def _opened(data: bytes) -> Picture:
@@ -102,18 +106,18 @@ def _reasons() -> Iterator[None]:
         raise BadImageError(f"damaged: {str(error) or type(error).__name__}") from error
 
 
-def fit(image: Image.Image, rule: Rule) -> Image.Image:
+def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """The image at the rule's size; BadImageError if it has another and the rule does not resize."""
-    size = (rule.image_size, rule.image_size)
+    size = (preprocessing.image_size, preprocessing.image_size)
     if image.size == size:
         return image
-    if rule.resize == "none":
+    if preprocessing.resize == "none":
         raise BadImageError(
             f"{image.width}x{image.height}, expected {size[0]}x{size[1]}; --resize area crops and resizes"
         )
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize(size, _FILTERS[rule.resize], box=(left, top, left + side, top + side))
+    return image.resize(size, _FILTERS[preprocessing.resize], box=(left, top, left + side, top + side))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

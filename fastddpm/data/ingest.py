@@ -1,4 +1,4 @@
-"""All images of a collection, decoded by threads, in order."""
+"""All images of a source, decoded by threads, in order."""
 
 import contextlib
 import os
@@ -18,8 +18,8 @@ from PIL import Image
 from fastddpm.errors import DataError
 from fastddpm.runtime.progress import Meter
 
-from .image import BadImageError, Rule, decode
-from .readers.collection import Collection, Item
+from .image import BadImageError, Preprocessing, decode
+from .readers.source import EncodedImage, ImageSource
 
 # Images that cannot be used
 
@@ -33,9 +33,9 @@ class Problems:
     When there are more, all go into the file `full_list`, or line by line to `report` if that cannot be written.
     """
 
-    def __init__(self, collection: Collection, full_list: Path, report: Report) -> None:
+    def __init__(self, image_source: ImageSource, full_list: Path, report: Report) -> None:
         self.count = 0
-        self.collection, self._path, self._report = collection, full_list, report
+        self.image_source, self._path, self._report = image_source, full_list, report
         self._shown: list[str] = []
         self._file: IO[str] | None = None
         self._spilled: Callable[[str], object] | None = None
@@ -55,7 +55,7 @@ class Problems:
 
     def message(self) -> str:
         """How many there are, the first of them, and where the others are listed. Closes the file."""
-        lines = [f"{self.count} of {self.collection.count} images in {self.collection.name} cannot be used:"]
+        lines = [f"{self.count} of {self.image_source.count} images in {self.image_source.name} cannot be used:"]
         lines += [f"  {line}" for line in self._shown]
         if self.count > SHOWN:
             where = "listed above" if self._file is None else f"the whole list is in {self._path}"
@@ -83,8 +83,8 @@ _TASKS_AHEAD = 2  # for each thread
 
 
 def decode_all(
-    collection: Collection,
-    rule: Rule,
+    image_source: ImageSource,
+    preprocessing: Preprocessing,
     append: Callable[[np.ndarray], object],
     *,
     skip_bad: bool,
@@ -96,27 +96,27 @@ def decode_all(
     Raises DataError that lists the bad images, unless `skip_bad`, and always if none is good. When there are more
     than a message holds, the list goes to the file `full_list`, or line by line to `report` if that cannot be.
     """
-    labels = Labels(collection.name)
-    problems = Problems(collection, full_list, report)
-    for _, item, image in each(collection, lambda item: decode(item.read(), rule), problems):
+    labels = Labels(image_source.name)
+    problems = Problems(image_source, full_list, report)
+    for _, item, image in map_images(image_source, lambda item: decode(item.read(), preprocessing), problems):
         append(image)
         labels.append(item.label)
-    settle(problems, len(labels), skip_bad=skip_bad, report=report)
+    raise_or_report(problems, len(labels), skip_bad=skip_bad, report=report)
     return labels.array(), problems.count
 
 
-def each(
-    collection: Collection, work: Callable[[Item], T], problems: Problems, *, title: str = "decoding"
-) -> Iterator[tuple[int, Item, T]]:
+def map_images(
+    image_source: ImageSource, work: Callable[[EncodedImage], T], problems: Problems, *, title: str = "decoding"
+) -> Iterator[tuple[int, EncodedImage, T]]:
     """(number, image, its `work`) in order, the work done by threads; BadImageError, OSError, ValueError are problems.
 
     At most 16 images for each processor are in memory, with their results. Progress shows on stderr for collections
     of 10,000 or more.
     """
-    items = enumerate(collection.items())
-    meter = Meter(title, collection.count, "images") if collection.count >= _SHOWN_FROM else None
+    items = enumerate(image_source.items())
+    meter = Meter(title, image_source.count, "images") if image_source.count >= _SHOWN_FROM else None
     threads = os.cpu_count() or 1
-    running: deque[Future[list[tuple[int, Item, T | _Reason]]]] = deque()
+    running: deque[Future[list[tuple[int, EncodedImage, T | _Reason]]]] = deque()
     with meter or nullcontext(), warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` has a lower limit of its own
         task = list(islice(items, _TASK))
@@ -136,7 +136,7 @@ def each(
                 meter.update(meter.done + len(done), f"{problems.count} bad" if problems.count else "")
 
 
-def settle(problems: Problems, num_good: int, *, skip_bad: bool, report: Report) -> None:
+def raise_or_report(problems: Problems, num_good: int, *, skip_bad: bool, report: Report) -> None:
     """Raise DataError if no image is good or, without `skip_bad`, any is bad; else report the bad ones."""
     if problems.count:
         text = problems.message()
@@ -146,7 +146,7 @@ def settle(problems: Problems, num_good: int, *, skip_bad: bool, report: Report)
             raise DataError(f"{text}\nmend or remove them, or use --skip-bad to go on without them")
         report(f"{text}\nleft out, as --skip-bad asks")
     elif not num_good:
-        raise DataError(f"{problems.collection.name} holds no images")
+        raise DataError(f"{problems.image_source.name} holds no images")
 
 
 class Labels:
@@ -184,11 +184,13 @@ class _Reason(str):
     """Why an image cannot be used."""
 
 
-def _try_all(task: list[tuple[int, Item]], work: Callable[[Item], T]) -> list[tuple[int, Item, T | _Reason]]:
+def _try_all(
+    task: list[tuple[int, EncodedImage]], work: Callable[[EncodedImage], T]
+) -> list[tuple[int, EncodedImage, T | _Reason]]:
     return [(number, item, _try(item, work)) for number, item in task]
 
 
-def _try(item: Item, work: Callable[[Item], T]) -> T | _Reason:
+def _try(item: EncodedImage, work: Callable[[EncodedImage], T]) -> T | _Reason:
     try:
         return work(item)
     except BadImageError as error:

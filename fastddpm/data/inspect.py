@@ -1,4 +1,4 @@
-"""What is in a collection: how many images, of which kinds and sizes, which cannot be used, which are equal."""
+"""What is in a source: how many images, of which kinds and sizes, which cannot be used, which are equal."""
 
 import hashlib
 import os
@@ -18,10 +18,10 @@ from PIL import __version__ as pillow_version
 from fastddpm.errors import DataError, StorageError
 
 from .dataset import Checksum
-from .image import Rule, decode, fitted, open_picture
-from .ingest import Problems, Report, each
+from .image import Preprocessing, decode, fitted, open_picture
+from .ingest import Problems, Report, map_images
 from .pack.format import TRAILER, Pack
-from .readers.collection import Collection, Item
+from .readers.source import EncodedImage, ImageSource
 
 # Which images of a very long row are equal, in memory that does not grow with it.
 
@@ -123,38 +123,43 @@ class _Seen:
 
 
 def scan(
-    collection: Collection, *, rule: Rule | None = None, duplicates: bool = True, full_list: Path, report: Report
+    image_source: ImageSource,
+    *,
+    preprocessing: Preprocessing | None = None,
+    duplicates: bool = True,
+    full_list: Path,
+    report: Report,
 ) -> Findings:
-    """Decode every image, at its own size or by `rule`, and count.
+    """Decode every image, at its own size or by `preprocessing`, and count.
 
-    Equal are images whose pixels are, at their own size, by a 128-bit digest. Memory, beside what lists the collection:
+    Equal are images whose pixels are, at their own size, by a 128-bit digest. Memory, beside what lists the source:
     16 encoded images and a decoded one for each processor, counts of 1,000 sizes and of the classes, 20 problems (if
     there are more, all go to `full_list`), and at most 100 MB to find what is equal.
     """
-    found = Findings(collection.name, collection.count, notes=collection.notes)
-    problems = Problems(collection, full_list, report)
+    found = Findings(image_source.name, image_source.count, notes=image_source.notes)
+    problems = Problems(image_source, full_list, report)
 
-    def look(item: Item) -> _Seen:
+    def look(item: EncodedImage) -> _Seen:
         data = item.read()
         picture = open_picture(data)
-        if rule is not None:
-            fitted(picture, rule)
+        if preprocessing is not None:
+            fitted(picture, preprocessing)
         name = digest(picture.image) if duplicates else b""
         return _Seen(f"{picture.format} {picture.mode}", picture.image.size, len(data), name)
 
     with Duplicates() as before:
-        for number, item, seen in each(collection, look, problems, title="reading"):
+        for number, item, seen in map_images(image_source, look, problems, title="reading"):
             _count(found, item, seen)
             if duplicates:
                 before.add(number, seen.digest)
         found.bad = problems.count
         found.problems = problems.message() if problems.count else ""
         if duplicates:
-            _compare(found, before, collection)
+            _compare(found, before, image_source)
     return found
 
 
-def _count(found: Findings, item: Item, seen: _Seen) -> None:
+def _count(found: Findings, item: EncodedImage, seen: _Seen) -> None:
     found.good += 1
     found.encoded_bytes += seen.num_bytes
     found.kinds[seen.kind] += 1
@@ -167,7 +172,7 @@ def _count(found: Findings, item: Item, seen: _Seen) -> None:
         found.classes[item.label] += 1
 
 
-def _compare(found: Findings, before: Duplicates, collection: Collection) -> None:
+def _compare(found: Findings, before: Duplicates, image_source: ImageSource) -> None:
     found.duplicates = 0
     pairs: list[tuple[int, int]] = []
     for pair in before.pairs():
@@ -176,7 +181,7 @@ def _compare(found: Findings, before: Duplicates, collection: Collection) -> Non
             pairs.append(pair)
     if pairs:
         wanted = {number for pair in pairs for number in pair}
-        items = enumerate(islice(collection.items(), max(wanted) + 1))
+        items = enumerate(islice(image_source.items(), max(wanted) + 1))
         names = {number: item.name for number, item in items if number in wanted}
         found.equal = [(names[first], names[later]) for first, later in pairs]
 
@@ -191,10 +196,12 @@ def faults(pack: Pack, *, full_list: Path, report: Report) -> list[str]:
     found = []
     if _sha256(pack) != pack.sha256:
         found.append(f"{pack.path}: its bytes are not those that were written: their SHA-256 differs")
-    images, collection = pack.images(), pack.collection()
+    images, image_source = pack.images(), pack.image_source()
     pixels = Checksum(images.shape)
-    problems = Problems(collection, full_list, report)
-    for _, _, image in each(collection, lambda item: decode(item.read(), images.rule), problems, title="verifying"):
+    problems = Problems(image_source, full_list, report)
+    for _, _, image in map_images(
+        image_source, lambda item: decode(item.read(), images.preprocessing), problems, title="verifying"
+    ):
         pixels.add(image)
     if problems.count:
         found.append(problems.message())

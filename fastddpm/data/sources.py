@@ -15,18 +15,18 @@ from fastddpm.errors import DataError, UsageError
 
 from . import cache as image_cache
 from .dataset import Dataset
-from .image import Resize, Rule, fit
+from .image import Preprocessing, Resize, fit
 from .ingest import Report
 from .pack.format import ENDING, Pack, open_pack
 from .readers.cifar import IMAGE_SIZE, Batches, find_batches, read_batches
-from .readers.collection import Collection, Item, split_files
 from .readers.digits import load_digits
-from .readers.folder import folder_collection
-from .readers.hub import PREFIX, hub_collection
-from .readers.lmdb import lmdb_collection, lmdb_file
-from .readers.parquet import parquet_collection, parquet_files
-from .readers.tar import tar_collection
-from .readers.zip import zip_collection
+from .readers.folder import folder_source
+from .readers.hub import PREFIX, hub_source
+from .readers.lmdb import lmdb_file, lmdb_source
+from .readers.parquet import parquet_files, parquet_source
+from .readers.source import EncodedImage, ImageSource, split_files
+from .readers.tar import tar_source
+from .readers.zip import zip_source
 
 Split = Literal["train", "test"]
 Keep = Literal["auto", "decoded", "encoded"]
@@ -71,40 +71,40 @@ def open_dataset(
         raise UsageError(f"images have 1 or 3 channels and a positive size; got {channels} channels, size {image_size}")
     if source is None:
         return Dataset.of(*load_digits(image_size, channels), "digits")
-    rule = Rule(image_size, channels, resize)
+    preprocessing = Preprocessing(image_size, channels, resize)
     found = _found(source, split)
     directory = cache or image_cache.default_directory()
     report = report or _to_stderr
-    if isinstance(found, Collection):
-        large = found.count * math.prod(rule.shape) > DECODED_LIMIT_BYTES
+    if isinstance(found, ImageSource):
+        large = found.count * math.prod(preprocessing.shape) > DECODED_LIMIT_BYTES
         make = image_cache.packed if keep == "encoded" or (keep == "auto" and large) else image_cache.decoded
-        return make(found, rule, skip_bad=skip_bad, directory=directory, report=report)
+        return make(found, preprocessing, skip_bad=skip_bad, directory=directory, report=report)
     if isinstance(found, Pack):
-        return _of_pack(found, rule, keep, directory, report)
-    return _cifar(Path(source), found, rule, split)
+        return _of_pack(found, preprocessing, keep, directory, report)
+    return _cifar(Path(source), found, preprocessing, split)
 
 
-def open_collection(source: str | os.PathLike[str], split: Split = "train") -> Collection:
+def open_image_source(source: str | os.PathLike[str], split: Split = "train") -> ImageSource:
     """The encoded images at `source`, as `open_dataset` takes it; CIFAR-10's as PNG. Raises UsageError, DataError."""
     found = _found(source, split)
-    if isinstance(found, Collection):
+    if isinstance(found, ImageSource):
         return found
     if isinstance(found, Pack):
-        return found.collection()
+        return found.image_source()
     images, labels = read_batches(found, split, Path(source))
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedImage]:
         for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            yield Item(f"image {number}", label, _as_png(image))
+            yield EncodedImage(f"image {number}", label, _as_png(image))
 
-    return Collection(str(source), len(images), [], items)
+    return ImageSource(str(source), len(images), [], items)
 
 
-def _found(source: str | os.PathLike[str], split: Split) -> Collection | Pack | Batches:
+def _found(source: str | os.PathLike[str], split: Split) -> ImageSource | Pack | Batches:
     """What lies at `source`."""
     name = os.fspath(source)
     if name.startswith(PREFIX) and not os.path.exists(name):
-        return hub_collection(name, split)
+        return hub_source(name, split)
     path = _existing(name)
     try:
         if path.is_file() and path.suffix.lower() == ENDING:
@@ -125,52 +125,57 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _collection(path: Path, split: Split) -> Collection:
+def _collection(path: Path, split: Split) -> ImageSource:
     database = lmdb_file(path)
     if database:
-        return lmdb_collection(database)
+        return lmdb_source(database)
     if path.is_dir():
         tables = parquet_files(path, split)
         if tables:
-            return parquet_collection(tables)
+            return parquet_source(tables)
         shards = split_files(sorted(path.glob("*.tar")), split, path, "tar")
-        return tar_collection(shards, split) if shards else folder_collection(path, split)
+        return tar_source(shards, split) if shards else folder_source(path, split)
     if path.suffix.lower() == ".parquet":
-        return parquet_collection([path])
+        return parquet_source([path])
     if path.suffix.lower() == ".zip":
-        return zip_collection(path, split)
+        return zip_source(path, split)
     if path.suffix.lower() == ".tar":
-        return tar_collection([path], split)
+        return tar_source([path], split)
     raise UsageError(f"{path} is a {path.suffix or 'nameless kind of'} file; images may be {ACCEPTED}")
 
 
-def _of_pack(pack: Pack, rule: Rule, keep: Keep, directory: Path, report: Report) -> Dataset:
-    made = pack.rule
-    if (made.image_size, made.channels) != (rule.image_size, rule.channels):
+def _of_pack(pack: Pack, preprocessing: Preprocessing, keep: Keep, directory: Path, report: Report) -> Dataset:
+    made = pack.preprocessing
+    if (made.image_size, made.channels) != (preprocessing.image_size, preprocessing.channels):
         raise UsageError(
             f"{pack.path} was packed at {made.image_size}x{made.image_size} with {made.channels} channels; the model "
-            f"takes {rule.image_size}x{rule.image_size} with {rule.channels}: pack the images for it"
+            f"takes {preprocessing.image_size}x{preprocessing.image_size} with "
+            f"{preprocessing.channels}: pack the images for it"
         )
     dataset = pack.dataset()
     if keep == "encoded" or (keep == "auto" and dataset.images.nbytes > DECODED_LIMIT_BYTES):
         return dataset
-    collection, by = pack.collection(), pack.images().rule
-    return image_cache.decoded(collection, by, skip_bad=False, directory=directory, report=report)
+    image_source, by = pack.image_source(), pack.images().preprocessing
+    return image_cache.decoded(image_source, by, skip_bad=False, directory=directory, report=report)
 
 
-def _cifar(path: Path, batches: Batches, rule: Rule, split: Split) -> Dataset:
+def _cifar(path: Path, batches: Batches, preprocessing: Preprocessing, split: Split) -> Dataset:
     size = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
-    if rule.channels != 3:
-        raise UsageError(f"CIFAR-10 is in colour; the model has {rule.channels} channel: use --image-channels 3")
-    if rule.image_size != IMAGE_SIZE and rule.resize == "none":
+    if preprocessing.channels != 3:
         raise UsageError(
-            f"CIFAR-10 is {size}; the model takes {rule.image_size}x{rule.image_size}: "
+            f"CIFAR-10 is in colour; the model has {preprocessing.channels} channel: use --image-channels 3"
+        )
+    if preprocessing.image_size != IMAGE_SIZE and preprocessing.resize == "none":
+        raise UsageError(
+            f"CIFAR-10 is {size}; the model takes {preprocessing.image_size}x{preprocessing.image_size}: "
             f"use --image-size {IMAGE_SIZE}, or --resize area"
         )
     images, labels = read_batches(batches, split, path)
-    if rule.image_size != IMAGE_SIZE:
+    if preprocessing.image_size != IMAGE_SIZE:
         pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-        images = np.stack([np.asarray(fit(Image.fromarray(image), rule)) for image in pixels]).transpose(0, 3, 1, 2)
+        images = np.stack([np.asarray(fit(Image.fromarray(image), preprocessing)) for image in pixels]).transpose(
+            0, 3, 1, 2
+        )
         images = np.ascontiguousarray(images)
     return Dataset.of(images, labels, str(path))
 

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from .image import BadImageError, Rule, decode
+from .image import BadImageError, Preprocessing, decode
 from .pack.format import INDEX, read_record
 
 TASK = struct.Struct("<III")  # slot, first and last + 1 of the images to decode in it
@@ -27,11 +27,11 @@ def num_bytes(slots: int, rows: int, shape: tuple[int, int, int]) -> int:
     return slots * rows * (INDEX.itemsize + int(np.prod(shape)))
 
 
-def main(path: str, connection: int, memory: int, slots: int, rows: int, rule: dict[str, object]) -> None:
+def main(path: str, connection: int, memory: int, slots: int, rows: int, preprocessing: dict[str, object]) -> None:
     """Decode what `connection` asks for until it is closed. `connection`, `memory`: file descriptors to inherit."""
     warnings.simplefilter("ignore")  # `decode` has limits of its own
     file = os.open(path, os.O_RDONLY)
-    decoded_by = Rule(**rule)  # type: ignore[arg-type]
+    decoded_by = Preprocessing(**preprocessing)  # type: ignore[arg-type]
     shared = mmap.mmap(memory, num_bytes(slots, rows, decoded_by.shape))
     tasks, pixels = views(shared, slots, rows, decoded_by.shape)
     with Connection(connection) as parent:
@@ -43,11 +43,13 @@ def main(path: str, connection: int, memory: int, slots: int, rows: int, rule: d
                 return
 
 
-def _decode(file: int, tasks: np.ndarray, pixels: np.ndarray, first: int, end: int, rule: Rule) -> bytes:
+def _decode(
+    file: int, tasks: np.ndarray, pixels: np.ndarray, first: int, end: int, preprocessing: Preprocessing
+) -> bytes:
     """Nothing, or the place and the reason of the first image that is damaged."""
     for place in range(first, end):
         try:
-            pixels[place] = decode(read_record(file, tasks[place]), rule)
+            pixels[place] = decode(read_record(file, tasks[place]), preprocessing)
         except (BadImageError, OSError) as error:
             return PLACE.pack(place) + str(error).encode()[:1000]
     return b""

@@ -77,7 +77,7 @@ class Workers:
 
     def __init__(self, images: PackedImages, rows: int, *, num_workers: int, slots: int, timeout_s: float) -> None:
         self._images, self._timeout_s = images, timeout_s
-        shape = images.rule.shape
+        shape = images.preprocessing.shape
         self._slots = [_Slot() for _ in range(slots)]
         descriptor = _memory(num_bytes(slots, rows, shape))
         self._workers: list[_Worker] = []
@@ -179,7 +179,7 @@ class Workers:
             "memory": memory,
             "slots": slots,
             "rows": rows,
-            "rule": dataclasses.asdict(self._images.rule),
+            "rule": dataclasses.asdict(self._images.preprocessing),
         }
         with theirs:
             process = subprocess.Popen(

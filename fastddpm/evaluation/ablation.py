@@ -18,7 +18,7 @@ from fastddpm.data import Dataset
 from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.metrics import FeatureNetwork, Moments, frechet_distance, inception_score, open_network
 from fastddpm.pretrained.model import Model
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling import batch_size
 from fastddpm.sampling.generate import sample_batches, save_pictures
 from fastddpm.sampling.sampler import Sampler
@@ -52,7 +52,7 @@ def split(dataset: Dataset) -> tuple[Dataset, Dataset]:
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class Scorer:
     """A feature network, and the moments of the images that samples are compared with: those trained on, as for FID."""
 
     network: FeatureNetwork
@@ -60,14 +60,14 @@ class Judge:
     device: torch.device
 
     @staticmethod
-    def of(name: str, dataset: Dataset, device: torch.device) -> "Judge":
+    def of(name: str, dataset: Dataset, device: torch.device) -> "Scorer":
         """The network called `name`, and what it finds in all of `dataset`."""
         network = open_network(
             name, image_size=dataset.images.shape[-1], device=device, report=lambda line: print(line, file=sys.stderr)
         )
         batches = (dataset.images[start : start + _AT_ONCE] for start in range(0, len(dataset.images), _AT_ONCE))
         features = (network(torch.from_numpy(np.array(images)).to(device)).features for images in batches)
-        return Judge(network, Moments.gathered(features), device)
+        return Scorer(network, Moments.of_batches(features), device)
 
     def scores(self, images: np.ndarray) -> Result:
         """Of uint8 (N, C, H, W): `frechet_distance`, and `score`, exp of the mean KL divergence of the classes."""
@@ -79,13 +79,13 @@ class Judge:
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class AblationRunner:
     """Where each configuration leaves its run, what it is trained on and measured with."""
 
     out: Path
     dataset: Dataset
     held_out: Dataset
-    judge: Judge | None
+    scorer: Scorer | None
     samples: int
     bits: BitsOptions
     device: torch.device
@@ -116,7 +116,7 @@ class Sweep:
             "data": self.dataset.checksum,
             "samples": self.samples,
             "bits": dataclasses.asdict(self.bits),
-            "network": self.judge.network.checksum if self.judge else None,
+            "network": self.scorer.network.checksum if self.scorer else None,
         }
         found: Result = json.loads(json.dumps(settings))
         return found
@@ -148,27 +148,29 @@ class Sweep:
             found["outcome"] = f"no samples: {error}"
         else:
             save_pictures(images, seeds, None, [], run)
-            found |= {} if self.judge is None else self.judge.scores(images)
-        context = EvaluationContext(model, sampler, self.held_out, batch, self.device, run, Place())
+            found |= {} if self.scorer is None else self.scorer.scores(images)
+        context = EvaluationContext(model, sampler, self.held_out, batch, self.device, run, ProcessGroup())
         likelihood = measure_bits(context, self.bits)
         if likelihood["bits_per_dim"] is None and found["outcome"] == "trained":
             found["outcome"] = "bits/dim are not finite"
         return found | {name: likelihood[name] for name in ("bits_per_dim", "standard_error")}
 
 
-def write_tables(results: Mapping[Cell, Sequence[Result]], sweep: Sweep, describe: str) -> str:
-    """table.md and table.json in the sweep's directory, one row for each cell; the Markdown."""
+def write_tables(results: Mapping[Cell, Sequence[Result]], runner: AblationRunner, describe: str) -> str:
+    """table.md and table.json in the runner's directory, one row for each cell; the Markdown."""
     rows = [_row(cell, found) for cell, found in results.items() if found]
     network = (
-        None if sweep.judge is None else {"name": sweep.judge.network.name, "checksum": sweep.judge.network.checksum}
+        None
+        if runner.scorer is None
+        else {"name": runner.scorer.network.name, "checksum": runner.scorer.network.checksum}
     )
     document = {
         "rows": rows, "runs": {cell.name: list(found) for cell, found in results.items()}, "settings": describe,
         "network": network, "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    write_json(sweep.out / "table.json", document)
-    text = _markdown(rows, sweep, describe)
-    write_text(sweep.out / "table.md", text)
+    write_json(runner.out / "table.json", document)
+    text = _markdown(rows, runner, describe)
+    write_text(runner.out / "table.md", text)
     return text
 
 
@@ -183,12 +185,12 @@ def _row(cell: Cell, found: Sequence[Result]) -> Result:
     return row
 
 
-def _markdown(rows: Sequence[Result], sweep: Sweep, describe: str) -> str:
+def _markdown(rows: Sequence[Result], runner: AblationRunner, describe: str) -> str:
     """Ours beside the paper's; a dash where the paper's training was unstable."""
     fid, score = "Fréchet distance", "classifier score"
-    if sweep.judge is not None:
-        of_inception = sweep.judge.network.is_inception
-        fid, score = ("FID", "IS") if of_inception else (f"{fid} ({sweep.judge.network.name})", score)
+    if runner.scorer is not None:
+        of_inception = runner.scorer.network.is_inception
+        fid, score = ("FID", "IS") if of_inception else (f"{fid} ({runner.scorer.network.name})", score)
     lines = [
         f"| predicts | trained on | {fid} | {score} | bits/dim | | paper: FID | paper: IS | paper: bits/dim |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -21,7 +21,7 @@ from fastddpm.errors import UsageError
 from fastddpm.kernels.philox import STREAM_BOUND
 from fastddpm.kernels.philox.reference import philox
 from fastddpm.ops import random_normal
-from fastddpm.runtime.distributed import ALONE, Place, gathered
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.sampling.sampler import Sampler
 
 from .options import BitsOptions
@@ -146,17 +146,17 @@ def bits_per_dim(
     options: BitsOptions,
     batch: int,
     *,
-    place: Place = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     progress: Progress | None = None,
-    known: Mapping[int, "Block"] | None = None,
-    keep: Callable[[int, "Block"], None] | None = None,
+    known: Mapping[int, "ImageSums"] | None = None,
+    keep: Callable[[int, "ImageSums"], None] | None = None,
 ) -> BitsPerDim:
     """The bound of `images`, uint8 (N, C, H, W), under the sampler's network and the whole T-step process.
 
     A network with classes is evaluated given `labels`, int64 (N,), without guidance; where there are none, as the
-    network without a class. `batch`: pairs of image and timestep evaluated at once. Several processes (`place`, inside
-    `processes.together`) share the images, and each returns the whole result. `progress` is told how many pairs of
-    this process are on their way, and how many it has to evaluate. `keep` is given each of this process's blocks by
+    network without a class. `batch`: pairs of image and timestep evaluated at once. Several processes (`group`, inside
+    `distributed.process_group`) share the images, and each returns the whole result. `progress` is told how many pairs
+    of this process are on their way, and how many it has to evaluate. `keep` is given each of this process's blocks by
     its number, and `known` the blocks that were kept: so an interrupted bound goes on, to the same bits. Noise is a
     function of (options.seed, index, t), and sums are always taken in the same order: the result depends neither on
     `batch` nor on the number of processes, beyond what the network's output does. Raises `UsageError` for a plan that
@@ -164,25 +164,26 @@ def bits_per_dim(
     """
     plan = Plan.of(len(images), sampler.diffusion.timesteps, options)
     evaluator = _Evaluator(sampler, plan, images, labels, options.seed, batch, progress)
-    mine = range(place.rank, -(-len(plan) // BLOCK), place.count)
+    mine = range(group.rank, -(-len(plan) // BLOCK), group.world_size)
     at_once = max(1, math.ceil(_BATCHES * batch * len(plan) / (BLOCK * plan.evaluated().sum())))
-    groups = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
+    calls = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
     blocks = {} if known is None else dict(known)
-    # A group is evaluated whole: so the network sees the batches that it sees when nothing interrupts.
-    left = [group for group in groups if not blocks.keys() >= set(group)]
+    # The images of a call are evaluated together or not at all, so the network sees the same batches after an
+    # interruption.
+    left = [numbers for numbers in calls if not blocks.keys() >= set(numbers)]
     evaluator.expect(left)
-    for group in left:
-        for number, block in evaluator.blocks(group).items():
+    for numbers in left:
+        for number, block in evaluator.blocks(numbers).items():
             blocks[number] = block
             if keep:
                 keep(number, block)
-    for others in gathered(blocks, place):
+    for others in all_gather_object(blocks, group):
         blocks |= others
     return _summary(plan, [blocks[number] for number in sorted(blocks)], evaluator.conditioning)
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class ImageSums:
     """Sums of up to 32 images, float64. `prior`, `decoder`, `rest` (n,): the three parts of each image's bound.
 
     `over_images` (4, T): at each timestep the sums of the terms, of their squares, of the squared errors, of theirs.
@@ -232,7 +233,7 @@ class _Evaluator:
         if self.progress is not None and self.total:
             self.progress(0, self.total)
 
-    def blocks(self, numbers: Sequence[int]) -> dict[int, Block]:
+    def blocks(self, numbers: Sequence[int]) -> dict[int, ImageSums]:
         """The sums of the blocks called `numbers`, their pairs evaluated together."""
         places = self.plan.places(numbers)
         rows, t = self.plan.pairs(places)
@@ -305,14 +306,14 @@ def _conditioning(sampler: Sampler, labels: np.ndarray | None, num_images: int) 
 
 def _block(
     prior: np.ndarray, rows: np.ndarray, t: np.ndarray, terms: np.ndarray, errors: np.ndarray, timesteps: int
-) -> Block:
+) -> ImageSums:
     later = t > 0
     over_images = [np.bincount(t, values, timesteps) for values in (terms, terms**2, errors, errors**2)]
     rest = np.bincount(rows[later], terms[later], len(prior))
-    return Block(prior, terms[~later], rest, np.stack(over_images))
+    return ImageSums(prior, terms[~later], rest, np.stack(over_images))
 
 
-def _summary(plan: Plan, blocks: Sequence[Block], conditioning: str) -> BitsPerDim:
+def _summary(plan: Plan, blocks: Sequence[ImageSums], conditioning: str) -> BitsPerDim:
     prior, decoder, rest = (
         np.concatenate([getattr(block, name) for block in blocks]) for name in ("prior", "decoder", "rest")
     )

@@ -7,7 +7,7 @@ import torch
 
 from fastddpm.data import Dataset
 from fastddpm.pretrained.model import Model
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 
 
@@ -16,7 +16,7 @@ class EvaluationContext:
     """A model with its sampler, the images that it is compared with, and where results go.
 
     `dataset`: decoded at the model's size and channels. `batch`: images evaluated at once. `out`: a directory that
-    exists. `place`: this process among those that evaluate together.
+    exists. `group`: this process among those that evaluate together.
     """
 
     model: Model
@@ -25,4 +25,4 @@ class EvaluationContext:
     batch: int
     device: torch.device
     out: Path
-    place: Place
+    group: ProcessGroup

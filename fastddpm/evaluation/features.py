@@ -131,14 +131,14 @@ def reference_shards(context: EvaluationContext, network: FeatureNetwork, cache:
 
 def fill_reference(context: EvaluationContext, network: FeatureNetwork, shards: FeatureShards) -> None:
     """This process's part of the data set's features; what is there already stays."""
-    place = context.place
+    group = context.group
 
     def images(indices: Sequence[int], _: Sequence[int] | None) -> Tensor:
         chosen = np.array(context.dataset.images[indices[0] : indices[-1] + 1])  # a copy: a memory map is read-only
         return torch.from_numpy(chosen).to(context.device)
 
-    with shards.locked(place.rank, lambda: _say(f"another process is filling {shards.directory}: waiting for it")):
-        missing, damaged = shards.missing(place.rank, place.count)
+    with shards.locked(group.rank, lambda: _say(f"another process is filling {shards.directory}: waiting for it")):
+        missing, damaged = shards.missing(group.rank, group.world_size)
         for line in damaged:
             _say(line)
         if missing:
@@ -155,7 +155,7 @@ def reference_moments(shards: FeatureShards) -> Moments:
     except Exception as error:  # a damaged header can raise nearly anything
         if path.exists():
             _say(f"{path} is damaged ({type(error).__name__}); gathering it again")
-    moments = Moments.gathered(shards.activations(index).features for index in range(len(shards)))
+    moments = Moments.of_batches(shards.activations(index).features for index in range(len(shards)))
     save_arrays(
         {"count": np.array(moments.count), "mean": moments.mean.numpy(), "product": moments.product.numpy()}, path
     )

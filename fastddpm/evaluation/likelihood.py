@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from fastddpm.errors import UsageError
-from fastddpm.runtime.distributed import gathered
+from fastddpm.runtime.distributed import all_gather_object
 from fastddpm.runtime.progress import Meter
 from fastddpm.storage.files import save_arrays, write_text
 from fastddpm.storage.shards import Shards
 
-from .bits_per_dim import BLOCK, BitsPerDim, Block, Plan, bits_per_dim, or_none
+from .bits_per_dim import BLOCK, BitsPerDim, ImageSums, Plan, bits_per_dim, or_none
 from .context import EvaluationContext
 from .options import BitsOptions
 
@@ -48,7 +48,7 @@ def measure_bits(context: EvaluationContext, options: BitsOptions) -> dict[str, 
     first one writes. Raises as `bits_of`.
     """
     result = bits_of(context, options)
-    if context.place.first:
+    if context.group.is_main:
         write_text(context.out / _TABLE, _csv(result))
     summary = result.to_dict()
     return {
@@ -73,9 +73,9 @@ def bits_of(context: EvaluationContext, options: BitsOptions) -> BitsPerDim:
     """
     settings, path = _settings(context, options), context.out / _CACHE
     # The first process looks for all: another one might find what the first has only just written.
-    kept = gathered(_kept(path, settings) if context.place.first else None, context.place)[0]
+    kept = all_gather_object(_kept(path, settings) if context.group.is_main else None, context.group)[0]
     result = _evaluated(context, options, settings) if kept is None else BitsPerDim(**kept)
-    if context.place.first:
+    if context.group.is_main:
         if kept is None:
             _keep(path, result, settings)
         shutil.rmtree(context.out / _PARTS, ignore_errors=True)
@@ -91,21 +91,21 @@ class _Parts(Shards):
     _holds = "sums"
     _otherwise = "choose another --out, or remove it"
 
-    def block(self, index: int) -> Block:
+    def block(self, index: int) -> ImageSums:
         """The sums of a block; errors of NumPy and zip for a damaged file."""
         with np.load(self.path(index), allow_pickle=False) as arrays:
-            return Block(**{f.name: arrays[f.name] for f in fields(Block)})
+            return ImageSums(**{f.name: arrays[f.name] for f in fields(ImageSums)})
 
-    def put(self, index: int, block: Block) -> None:
+    def put(self, index: int, block: ImageSums) -> None:
         """Keep the sums of a block, whole or not at all; `StorageError` where that fails."""
-        self.put_arrays(index, {f.name: getattr(block, f.name) for f in fields(Block)})
+        self.put_arrays(index, {f.name: getattr(block, f.name) for f in fields(ImageSums)})
 
     def _names(self) -> list[str]:
-        return [*(f.name for f in fields(Block)), "seeds"]
+        return [*(f.name for f in fields(ImageSums)), "seeds"]
 
     def _mismatch(self, index: int, found: Mapping[str, np.ndarray]) -> str | None:
         seeds, _ = self.part(index)
-        values = [found[f.name] for f in fields(Block)]
+        values = [found[f.name] for f in fields(ImageSums)]
         shapes, wanted = [value.shape for value in values], [(len(seeds),)] * 3 + [(4, self.timesteps)]
         if shapes != wanted or any(value.dtype != np.float64 for value in values):
             return f"has arrays {shapes}, not {wanted}"
@@ -114,17 +114,17 @@ class _Parts(Shards):
 
 def _evaluated(context: EvaluationContext, options: BitsOptions, settings: dict[str, Any]) -> BitsPerDim:
     """The bound, from what an interrupted evaluation has left and the rest of it."""
-    dataset, place = context.dataset, context.place
+    dataset, group = context.dataset, context.group
     timesteps = context.sampler.diffusion.timesteps
     indices = Plan.of(len(dataset.images), timesteps, options).indices
     parts = _Parts(context.out / _PARTS, indices, None, BLOCK, dataset.images.shape[1:], timesteps)  # type: ignore[arg-type]
     parts.claim(settings)
-    with parts.locked(place.rank), contextlib.ExitStack() as stack:
-        parts.forget_temporaries(place.rank, place.count)
-        missing, damaged = parts.missing(place.rank, place.count)
+    with parts.locked(group.rank), contextlib.ExitStack() as stack:
+        parts.forget_temporaries(group.rank, group.world_size)
+        missing, damaged = parts.missing(group.rank, group.world_size)
         for line in damaged:
             print(line, file=sys.stderr)
-        known = {i: parts.block(i) for i in range(place.rank, len(parts), place.count) if i not in missing}
+        known = {i: parts.block(i) for i in range(group.rank, len(parts), group.world_size) if i not in missing}
         meters: list[Meter] = []
 
         def progress(done: int, total: int) -> None:
@@ -133,8 +133,8 @@ def _evaluated(context: EvaluationContext, options: BitsOptions, settings: dict[
             meters[0].update(done, lambda rate: f"{rate:.0f} evaluations/s")
 
         return bits_per_dim(
-            context.sampler, dataset.images, dataset.labels, options, context.batch, place=place,
-            progress=progress if place.first else None, known=known, keep=parts.put,
+            context.sampler, dataset.images, dataset.labels, options, context.batch, group=group,
+            progress=progress if group.is_main else None, known=known, keep=parts.put,
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from fastddpm.metrics.frechet import Moments, frechet_distance
 from fastddpm.metrics.inception_score import inception_score
 from fastddpm.metrics.kid import kernel_distance, kernel_distance_of_subsets
 from fastddpm.metrics.precision_recall import precision_recall
-from fastddpm.runtime.distributed import gathered
+from fastddpm.runtime.distributed import all_gather_object
 from fastddpm.runtime.progress import Meter
 from fastddpm.sampling.generate import evaluations as evaluations_of
 from fastddpm.sampling.images import to_uint8
@@ -77,7 +77,7 @@ def quality_cost(
         seconds += features * _timed(lambda: network(batch), context.device) / len(batch)
     evaluations = evaluations_of(context.sampler, images, context.sampler.steps)
     seconds += evaluations * per_evaluation
-    return Cost(images, features, evaluations, seconds / context.place.count)
+    return Cost(images, features, evaluations, seconds / context.group.world_size)
 
 
 def seconds_per_evaluation(context: EvaluationContext) -> float:
@@ -115,8 +115,8 @@ def measure_quality(
     if set(metrics).difference(_OF_SAMPLES_ALONE):
         reference = reference_shards(context, network)
         fill_reference(context, network, reference)
-    gathered(None, context.place)  # from here on every shard is there
-    if not context.place.first:
+    all_gather_object(None, context.group)  # from here on every shard is there
+    if not context.group.is_main:
         return {}
     common = _common(context, network, options)
     fake = samples.together()
@@ -155,14 +155,14 @@ def sample_shards(context: EvaluationContext, network: FeatureNetwork, options: 
 
 
 def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: FeatureShards) -> None:
-    place = context.place
+    group = context.group
 
     def images(seeds: Sequence[int], labels: Sequence[int] | None) -> Tensor:
         return torch.from_numpy(to_uint8(context.sampler.sample(seeds, labels))).to(context.device)
 
-    with shards.locked(place.rank):
-        shards.forget_temporaries(place.rank, place.count)
-        missing, damaged = shards.missing(place.rank, place.count)
+    with shards.locked(group.rank):
+        shards.forget_temporaries(group.rank, group.world_size)
+        missing, damaged = shards.missing(group.rank, group.world_size)
         for line in damaged:
             print(line, file=sys.stderr)
         if missing:
@@ -178,7 +178,7 @@ def _scores(
         return {"is": {"value": mean, "std": std, "splits": options.splits}}
     assert reference is not None
     if metric == "fid":
-        moments = Moments.gathered(fake.features.split(SIZE))
+        moments = Moments.of_batches(fake.features.split(SIZE))
         return {"fid": {"value": frechet_distance(moments, reference_moments(reference))}}
     x, y = reference.together().features.to(device), fake.features.to(device)
     if metric == "kid":

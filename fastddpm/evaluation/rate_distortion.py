@@ -69,7 +69,7 @@ def measure_rate_distortion(context: EvaluationContext, options: BitsOptions) ->
     curve = rate_distortion(result)
     rows = table(curve)
     pictures: list[str] = []
-    if context.place.first:
+    if context.group.is_main:
         write_text(context.out / _TABLE, _csv(curve))
         pictures = _draw(context, curve, result.num_images)
     return {

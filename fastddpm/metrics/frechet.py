@@ -34,7 +34,7 @@ class Moments:
         return Moments(len(x), mean, centred.T @ centred)
 
     @staticmethod
-    def gathered(batches: Iterable[Tensor]) -> "Moments":
+    def of_batches(batches: Iterable[Tensor]) -> "Moments":
         """The moments of all batches together, in their order."""
         return functools.reduce(Moments.merged, map(Moments.of, batches))
 

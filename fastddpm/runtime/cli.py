@@ -26,7 +26,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command on this process's arguments; a user's mistake becomes one line and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a table may hold what a terminal's encoding does not: Σ, ±
         sys.stdout.reconfigure(errors="backslashreplace")
-    distributed.finish(_exit_code(main))
+    distributed.exit_now(_exit_code(main))
 
 
 def _exit_code(main: Callable[[Sequence[str]], None]) -> int:

@@ -35,26 +35,26 @@ class LostProcessError(FastddpmError):
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessGroup:
     """This process's number, 0..count-1, and how many there are."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes what all of them share."""
         return self.rank == 0
 
-    def part(self, num: int) -> range:
+    def share(self, num: int) -> range:
         """This process's share of 0..num-1: contiguous, in the order of ranks; lengths differ by one at most."""
-        return range(self.rank * num // self.count, (self.rank + 1) * num // self.count)
+        return range(self.rank * num // self.world_size, (self.rank + 1) * num // self.world_size)
 
 
-ALONE = Place()
+SINGLE_PROCESS = ProcessGroup()
 
 
-def place() -> Place:
+def group_from_environment() -> ProcessGroup:
     """This process as RANK and WORLD_SIZE say; alone without them. Raises `UsageError` for what torchrun never sets."""
     try:
         rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -62,7 +62,7 @@ def place() -> Place:
         raise UsageError("RANK and WORLD_SIZE in the environment must be numbers, as torchrun sets them") from None
     if not 0 <= rank < count:
         raise UsageError(f"RANK must be in 0..WORLD_SIZE-1; got {rank} of {count}")
-    return Place(rank, count)
+    return ProcessGroup(rank, count)
 
 
 def local_rank() -> int:
@@ -76,31 +76,31 @@ def restarted() -> bool:
 
 
 @contextlib.contextmanager
-def together(where: Place, *, device: str = "cpu", timeout_s: float | None = None) -> Iterator[None]:
-    """A group of all processes inside the block, for `gathered` and the rest; nothing for one alone.
+def process_group(group: ProcessGroup, *, device: str = "cpu", timeout_s: float | None = None) -> Iterator[None]:
+    """A group of all processes inside the block, for `all_gather_object` and the rest; nothing for one alone.
 
     Tensors on the CPU travel by gloo; with `device` "cuda" those on GPUs by NCCL. A process that does not answer for
     `timeout_s` (torch's own limits unless given) counts as lost. Raises `LostProcessError` when one is.
     """
-    if where.count == 1:
+    if group.world_size == 1:
         yield
         return
     import torch.distributed as dist
     from torch.distributed.constants import default_pg_timeout
 
-    with _losses_told(timeout_s):
+    with _report_lost_peer(timeout_s):
         if dist.is_initialized():
             if "cpu" not in str(dist.get_backend_config()):
                 raise UsageError("the process group that was formed has NCCL alone; form it with cpu:gloo,cuda:nccl")
             yield
             return
-        _form(where, device, default_pg_timeout if timeout_s is None else timedelta(seconds=timeout_s))
+        _form(group, device, default_pg_timeout if timeout_s is None else timedelta(seconds=timeout_s))
         yield
         # Not where an error leaves the block: other processes may be waiting for this one to take part.
         dist.destroy_process_group()
 
 
-def _form(where: Place, device: str, limit: timedelta) -> None:
+def _form(group: ProcessGroup, device: str, limit: timedelta) -> None:
     """Meet the other processes, waiting for each answer for `limit` at most."""
     import torch.distributed as dist
 
@@ -111,7 +111,7 @@ def _form(where: Place, device: str, limit: timedelta) -> None:
     stuck.daemon = True
     stuck.start()
     try:
-        store, rank, count = next(dist.rendezvous("env://", where.rank, where.count, timeout=limit))
+        store, rank, count = next(dist.rendezvous("env://", group.rank, group.world_size, timeout=limit))
         # torchrun keeps its store over restarts: without a name of its own an attempt would find the addresses of the
         # processes of the one before, which are gone.
         attempt = dist.PrefixStore(f"attempt-{os.environ.get(_RESTARTS[0], '0')}", store)
@@ -119,15 +119,15 @@ def _form(where: Place, device: str, limit: timedelta) -> None:
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=count, timeout=limit)
     finally:
         stuck.cancel()
-        _finish_when_uncaught()
+        _exit_when_uncaught()
 
 
 def _end_stuck(limit_s: float) -> None:
-    print(f"error: {_told('not all processes have met', limit_s)}", file=sys.stderr, flush=True)
+    print(f"error: {_lost_peer_message('not all processes have met', limit_s)}", file=sys.stderr, flush=True)
     os._exit(LostProcessError.exit_code)
 
 
-def _finish_when_uncaught() -> None:
+def _exit_when_uncaught() -> None:
     """Have an exception that nobody catches shown as before, and then end the process at once: the others see it."""
     shown = sys.excepthook
 
@@ -135,12 +135,12 @@ def _finish_when_uncaught() -> None:
         try:
             shown(kind, error, trace)
         finally:
-            finish(1)
+            exit_now(1)
 
     sys.excepthook = show
 
 
-def finish(code: int) -> None:
+def exit_now(code: int) -> None:
     """End this command with that exit code (0: return), but at once in a process that formed a group.
 
     For torch keeps gloo's threads after the group. One that still waits for another process keeps the interpreter from
@@ -156,7 +156,7 @@ def finish(code: int) -> None:
         sys.exit(code)
 
 
-def tells_a_loss(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Whether torch raised this because another process is gone or does not answer."""
     from torch.distributed import DistError
 
@@ -166,7 +166,7 @@ def tells_a_loss(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _losses_told(timeout_s: float | None) -> Iterator[None]:
+def _report_lost_peer(timeout_s: float | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -175,9 +175,9 @@ def _losses_told(timeout_s: float | None) -> Iterator[None]:
             raise UsageError(
                 f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use on this machine; choose another"
             ) from error
-        if not tells_a_loss(error):
+        if not is_lost_peer(error):
             raise
-        raise LostProcessError(_told(reason, timeout_s)) from error
+        raise LostProcessError(_lost_peer_message(reason, timeout_s)) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -186,7 +186,7 @@ def _reason(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _told(reason: str, timeout_s: float | None) -> str:
+def _lost_peer_message(reason: str, timeout_s: float | None) -> str:
     limit = "in time" if timeout_s is None else f"for {timeout_s:g} s"
     return (
         f"another process died or did not answer {limit} ({reason[:160]}). What was saved is whole: start again to go "
@@ -194,28 +194,28 @@ def _told(reason: str, timeout_s: float | None) -> str:
     )
 
 
-def gathered(value: T, where: Place) -> list[T]:
+def all_gather_object(value: T, group: ProcessGroup) -> list[T]:
     """`value` of every process, in their order, in each of them: numbers, arrays, lists and dictionaries of these."""
-    if where.count == 1:
+    if group.world_size == 1:
         return [value]
     import torch.distributed as dist
 
-    values: list[T | None] = [None] * where.count
+    values: list[T | None] = [None] * group.world_size
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
-def by_first(action: Callable[[], T], where: Place) -> T:
+def on_main(action: Callable[[], T], group: ProcessGroup) -> T:
     """What `action` returns in the first process, in each of them; a `FastddpmError` that it raises is raised in each.
 
     The others wait for it.
     """
-    if where.count == 1:
+    if group.world_size == 1:
         return action()
     import torch.distributed as dist
 
     outcome: list[tuple[T | None, FastddpmError | None]] = [(None, None)]
-    if where.first:
+    if group.is_main:
         try:
             outcome = [(action(), None)]
         except FastddpmError as error:
@@ -227,9 +227,9 @@ def by_first(action: Callable[[], T], where: Place) -> T:
     return result  # type: ignore[return-value]
 
 
-def agree(value: object, what: str, where: Place) -> None:
+def assert_same(value: object, what: str, group: ProcessGroup) -> None:
     """Raise `UsageError`, in every process, unless `value`, which is `what`, is the same in all of them."""
-    values = gathered(value, where)
+    values = all_gather_object(value, group)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise UsageError(f"the processes differ in {what}: {values[0]} in process 0, {other} in process {rank}")

@@ -14,7 +14,7 @@ from fastddpm.runtime.progress import Meter
 from fastddpm.storage.files import save_arrays
 from fastddpm.storage.shards import Shards
 
-from .chain import Start
+from .chain import StartState
 from .images import grid, save_animation, save_png, to_uint8
 from .sampler import Sampler, State
 
@@ -74,7 +74,7 @@ def states(
     labels: Sequence[int] | None,
     watch: Collection[int],
     *,
-    start: Start | None = None,
+    start: StartState | None = None,
     progress: Progress | None = None,
 ) -> Iterator[State]:
     """`Sampler.trajectory` that tells `progress`, some hundred times a chain."""
@@ -94,7 +94,7 @@ def draw(
     seeds: Sequence[int],
     labels: Sequence[int] | None = None,
     *,
-    start: Start | None = None,
+    start: StartState | None = None,
     batch: int = 64,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -104,7 +104,7 @@ def draw(
     """
     images = np.empty((len(seeds), *image_shape(sampler)), np.uint8)
     for part in parts(len(seeds), batch):
-        own = None if start is None else Start(start.x[part], start.step)
+        own = None if start is None else StartState(start.x[part], start.step)
         last = sampler.steps - 1
         for state in states(sampler, seeds[part], part_of(labels, part), {last}, start=own, progress=progress):
             images[part] = to_uint8(state.x)
@@ -133,7 +133,7 @@ def latents(
                 for row in (row for row, wanted in enumerate(steps) if wanted == step):
                     kept[row, part] = chain.x[:size].cpu()
                 if step < max(steps):
-                    chain.advance(watched=False)
+                    chain.advance(keep_x0=False)
                     if progress is not None:
                         progress(evaluations(sampler, size, 1))
     return kept

@@ -18,7 +18,7 @@ from fastddpm.kernels.q_sample.reference import scale_images
 from fastddpm.ops import random_normal
 from fastddpm.ops.noise import NoiseKey
 
-from .chain import Chain
+from .chain import ReverseChain
 from .generate import Progress, evaluations, image_shape, parts
 from .images import to_uint8
 from .sampler import Sampler, image_seeds
@@ -134,7 +134,7 @@ class _Part:
                     progress(evaluations(self._sampler, num, 1))
             return to_uint8(chain.x[:num]), x0
 
-    def _hold(self, chain: Chain, step: int, times: int) -> None:
+    def _hold(self, chain: ReverseChain, step: int, times: int) -> None:
         """Put q(x_t | x_0) of the known pixels into the state that `step` takes, x_0 itself behind the last step."""
         if step == self._sampler.steps:
             known = scale_images(self._images, None)
@@ -143,7 +143,7 @@ class _Part:
         state = chain.x[: len(self._seeds)]
         state.copy_(torch.where(self._known, known, state))
 
-    def _take_back(self, chain: Chain, step: int, earlier: int, times: int) -> None:
+    def _take_back(self, chain: ReverseChain, step: int, earlier: int, times: int) -> None:
         """From the state that `step` takes to one that `earlier` takes: q(x_t | x_s) of the process, for t > s."""
         s, t = (int(self._sampler.timesteps[i]) for i in (step, earlier))
         alpha = float(self._sampler.diffusion.alpha_bar[t] / self._sampler.diffusion.alpha_bar[s])

@@ -18,7 +18,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.unet import UNet
 
-from .chain import Chain, Process, Start
+from .chain import ChainTables, ReverseChain, StartState
 from .cuda_graph import padded
 from .engine import Network, is_current, precision_of, prepare
 from .step_table import spread_timesteps, step_table
@@ -101,7 +101,7 @@ class Sampler:
         if guidance != 1 and getattr(unet, "null_label", None) is None:
             raise UsageError("guidance needs a network trained with label_dropout > 0")
         self._prepared: Network | None = None
-        self._chains: dict[int, Chain] = {}
+        self._chains: dict[int, ReverseChain] = {}
 
     @property
     def steps(self) -> int:
@@ -114,7 +114,7 @@ class Sampler:
         labels: Sequence[int] | None = None,
         callback: Callback | None = None,
         watch: Collection[int] | None = None,
-        start: Start | None = None,
+        start: StartState | None = None,
     ) -> Tensor:
         """Images, float32 (N, C, H, W) in [-1, 1], one for each seed.
 
@@ -137,7 +137,7 @@ class Sampler:
         seeds: Sequence[int],
         labels: Sequence[int] | None = None,
         watch: Collection[int] | None = None,
-        start: Start | None = None,
+        start: StartState | None = None,
     ) -> Iterator[State]:
         """The states of a chain after each step, or those of `watch`, as they come; arguments as for `sample`.
 
@@ -150,8 +150,8 @@ class Sampler:
 
     @contextmanager
     def chain(
-        self, seeds: Sequence[int], labels: Sequence[int] | None = None, start: Start | None = None
-    ) -> Iterator[Chain]:
+        self, seeds: Sequence[int], labels: Sequence[int] | None = None, start: StartState | None = None
+    ) -> Iterator[ReverseChain]:
         """The chain of a batch before its first step, to be moved by hand inside the block; arguments as for `sample`.
 
         Its first len(seeds) images are theirs; on a GPU the rest is padding. `advance` takes `timesteps` one by one.
@@ -169,7 +169,7 @@ class Sampler:
             guidance=guidance, seed=self.seed, timesteps=self.timesteps.tolist(), engine=self.engine,
         )  # fmt: skip
 
-    def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None, start: Start | None) -> Chain:
+    def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None, start: StartState | None) -> ReverseChain:
         """A chain at its first state, taken out of those that are kept: nobody else moves it."""
         if start is not None:
             self._check(start, len(seeds))
@@ -184,11 +184,11 @@ class Sampler:
             chain = self._chains.pop(batch, None)
             if chain is None:
                 predict = functools.partial(self._predict, network)
-                chain = Chain(predict, self._process(device), batch, labels=label is not None, graph=graph)
+                chain = ReverseChain(predict, self._tables(device), batch, labels=label is not None, graph=graph)
             chain.begin(images, label, start)
         return chain
 
-    def _check(self, start: Start, num_images: int) -> None:
+    def _check(self, start: StartState, num_images: int) -> None:
         config = self.unet.config
         expected = (num_images, config.image_channels, config.image_size, config.image_size)
         if not 0 <= start.step < self.steps:
@@ -196,16 +196,16 @@ class Sampler:
         if start.x.shape != expected or start.x.dtype != torch.float32:
             raise UsageError(f"a chain starts from float32 {expected}; got {start.x.dtype} {tuple(start.x.shape)}")
 
-    def _keep(self, chain: Chain) -> None:
+    def _keep(self, chain: ReverseChain) -> None:
         """For the next batch of this size; the oldest size is given up, so that memory is bounded."""
         self._chains[chain.batch] = chain
         while len(self._chains) > _KEPT_CHAINS:
             del self._chains[next(iter(self._chains))]
 
-    def _process(self, device: torch.device) -> Process:
+    def _tables(self, device: torch.device) -> ChainTables:
         config = self.unet.config
         learned = self.method == "ancestral" and self.diffusion.config.learned_variance
-        return Process(
+        return ChainTables(
             table=torch.tensor(self.table, dtype=torch.float32, device=device),
             timesteps=torch.tensor(self.timesteps, device=device),
             total=self.diffusion.timesteps,
@@ -215,7 +215,7 @@ class Sampler:
             variance=self.diffusion.config.variance if learned else "fixed",
         )
 
-    def _states(self, chain: Chain, num_images: int, first: int, watched: Collection[int]) -> Iterator[State]:
+    def _states(self, chain: ReverseChain, num_images: int, first: int, watched: Collection[int]) -> Iterator[State]:
         for i, t in enumerate(self.timesteps[first:].tolist(), first):
             with torch.no_grad():
                 chain.advance(i in watched)

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from fastddpm.config import Preset
 from fastddpm.data import Dataset
-from fastddpm.runtime.distributed import ALONE, Place
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.runtime.progress import duration
 from fastddpm.unet import AttnBlock, Down, ResBlock, Up
 
-from .parallel import Divided
+from .parallel import FSDP
 from .trainer import Trainer
 
 _MIB = 2**20
 
 
-def describe_run(preset: Preset, dataset: Dataset, device: torch.device, place: Place = ALONE) -> str:
+def describe_run(preset: Preset, dataset: Dataset, device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> str:
     """A report on a run that is not started; computes in memory and writes nothing. All processes call it."""
-    trainer = Trainer(preset, dataset, device, place)
+    trainer = Trainer(preset, dataset, device, group)
     num_parameters = sum(p.numel() for p in trainer.unet.parameters())
     state_bytes = _state_bytes(trainer)
     shapes, activation_bytes = _activations(_undivided(trainer))
@@ -33,7 +33,7 @@ def describe_run(preset: Preset, dataset: Dataset, device: torch.device, place: 
     seconds = time.perf_counter() - started
 
     config = preset.train
-    each = f" in each of {place.count} processes" if place.count > 1 else ""
+    each = f" in each of {group.world_size} processes" if group.world_size > 1 else ""
     lines = [f"{name:<28} {'x'.join(map(str, shape))}" for name, shape in shapes.items()]
     lines += [
         f"parameters    {num_parameters:,}",
@@ -47,10 +47,10 @@ def describe_run(preset: Preset, dataset: Dataset, device: torch.device, place: 
 
 def _undivided(trainer: Trainer) -> Trainer:
     """`trainer`, or one with a whole network where its own comes and goes block by block (FSDP2)."""
-    if not isinstance(trainer.team, Divided):
+    if not isinstance(trainer.strategy, FSDP):
         return trainer
     train = trainer.preset.train
-    alone = dataclasses.replace(train, batch=train.batch // trainer.place.count, parallel="ddp")
+    alone = dataclasses.replace(train, batch=train.batch // trainer.group.world_size, parallel="ddp")
     return Trainer(dataclasses.replace(trainer.preset, train=alone), trainer.dataset, trainer.device)
 
 

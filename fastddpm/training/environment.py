@@ -17,7 +17,7 @@ import torch
 import fastddpm.kernels
 from fastddpm.ops import status
 from fastddpm.ops.backend import chosen_backend
-from fastddpm.runtime.distributed import ALONE, Place
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.storage.files import write_json
 
 LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "triton")
@@ -36,7 +36,7 @@ def record_session(
     data: Mapping[str, Any],
     *,
     step: int = 0,
-    place: Place = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Add this start of the run, at `step`, to `run`/environment.json; its path.
 
@@ -48,7 +48,7 @@ def record_session(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "step": step,
         "command": without_secrets(command, os.environ),
-        "processes": place.count,
+        "processes": group.world_size,
         "data": dict(data),
         **_system(device),
     }

@@ -19,7 +19,7 @@ from fastddpm.storage.documents import to_dict
 from fastddpm.storage.files import write_text
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """Takes the numbers of a step, and pictures."""
 
     name: str
@@ -93,54 +93,54 @@ def _identity(run: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-class Sinks:
+class Loggers:
     """Several sinks as one. One that fails is told of by `say` and left out from then on: the run is worth more."""
 
-    def __init__(self, sinks: Sequence[Sink], say: Callable[[str], None]) -> None:
-        self._sinks, self._say = list(sinks), say
+    def __init__(self, loggers: Sequence[Logger], say: Callable[[str], None]) -> None:
+        self._loggers, self._say = list(loggers), say
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Give each sink the finite numbers of a record."""
+        """Give each logger the finite numbers of a record."""
         numbers = {name: value for name, value in record.items() if _is_number(value) and name != "step"}
-        self._each(lambda sink: sink.write(step, numbers))
+        self._each(lambda logger: logger.write(step, numbers))
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Give each sink a picture."""
-        self._each(lambda sink: sink.image(step, name, path))
+        """Give each logger a picture."""
+        self._each(lambda logger: logger.image(step, name, path))
 
     def close(self) -> None:
-        """Close each sink."""
-        self._each(lambda sink: sink.close())
-        self._sinks.clear()
+        """Close each logger."""
+        self._each(lambda logger: logger.close())
+        self._loggers.clear()
 
-    def _each(self, action: Callable[[Sink], None]) -> None:
-        for sink in list(self._sinks):
+    def _each(self, action: Callable[[Logger], None]) -> None:
+        for logger in list(self._loggers):
             try:
-                action(sink)
+                action(logger)
             except Exception as error:
-                self._say(f"{sink.name} failed and is left out from here on: {_first_line(error)}")
-                self._sinks.remove(sink)
+                self._say(f"{logger.name} failed and is left out from here on: {_first_line(error)}")
+                self._loggers.remove(logger)
 
 
-def open_sinks(
+def open_loggers(
     run: Path, preset: Preset, *, resume_step: int | None = None, wandb: str | None, say: Callable[[str], None]
-) -> Sinks:
+) -> Loggers:
     """TensorBoard in `run`/tensorboard where the library is installed, and with `wandb` that project.
 
     Raises `UsageError` for a `wandb` that cannot be had. No network is touched without it.
     """
-    sinks: list[Sink] = []
+    loggers: list[Logger] = []
     if wandb is not None:
-        sinks.append(_open_wandb(wandb, run, preset))
+        loggers.append(_open_wandb(wandb, run, preset))
     if _installed("tensorboard"):
         try:
-            sinks.append(TensorBoard(run / "tensorboard", resume_step))
+            loggers.append(TensorBoard(run / "tensorboard", resume_step))
         except Exception as error:
             say(f"note: no TensorBoard, since it is installed but does not start: {_first_line(error)}")
-    return Sinks(sinks, say)
+    return Loggers(loggers, say)
 
 
-def _open_wandb(project: str, run: Path, preset: Preset) -> Sink:
+def _open_wandb(project: str, run: Path, preset: Preset) -> Logger:
     if not project:
         raise UsageError("--wandb takes the name of a project; got an empty one")
     if not _installed("wandb"):

@@ -11,11 +11,11 @@ import torch
 
 from fastddpm.config import Preset
 from fastddpm.diffusion import Diffusion
-from fastddpm.runtime.distributed import ALONE, Place
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.runtime.progress import Meter
 from fastddpm.unet import UNet
 
-from .loggers import JsonLines, Sinks, read_log
+from .loggers import JsonLines, Loggers, read_log
 from .profiling import Profile
 from .samples import Previews
 from .statistics import Clock, Lap, LossByTimestep, memory_mib
@@ -25,27 +25,27 @@ MEASURED = ("images_per_s", "data_wait", "memory_mib")
 
 
 class Monitor:
-    """Progress, log, sinks, previews and profile of one run; `attach` adds all but the first two.
+    """Progress, log, loggers, previews and profile of one run; `attach` adds all but the first two.
 
     Of several processes only the first one shows and writes; each calls every method. `clock`, `losses_by_t`: fed by
     the training step. Nothing here is read by training, and nothing waits for the device but `tell` with numbers.
     """
 
-    def __init__(self, preset: Preset, device: torch.device, place: Place = ALONE) -> None:
-        self._preset, self._device, self._place = preset, device, place
+    def __init__(self, preset: Preset, device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> None:
+        self._preset, self._device, self._group = preset, device, group
         self.clock = Clock()
         self.losses_by_t = LossByTimestep(preset.diffusion.timesteps, device)
         self._log: JsonLines | None = None
         self._meter: Meter | None = None
-        self._sinks: Sinks | None = None
+        self._loggers: Loggers | None = None
         self._previews: Previews | None = None
         self._profile: Profile | None = None
 
     def attach(
-        self, *, sinks: Sinks | None = None, previews: Previews | None = None, profile: Profile | None = None
+        self, *, loggers: Loggers | None = None, previews: Previews | None = None, profile: Profile | None = None
     ) -> None:
-        """What else to do; `sinks` and `profile` of the first process only, `previews` of each or none."""
-        self._sinks, self._previews, self._profile = sinks, previews, profile
+        """What else to do; `loggers` and `profile` of the first process only, `previews` of each or none."""
+        self._loggers, self._previews, self._profile = loggers, previews, profile
 
     @contextmanager
     def running(self, step: int, log: JsonLines | None) -> Iterator[None]:
@@ -55,7 +55,7 @@ class Monitor:
         if self._profile is not None:
             self._profile.begin()
         try:
-            if not self._place.first:
+            if not self._group.is_main:
                 yield
                 return
             total = self._preset.train.steps
@@ -66,7 +66,7 @@ class Monitor:
             if self._profile is not None:
                 self._profile.end()
 
-    def tell(self, step: int, measured: Callable[[], Mapping[str, float | None]] | None) -> None:
+    def log(self, step: int, measured: Callable[[], Mapping[str, float | None]] | None) -> None:
         """A step is done. At a line of the log, `measured` gives its numbers: loss, gradient_norm and lr at least."""
         if self._profile is not None:
             self._profile.step()
@@ -80,8 +80,8 @@ class Monitor:
             record = {"step": step, **numbers, **speed}
             if self._log is not None:
                 self._log.write({**record, "loss_by_t": by_t})
-            if self._sinks is not None:
-                self._sinks.write(step, record)
+            if self._loggers is not None:
+                self._loggers.write(step, record)
             shown = _line(numbers, lap, speed)
         if self._meter is not None:
             self._meter.update(step, shown)
@@ -94,10 +94,10 @@ class Monitor:
         """Draw the previews from `unet`, and the loss by timestep where matplotlib is installed."""
         assert self._previews is not None
         picture = self._previews.draw(step, unet, diffusion)
-        if not self._place.first:
+        if not self._group.is_main:
             return
-        if picture is not None and self._sinks is not None:
-            self._sinks.image(step, "preview", picture)
+        if picture is not None and self._loggers is not None:
+            self._loggers.image(step, "preview", picture)
         if self._log is not None and importlib.util.find_spec("matplotlib") is not None:
             self._plot(step, self._log.path)
 
@@ -110,8 +110,8 @@ class Monitor:
         except (OSError, ImportError) as error:  # a full disk, a library that does not load
             print(f"no plot at step {step}: {error}", file=sys.stderr)
             return
-        if drawn and self._sinks is not None:
-            self._sinks.image(step, "loss-by-t", path)
+        if drawn and self._loggers is not None:
+            self._loggers.image(step, "loss-by-t", path)
 
 
 def _finite(value: float | None) -> float | None:

@@ -15,27 +15,27 @@ from torch.utils.checkpoint import checkpoint
 
 from fastddpm.config import TrainConfig
 from fastddpm.errors import UsageError
-from fastddpm.runtime.distributed import ALONE, Place
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.unet import AttnBlock, ResBlock, UNet
 
 from .optimizer import PAPER_SHARDS
 from .signals import Request
 
 
-class Alone:
+class SingleProcess:
     """One process: its network is all there is. The other ways differ in what its methods say."""
 
-    place = ALONE
+    group = SINGLE_PROCESS
 
     def __init__(self, unet: UNet, config: TrainConfig) -> None:
         self.network: Callable[..., Tensor] = unet
 
     @contextlib.contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; gradients are exchanged in that of the last one."""
         yield
 
-    def parts(self) -> list[Tensor] | None:
+    def local_shards(self) -> list[Tensor] | None:
         """What this process holds of each parameter, in its memory; None for all of it."""
         return None
 
@@ -46,25 +46,25 @@ class Alone:
     def sum(self, tensors: list[Tensor]) -> None:
         """Replace tensors by their sums over processes, in place."""
 
-    def agreed(self, request: Request) -> Request:
+    def reduce_request(self, request: Request) -> Request:
         """What the signals of any process ask for. It keeps processes within a step of each other."""
         return request
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def full_tensor(self, name: str, part: Tensor) -> Tensor:
         """All of a tensor that is divided as the parameter `name` is, from each process's part."""
         return part
 
-    def as_distributed(self, name: str, part: Tensor) -> Tensor:
+    def to_dtensor(self, name: str, part: Tensor) -> Tensor:
         """A part of a tensor that is divided as the parameter `name` is, as torch.distributed.checkpoint takes it."""
         return part
 
 
-class Replicated(Alone):
+class DDP(SingleProcess):
     """A copy of the network in each process; gradients are averaged while the backward pass goes on (DDP)."""
 
-    def __init__(self, unet: UNet, config: TrainConfig, place: Place) -> None:
+    def __init__(self, unet: UNet, config: TrainConfig, group: ProcessGroup) -> None:
         super().__init__(unet, config)
-        self.place = place
+        self.group = group
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         if config.mode == "standard":
             network = cast(nn.Module, torch.compile(unet)) if config.compile else unet
@@ -74,7 +74,7 @@ class Replicated(Alone):
             self.network = torch.compile(unet)
 
     @contextlib.contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool) -> Iterator[None]:
         with contextlib.nullcontext() if last or self._ddp is None else self._ddp.no_sync():
             yield
 
@@ -86,7 +86,7 @@ class Replicated(Alone):
         for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(total.view(t.shape))
 
-    def agreed(self, request: Request) -> Request:
+    def reduce_request(self, request: Request) -> Request:
         import torch.distributed as dist
 
         # On the host, by gloo: a device is not waited for, but a process that is gone is noticed here.
@@ -96,16 +96,16 @@ class Replicated(Alone):
         return Request(stop, bool(save))
 
 
-class Divided(Replicated):
+class FSDP(DDP):
     """Weights, gradients, moments and averages divided among processes, block by block (FSDP2)."""
 
-    def __init__(self, unet: UNet, config: TrainConfig, place: Place) -> None:
+    def __init__(self, unet: UNet, config: TrainConfig, group: ProcessGroup) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        Alone.__init__(self, unet, config)
-        self.place = place
-        mesh = init_device_mesh(next(unet.parameters()).device.type, (place.count,))
+        SingleProcess.__init__(self, unet, config)
+        self.group = group
+        mesh = init_device_mesh(next(unet.parameters()).device.type, (group.world_size,))
         for module in unet.modules():
             if isinstance(module, (ResBlock, AttnBlock)):
                 fully_shard(module, mesh=mesh)
@@ -113,11 +113,11 @@ class Divided(Replicated):
         self._parameters: dict[str, Any] = dict(unet.named_parameters())
 
     @contextlib.contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool) -> Iterator[None]:
         self._root.set_requires_gradient_sync(last)
         yield
 
-    def parts(self) -> list[Tensor]:
+    def local_shards(self) -> list[Tensor]:
         return [p.detach().to_local() for p in self._parameters.values()]
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
@@ -130,10 +130,10 @@ class Divided(Replicated):
         """Those of the network's parameters."""
         return self._parameters.keys()
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        return self.as_distributed(name, part).full_tensor()  # type: ignore[attr-defined]
+    def full_tensor(self, name: str, part: Tensor) -> Tensor:
+        return self.to_dtensor(name, part).full_tensor()  # type: ignore[attr-defined]
 
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
+    def local_shard(self, name: str, whole: Tensor) -> Tensor:
         """What this process holds of a tensor that is divided as the parameter `name` is."""
         from torch.distributed.tensor import distribute_tensor
 
@@ -142,32 +142,30 @@ class Divided(Replicated):
         # Every process has all of it: nothing is sent.
         return distribute_tensor(whole.to(device), p.device_mesh, p.placements, src_data_rank=None).to_local()
 
-    def as_distributed(self, name: str, part: Tensor) -> Tensor:
+    def to_dtensor(self, name: str, part: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
         p = self._parameters[name]
         return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def share(unet: UNet, config: TrainConfig, place: Place) -> Alone:
+def make_strategy(unet: UNet, config: TrainConfig, group: ProcessGroup) -> SingleProcess:
     """The processes' way of training `unet`, as `config` says; `UsageError` where their number does not fit."""
-    if config.mode == "paper" and PAPER_SHARDS % place.count:
+    if config.mode == "paper" and PAPER_SHARDS % group.world_size:
         raise UsageError(
-            f"mode paper divides its {PAPER_SHARDS} shards among 1, 2, 4 or 8 processes; got {place.count}"
+            f"mode paper divides its {PAPER_SHARDS} shards among 1, 2, 4 or 8 processes; got {group.world_size}"
         )
-    if config.batch % (place.count * config.accumulate):
+    if config.batch % (group.world_size * config.accumulate):
         raise UsageError(
-            f"a batch of {config.batch} does not divide among {place.count} processes and {config.accumulate} "
+            f"a batch of {config.batch} does not divide among {group.world_size} processes and {config.accumulate} "
             "micro-batches in each"
         )
     if config.checkpoint_blocks:
         _recompute_blocks(unet)
-    if place.count == 1:
-        return Alone(unet.channels_last(), config)
+    if group.world_size == 1:
+        return SingleProcess(unet.channels_last(), config)
     # FSDP2 takes contiguous parameters only.
-    return (
-        Divided(unet, config, place) if config.parallel == "fsdp" else Replicated(unet.channels_last(), config, place)
-    )
+    return FSDP(unet, config, group) if config.parallel == "fsdp" else DDP(unet.channels_last(), config, group)
 
 
 def _recompute_blocks(unet: UNet) -> None:

@@ -11,7 +11,7 @@ import torch
 from fastddpm.config import EngineConfig, Preset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError
-from fastddpm.runtime.distributed import ALONE, Place, gathered
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures
 from fastddpm.sampling.images import grid, save_png, to_uint8
 from fastddpm.sampling.sampler import Sampler
@@ -28,7 +28,7 @@ class Previews:
 
     Drawn by DDIM, which few `steps` harm least, with the run's own guidance; every `every` steps of training, 0 for
     never. Nothing of the training changes by it: all noise is a function of the seeds. Of several processes each draws
-    its `place`'s part, and the first writes.
+    its `group`'s part, and the first writes.
     """
 
     run: Path
@@ -36,7 +36,7 @@ class Previews:
     every: int
     steps: int = 20
     count: int = 16
-    place: Place = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
     say: Callable[[str], None] = _to_stderr
 
     def due(self, step: int) -> bool:
@@ -48,8 +48,8 @@ class Previews:
 
         What keeps it from being drawn or written is told by `say`: training is worth more than a picture.
         """
-        parts = gathered(self._part(unet, diffusion), self.place)
-        if not self.place.first:
+        parts = all_gather_object(self._part(unet, diffusion), self.group)
+        if not self.group.is_main:
             return None
         problems = [part for part in parts if isinstance(part, str)]
         if problems:
@@ -69,7 +69,7 @@ class Previews:
     def _part(self, unet: UNet, diffusion: Diffusion) -> np.ndarray | str:
         """This process's images, uint8 (n, C, H, W), or why there are none."""
         config = unet.config
-        seeds = self.place.part(self.count)
+        seeds = self.group.share(self.count)
         if not seeds:
             return np.zeros((0, config.image_channels, config.image_size, config.image_size), np.uint8)
         steps = min(self.steps, diffusion.timesteps)
@@ -86,7 +86,7 @@ class Previews:
 # The samples that a run ends with, drawn by all of its processes.
 
 
-def draw_closing_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: Path, where: Place) -> list[Path]:
+def draw_final_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: Path, group: ProcessGroup) -> list[Path]:
     """Draw the closing samples (seeds 0, 1, ..), each process its part; the first writes them into `run`.
 
     Returns the paths of samples.png, samples.npz and denoising.gif, which shows the first process's images.
@@ -95,11 +95,11 @@ def draw_closing_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: 
     if config.count == 0:
         return []
     sampler = Sampler(unet, diffusion, config.steps, config.method, config.eta, guidance=config.guidance)
-    seeds = where.part(config.count)
+    seeds = group.share(config.count)
     recorder = FrameRecorder(sampler.steps, len(seeds))
     drawn = [batch.images for batch in sample_batches(sampler, seeds, recorder=recorder)]
-    parts = [part for of_one in gathered(drawn, where) for part in of_one]
-    if not where.first:
+    parts = [part for of_one in all_gather_object(drawn, group) for part in of_one]
+    if not group.is_main:
         return []
     everything = range(config.count)
     return save_pictures(np.concatenate(parts), everything, sampler.labels_for(everything), recorder.frames, run)

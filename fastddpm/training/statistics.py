@@ -15,7 +15,7 @@ from torch import Tensor
 _KEPT = 64  # bad steps told at most between two looks
 
 
-class Tally:
+class LossAccumulator:
     """Losses since the last line of the log, and bad steps in a row: kept on the device, part of a checkpoint."""
 
     def __init__(self, device: torch.device, loss_sum: float = 0.0, steps: int = 0, bad_in_a_row: int = 0) -> None:
@@ -34,7 +34,7 @@ class Tally:
         return loss_sum, int(steps), int(bad)
 
 
-class BadSteps:
+class SkippedSteps:
     """The latest steps that were left out because their loss or gradient was not finite; kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class BadSteps:
         return found
 
 
-def report(run: Path, steps: dict[int, list[int]]) -> None:
+def log_skipped_steps(run: Path, steps: dict[int, list[int]]) -> None:
     """Tell of bad steps, each with the examples of its batch: a line on stderr, and one in `run`/not_finite.jsonl."""
     path = run / "not_finite.jsonl"
     with path.open("a", encoding="utf-8") as file:
@@ -87,7 +87,7 @@ class Lap:
 
 
 class Clock:
-    """Times laps of a run that stands at `step`. What happens inside `aside` belongs to none."""
+    """Times laps of a run that stands at `step`. What happens inside `exclude` belongs to none."""
 
     def __init__(self, step: int = 0, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -105,23 +105,23 @@ class Clock:
         self._waited += self._now() - started
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def exclude(self) -> Iterator[None]:
         """Around what is no step: saving, previews."""
         started = self._now()
         yield
-        self._aside += self._now() - started
+        self._excluded += self._now() - started
 
     def lap(self, step: int) -> Lap:
         """The lap that ends with `step`; the next one begins."""
         now = self._now()
-        seconds = max(1e-9, now - self._started - self._aside)
+        seconds = max(1e-9, now - self._started - self._excluded)
         lap = Lap((step - self._step) / seconds, min(1.0, self._waited / seconds))
         self._begin(step, now)
         return lap
 
     def _begin(self, step: int, now: float) -> None:
         self._step, self._started = step, now
-        self._waited = self._aside = 0.0
+        self._waited = self._excluded = 0.0
 
 
 def memory_mib(device: torch.device) -> float | None:

@@ -17,7 +17,7 @@ from fastddpm.data.batches import Batches
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, DivergedError
 from fastddpm.ops.noise import NoiseKey
-from fastddpm.runtime.distributed import ALONE, Place, gathered
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import to_dict
 from fastddpm.unet import UNet, network_with
@@ -27,15 +27,15 @@ from .loggers import JsonLines
 from .monitor import Monitor
 from .optimizer import PAPER_SHARDS, Optimizer, learning_rate
 from .signals import Request, RunInterruptedError, SignalWatch
-from .statistics import BadSteps, Tally, first_not_finite, report
+from .statistics import LossAccumulator, SkippedSteps, first_not_finite, log_skipped_steps
 
 
 class Trainer:
     """A network in training: `train_step` by `train_step`, or `run` to the end with log and checkpoints.
 
     Every random number is a function of the configuration's seed and the step, so a run that is resumed
-    from a checkpoint goes on bit for bit as if it had never stopped (float32, CPU). `place`: which of several
-    processes this is, inside `processes.together`; each calls every method, and the images, t and noise of a
+    from a checkpoint goes on bit for bit as if it had never stopped (float32, CPU). `group`: which of several
+    processes this is, inside `distributed.process_group`; each calls every method, and the images, t and noise of a
     step are those of one process. `data_workers`: programs that decode images which are kept encoded.
     """
 
@@ -44,37 +44,37 @@ class Trainer:
         preset: Preset,
         dataset: Dataset,
         device: torch.device,
-        place: Place = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
         *,
         data_workers: int | None = None,
     ) -> None:
-        self.preset, self.dataset, self.device, self.place = preset, dataset, device, place
+        self.preset, self.dataset, self.device, self.group = preset, dataset, device, group
         config = preset.train
         _check_labels(preset, dataset)
         torch.manual_seed(config.seed)
         self.unet = UNet(preset.unet).to(device).train()
-        self.team = parallel.share(self.unet, config, place)
+        self.strategy = parallel.make_strategy(self.unet, config, group)
         self.diffusion = Diffusion(preset.diffusion)
-        self.optimizer = Optimizer(self.unet, config, self.team.parts(), self.team.total_norm)
+        self.optimizer = Optimizer(self.unet, config, self.strategy.local_shards(), self.strategy.total_norm)
         self.batches = Batches(
-            dataset, config.batch, config.seed, device, rank=place.rank, world=place.count, workers=data_workers
+            dataset, config.batch, config.seed, device, rank=group.rank, world=group.world_size, workers=data_workers
         )
         self.step = 0
-        self.tally, self.bad_steps = Tally(device), BadSteps(device)
-        self.monitor = Monitor(preset, device, place)
-        self._settled = place.count == 1
+        self.losses, self.skipped_steps = LossAccumulator(device), SkippedSteps(device)
+        self.monitor = Monitor(preset, device, group)
+        self._settled = group.world_size == 1
         self._seed = torch.tensor(config.seed, dtype=torch.int64, device=device)
         self._places = torch.arange(self.batches.start, self.batches.end, device=device)
-        network = self.team.network
+        network = self.strategy.network
         self._network = _autocast(network, device) if config.precision == "bf16" else network
         self._losses = self._micro_losses
-        if config.compile and place.count == 1:
+        if config.compile and group.world_size == 1:
             self._losses = in_one_graph(self._micro_losses)
 
     def train_step(self) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step on the next batch: (loss, gradient norm, applied), 0-d tensors, not waited for."""
         if not self._settled:
-            self._settle()
+            self._warm_up_ddp_buckets()
         loss = torch.zeros((), device=self.device)
         for per_image in self.part_losses():
             if self.preset.train.mode == "paper":
@@ -84,7 +84,7 @@ class Trainer:
                 self._differentiate(per_image)
             loss += per_image.detach().sum() / self.preset.train.batch
         by_t = self.monitor.losses_by_t
-        self.team.sum([loss, by_t.pending, *(self.optimizer.shard_sum or [])])
+        self.strategy.sum([loss, by_t.pending, *(self.optimizer.shard_sum or [])])
         norm, applied = self.optimizer.step(self.step, loss)
         by_t.commit(applied)
         self.step += 1
@@ -92,9 +92,9 @@ class Trainer:
 
     def _differentiate(self, per_image: Tensor) -> None:
         # Processes average their gradients: the share of each is a mean over its part of the global batch.
-        (per_image.sum() / (self.preset.train.batch / self.place.count)).backward()
+        (per_image.sum() / (self.preset.train.batch / self.group.world_size)).backward()
 
-    def _settle(self) -> None:
+    def _warm_up_ddp_buckets(self) -> None:
         """A backward pass for nothing: DDP lays out its buckets in the first one, and sums in another order after it.
 
         So a run that is resumed sums as the one that never stopped.
@@ -119,7 +119,7 @@ class Trainer:
         size = config.batch // PAPER_SHARDS if config.mode == "paper" else len(images) // config.accumulate
         for start in range(0, len(images), size):
             end = start + size
-            with self.team.passing(last=end == len(images)):
+            with self.strategy.micro_batch(last=end == len(images)):
                 part_labels = labels[start:end] if labels is not None and unet.num_classes else None
                 per_image, t = self._losses(images[start:end], key.part(start, end), part_labels)
                 self.monitor.losses_by_t.note(per_image, t)
@@ -148,26 +148,26 @@ class Trainer:
         with SignalWatch() as watch, monitor.running(self.step, log):
             while self.step < config.steps:
                 loss, norm, applied = self.train_step()
-                self.tally.add(loss, applied)
-                self.bad_steps.add(self.step - 1, applied)
+                self.losses.add(loss, applied)
+                self.skipped_steps.add(self.step - 1, applied)
                 logs = self.step % config.log_every == 0 or self.step == config.steps
                 # On a CPU reading the loss costs nothing; on a GPU it would wait for the step.
                 if self.device.type == "cpu" or logs:
-                    self._look_for_bad_steps(run)
-                monitor.tell(self.step, functools.partial(self._measured, norm) if logs else None)
-                request = self.team.agreed(watch.requested())
+                    self._look_for_skipped_steps(run)
+                monitor.log(self.step, functools.partial(self._measured, norm) if logs else None)
+                request = self.strategy.reduce_request(watch.requested())
                 if request.save or self.step % config.save_every == 0:
-                    with monitor.clock.aside():
+                    with monitor.clock.exclude():
                         saved, saved_step = self.save(run, dataset_source), self.step
                 if request.stop:
                     break
                 if monitor.preview_due(self.step):
-                    with monitor.clock.aside(), self.averaged_weights() as unet:
+                    with monitor.clock.exclude(), self.averaged_weights() as unet:
                         monitor.preview(self.step, unet, self.diffusion)
             if saved_step != self.step:
                 saved = self.save(run, dataset_source)
             # It may have come while the last checkpoint was written, and nobody looks after this.
-            request = self.team.agreed(watch.requested())
+            request = self.strategy.reduce_request(watch.requested())
             if request.stop:
                 name = signal.Signals(request.stop).name
                 raise RunInterruptedError(
@@ -177,25 +177,25 @@ class Trainer:
 
     def _measured(self, norm: Tensor) -> dict[str, float | None]:
         """Numbers of the log since its line before; waits for the device."""
-        loss_sum, good_steps, bad_in_a_row = self.tally.read()
-        self.tally = Tally(self.device, bad_in_a_row=bad_in_a_row)
+        loss_sum, good_steps, bad_in_a_row = self.losses.read()
+        self.losses = LossAccumulator(self.device, bad_in_a_row=bad_in_a_row)
         return {
             "loss": loss_sum / good_steps if good_steps else None,
             "gradient_norm": norm.item(),
             "lr": learning_rate(self.preset.train, self.step - 1),
         }
 
-    def _look_for_bad_steps(self, run: Path) -> None:
+    def _look_for_skipped_steps(self, run: Path) -> None:
         """Report steps that were left out; `DivergedError` when there are `patience` of them in a row."""
-        new = self.bad_steps.new()
-        if new and self.place.first:
-            report(run, {step: self._examples(step) for step in new})
-        bad_in_a_row = self.tally.read()[2]
+        new = self.skipped_steps.new()
+        if new and self.group.is_main:
+            log_skipped_steps(run, {step: self._examples(step) for step in new})
+        bad_in_a_row = self.losses.read()[2]
         if bad_in_a_row < self.preset.train.patience:
             return
         steps = range(self.step - bad_in_a_row, self.step)
         path = run / "diverged.json"
-        if self.place.first:
+        if self.group.is_main:
             path.write_text(json.dumps({"examples_of_step": {s: self._examples(s) for s in steps}}, indent=1))
         damaged = first_not_finite(self.optimizer.state())
         advice = (
@@ -222,18 +222,18 @@ class Trainer:
             "config": to_dict(self.preset),
             "state": {
                 "step": self.step,
-                "tally": dict(zip(("loss_sum", "steps", "bad_in_a_row"), self.tally.read(), strict=True)),
+                "tally": dict(zip(("loss_sum", "steps", "bad_in_a_row"), self.losses.read(), strict=True)),
                 "loss_by_t": self.monitor.losses_by_t.state(),
             },
             "data": {"source": dataset_source, "name": self.dataset.name, "checksum": self.dataset.checksum},
         }
-        return state.save(run, self.step, self.optimizer, documents, self.preset.train.keep, self.team)
+        return state.save(run, self.step, self.optimizer, documents, self.preset.train.keep, self.strategy)
 
     def _refuse_damage(self) -> None:
         tensors = self.optimizer.state()
         for decay in self.preset.train.decays:
             tensors |= {f"average {decay} of {name}": t for name, t in self.optimizer.averaged(decay).items()}
-        for name in gathered(first_not_finite(tensors), self.place):
+        for name in all_gather_object(first_not_finite(tensors), self.group):
             if name is not None:
                 raise DivergedError(
                     f"step {self.step} is not saved: {name} is not finite, and no step made it so; memory is at fault. "
@@ -248,16 +248,16 @@ class Trainer:
                 f"{saved.path} was trained on {data['name']} (sha256 {data['checksum'][:12]}), "
                 f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]}); name that data set with --data"
             )
-        state.restore(self.optimizer, saved, self.team)
+        state.restore(self.optimizer, saved, self.strategy)
         counters = saved.documents["state"]
         self.step = counters["step"]
-        self.tally = Tally(self.device, **counters["tally"])
+        self.losses = LossAccumulator(self.device, **counters["tally"])
         self.monitor.losses_by_t.load(counters.get("loss_by_t"))
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[UNet]:
         """A network with the EMA weights, in evaluation mode, for the `with` block; no copy, where they are whole."""
-        whole = {name: self.team.whole(name, part) for name, part in self.optimizer.averaged().items()}
+        whole = {name: self.strategy.full_tensor(name, part) for name, part in self.optimizer.averaged().items()}
         yield network_with(self.preset.unet, whole).channels_last()
 
 

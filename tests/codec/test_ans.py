@@ -5,15 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from fastddpm.codec.ans import EMPTY, Stack
-from fastddpm.codec.quantised import NORMAL, Grid, Masses, Uniform
+from fastddpm.codec.ans import EMPTY, AnsStack
+from fastddpm.codec.quantised import NORMAL, Grid, QuantisedGaussian, Uniform
 from fastddpm.errors import DataError
 
 BITS = 32
 
 
 def distribution(rng: np.random.Generator, symbols: int) -> np.ndarray:
-    """Masses of 2^32, none of them 0, very uneven."""
+    """QuantisedGaussian of 2^32, none of them 0, very uneven."""
     masses = np.maximum(rng.dirichlet(np.full(symbols, 0.7)) * (2**BITS - symbols), 1).astype(np.int64)
     masses[-1] += 2**BITS - masses.sum()
     return masses
@@ -27,7 +27,7 @@ def exact_length(start: list[int], mass: list[int]) -> float:
     return math.log2(state) - 64
 
 
-def content(stack: Stack) -> float:
+def content(stack: AnsStack) -> float:
     """Bits, of a stack with one lane."""
     return 16 * stack.balance + math.log2(stack.head / EMPTY)
 
@@ -40,7 +40,7 @@ def test_length_is_that_of_exact_integers_and_of_the_entropy(
     mass = distribution(rng, symbols)
     start = np.cumsum(mass) - mass
     drawn = rng.choice(symbols, size=8000, p=mass / 2**BITS)
-    stack = Stack(rng.integers(0, 2**16, 2000).astype(np.uint16))
+    stack = AnsStack(rng.integers(0, 2**16, 2000).astype(np.uint16))
     stack.resize(lanes)
     stack.push(start[drawn].astype(np.uint64), mass[drawn].astype(np.uint64))
     stack.resize(1)
@@ -55,7 +55,7 @@ def test_what_was_pushed_is_popped_and_the_stack_is_as_before(lanes: int, rng: n
     mass = distribution(rng, 300)
     start = np.cumsum(mass) - mass
     words = rng.integers(0, 2**16, 9000).astype(np.uint16)
-    stack = Stack(words, head=EMPTY + 12345)
+    stack = AnsStack(words, head=EMPTY + 12345)
     stack.resize(lanes)
     parts = [rng.integers(0, 300, size) for size in (1, 7, lanes, 1000)]  # with the rarest as often as the others
     for part in parts:
@@ -74,25 +74,25 @@ def test_what_was_pushed_is_popped_and_the_stack_is_as_before(lanes: int, rng: n
 
 def test_popping_draws_from_the_distribution_whatever_lies_there(rng: np.random.Generator) -> None:
     """All words are zero: only the pad makes the symbols random."""
-    stack = Stack(lending=True)
+    stack = AnsStack(lending=True)
     stack.resize(64)
     grid = Grid(-8.0, 1 / 16, 256)
     pad = rng.integers(0, 2**32, 20000).astype(np.uint64)
-    cells = stack.pop(20000, Masses(grid, np.full(20000, 0.3), 0.5, everywhere=False).find, pad)
+    cells = stack.pop(20000, QuantisedGaussian(grid, np.full(20000, 0.3), 0.5, everywhere=False).find, pad)
     values = grid.centres(cells)
     assert abs(values.mean() - 0.3) < 4 * 0.5 / 20000**0.5
     assert abs(values.std() - 0.5) < 4 * 0.5 / 40000**0.5
     assert abs(np.corrcoef(values[:-64], values[64:])[0, 1]) < 4 / 20000**0.5
     # and what was taken for them is put back, to the last word
-    stack.push(*Masses(grid, np.full(20000, 0.3), 0.5, everywhere=False).intervals(cells), pad)
+    stack.push(*QuantisedGaussian(grid, np.full(20000, 0.3), 0.5, everywhere=False).intervals(cells), pad)
     stack.resize(1)
     assert stack.head == EMPTY and not stack.words.any() and stack.balance == 0
 
 
 def test_popping_costs_what_pushing_gains(rng: np.random.Generator) -> None:
     grid = Grid(-8.0, 1 / 64, 1024)
-    masses = Masses(grid, rng.normal(size=4000), 0.1, everywhere=False)
-    stack = Stack(rng.integers(0, 2**16, 20000).astype(np.uint16))
+    masses = QuantisedGaussian(grid, rng.normal(size=4000), 0.1, everywhere=False)
+    stack = AnsStack(rng.integers(0, 2**16, 20000).astype(np.uint16))
     stack.resize(16)
     cells = stack.pop(4000, masses.find)
     stack.resize(1)
@@ -105,7 +105,7 @@ def test_popping_costs_what_pushing_gains(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("count", [2, 3, 10, 1000])
 def test_uniform_symbols(count: int, rng: np.random.Generator) -> None:
     symbols = np.append(rng.integers(0, count, 500), [0, count - 1])
-    stack = Stack(lending=True)
+    stack = AnsStack(lending=True)
     uniform = Uniform(count, len(symbols))
     start, mass = uniform.intervals(np.arange(count))
     assert int(mass.sum()) == 2**32 and (start[1:] == start[:-1] + mass[:-1]).all() and start[0] == 0
@@ -116,7 +116,7 @@ def test_uniform_symbols(count: int, rng: np.random.Generator) -> None:
 
 def test_lanes_cost_nothing(rng: np.random.Generator) -> None:
     """A thousand bits in 256 lanes are a thousand bits when the lanes are joined, but for chance."""
-    stack = Stack(rng.integers(0, 2**16, 5000).astype(np.uint16))
+    stack = AnsStack(rng.integers(0, 2**16, 5000).astype(np.uint16))
     stack.resize(256)
     stack.push(np.full(1000, 5, np.uint64), np.full(1000, 2**31, np.uint64))
     stack.resize(1)
@@ -126,10 +126,10 @@ def test_lanes_cost_nothing(rng: np.random.Generator) -> None:
 def test_a_stack_that_lends_nothing_ends() -> None:
     uniform = Uniform(256, 100)
     with pytest.raises(DataError, match="ends too early"):
-        Stack(np.arange(10, dtype=np.uint16)).pop(100, uniform.find)
+        AnsStack(np.arange(10, dtype=np.uint16)).pop(100, uniform.find)
     assert NORMAL.values[-1] == 2**32
 
 
 def test_an_empty_interval_is_refused() -> None:
     with pytest.raises(DataError, match="cannot be"):
-        Stack().push(np.zeros(2, np.uint64), np.array([1, 0], np.uint64))
+        AnsStack().push(np.zeros(2, np.uint64), np.array([1, 0], np.uint64))

@@ -12,7 +12,7 @@ from helpers.networks import SMALLEST, Formula, shaken
 from torch import Tensor
 
 from fastddpm.codec import Encoded, decode, encode
-from fastddpm.codec.conditionals import Levels, pixel_cells
+from fastddpm.codec.conditionals import ChainConditionals, pixel_cells
 from fastddpm.codec.timesteps import divergences, shortest_path
 from fastddpm.config import CodecOptions, DiffusionConfig, EngineConfig, UNetConfig
 from fastddpm.diffusion import Diffusion
@@ -145,10 +145,10 @@ def test_the_decoders_deviation_is_that_of_the_model() -> None:
     share = (second + 1) / 2
     expected = {"learned_range": np.sqrt(beta[0] ** share * low ** (1 - share)), "learned": np.exp(second / 2)}
     for variance, deviations in expected.items():
-        levels = Levels(small(variance=variance), pixel_cells(256))
+        levels = ChainConditionals(small(variance=variance), pixel_cells(256))
         np.testing.assert_allclose(levels._decoder_deviation(second), deviations, rtol=1e-12)
     for variance in ("fixedsmall", "fixedlarge"):
-        levels = Levels(small(variance=variance), pixel_cells(256))
+        levels = ChainConditionals(small(variance=variance), pixel_cells(256))
         np.testing.assert_allclose(levels._decoder_deviation(None), np.sqrt(low), rtol=1e-12)
 
 

@@ -8,14 +8,14 @@ from helpers import oracle
 from scipy.stats import norm
 
 from fastddpm.codec.conditionals import pixel_cells
-from fastddpm.codec.quantised import RELEASED, Grid, Masses
+from fastddpm.codec.quantised import RELEASED, Grid, QuantisedGaussian
 
 TOTAL = 2**32
 EVERYWHERE = [True, False]
 
 
 def all_masses(grid: Grid, mean: float, deviation: float, **options: object) -> np.ndarray:
-    masses = Masses(grid, np.full(grid.bins, mean), deviation, **options)  # type: ignore[arg-type]
+    masses = QuantisedGaussian(grid, np.full(grid.bins, mean), deviation, **options)  # type: ignore[arg-type]
     start, mass = masses.intervals(np.arange(grid.bins))
     assert start[0] == 0 and (start[1:] == start[:-1] + mass[:-1]).all()
     return mass.astype(np.int64)
@@ -51,7 +51,7 @@ def test_every_value_has_its_cell(everywhere: bool, rng: np.random.Generator) ->
     n = 20000
     grid = Grid(-8.0, 2.0**-10, 16384)
     deviation = np.exp(rng.uniform(math.log(1e-4), math.log(2.0), n))
-    masses = Masses(grid, rng.uniform(-9, 9, n), deviation, everywhere=everywhere)
+    masses = QuantisedGaussian(grid, rng.uniform(-9, 9, n), deviation, everywhere=everywhere)
     value = rng.integers(0, TOTAL, n).astype(np.uint64)
     value[: n // 4] = rng.integers(0, 20000, n // 4)
     value[n // 4 : n // 2] = TOTAL - 1 - rng.integers(0, 20000, n // 4)
@@ -69,7 +69,7 @@ def test_every_value_has_its_cell(everywhere: bool, rng: np.random.Generator) ->
 
 def test_a_part_is_the_same_as_the_whole(rng: np.random.Generator) -> None:
     grid = Grid(-8.0, 2.0**-6, 1024)
-    masses = Masses(grid, rng.normal(size=1000), np.full(1000, 0.2))
+    masses = QuantisedGaussian(grid, rng.normal(size=1000), np.full(1000, 0.2))
     value = rng.integers(0, TOTAL, 1000).astype(np.uint64)
     whole = masses.find(value, slice(0, 1000))
     for part in (slice(0, 10), slice(333, 666), slice(999, 1000)):

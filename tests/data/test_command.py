@@ -20,7 +20,7 @@ from fastddpm.data import inspect, open_dataset
 from fastddpm.data.__main__ import main
 from fastddpm.data.pack.format import open_pack
 from fastddpm.errors import DataError, UsageError
-from fastddpm.runtime.distributed import ALONE
+from fastddpm.runtime.distributed import SINGLE_PROCESS
 
 __all__ = ["source"]
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_the_next_command_takes_the_pack(source: Path, tmp_path: Path, capsys: p
         main(["pack", str(folder), str(pack), "--image-size", "8", "--image-channels", str(expected)])
         line = capsys.readouterr().out.splitlines()[-1]
         arguments = shlex.split(line.removeprefix("next: python -m fastddpm.train "))
-        config = train._parse(arguments, ALONE)[0].resolved().unet
+        config = train._parse(arguments, SINGLE_PROCESS)[0].resolved().unet
         assert (config.image_size, config.image_channels, config.num_classes) == (8, expected, 0)
         assert open_dataset(arguments[arguments.index("--data") + 1], image_size=8, channels=expected).images.size
 

@@ -11,7 +11,7 @@ import pytest
 from helpers.packs import encoded
 
 from fastddpm.data import open_dataset
-from fastddpm.data.sources import open_collection
+from fastddpm.data.sources import open_image_source
 from fastddpm.errors import DataError, UsageError
 
 PIXELS = np.random.default_rng(6).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
@@ -49,7 +49,7 @@ def test_lsun_is_read_in_the_order_of_its_keys(lsun: Path, tmp_path: Path) -> No
             np.testing.assert_array_equal(dataset.images[:], PLANES[order])
             assert dataset.labels is None and dataset.name == str(lsun)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in lsun.iterdir()) == before
-    assert [item.name for item in open_collection(lsun).items()] == sorted(key.decode() for key in keys())
+    assert [item.name for item in open_image_source(lsun).items()] == sorted(key.decode() for key in keys())
 
 
 def test_lsun_is_cropped_and_packed_once(lsun: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_values_that_are_no_images_are_named(lsun: Path, tmp_path: Path, monkeyp
         transaction.put(b"empty", b"")
         transaction.put(b"large", bytes(5000))
     monkeypatch.setattr("fastddpm.data.readers.lmdb.MAX_ENCODED_BYTES", 4096)
-    monkeypatch.setattr("fastddpm.data.readers.collection.MAX_ENCODED_BYTES", 4096)
+    monkeypatch.setattr("fastddpm.data.readers.source.MAX_ENCODED_BYTES", 4096)
     with pytest.raises(DataError) as error:
         opened(lsun, tmp_path)
     text = str(error.value)

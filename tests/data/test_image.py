@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from fastddpm.data.image import BadImageError, Rule, decode
+from fastddpm.data.image import BadImageError, Preprocessing, decode
 
 RNG = np.random.default_rng(3)
 COLOUR = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)  # (H, W, C)
 GREY = RNG.integers(0, 256, (32, 32), dtype=np.uint8)
-RGB, L = Rule(32, 3), Rule(32, 1)
+RGB, L = Preprocessing(32, 3), Preprocessing(32, 1)
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
@@ -49,9 +49,9 @@ def with_alpha(mode: str, alpha: int) -> Image.Image:
     return image
 
 
-def reason(data: bytes, rule: Rule = RGB) -> str:
+def reason(data: bytes, preprocessing: Preprocessing = RGB) -> str:
     with pytest.raises(BadImageError) as error:
-        decode(data, rule)
+        decode(data, preprocessing)
     return str(error.value)
 
 
@@ -185,7 +185,7 @@ def test_an_empty_file_cmyk_and_wrong_sizes_have_their_reasons() -> None:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_huge_headers_are_refused_before_decoding(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    assert "64,000,000" in reason(png(width, height, 8, 2, b""), Rule(32, 3, "area"))
+    assert "64,000,000" in reason(png(width, height, 8, 2, b""), Preprocessing(32, 3, "area"))
 
 
 def test_only_the_first_of_very_many_frames_is_read() -> None:
@@ -247,7 +247,7 @@ def test_damage_gives_a_reason_or_pixels_never_another_error(kind: str, position
     start = int(position * len(data))
     data[start : start + len(noise)] = noise
     try:
-        decoded = decode(bytes(data), Rule(32, 3, "area"))
+        decoded = decode(bytes(data), Preprocessing(32, 3, "area"))
     except BadImageError as error:
         assert str(error)
         return
@@ -281,7 +281,7 @@ def test_resizing_crops_the_centre_and_filters(width: int, height: int, resize: 
     top, left = math.floor((height - side) / 2), math.floor((width - side) / 2)
     square = pixels[top : top + side, left : left + side].astype(np.float64)
     expected = filtered(square, 32, resize).clip(0, 255)
-    decoded = decode(encoded(pixels), Rule(32, 3, resize)).transpose(1, 2, 0)  # type: ignore[arg-type]
+    decoded = decode(encoded(pixels), Preprocessing(32, 3, resize)).transpose(1, 2, 0)  # type: ignore[arg-type]
     # Two passes, each rounded to 8 bits and clipped.
     assert np.abs(decoded - expected).max() <= 1.5
 
@@ -289,11 +289,11 @@ def test_resizing_crops_the_centre_and_filters(width: int, height: int, resize: 
 def test_area_of_whole_blocks_is_exact() -> None:
     blocks = COLOUR.repeat(2, 0).repeat(2, 1)
     wide = np.concatenate([np.zeros((64, 7, 3), np.uint8), blocks, np.full((64, 8, 3), 255, np.uint8)], 1)
-    np.testing.assert_array_equal(decode(encoded(wide), Rule(32, 3, "area")), planes(COLOUR))
+    np.testing.assert_array_equal(decode(encoded(wide), Preprocessing(32, 3, "area")), planes(COLOUR))
 
 
 def test_extreme_shapes_resize() -> None:
     for width, height in ((1, 1), (1, 10000), (10000, 1)):
         image = np.full((height, width, 3), 77, np.uint8)
         for resize in ("area", "lanczos"):
-            assert (decode(encoded(image), Rule(32, 3, resize)) == 77).all()  # type: ignore[arg-type]
+            assert (decode(encoded(image), Preprocessing(32, 3, resize)) == 77).all()  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastddpm.data import cache, open_dataset, sources
 from fastddpm.data.dataset import checksum
-from fastddpm.data.image import Rule, decode
+from fastddpm.data.image import Preprocessing, decode
 from fastddpm.data.inspect import faults
 from fastddpm.data.pack.format import TRAILER, open_pack
 from fastddpm.data.pack.writer import write_pack
@@ -26,7 +26,7 @@ __all__ = ["load", "source"]
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(12)
 PIXELS = numbered(9)
-RGB = Rule(8, 3)
+RGB = Preprocessing(8, 3)
 
 
 def unused(line: str) -> None:
@@ -39,7 +39,7 @@ def test_a_pack_holds_what_was_put_in(tmp_path: Path, labels: list[int] | None) 
     opened = open_pack(made.path)
     assert len(opened) == 9 and (None if opened.labels is None else opened.labels.tolist()) == labels
     assert opened.checksum == checksum(PIXELS, None if labels is None else np.array(labels))
-    assert (opened.rule, opened.store, opened.source, opened.left_out) == (RGB, "fitted", "files", 0)
+    assert (opened.preprocessing, opened.store, opened.source, opened.left_out) == (RGB, "fitted", "files", 0)
     assert opened.decoder.startswith("pillow ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.fdpack"]
     assert faults(opened, full_list=tmp_path / "l", report=unused) == []
@@ -82,16 +82,16 @@ def test_fitted_keeps_what_fits_and_stores_the_rest_without_loss(tmp_path: Path)
     bloated = encoded(smooth, "PNG") + bytes(10_000)  # more bytes than pixels: stored anew
     grey = encoded(RNG.integers(0, 256, (16, 16), dtype=np.uint8))
     files = [fits, large, bloated, grey]
-    rule = Rule(16, 3, "lanczos")
-    made = write_pack(collection_of(files), tmp_path / "x.fdpack", rule, report=unused)
+    preprocessing = Preprocessing(16, 3, "lanczos")
+    made = write_pack(collection_of(files), tmp_path / "x.fdpack", preprocessing, report=unused)
     images = made.images()
     for i, data in enumerate(files):
-        np.testing.assert_array_equal(images[i], decode(data, rule))
+        np.testing.assert_array_equal(images[i], decode(data, preprocessing))
     assert images.encoded(0) == fits and images.encoded(3) == grey
     assert len(images.encoded(2)) < 1000 and images.encoded(1).startswith(b"\x89PNG")
-    assert made.rule == rule and images.rule == Rule(16, 3)
-    kept = write_pack(collection_of(files), tmp_path / "y.fdpack", rule, store="original", report=unused)
-    assert [kept.images().encoded(i) for i in range(4)] == files and kept.images().rule == rule
+    assert made.preprocessing == preprocessing and images.preprocessing == Preprocessing(16, 3)
+    kept = write_pack(collection_of(files), tmp_path / "y.fdpack", preprocessing, store="original", report=unused)
+    assert [kept.images().encoded(i) for i in range(4)] == files and kept.images().preprocessing == preprocessing
     np.testing.assert_array_equal(kept.images()[:], images[:])
     assert kept.checksum == made.checksum
 
@@ -101,7 +101,7 @@ def test_grey_models_and_every_kind_that_decodes(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     files = [encoded(grey), encoded(np.stack([grey] * 3, -1)), encoded(grey, "GIF"), encoded(grey, exif=exif)]
-    made = write_pack(collection_of(files), tmp_path / "x.fdpack", Rule(8, 1), report=unused)
+    made = write_pack(collection_of(files), tmp_path / "x.fdpack", Preprocessing(8, 1), report=unused)
     np.testing.assert_array_equal(made.images()[:][:, 0], np.stack([grey, grey, grey, np.rot90(grey, -1)]))
 
 
@@ -220,7 +220,7 @@ def test_an_index_that_points_elsewhere(tmp_path: Path, field: str) -> None:
 
 def test_pixels_of_another_decoder_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = packed(tmp_path / "x.fdpack", PIXELS)
-    monkeypatch.setattr("fastddpm.data.inspect.decode", lambda data, rule: decode(data, rule) ^ 1)
+    monkeypatch.setattr("fastddpm.data.inspect.decode", lambda data, preprocessing: decode(data, preprocessing) ^ 1)
     (text,) = faults(made, full_list=tmp_path / "list", report=unused)
     assert "its pixels are not those of the time of packing" in text and made.decoder in text
 
@@ -281,9 +281,9 @@ def test_a_pack_is_for_one_size(tmp_path: Path) -> None:
 
 def test_an_original_pack_is_decoded_by_its_rule(tmp_path: Path) -> None:
     large = RNG.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    rule = Rule(8, 3, "area")
+    preprocessing = Preprocessing(8, 3, "area")
     files = [encoded(image) for image in large]
-    made = write_pack(collection_of(files), tmp_path / "x.fdpack", rule, store="original", report=unused)
+    made = write_pack(collection_of(files), tmp_path / "x.fdpack", preprocessing, store="original", report=unused)
     expected = large.reshape(3, 8, 2, 8, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
     for keep in ("decoded", "encoded"):
         dataset = open_dataset(made.path, image_size=8, channels=3, keep=keep, cache=tmp_path / "cache")  # type: ignore[arg-type]

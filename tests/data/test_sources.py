@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastddpm.data
 from fastddpm.data import Dataset, open_dataset, sources
-from fastddpm.data.readers import collection
 from fastddpm.errors import DataError, UsageError
 
 RNG = np.random.default_rng(11)
@@ -58,7 +58,7 @@ Load = Callable[..., Dataset]
 
 
 def original() -> tuple[np.ndarray, np.ndarray]:
-    with np.load(Path(collection.__file__).with_name("mnist5k.npz")) as file:
+    with np.load(Path(fastddpm.data.__file__).with_name("mnist5k.npz")) as file:
         return file["images"], file["labels"]
 
 
@@ -236,7 +236,7 @@ def test_walking_a_folder_keeps_the_names_of_one_folder_at_a_time(tmp_path: Path
         for i in range(count):
             folder_of(tmp_path / f"{count}" / f"{i:02}", {f"{j:02}.png": b"x" for j in range(50)})
         tracemalloc.start()
-        found = sources.open_collection(tmp_path / f"{count}")
+        found = sources.open_image_source(tmp_path / f"{count}")
         assert sum(1 for _ in found.items()) == found.count == 50 * count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

@@ -15,7 +15,7 @@ from helpers.packs import encoded
 
 from fastddpm.data import Dataset, open_dataset
 from fastddpm.data.readers import tar
-from fastddpm.data.sources import open_collection
+from fastddpm.data.sources import open_image_source
 from fastddpm.errors import DataError
 
 PIXELS = np.random.default_rng(4).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
@@ -64,7 +64,7 @@ def test_shards_of_webdataset_in_order(kind: int, tmp_path: Path, load: Load) ->
     check(load(tmp_path / "s", report=lines.append), [2, 9, 0, 5, 4, 6], [2, 9, 0, 2, 1, 0])
     assert len(lines) == 1 and "6 files are left alone" in lines[0] and "6 .txt" in lines[0]
     check(load(tmp_path / "s" / "x-000001.tar", keep="encoded"), [5, 4, 6], [2, 1, 0])
-    names = [item.name for item in open_collection(tmp_path / "s").items()]
+    names = [item.name for item in open_image_source(tmp_path / "s").items()]
     assert names[0] == "x-000000.tar: 000002.png" and len(names) == 6
 
 
@@ -228,7 +228,7 @@ def test_sparse_members_are_refused(tmp_path: Path, load: Load) -> None:
 
 def test_a_file_that_shrinks_afterwards(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "x.tar", [("a.png", FILES[0])])
-    (item,) = open_collection(path).items()
+    (item,) = open_image_source(path).items()
     os.truncate(path, 600)
     with pytest.raises(ValueError, match="the tar file is cut off"):
         item.read()
@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_members(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         path = tar_of(tmp_path / f"{count}.tar", [(f"{i}.png", b"x") for i in range(count)], tarfile.USTAR_FORMAT)
         tracemalloc.start()
-        assert sum(1 for _ in open_collection(path).items()) == open_collection(path).count == count
+        assert sum(1 for _ in open_image_source(path).items()) == open_image_source(path).count == count
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size

@@ -1,4 +1,4 @@
-"""The sweep of the paper's table 2: its rows, what is measured, and that nothing is done twice or hidden."""
+"""The runner of the paper's table 2: its rows, what is measured, and that nothing is done twice or hidden."""
 
 import json
 from pathlib import Path
@@ -139,7 +139,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         def stopped(*arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(sweeping.Sweep, "_score", stopped)
+        patch.setattr(sweeping.AblationRunner, "_score", stopped)
         ablation.main([*options, "--out", str(tmp_path / "stopped")])
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", None)

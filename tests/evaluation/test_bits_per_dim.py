@@ -25,7 +25,7 @@ from fastddpm.evaluation.likelihood import bits_cost, measure_bits
 from fastddpm.evaluation.options import BitsOptions
 from fastddpm.presets import PRESETS
 from fastddpm.pretrained.model import Model
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.unet import UNet
 
@@ -287,16 +287,16 @@ def test_the_batch_changes_nothing(every: int, rng: np.random.Generator) -> None
     assert bits_per_dim(sampler, images, None, BitsOptions(every=every, seed=1), batch=70).total != expected.total
 
 
-def of_a_unet(place: Place) -> BitsPerDim:
+def of_a_unet(group: ProcessGroup) -> BitsPerDim:
     torch.manual_seed(0)
     sampler = Sampler(shaken(UNet(SMALLEST)), Diffusion(DiffusionConfig(**SHORT)))  # type: ignore[arg-type]
     images = levels(70, np.random.default_rng(0), (1, 4, 4))
-    return bits_per_dim(sampler, images, None, BitsOptions(every=2), batch=16 + place.rank, place=place)
+    return bits_per_dim(sampler, images, None, BitsOptions(every=2), batch=16 + group.rank, group=group)
 
 
 def test_two_processes_find_what_one_finds() -> None:
     """As torchrun starts them, with a network and its compiled kernels; each returns the whole, with the same bits."""
-    expected = of_a_unet(Place()).to_dict()
+    expected = of_a_unet(ProcessGroup()).to_dict()
     for found in team.values(2, team.grouped, of_a_unet):
         assert found.to_dict() == expected
 
@@ -343,7 +343,7 @@ def context_of(images: np.ndarray, out: Path) -> tuple[EvaluationContext, list[i
     sampler = Sampler(Formula(counted), Diffusion(DiffusionConfig(**SHORT)))  # type: ignore[arg-type]
     model = Model(sampler.unet, sampler.diffusion, PRESETS["mnist"])
     dataset = Dataset.of(images, None, "levels")
-    return EvaluationContext(model, sampler, dataset, 16, torch.device("cpu"), out, Place()), evaluated
+    return EvaluationContext(model, sampler, dataset, 16, torch.device("cpu"), out, ProcessGroup()), evaluated
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -21,7 +21,7 @@ from fastddpm.evaluation.likelihood import BitsPerDim, bits_cost, bits_of
 from fastddpm.evaluation.options import BitsOptions
 from fastddpm.presets import PRESETS
 from fastddpm.pretrained.model import Model
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.unet import UNet
 
@@ -30,7 +30,7 @@ TIMESTEPS = 14
 OPTIONS = BitsOptions(every=3)
 
 
-def subject_in(out: Path, place: Place | None = None) -> EvaluationContext:
+def subject_in(out: Path, group: ProcessGroup | None = None) -> EvaluationContext:
     """A network with convolutions and its compiled kernels; two blocks fill the 16 batches of a group."""
     torch.manual_seed(0)
     sampler = Sampler(
@@ -40,7 +40,7 @@ def subject_in(out: Path, place: Place | None = None) -> EvaluationContext:
     model = Model(sampler.unet, sampler.diffusion, PRESETS["mnist"])
     dataset = Dataset.of(images, None, "noise")
     out.mkdir(exist_ok=True)
-    return EvaluationContext(model, sampler, dataset, 20, torch.device("cpu"), out, place or Place())
+    return EvaluationContext(model, sampler, dataset, 20, torch.device("cpu"), out, group or ProcessGroup())
 
 
 class Evaluated:
@@ -159,8 +159,8 @@ def test_damaged_sums_are_evaluated_again(
     assert f"{path} " in capsys.readouterr().err
 
 
-def of_two(place: Place, out: Path, killed: bool) -> BitsPerDim:
-    context = subject_in(out, place)
+def of_two(group: ProcessGroup, out: Path, killed: bool) -> BitsPerDim:
+    context = subject_in(out, group)
     put = likelihood._Parts.put
 
     def then_killed(parts: Any, index: int, sums: Any) -> None:

@@ -231,7 +231,7 @@ def test_names_are_taken_once_and_in_order() -> None:
 
 def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: Path) -> None:
     """Of a model of the paper's preset: Table 1, and the FID against the test set of section 4.1."""
-    context = evaluate._context(evaluate.Command(run, out=tmp_path), distributed.Place())
+    context = evaluate._context(evaluate.Command(run, out=tmp_path), distributed.ProcessGroup())
     of_paper = dataclasses.replace(context.model, preset=dataclasses.replace(context.model.preset, name="cifar10"))
     ours = report.Report(dataclasses.replace(context, model=of_paper), run)
     score = {

@@ -14,14 +14,14 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.evaluation.figures.chains import (
     class_grid,
-    forward_strip,
+    forward_trajectory,
     interpolate,
     progressive,
-    reverse_strip,
+    reverse_trajectory,
     shared_latents,
 )
 from fastddpm.sampling import generate
-from fastddpm.sampling.chain import Start
+from fastddpm.sampling.chain import StartState
 from fastddpm.sampling.sampler import Sampler
 
 SHAPE = (1, 2, 2)
@@ -159,7 +159,7 @@ def test_shared_latents(batch: int) -> None:
 def test_the_same_noise_would_give_the_same_image() -> None:
     ours = sampler()
     kept = generate.latents(ours, [3, 5], None, [4])[0]
-    assert np.array_equal(generate.draw(ours, [3, 5], start=Start(kept, 4), batch=1), generate.draw(ours, [3, 5]))
+    assert np.array_equal(generate.draw(ours, [3, 5], start=StartState(kept, 4), batch=1), generate.draw(ours, [3, 5]))
 
 
 def test_shared_latents_refuses() -> None:
@@ -245,7 +245,7 @@ def test_interpolation_refuses(change: dict[str, Any], message: str) -> None:
 def test_forward_strip() -> None:
     """One noise for all t: a path, and the right distribution at each t."""
     ours, images = sampler(), some_pairs()[:, 0]
-    found = forward_strip(ours, images, [8, 6, 0], [5, 6, 9])
+    found = forward_trajectory(ours, images, [8, 6, 0], [5, 6, 9])
     bar = np.cumprod(1 - oracle.betas("linear", 1000))
     eps = oracle.normals(SHAPE, np.array([5, 6, 9]), SEED, step=0, stream=2)
     x0 = images / 127.5 - 1
@@ -256,7 +256,7 @@ def test_forward_strip() -> None:
 
 def test_reverse_strip() -> None:
     ours = sampler()
-    found = reverse_strip(ours, [3, 5], [0, 5, 8], batch=1)
+    found = reverse_trajectory(ours, [3, 5], [0, 5, 8], batch=1)
     states = chain(beginning([3, 5]), 0, ours.timesteps, [3, 5])
     np.testing.assert_allclose(found.x, np.stack([beginning([3, 5]), states[4][1], states[-1][1]], axis=1), atol=2e-5)
     assert found.depths.tolist() == [1000, int(ours.timesteps[5]) + 1, 0]

@@ -24,8 +24,8 @@ from fastddpm.evaluation.options import PICTURE_NAMES, PictureOptions
 from fastddpm.metrics import networks
 from fastddpm.metrics.features import Activations
 from fastddpm.pretrained.model import Model
-from fastddpm.runtime.distributed import Place
-from fastddpm.sampling.chain import Start
+from fastddpm.runtime.distributed import ProcessGroup
+from fastddpm.sampling.chain import StartState
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.sampler import Sampler
 
@@ -45,7 +45,7 @@ def context_of(out: Path, *, classes: int = 3, label_dropout: float = 0.1, **opt
     dataset = Dataset.of(images, rng.integers(0, max(classes, 1), 30), "noise")
     sampler = Sampler(network, diffusion, STEPS, **options)
     return EvaluationContext(
-        Model(network, diffusion, Preset("test")), sampler, dataset, 4, torch.device("cpu"), out, Place()
+        Model(network, diffusion, Preset("test")), sampler, dataset, 4, torch.device("cpu"), out, ProcessGroup()
     )
 
 
@@ -273,9 +273,9 @@ def test_a_gpu_starts_and_rewinds_as_a_cpu_does(tmp_path: Path) -> None:
     """Captured steps, from a state in the middle, and again."""
     ours = context_of(tmp_path)
     state = torch.randn(3, 1, SIZE, SIZE)
-    expected = ours.sampler.sample([1, 2, 3], start=Start(state, 2))
+    expected = ours.sampler.sample([1, 2, 3], start=StartState(state, 2))
     ours.model.unet.cuda()
     for _ in range(2):
         np.testing.assert_allclose(
-            ours.sampler.sample([1, 2, 3], start=Start(state, 2)).cpu(), expected, rtol=0, atol=2e-4
+            ours.sampler.sample([1, 2, 3], start=StartState(state, 2)).cpu(), expected, rtol=0, atol=2e-4
         )

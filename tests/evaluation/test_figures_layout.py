@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastddpm.errors import StorageError
-from fastddpm.evaluation.figures.layout import Block, levels, save_blocks, save_frames
+from fastddpm.evaluation.figures.layout import Panel, levels, save_frames, save_panels
 from fastddpm.sampling.images import grid, labelled, to_uint8
 from fastddpm.storage.files import save_arrays
 
@@ -60,7 +60,7 @@ def test_columns_become_as_wide_as_their_texts() -> None:
 
 def test_blocks_stand_side_by_side(tmp_path: Path) -> None:
     left, right = random_images(2, 1, 3, 16, 16), random_images(2, 3, 3, 16, 16, seed=1)
-    path = save_blocks([Block(left, ["x"]), Block(right, ["1", "2", "3"])], tmp_path / "a.png", rows=["r", "s"])
+    path = save_panels([Panel(left, ["x"]), Panel(right, ["1", "2", "3"])], tmp_path / "a.png", rows=["r", "s"])
     with Image.open(path) as opened:
         picture = pixels(opened)
     scale = 640 // (4 * 16)

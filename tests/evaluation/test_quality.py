@@ -22,7 +22,7 @@ from fastddpm.evaluation.options import QUALITY_METRICS, QualityOptions
 from fastddpm.evaluation.quality import measure_quality, quality_cost, score_name, seconds_per_evaluation
 from fastddpm.metrics import Pretrained
 from fastddpm.pretrained.model import Model
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.unet import UNet
@@ -58,7 +58,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def subject_in(out: Path, *, place: Place | None = None, seed: int = 0, images: int = 40) -> EvaluationContext:
+def subject_in(out: Path, *, group: ProcessGroup | None = None, seed: int = 0, images: int = 40) -> EvaluationContext:
     torch.manual_seed(seed)
     unet = shaken(UNet(SMALLEST))
     assert isinstance(unet, UNet)
@@ -68,7 +68,7 @@ def subject_in(out: Path, *, place: Place | None = None, seed: int = 0, images: 
     out.mkdir(exist_ok=True)
     data = np.random.default_rng(1).integers(0, 256, (images, 1, 4, 4), dtype=np.uint8)
     return EvaluationContext(
-        model, sampler, Dataset.of(data, None, "noise"), 3, torch.device("cpu"), out, place or Place()
+        model, sampler, Dataset.of(data, None, "noise"), 3, torch.device("cpu"), out, group or ProcessGroup()
     )
 
 
@@ -206,7 +206,7 @@ def test_two_processes_draw_the_features_of_one(network: Pretrained, tmp_path: P
     """Each its own shards; whatever the number, the union is the same to the bit."""
     measure_quality(subject_in(tmp_path / "one"), network, ["fid"], OPTIONS)
     for rank in (0, 1):
-        context = subject_in(tmp_path / "two", place=Place(rank, 2))
+        context = subject_in(tmp_path / "two", group=ProcessGroup(rank, 2))
         shards = quality.sample_shards(context, network, OPTIONS)
         quality._fill_samples(context, network, shards)
         assert len(arrays(tmp_path / "two")) == (4, 8)[rank]
@@ -275,7 +275,7 @@ def test_a_full_disk_is_one_message(network: Pretrained, tmp_path: Path, monkeyp
 
 def test_the_cost_counts_what_is_left(network: Pretrained, tmp_path: Path) -> None:
     """50 samples of 3 steps and 40 images to look at; guidance would evaluate twice."""
-    context = subject_in(tmp_path / "out", place=Place(0, 2))
+    context = subject_in(tmp_path / "out", group=ProcessGroup(0, 2))
     cost = quality_cost(context, network, ["fid"], OPTIONS, per_evaluation=2.0)
     assert (cost.images, cost.features, cost.evaluations) == (50, 90, 150)
     assert cost.seconds == pytest.approx(150.0, abs=5)  # 150 x 2 s by two processes, and the features

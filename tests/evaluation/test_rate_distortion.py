@@ -24,7 +24,7 @@ from fastddpm.evaluation.options import BitsOptions
 from fastddpm.evaluation.rate_distortion import measure_rate_distortion, rate_distortion, table
 from fastddpm.presets import PRESETS
 from fastddpm.pretrained.model import Model
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 
 
@@ -83,7 +83,9 @@ def context_of(out: Path, timesteps: int = 1000) -> EvaluationContext:
     sampler = Sampler(network, Diffusion(DiffusionConfig(timesteps=timesteps)))  # type: ignore[arg-type]
     images = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 2)).astype(np.uint8)
     model = Model(sampler.unet, sampler.diffusion, PRESETS["mnist"])
-    return EvaluationContext(model, sampler, Dataset.of(images, None, "noise"), 64, torch.device("cpu"), out, Place())
+    return EvaluationContext(
+        model, sampler, Dataset.of(images, None, "noise"), 64, torch.device("cpu"), out, ProcessGroup()
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
@@ -137,7 +139,7 @@ def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.Monke
     kept = likelihood._kept(tmp_path / "bits.npz", likelihood._settings(context, BitsOptions()))
     for path in tmp_path.iterdir():
         path.unlink()
-    monkeypatch.setattr(likelihood, "gathered", lambda value, place: [kept, value])
-    second = dataclasses.replace(context, place=Place(1, 2))
+    monkeypatch.setattr(likelihood, "all_gather_object", lambda value, group: [kept, value])
+    second = dataclasses.replace(context, group=ProcessGroup(1, 2))
     assert {**measure_rate_distortion(second, BitsOptions()), "pictures": found["pictures"]} == found
     assert not list(tmp_path.iterdir())

@@ -30,13 +30,13 @@ def sampler(config: UNetConfig = SMALLEST, **options: Any) -> Sampler:
     return Sampler(unet, diffusion, **options)
 
 
-def chain_of(owner: Sampler, batch: int, images: list[int], label: list[int] | None = None) -> chains.Chain:
+def chain_of(owner: Sampler, batch: int, images: list[int], label: list[int] | None = None) -> chains.ReverseChain:
     network = FusedUNet(owner.unet, 1000, FUSED, torch.float32)
 
     def predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         return owner._predict(network, x, t, label)
 
-    chain = chains.Chain(predict, owner._process(torch.device("cpu")), batch, labels=label is not None)
+    chain = chains.ReverseChain(predict, owner._tables(torch.device("cpu")), batch, labels=label is not None)
     with torch.no_grad():
         chain.begin(torch.tensor(images), None if label is None else torch.tensor(label))
     return chain

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastddpm.data.image import Rule
+from fastddpm.data.image import Preprocessing
 from fastddpm.data.pack.format import Pack, Store
 from fastddpm.data.pack.writer import write_pack
-from fastddpm.data.readers.collection import Collection, Item
+from fastddpm.data.readers.source import EncodedImage, ImageSource
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
@@ -38,18 +38,18 @@ def numbers_of(pixels: np.ndarray) -> list[int]:
 
 def collection_of(
     files: Sequence[bytes], labels: Sequence[int | None] | None = None, name: str = "files"
-) -> Collection:
-    """Encoded files as a collection, named 0, 1, .."""
+) -> ImageSource:
+    """Encoded files as a source, named 0, 1, .."""
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedImage]:
         for i, data in enumerate(files):
-            yield Item(str(i), None if labels is None else labels[i], lambda data=data: data)  # type: ignore[misc]
+            yield EncodedImage(str(i), None if labels is None else labels[i], lambda data=data: data)  # type: ignore[misc]
 
-    return Collection(name, len(files), [], items)
+    return ImageSource(name, len(files), [], items)
 
 
 def packed(path: Path, pixels: np.ndarray, labels: Sequence[int] | None = None, store: Store = "fitted") -> Pack:
     """A pack of images uint8 (N, 3, S, S)."""
     files = [encoded(image.transpose(1, 2, 0)) for image in pixels]
-    rule = Rule(pixels.shape[-1], 3)
-    return write_pack(collection_of(files, labels), path, rule, store=store, report=print)
+    preprocessing = Preprocessing(pixels.shape[-1], 3)
+    return write_pack(collection_of(files, labels), path, preprocessing, store=store, report=print)

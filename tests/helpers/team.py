@@ -108,7 +108,7 @@ def _child(variables: dict[str, str], files: Path, work: Callable[..., Any], arg
 
 
 def grouped(work: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> Any:
-    """`work(place, *arguments)` inside the group; for `values` and `run`."""
-    place = distributed.place()
-    with distributed.together(place, timeout_s=timeout_s):
-        return work(place, *arguments)
+    """`work(group, *arguments)` inside the group; for `values` and `run`."""
+    group = distributed.group_from_environment()
+    with distributed.process_group(group, timeout_s=timeout_s):
+        return work(group, *arguments)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.data import Dataset
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.storage import checkpoint
 from fastddpm.training.loggers import JsonLines
 from fastddpm.training.monitor import MEASURED
@@ -36,23 +36,23 @@ def noise_images() -> Dataset:
     return Dataset(images, np.arange(29, dtype=np.int64) % 3, "noise", "0" * 64)
 
 
-def train(place: Place, preset: Preset, run: Path, *, resume: bool = False, until: int | None = None) -> Trainer:
+def train(group: ProcessGroup, preset: Preset, run: Path, *, resume: bool = False, until: int | None = None) -> Trainer:
     """A trainer run to the end of `preset`, or saved at step `until` without having known that it would stop."""
     run.mkdir(exist_ok=True)
-    trainer = Trainer(preset, noise_images(), CPU, place)
+    trainer = Trainer(preset, noise_images(), CPU, group)
     if resume:
         trainer.resume(checkpoint.load(run))
-    log = JsonLines(run / "log.jsonl", trainer.step if resume else None) if place.first else None
+    log = JsonLines(run / "log.jsonl", trainer.step if resume else None) if group.is_main else None
     if until is None:
         trainer.run(run, log)
     else:
-        agreed = trainer.team.agreed
+        reduce_request = trainer.strategy.reduce_request
 
         def stop(request: Any) -> Any:
-            asked = agreed(request)
+            asked = reduce_request(request)
             return type(asked)(15 if trainer.step == until else 0, asked.save)
 
-        trainer.team.agreed = stop  # type: ignore[method-assign]
+        trainer.strategy.reduce_request = stop  # type: ignore[method-assign]
         try:
             trainer.run(run, log)
         except Exception as error:
@@ -64,13 +64,13 @@ def train(place: Place, preset: Preset, run: Path, *, resume: bool = False, unti
 
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """Weights, moments, step counts and averages, whole in every process."""
-    team = trainer.team
+    strategy = trainer.strategy
     state = {
-        name: value if name.startswith("step.") else team.whole(name.partition(".")[2], value)
+        name: value if name.startswith("step.") else strategy.full_tensor(name.partition(".")[2], value)
         for name, value in trainer.optimizer.state().items()
     }
     for decay in trainer.preset.train.decays:
-        state |= {f"ema{decay}.{n}": team.whole(n, t) for n, t in trainer.optimizer.averaged(decay).items()}
+        state |= {f"ema{decay}.{n}": strategy.full_tensor(n, t) for n, t in trainer.optimizer.averaged(decay).items()}
     return {name: t.detach().contiguous().clone() for name, t in state.items()}
 
 

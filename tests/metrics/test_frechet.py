@@ -74,10 +74,10 @@ def test_moments_of_batches_are_those_of_the_whole(offset: float, rng: np.random
     """Also for features far from 0, where a sum of squares would have lost every digit of the covariance."""
     x = rng.normal(size=(301, 5)) @ rng.normal(size=(5, 5)) + offset
     batches = torch.from_numpy(x).split(37)
-    together = Moments.gathered(batches)
-    halves = Moments.gathered(batches[:3]).merged(Moments.gathered(batches[3:]))
+    together = Moments.of_batches(batches)
+    halves = Moments.of_batches(batches[:3]).merged(Moments.of_batches(batches[3:]))
     exact = np.cov((x - offset).T)
-    for moments in (together, halves, Moments.gathered(batches[::-1])):
+    for moments in (together, halves, Moments.of_batches(batches[::-1])):
         assert moments.count == 301
         np.testing.assert_allclose(moments.mean.numpy(), x.mean(0), rtol=1e-14, atol=1e-15)
         np.testing.assert_allclose(moments.covariance().numpy(), exact, rtol=1e-8 if offset else 1e-12, atol=1e-12)

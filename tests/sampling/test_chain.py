@@ -17,6 +17,7 @@ from fastddpm.config import DiffusionConfig, EngineConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.sampling import chain as chains
+from fastddpm.sampling import cuda_graph
 from fastddpm.sampling.sampler import Sampler
 
 
@@ -44,10 +45,10 @@ def test_a_step_reads_nothing_on_the_host_and_moves_no_memory(labels: bool) -> N
     assert len(state) == (6 if labels else 5)
     with HostReads() as reads, torch.no_grad():
         for _ in range(STEPS):
-            chain.step(watched=True)
+            chain.step(keep_x0=True)
         after = chain.x.clone()
         chain.rewind(STEPS - 1)
-        chain.step(watched=True)
+        chain.step(keep_x0=True)
         chain.x.copy_(after)
     assert reads.names == []
     assert {name: value.data_ptr() for name, value in vars(chain).items() if isinstance(value, Tensor)} == state
@@ -77,7 +78,7 @@ def pretended_graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-def graphed(owner: Sampler, batch: int, images: list[int]) -> chains.Chain:
+def graphed(owner: Sampler, batch: int, images: list[int]) -> chains.ReverseChain:
     chain = chain_of(owner, batch, images)
     chain._graph = True
     return chain
@@ -92,15 +93,15 @@ def test_replays_of_one_captured_step_are_the_chain(pretended_graphs: list[str])
             for chain in (plain, replayed):
                 chain.begin(torch.tensor(images), None)
             for i in range(STEPS):
-                plain.step(watched=True)
-                replayed.advance(watched=i == 3)
+                plain.step(keep_x0=True)
+                replayed.advance(keep_x0=i == 3)
                 assert torch.equal(plain.x, replayed.x)
                 assert torch.equal(plain.x0, replayed.x0) == (i == 3)
             for chain in (plain, replayed):
                 chain.rewind(STEPS - 2)
             for _ in range(2):
-                plain.step(watched=True)
-                replayed.advance(watched=False)
+                plain.step(keep_x0=True)
+                replayed.advance(keep_x0=False)
                 assert torch.equal(plain.x, replayed.x)
     assert pretended_graphs.count("capture") == 2  # with and without the x_0 prediction, once each
     assert pretended_graphs.count("replay") == 2 * (STEPS + 2)
@@ -119,8 +120,8 @@ def test_a_step_that_cannot_be_captured_is_launched(monkeypatch: pytest.MonkeyPa
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         for i in range(STEPS):
-            failing.advance(watched=i % 2 == 0)
-            plain.step(watched=False)
+            failing.advance(keep_x0=i % 2 == 0)
+            plain.step(keep_x0=False)
     assert torch.equal(failing.x, plain.x)
     (message,) = [str(warning.message) for warning in caught]
     assert "without a CUDA graph" in message and message.endswith("not permitted when stream is capturing")
@@ -130,7 +131,7 @@ def test_a_step_that_cannot_be_captured_is_launched(monkeypatch: pytest.MonkeyPa
     ("batch", "size"), [(1, 1), (2, 2), (3, 4), (5, 8), (33, 64), (64, 64), (65, 128), (128, 128), (300, 320)]
 )
 def test_padded(batch: int, size: int) -> None:
-    assert chains.padded(batch) == size
+    assert cuda_graph.padded(batch) == size
 
 
 def test_padding_changes_no_image() -> None:
@@ -138,8 +139,8 @@ def test_padding_changes_no_image() -> None:
     exact, wide = chain_of(owner, 3, [7, 8, 9]), chain_of(owner, 4, [7, 8, 9])
     with torch.no_grad():
         for _ in range(STEPS):
-            exact.step(watched=False)
-            wide.step(watched=False)
+            exact.step(keep_x0=False)
+            wide.step(keep_x0=False)
     torch.testing.assert_close(wide.x[:3], exact.x, rtol=0, atol=1e-5)
 
 
@@ -157,14 +158,14 @@ def test_a_chain_that_starts_in_the_middle_ends_where_the_whole_one_does(batch: 
     whole = chain_of(owner, batch, [4, 9])
     with torch.no_grad():
         for _ in range(2):
-            whole.step(watched=False)
-        start = chains.Start(whole.x[:2].clone(), 2)
+            whole.step(keep_x0=False)
+        start = chains.StartState(whole.x[:2].clone(), 2)
         for _ in range(2, STEPS):
-            whole.step(watched=False)
+            whole.step(keep_x0=False)
         end = whole.x[:2].clone()
         whole.begin(torch.tensor([4, 9]), None, start)
         for _ in range(2, STEPS):
-            whole.step(watched=False)
+            whole.step(keep_x0=False)
     assert torch.equal(whole.x[:2], end)
     assert torch.equal(owner.sample([4, 9], start=start), owner.sample([4, 9]))
     assert [state.step for state in owner.trajectory([4, 9], start=start)] == [2, 3, 4, 5]
@@ -174,15 +175,15 @@ def test_a_step_taken_again_draws_other_noise() -> None:
     """After r times back, the counter of timestep t is t + r T; a new beginning counts from t again."""
     owner = Sampler(Formula(wave), Diffusion(), STEPS)
     process, bar = oracle.Process.respaced(owner.timesteps), np.cumprod(1 - oracle.betas("linear", 1000))
-    chain = chains.Chain(
-        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner._process(torch.device("cpu")), 2
+    chain = chains.ReverseChain(
+        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner._tables(torch.device("cpu")), 2
     )
     for round_ in range(2):
         chain.begin(torch.tensor([4, 9]), None)
-        chain.step(watched=False)
+        chain.step(keep_x0=False)
         for times in range(3):
             before, t = chain.x.double().numpy(), int(owner.timesteps[1])
-            chain.step(watched=False)
+            chain.step(keep_x0=False)
             x0 = (before - np.sqrt(1 - bar[t]) * np.sin(2 * before + 0.01 * t)) / np.sqrt(bar[t])
             mean = process.posterior_mean(np.ones(2, int), x0.clip(-1, 1), before)
             z = oracle.normals((1, 2, 2), np.array([4, 9]), 0, t + 1000 * times, 1)
@@ -203,12 +204,12 @@ def test_a_step_taken_again_draws_other_noise() -> None:
 )
 def test_beginnings_that_cannot_be_are_refused(x: Tensor, step: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        sampler().sample([1, 2], start=chains.Start(x, step))
+        sampler().sample([1, 2], start=chains.StartState(x, step))
 
 
 def test_steps_before_the_beginning_cannot_be_watched() -> None:
     with pytest.raises(UsageError, match=r"watch must name steps in 3..5; got 2"):
-        list(sampler().trajectory([1], watch=[2], start=chains.Start(torch.zeros(1, 1, 4, 4), 3)))
+        list(sampler().trajectory([1], watch=[2], start=chains.StartState(torch.zeros(1, 1, 4, 4), 3)))
 
 
 def test_the_null_label_draws_without_a_class() -> None:

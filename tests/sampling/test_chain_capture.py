@@ -15,6 +15,7 @@ from helpers.networks import TINY
 
 from fastddpm.config import EngineConfig
 from fastddpm.sampling import chain as chains
+from fastddpm.sampling import cuda_graph
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -89,11 +90,11 @@ class Cuda:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     fake = Cuda()
     stand_in: Any = types.SimpleNamespace(device=torch.device, cuda=fake)
-    chains._warming_stream.cache_clear()
-    monkeypatch.setattr(chains, "torch", stand_in)
-    monkeypatch.setattr(chains, "_streams_without_graph", defaultdict(list))
+    cuda_graph._warming_stream.cache_clear()
+    monkeypatch.setattr(cuda_graph, "torch", stand_in)
+    monkeypatch.setattr(cuda_graph, "_streams_without_graph", defaultdict(list))
     yield fake
-    chains._warming_stream.cache_clear()
+    cuda_graph._warming_stream.cache_clear()
 
 
 def nothing() -> None:
@@ -103,18 +104,18 @@ def nothing() -> None:
 def test_it_happens_on_the_chains_own_device(cuda: Cuda) -> None:
     """Streams belong to a device: on another's the graph would be empty, and its replay would do nothing."""
     devices = []
-    chains.capture(lambda: devices.append(cuda.current_stream().device), nothing, SECOND)
+    cuda_graph.capture(lambda: devices.append(cuda.current_stream().device), nothing, SECOND)
     assert devices == 4 * [SECOND] and cuda.captured_on[0].device == SECOND
     assert cuda.current == torch.device("cuda", 0) and cuda.modes == ["thread_local"]
 
 
 def test_graphs_that_live_share_no_stream_and_streams_are_used_again(cuda: Cuda) -> None:
-    first, second, third = (chains.capture(nothing, nothing, SECOND) for _ in range(3))
+    first, second, third = (cuda_graph.capture(nothing, nothing, SECOND) for _ in range(3))
     assert len(set(cuda.captured_on)) == 3
     given_back = cuda.captured_on[1]
     del second
     gc.collect()
-    fourth = chains.capture(nothing, nothing, SECOND)
+    fourth = cuda_graph.capture(nothing, nothing, SECOND)
     assert cuda.captured_on[3] is given_back
     # Not the streams of the captures, and one for all of them.
     warming = {stream for stream in cuda.warmed_on if stream is not cuda.streams[SECOND][0]}
@@ -124,7 +125,7 @@ def test_graphs_that_live_share_no_stream_and_streams_are_used_again(cuda: Cuda)
 
 def test_every_run_but_the_captured_one_is_undone(cuda: Cuda) -> None:
     log: list[str] = []
-    chains.capture(lambda: log.append("step"), lambda: log.append("restore"), SECOND)
+    cuda_graph.capture(lambda: log.append("step"), lambda: log.append("restore"), SECOND)
     assert log == 3 * ["step", "restore"] + ["step"]
 
 
@@ -139,18 +140,18 @@ def test_a_capture_that_fails_leaves_the_current_stream_and_its_own_is_not_used_
 
     before = cuda.streams[SECOND][0]
     with pytest.raises(RuntimeError, match="previous error") as caught:
-        chains.capture(step, nothing, SECOND)
+        cuda_graph.capture(step, nothing, SECOND)
     assert cuda.streams[SECOND] == [before] and cuda.current == torch.device("cuda", 0)
-    assert chains._streams_without_graph[SECOND] == []
+    assert cuda_graph._streams_without_graph[SECOND] == []
     assert str(caught.value.__context__) == "operation not permitted when stream is capturing"
 
 
 def test_runs_before_a_capture_that_fail_are_waited_for(cuda: Cuda) -> None:
     """What they still write on their own stream is put back behind them."""
     with pytest.raises(RuntimeError, match="out of memory"):
-        chains.capture(raising, nothing, SECOND)
+        cuda_graph.capture(raising, nothing, SECOND)
     (here,) = cuda.streams[SECOND]
-    assert here.waited_for == [chains._warming_stream(SECOND)] and cuda.captured_on == []
+    assert here.waited_for == [cuda_graph._warming_stream(SECOND)] and cuda.captured_on == []
 
 
 def raising() -> None:
@@ -180,8 +181,8 @@ def test_the_last_step_is_captured_when_it_is_the_first_to_be_watched(
     captured._graph = True
     with torch.no_grad():
         for i in range(STEPS):
-            captured.advance(watched=i == watch)
-            plain.step(watched=True)
+            captured.advance(keep_x0=i == watch)
+            plain.step(keep_x0=True)
             assert torch.equal(captured.x, plain.x)
             assert torch.equal(captured.x0, plain.x0) == (i == watch)
 
@@ -195,7 +196,7 @@ def test_chains_shorter_than_the_runs_before_a_capture(steps: int, monkeypatch: 
     chain._graph = True
     with torch.no_grad():
         for _ in range(steps):
-            chain.advance(watched=False)
+            chain.advance(keep_x0=False)
     torch.testing.assert_close(chain.x.clamp(-1, 1), expected, rtol=0, atol=1e-5)
 
 
@@ -213,7 +214,7 @@ def test_the_reason_given_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -
     chain._graph = True
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
-        chain.advance(watched=False)
+        chain.advance(keep_x0=False)
     assert [str(w.message).partition(": ")[2] for w in caught] == ["operation not permitted when stream is capturing"]
 
 

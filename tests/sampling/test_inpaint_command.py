@@ -13,13 +13,13 @@ from PIL import Image
 
 from fastddpm import inpaint as command
 from fastddpm import train
-from fastddpm.data.image import Rule
+from fastddpm.data.image import Preprocessing
 from fastddpm.data.inputs import read_hole, read_images
 from fastddpm.errors import DataError, UsageError
 
 
 def test_holes_by_name() -> None:
-    rule = Rule(4, 1)
+    preprocessing = Preprocessing(4, 1)
     columns, rows = np.meshgrid(np.arange(4), np.arange(4))
     for name, hole in {
         "left-half": columns < 2,
@@ -29,18 +29,21 @@ def test_holes_by_name() -> None:
         "center": (abs(columns - 1.5) < 1) & (abs(rows - 1.5) < 1),
         "every-other-row": rows % 2 == 0,
     }.items():
-        assert np.array_equal(read_hole(name, rule), hole), name
+        assert np.array_equal(read_hole(name, preprocessing), hole), name
 
 
 def test_white_is_drawn(tmp_path: Path) -> None:
     levels = np.array([[0, 127], [128, 255]], np.uint8)
     Image.fromarray(levels).save(tmp_path / "mask.png")
-    assert read_hole(str(tmp_path / "mask.png"), Rule(2, 3)).tolist() == [[False, False], [True, True]]
+    assert read_hole(str(tmp_path / "mask.png"), Preprocessing(2, 3)).tolist() == [[False, False], [True, True]]
     with pytest.raises(DataError, match=r"mask\.png: 2x2, expected 4x4; --resize area"):
-        read_hole(str(tmp_path / "mask.png"), Rule(4, 3))
-    assert read_hole(str(tmp_path / "mask.png"), Rule(4, 3, "area")).tolist() == [[False] * 4] * 2 + [[True] * 4] * 2
+        read_hole(str(tmp_path / "mask.png"), Preprocessing(4, 3))
+    assert (
+        read_hole(str(tmp_path / "mask.png"), Preprocessing(4, 3, "area")).tolist()
+        == [[False] * 4] * 2 + [[True] * 4] * 2
+    )
     with pytest.raises(UsageError, match=r"--mask takes left-half, .*, or an image file; got 'middle'"):
-        read_hole("middle", Rule(4, 3))
+        read_hole("middle", Preprocessing(4, 3))
 
 
 def test_images_from_wherever_they_lie(tmp_path: Path) -> None:
@@ -50,13 +53,13 @@ def test_images_from_wherever_they_lie(tmp_path: Path) -> None:
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{i}" / "x.png")
     np.savez(tmp_path / "a.npz", images=images, labels=np.array([4, 2]))
     np.savez(tmp_path / "b.npz", images=images)
-    rule = Rule(5, 3)
-    one, labels = read_images(str(tmp_path / "1" / "x.png"), rule)
+    preprocessing = Preprocessing(5, 3)
+    one, labels = read_images(str(tmp_path / "1" / "x.png"), preprocessing)
     assert np.array_equal(one[:], images[1:]) and labels is None
-    found, labels = read_images(str(tmp_path / "a.npz"), rule)
+    found, labels = read_images(str(tmp_path / "a.npz"), preprocessing)
     assert np.array_equal(found[:], images) and labels is not None and labels.tolist() == [4, 2]
-    assert read_images(str(tmp_path / "b.npz"), rule)[1] is None
-    digits, labels = read_images("digits", Rule(16, 1))
+    assert read_images(str(tmp_path / "b.npz"), preprocessing)[1] is None
+    digits, labels = read_images("digits", Preprocessing(16, 1))
     assert digits.shape == (5000, 1, 16, 16) and labels is not None and set(labels.tolist()) == set(range(10))
 
 
@@ -78,9 +81,9 @@ def test_files_that_hold_no_images(tmp_path: Path) -> None:
         "f.npz": r"f\.npz holds 0 images; 1 to 57,266,230 are read",
     }.items():
         with pytest.raises(DataError, match=message):
-            read_images(str(tmp_path / name), Rule(5, 3))
+            read_images(str(tmp_path / name), Preprocessing(5, 3))
     with pytest.raises(UsageError, match="nowhere"):
-        read_images("nowhere", Rule(5, 3))
+        read_images("nowhere", Preprocessing(5, 3))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ def test_an_array_that_is_too_large_is_not_unpacked(tmp_path: Path, shape: tuple
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("images.npy", header.getvalue())
     with pytest.raises(DataError, match=message):
-        read_images(str(path), Rule(3, 3))
+        read_images(str(path), Preprocessing(3, 3))
 
 
 # The command
@@ -125,7 +128,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "2 images, 3 completions of each, 5 steps, 108 evaluations of the network" in printed.err  # guidance is 2
     with np.load(tmp_path / "one" / "inpainted.npz", allow_pickle=False) as file:
         arrays = dict(file)
-    digits, labels = read_images("digits", Rule(16, 1))
+    digits, labels = read_images("digits", Preprocessing(16, 1))
     assert labels is not None and arrays["labels"].tolist() == labels[[3, 700]].tolist()
     assert np.array_equal(arrays["given"], digits[[3, 700]]) and arrays["seeds"].tolist() == [5, 6, 7]
     assert arrays["images"].shape == (2, 3, 1, 16, 16) and arrays["known"].sum() == 128
@@ -152,7 +155,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_images_without_labels_are_completed_without_a_class(run: Path, tmp_path: Path) -> None:
-    images = read_images("digits", Rule(16, 1))[0][:3]
+    images = read_images("digits", Preprocessing(16, 1))[0][:3]
     np.savez(tmp_path / "images.npz", images=images)
     command.main([
         str(run), "--images", str(tmp_path / "images.npz"), "--seeds", "1", "--resamplings", "1", "--frames", "0",

@@ -11,12 +11,12 @@ from PIL import Image
 from fastddpm import curves
 from fastddpm.config import DiffusionConfig, Preset
 from fastddpm.errors import UsageError
-from fastddpm.runtime import cli
+from fastddpm.presets import write_preset
 from fastddpm.training import plots
 
 
 def a_run(path: Path, lines: int = 8, seed: int = 0, by_t: bool = True) -> Path:
-    cli.write_preset(Preset("x", diffusion=DiffusionConfig(timesteps=100)), path / "config.json")
+    write_preset(Preset("x", diffusion=DiffusionConfig(timesteps=100)), path / "config.json")
     generator = np.random.default_rng(seed)
     with (path / "log.jsonl").open("w") as file:
         for i in range(lines):

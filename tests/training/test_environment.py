@@ -8,7 +8,7 @@ import torch
 
 import fastddpm
 from fastddpm.errors import StorageError
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.training.environment import record_session, without_secrets
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def sessions(run: Path) -> list[dict[str, object]]:
 
 def test_each_start_is_added(tmp_path: Path) -> None:
     record_session(tmp_path, ["python", "-m", "x", "--batch", "8"], CPU, DATA)
-    record_session(tmp_path, ["python", "-m", "x", "--resume"], CPU, DATA, step=40, place=Place(0, 2))
+    record_session(tmp_path, ["python", "-m", "x", "--resume"], CPU, DATA, step=40, group=ProcessGroup(0, 2))
     first, second = sessions(tmp_path)
     assert first["command"] == ["python", "-m", "x", "--batch", "8"] and first["step"] == 0
     assert second["command"] == ["python", "-m", "x", "--resume"]

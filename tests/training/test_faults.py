@@ -20,7 +20,7 @@ from fastddpm import train as command
 from fastddpm.errors import DivergedError, UsageError
 from fastddpm.ops.backend import use_backend
 from fastddpm.ops.noise import NoiseKey
-from fastddpm.runtime.distributed import ALONE
+from fastddpm.runtime.distributed import SINGLE_PROCESS
 from fastddpm.storage import checkpoint, manifest
 from fastddpm.training import samples, signals
 from fastddpm.training.loggers import JsonLines
@@ -48,7 +48,7 @@ def complete(trainer: Trainer, run: Path, *, resume: bool = False) -> None:
 @pytest.mark.parametrize("at", [4, 6])
 def test_a_signal_inside_the_writing_of_a_checkpoint_waits_for_it(at: int, tmp_path: Path) -> None:
     preset = tiny_preset(steps=6, save_every=2, log_every=1)
-    whole = train(ALONE, preset, tmp_path / "whole")
+    whole = train(SINGLE_PROCESS, preset, tmp_path / "whole")
     (tmp_path / "run").mkdir()
     trainer = Trainer(preset, noise_images(), CPU)
     write = manifest.write_file
@@ -62,14 +62,14 @@ def test_a_signal_inside_the_writing_of_a_checkpoint_waits_for_it(at: int, tmp_p
         patch.setattr(manifest, "write_file", interrupted)
         complete(trainer, tmp_path / "run")
     assert checkpoint.load(tmp_path / "run").step in (at, min(at + 1, 6))  # where it arrived, or the next
-    again = train(ALONE, preset, tmp_path / "run", resume=True)
+    again = train(SINGLE_PROCESS, preset, tmp_path / "run", resume=True)
     assert digest(whole_state(again)) == digest(whole_state(whole))
     assert log_digest(tmp_path / "run") == log_digest(tmp_path / "whole")
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path) -> None:
     preset = tiny_preset(steps=5, keep=5)
-    whole = train(ALONE, preset, tmp_path / "whole")
+    whole = train(SINGLE_PROCESS, preset, tmp_path / "whole")
     (tmp_path / "run").mkdir()
     trainer = Trainer(preset, noise_images(), CPU)
     step = trainer.train_step
@@ -119,19 +119,19 @@ def test_a_signal_inside_sampling_leaves_the_last_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    draw = samples.draw_closing_samples
+    draw = samples.draw_final_samples
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)  # nothing to save: goes on
         os.kill(os.getpid(), number)
         return draw(*arguments)
 
-    monkeypatch.setattr(samples, "draw_closing_samples", interrupted)
+    monkeypatch.setattr(samples, "draw_final_samples", interrupted)
     with pytest.raises(RunInterruptedError, match=r"step-00000002 is saved; --resume draws the samples") as error:
         command.main([*TINY, "--steps", "2", "--out", str(run)])
     assert error.value.exit_code == 128 + number
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
-    monkeypatch.setattr(samples, "draw_closing_samples", draw)
+    monkeypatch.setattr(samples, "draw_final_samples", draw)
     command.main(["--resume", "--out", str(run)])
     assert (run / "samples.npz").exists() and losses_of(run) == losses_of(run)[:2]
 
@@ -210,7 +210,7 @@ def test_another_learning_rate_by_override_and_free_changes_without(begun: Path)
 
 def test_a_restart_by_torchrun_resumes_by_itself(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*TINY, "--sample.count", "0", "--out", str(begun)]
-    saved = command._parse(["--resume", "--out", str(begun)], ALONE)[1]
+    saved = command._parse(["--resume", "--out", str(begun)], SINGLE_PROCESS)[1]
     more = ["--steps", "6", "--lr", str(saved.train.lr), "--accumulate", "2"]
     with pytest.raises(UsageError, match="holds a run already"):
         command.main([*arguments, *more])
@@ -314,8 +314,8 @@ def test_a_step_reads_nothing_back(options: dict[str, Any]) -> None:
     with HostReads() as reads:
         for _ in range(2):
             loss, _, applied = trainer.train_step()
-            trainer.tally.add(loss, applied)
-            trainer.bad_steps.add(trainer.step - 1, applied)
+            trainer.losses.add(loss, applied)
+            trainer.skipped_steps.add(trainer.step - 1, applied)
         assert reads.found == []
         loss.item()
     assert len(reads.found) == 1  # the count itself counts

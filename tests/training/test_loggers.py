@@ -13,13 +13,13 @@ from PIL import Image
 from fastddpm.config import Preset
 from fastddpm.errors import UsageError
 from fastddpm.training import loggers
-from fastddpm.training.loggers import Sinks, open_sinks
+from fastddpm.training.loggers import Loggers, open_loggers
 
 PRESET = Preset("x")
 
 
-def opened(run: Path, say: Any, **options: Any) -> Sinks:
-    return open_sinks(run, PRESET, say=say, **({"wandb": None} | options))
+def opened(run: Path, say: Any, **options: Any) -> Loggers:
+    return open_loggers(run, PRESET, say=say, **({"wandb": None} | options))
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
@@ -46,7 +46,7 @@ class Failing:
 def test_a_sink_that_fails_is_left_out_with_one_line(tmp_path: Path) -> None:
     said: list[str] = []
     fragile = Failing()
-    both = Sinks([fragile], said.append)
+    both = Loggers([fragile], said.append)
     both.write(1, {"step": 1, "loss": 0.5})
     both.write(2, {"step": 2, "loss": 0.5})
     both.image(2, "preview", tmp_path / "x.png")
@@ -102,10 +102,10 @@ def test_wandb_gets_numbers_and_pictures_and_goes_on_as_the_same_run(
     only(monkeypatch, "wandb")
     monkeypatch.setitem(sys.modules, "wandb", library.module)
     for step in (4, 8):
-        sink = opened(tmp_path, pytest.fail, wandb="digits")
-        sink.write(step, {"step": step, "loss": 0.5, "gradient_norm": None, "loss_by_t": [1.0], "lr": float("inf")})
-        sink.image(step, "preview", tmp_path / "preview.png")
-        sink.close()
+        logger = opened(tmp_path, pytest.fail, wandb="digits")
+        logger.write(step, {"step": step, "loss": 0.5, "gradient_norm": None, "loss_by_t": [1.0], "lr": float("inf")})
+        logger.image(step, "preview", tmp_path / "preview.png")
+        logger.close()
     assert [name for name, _ in library.calls] == ["init", "log", "log", "finish"] * 2
     first, second = (value for name, value in library.calls if name == "init")
     assert first == second and first["project"] == "digits" and first["resume"] == "allow"
@@ -145,11 +145,11 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 12)
     Image.fromarray(pixels).save(tmp_path / "preview.png")
     for resume_step, steps in ((None, (10, 20, 30)), (20, (30, 40))):
-        sink = opened(tmp_path, pytest.fail, resume_step=resume_step)
+        logger = opened(tmp_path, pytest.fail, resume_step=resume_step)
         for step in steps:
-            sink.write(step, {"step": step, "loss": step / 64 + (resume_step or 0), "loss_by_t": [1.0]})
-        sink.image(steps[-1], "preview", tmp_path / "preview.png")
-        sink.close()
+            logger.write(step, {"step": step, "loss": step / 64 + (resume_step or 0), "loss_by_t": [1.0]})
+        logger.image(steps[-1], "preview", tmp_path / "preview.png")
+        logger.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]

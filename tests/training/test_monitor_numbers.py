@@ -15,10 +15,10 @@ from rich.console import Console
 from fastddpm.config import DiffusionConfig, Preset, TrainConfig
 from fastddpm.errors import StorageError
 from fastddpm.runtime import progress
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.runtime.progress import Meter
 from fastddpm.training import statistics
-from fastddpm.training.loggers import JsonLines, Sinks, read_log
+from fastddpm.training.loggers import JsonLines, Loggers, read_log
 from fastddpm.training.monitor import Monitor
 from fastddpm.training.statistics import Clock, LossByTimestep, memory_mib
 
@@ -98,7 +98,7 @@ def test_laps_leave_out_what_is_no_step() -> None:
     clock = Clock(7, now=lambda: next(times))
     with clock.waiting():  # 101 to 101.5
         pass
-    with clock.aside():  # 110 to 150
+    with clock.exclude():  # 110 to 150
         pass
     lap = clock.lap(27)  # at 160: 60 s since 100, 40 of them aside
     assert lap.steps_per_s == 1.0 and lap.data_wait == 0.025
@@ -161,7 +161,7 @@ def test_a_log_on_a_full_disk_is_a_storage_error() -> None:
 
 
 class Kept:
-    """A sink that keeps what it is given."""
+    """A logger that keeps what it is given."""
 
     name = "kept"
 
@@ -195,16 +195,16 @@ def told(monitor: Monitor, log: JsonLines | None) -> Iterator[int]:
                 taken.append(step)
                 return {"loss": float(step), "gradient_norm": norms[step], "lr": 0.1}
 
-            monitor.tell(step, measured if step in norms else None)
+            monitor.log(step, measured if step in norms else None)
     yield from taken
 
 
 def test_a_line_goes_to_log_sinks_and_screen(
     tmp_path: Path, preset: Preset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log, sink = JsonLines(tmp_path / "log.jsonl"), Kept()
+    log, logger = JsonLines(tmp_path / "log.jsonl"), Kept()
     monitor = Monitor(preset, CPU)
-    monitor.attach(sinks=Sinks([sink], print))
+    monitor.attach(loggers=Loggers([logger], print))
     assert list(told(monitor, log)) == [3, 6]
     log.close()
     first, second = read_log(log.path)
@@ -214,8 +214,8 @@ def test_a_line_goes_to_log_sinks_and_screen(
     assert second["loss_by_t"] == [*[None] * 4, 4.0, 5.0, 6.0, *[None] * 3]
     assert first["images_per_s"] > 0 and 0 <= first["data_wait"] <= 1 and first["memory_mib"] > 10
     numbers = {name: value for name, value in first.items() if name not in ("step", "loss_by_t")}
-    assert sink.written[0] == (3, numbers)
-    assert "gradient_norm" not in sink.written[1][1] and sink.written[1][1]["loss"] == 6.0
+    assert logger.written[0] == (3, numbers)
+    assert "gradient_norm" not in logger.written[1][1] and logger.written[1][1]["loss"] == 6.0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith("training 3/6 steps  loss 3.0000") and " left" in lines[0]
     assert "gradient 0.5 " in lines[0] and "data 0%" in lines[0] and "GiB" in lines[0]
@@ -223,5 +223,5 @@ def test_a_line_goes_to_log_sinks_and_screen(
 
 
 def test_other_processes_than_the_first_say_nothing(preset: Preset, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(told(Monitor(preset, CPU, Place(1, 2)), None)) == [3, 6]
+    assert list(told(Monitor(preset, CPU, ProcessGroup(1, 2)), None)) == [3, 6]
     assert capsys.readouterr() == ("", "")

@@ -14,7 +14,7 @@ from helpers.training import CPU, digest, noise_images, tiny_preset, train, whol
 from fastddpm import train as command
 from fastddpm.config import Preset
 from fastddpm.errors import UsageError
-from fastddpm.runtime.distributed import ALONE, Place
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.storage import checkpoint
 from fastddpm.training.loggers import JsonLines, read_log
 from fastddpm.training.profiling import Profile
@@ -22,14 +22,14 @@ from fastddpm.training.samples import Previews
 from fastddpm.training.trainer import Trainer
 
 
-def watched(place: Place, preset: Preset, run: Path, *, watch: bool) -> str:
+def watched(group: ProcessGroup, preset: Preset, run: Path, *, watch: bool) -> str:
     """The digest of a run's state with everything that watches it, or with nothing."""
     run.mkdir(exist_ok=True)
-    trainer = Trainer(preset, noise_images(), CPU, place)
+    trainer = Trainer(preset, noise_images(), CPU, group)
     if watch:
-        profile = Profile(run, 2, CPU, warm_up=2, say=str) if place.first else None
-        trainer.monitor.attach(previews=Previews(run, preset, every=3, steps=4, count=3, place=place), profile=profile)
-    log = JsonLines(run / "log.jsonl") if place.first else None
+        profile = Profile(run, 2, CPU, warm_up=2, say=str) if group.is_main else None
+        trainer.monitor.attach(previews=Previews(run, preset, every=3, steps=4, count=3, group=group), profile=profile)
+    log = JsonLines(run / "log.jsonl") if group.is_main else None
     trainer.run(run, log)
     return digest(whole_state(trainer))
 
@@ -41,7 +41,9 @@ def files(run: Path) -> dict[str, bytes]:
 
 def test_watching_changes_no_bit_of_a_checkpoint(tmp_path: Path) -> None:
     preset = tiny_preset()
-    digests = [watched(ALONE, preset, tmp_path / name, watch=name == "watched") for name in ("plain", "watched")]
+    digests = [
+        watched(SINGLE_PROCESS, preset, tmp_path / name, watch=name == "watched") for name in ("plain", "watched")
+    ]
     assert digests[0] == digests[1]
     plain, seen = files(tmp_path / "plain"), files(tmp_path / "watched")
     assert plain == seen and len(plain) > 3
@@ -64,8 +66,8 @@ def test_the_network_of_averages_is_no_copy() -> None:
     assert trainer.unet.training and not unet.training
 
 
-def plain_and_watched(place: Place, preset: Preset, directory: Path) -> list[str]:
-    return [watched(place, preset, directory / name, watch=name == "watched") for name in ("plain", "watched")]
+def plain_and_watched(group: ProcessGroup, preset: Preset, directory: Path) -> list[str]:
+    return [watched(group, preset, directory / name, watch=name == "watched") for name in ("plain", "watched")]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -96,7 +98,7 @@ def losses_and_t(preset: Preset) -> list[tuple[np.ndarray, np.ndarray]]:
 @pytest.mark.parametrize("mode", [{}, {"mode": "paper"}, {"accumulate": 2}], ids=["standard", "paper", "accumulate"])
 def test_loss_by_t_is_of_every_image_since_the_line_before(tmp_path: Path, mode: dict[str, object]) -> None:
     preset = tiny_preset(**mode)
-    train(ALONE, preset, tmp_path / "run")
+    train(SINGLE_PROCESS, preset, tmp_path / "run")
     seen = losses_and_t(preset)
     each = len(seen) // 12  # micro-batches of a step
     for i, line in enumerate(read_log(tmp_path / "run" / "log.jsonl")):
@@ -109,9 +111,9 @@ def test_loss_by_t_is_of_every_image_since_the_line_before(tmp_path: Path, mode:
 
 
 def test_a_run_that_is_resumed_logs_the_same_loss_by_t(tmp_path: Path) -> None:
-    train(ALONE, tiny_preset(), tmp_path / "whole")
-    train(ALONE, tiny_preset(), tmp_path / "parts", until=6)
-    train(ALONE, tiny_preset(), tmp_path / "parts", resume=True)
+    train(SINGLE_PROCESS, tiny_preset(), tmp_path / "whole")
+    train(SINGLE_PROCESS, tiny_preset(), tmp_path / "parts", until=6)
+    train(SINGLE_PROCESS, tiny_preset(), tmp_path / "parts", resume=True)
     whole, parts = (read_log(tmp_path / name / "log.jsonl") for name in ("whole", "parts"))
     assert [line["loss_by_t"] for line in whole] == [line["loss_by_t"] for line in parts]
 

@@ -16,10 +16,10 @@ from fastddpm.diffusion import draw_examples
 from fastddpm.errors import DataError, UsageError
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.runtime import distributed
-from fastddpm.runtime.distributed import ALONE, Place
+from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.storage import checkpoint
 from fastddpm.training.dry_run import SavedActivations, describe_run
-from fastddpm.training.parallel import share
+from fastddpm.training.parallel import make_strategy
 from fastddpm.training.trainer import Trainer
 from fastddpm.unet import UNet
 
@@ -34,14 +34,14 @@ REFERENCE: dict[str, dict[str, Any]] = {"paper": WAYS["paper"], "ddp-bf16": WAYS
 STEPS = 3
 
 
-def curves(place: Place, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def curves(group: ProcessGroup, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """For each way: (loss, gradient norm) of three steps, and the first gradient, all in a row, float64.
 
     The gradient is clipped, which in paper mode happens in each shard.
     """
     found = {}
     for name, options in ways.items():
-        trainer = Trainer(tiny_preset(**options), noise_images(), CPU, place)
+        trainer = Trainer(tiny_preset(**options), noise_images(), CPU, group)
         taken: list[Tensor] = []
         update = trainer.optimizer._adam.step
 
@@ -49,7 +49,8 @@ def curves(place: Place, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
             if trainer.step == 0:
                 gradients = [part.grad for part in trainer.optimizer._parts]
                 taken.extend(
-                    trainer.team.whole(n, g).clone() for n, g in zip(trainer.optimizer.names, gradients, strict=True)
+                    trainer.strategy.full_tensor(n, g).clone()
+                    for n, g in zip(trainer.optimizer.names, gradients, strict=True)
                 )
             update()
 
@@ -62,7 +63,7 @@ def curves(place: Place, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return curves(ALONE, {name: REFERENCE.get(name, {}) for name in WAYS})
+    return curves(SINGLE_PROCESS, {name: REFERENCE.get(name, {}) for name in WAYS})
 
 
 @pytest.mark.parametrize(("count", "names"), [(2, [*WAYS]), (4, ["ddp-accumulate", "paper"])])
@@ -81,9 +82,9 @@ def test_several_processes_train_as_one(alone: dict[str, Any], count: int, names
             assert error < of_gradient and loss < of_loss and norm < of_norm, name
 
 
-def draws(place: Place) -> list[tuple[Tensor, ...]]:
+def draws(group: ProcessGroup) -> list[tuple[Tensor, ...]]:
     """What a process draws in each of three steps: images, places, t, flips and noise."""
-    trainer = Trainer(tiny_preset(accumulate=2), noise_images(), CPU, place)
+    trainer = Trainer(tiny_preset(accumulate=2), noise_images(), CPU, group)
     seen = []
     loss = trainer.diffusion.loss
 
@@ -101,20 +102,20 @@ def draws(place: Place) -> list[tuple[Tensor, ...]]:
 
 
 def test_images_t_and_noise_are_those_of_one_process() -> None:
-    expected = draws(ALONE)
+    expected = draws(SINGLE_PROCESS)
     found = team.values(4, team.grouped, draws)
     for step in range(3):
         for i, wanted in enumerate(expected[step]):
             assert torch.equal(torch.cat([one[step][i] for one in found]), wanted), (step, i)
 
 
-def whole_and_parts(place: Place, options: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
+def whole_and_parts(group: ProcessGroup, options: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     """Digests of state and log of a run in one go, and of one stopped inside a window of the log."""
     preset = tiny_preset(**options, ema=(0.9, 0.5), steps=6, log_every=2)
-    whole = whole_state(train(place, preset, directory / "whole"))
-    train(place, preset, directory / "parts", until=3)
-    parts = whole_state(train(place, preset, directory / "parts", resume=True))
-    distributed.gathered(None, place)
+    whole = whole_state(train(group, preset, directory / "whole"))
+    train(group, preset, directory / "parts", until=3)
+    parts = whole_state(train(group, preset, directory / "parts", resume=True))
+    distributed.all_gather_object(None, group)
     return [(digest(s), log_digest(directory / n)) for s, n in ((whole, "whole"), (parts, "parts"))]
 
 
@@ -125,12 +126,12 @@ def test_resume_is_bit_exact(tmp_path: Path, count: int, kind: str) -> None:
     assert len(losses_of(tmp_path / "parts")) == 3
 
 
-def trained(place: Place, preset: Preset, run: Path) -> dict[str, Tensor]:
-    return whole_state(train(place, preset, run))
+def trained(group: ProcessGroup, preset: Preset, run: Path) -> dict[str, Tensor]:
+    return whole_state(train(group, preset, run))
 
 
-def resumed(place: Place, preset: Preset, run: Path) -> dict[str, Tensor]:
-    trainer = Trainer(preset, noise_images(), CPU, place)
+def resumed(group: ProcessGroup, preset: Preset, run: Path) -> dict[str, Tensor]:
+    trainer = Trainer(preset, noise_images(), CPU, group)
     trainer.resume(checkpoint.load(run))
     assert trainer.step == 2
     return whole_state(trainer)
@@ -144,7 +145,7 @@ def test_any_number_of_processes_loads_a_checkpoint(tmp_path: Path, kind: str, c
     path = run / "checkpoints" / "step-00000002"
     assert len(list(path.glob("shard-*"))) == (count if kind == "fsdp" else 0)
     assert not list(path.glob("*.distcp")) and not (path / ".metadata").exists()  # pickles
-    found = [resumed(ALONE, preset, run)]
+    found = [resumed(SINGLE_PROCESS, preset, run)]
     for other in ("ddp", "fsdp"):
         if other != kind:
             found += team.values(2, team.grouped, resumed, tiny_preset(parallel=other, ema=(0.9, 0.5)), run)
@@ -173,7 +174,7 @@ def test_a_damaged_shard_is_found_before_it_is_used(tmp_path: Path) -> None:
 
 
 def test_an_average_that_was_not_kept_is_refused(tmp_path: Path) -> None:
-    train(ALONE, tiny_preset(steps=1), tmp_path / "run")
+    train(SINGLE_PROCESS, tiny_preset(steps=1), tmp_path / "run")
     other = Trainer(tiny_preset(ema=(0.9, 0.5)), noise_images(), CPU)
     with pytest.raises(UsageError, match=r"holds no average of decay 0\.5"):
         other.resume(checkpoint.load(tmp_path / "run"))
@@ -182,9 +183,9 @@ def test_an_average_that_was_not_kept_is_refused(tmp_path: Path) -> None:
 def test_what_does_not_divide_is_refused() -> None:
     unet = UNet(tiny_preset().unet)
     with pytest.raises(UsageError, match="1, 2, 4 or 8 processes; got 3"):
-        share(unet, tiny_preset(mode="paper").train, Place(0, 3))
+        make_strategy(unet, tiny_preset(mode="paper").train, ProcessGroup(0, 3))
     with pytest.raises(UsageError, match="a batch of 8 does not divide among 2 processes and 8 micro-batches"):
-        share(unet, tiny_preset(accumulate=8).train, Place(0, 2))
+        make_strategy(unet, tiny_preset(accumulate=8).train, ProcessGroup(0, 2))
 
 
 def test_recomputed_blocks_change_no_bit_and_keep_less() -> None:
@@ -200,8 +201,8 @@ def test_recomputed_blocks_change_no_bit_and_keep_less() -> None:
     assert digest(whole_state(trainers[0])) == digest(whole_state(trainers[1]))
 
 
-def described(place: Place, kind: str) -> str:
-    return describe_run(tiny_preset(parallel=kind), noise_images(), CPU, place)
+def described(group: ProcessGroup, kind: str) -> str:
+    return describe_run(tiny_preset(parallel=kind), noise_images(), CPU, group)
 
 
 def test_a_dry_run_tells_what_each_process_holds() -> None:
@@ -218,15 +219,15 @@ def test_a_dry_run_tells_what_each_process_holds() -> None:
 # What processes agree on
 
 
-def disagreeing(place: Place) -> None:
-    distributed.agree(place.rank // 2, "the colour", place)
+def disagreeing(group: ProcessGroup) -> None:
+    distributed.assert_same(group.rank // 2, "the colour", group)
 
 
-def failing_first(place: Place) -> None:
+def failing_first(group: ProcessGroup) -> None:
     def fail() -> None:
         raise UsageError("no such thing")
 
-    distributed.by_first(fail, place)
+    distributed.on_main(fail, group)
 
 
 def test_processes_that_differ_are_told_apart_and_the_firsts_error_reaches_all() -> None:
@@ -238,6 +239,6 @@ def test_processes_that_differ_are_told_apart_and_the_firsts_error_reaches_all()
 
 @pytest.mark.parametrize(("num", "count"), [(0, 3), (5, 3), (64, 4), (2, 4)])
 def test_parts_cover_everything_once(num: int, count: int) -> None:
-    parts = [Place(rank, count).part(num) for rank in range(count)]
+    parts = [ProcessGroup(rank, count).share(num) for rank in range(count)]
     assert [i for part in parts for i in part] == list(range(num))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -9,13 +9,13 @@ from helpers import team
 from helpers.training import CPU, noise_images, tiny_preset
 
 from fastddpm.data import Dataset
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.training.trainer import Trainer
 
 STEPS = 3
 
 
-def curve(place: Place, compiled: bool) -> tuple[list[tuple[float, float]], int]:
+def curve(group: ProcessGroup, compiled: bool) -> tuple[list[tuple[float, float]], int]:
     """(loss, gradient norm) of each step, and how many graphs were compiled; one level of 4x4: little to compile."""
     from torch._dynamo.utils import counters
 
@@ -23,7 +23,7 @@ def curve(place: Place, compiled: bool) -> tuple[list[tuple[float, float]], int]
     unet = dataclasses.replace(preset.unet, image_size=4, multipliers=(1,), attention_resolutions=(), groups=2, width=8)
     noise = noise_images()
     dataset = Dataset(noise.images[:, :, :4, :4].copy(), noise.labels, noise.name, noise.checksum)
-    trainer = Trainer(dataclasses.replace(preset, unet=unet), dataset, CPU, place)
+    trainer = Trainer(dataclasses.replace(preset, unet=unet), dataset, CPU, group)
     steps = [trainer.train_step()[:2] for _ in range(STEPS)]
     return [(loss.item(), norm.item()) for loss, norm in steps], counters["stats"]["unique_graphs"]
 

@@ -20,28 +20,28 @@ from helpers.training import CPU, digest, log_digest, noise_images, tiny_preset,
 from fastddpm import train as command
 from fastddpm.errors import DivergedError, UsageError
 from fastddpm.runtime import distributed
-from fastddpm.runtime.distributed import ALONE, LostProcessError, Place
+from fastddpm.runtime.distributed import SINGLE_PROCESS, LostProcessError, ProcessGroup
 from fastddpm.storage import checkpoint, manifest
-from fastddpm.training.samples import draw_closing_samples
+from fastddpm.training.samples import draw_final_samples
 from fastddpm.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 3.0
 
 
-def with_fault(place: Place, run: Path, fault: str, kind: str) -> None:
+def with_fault(group: ProcessGroup, run: Path, fault: str, kind: str) -> None:
     """Train; in step 3 process 1 is killed, or does not answer any more."""
     trainer_step = Trainer.train_step
 
     def step(trainer: Trainer) -> Any:
-        if trainer.step == 2 and place.rank == 1:
+        if trainer.step == 2 and group.rank == 1:
             if fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
         return trainer_step(trainer)
 
     Trainer.train_step = step  # type: ignore[method-assign]
-    train(place, tiny_preset(save_every=1, parallel=kind), run)
+    train(group, tiny_preset(save_every=1, parallel=kind), run)
 
 
 @pytest.mark.parametrize(("fault", "kind"), [("killed", "ddp"), ("hung", "ddp"), ("killed", "fsdp")])
@@ -76,10 +76,10 @@ def lost_before_meeting(fault: str, rank: int) -> None:
         time.sleep(0.2)
         os.kill(os.getpid(), getattr(signal, fault))
 
-    place = distributed.place()
-    if place.rank == rank:
+    group = distributed.group_from_environment()
+    if group.rank == rank:
         dist.init_process_group = gone  # type: ignore[assignment]
-    team.grouped(lambda place: None, timeout_s=1.0)
+    team.grouped(lambda group: None, timeout_s=1.0)
 
 
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
@@ -95,7 +95,7 @@ def test_a_process_lost_while_the_group_forms(tmp_path: Path, fault: str, rank: 
     assert "error: another process died or did not answer for 1 s" in other.stderr
 
 
-def lost_at_reading(place: Place, run: Path) -> None:
+def lost_at_reading(group: ProcessGroup, run: Path) -> None:
     """Process 1 is killed as both have begun to read the shards of a checkpoint."""
     import torch.distributed.checkpoint as dcp
 
@@ -103,10 +103,10 @@ def lost_at_reading(place: Place, run: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     preset = tiny_preset(parallel="fsdp", steps=1)
-    train(place, preset, run)
-    if place.rank == 1:
+    train(group, preset, run)
+    if group.rank == 1:
         dcp.load = killed  # type: ignore[assignment]
-    train(place, preset, run, resume=True)
+    train(group, preset, run, resume=True)
 
 
 def test_a_process_lost_while_shards_are_read_is_not_taken_for_damage(tmp_path: Path) -> None:
@@ -115,19 +115,19 @@ def test_a_process_lost_while_shards_are_read_is_not_taken_for_damage(tmp_path: 
     assert "another process died" in first.stderr
 
 
-def signalled(place: Place, run: Path) -> tuple[int, str]:
+def signalled(group: ProcessGroup, run: Path) -> tuple[int, str]:
     """SIGTERM to process 1 alone, and SIGUSR1 to process 0 before that."""
     trainer_step = Trainer.train_step
 
     def step(trainer: Trainer) -> Any:
-        if trainer.step == 2 and place.rank == 0:
+        if trainer.step == 2 and group.rank == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
-        if trainer.step == 4 and place.rank == 1:
+        if trainer.step == 4 and group.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return trainer_step(trainer)
 
     Trainer.train_step = step  # type: ignore[method-assign]
-    train(place, tiny_preset(keep=5, log_every=1), run)
+    train(group, tiny_preset(keep=5, log_every=1), run)
     return 0, ""
 
 
@@ -140,14 +140,14 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> N
     assert len((run / "log.jsonl").read_text().splitlines()) == 5
 
 
-def poisoned(place: Place, kind: str) -> tuple[list[bool], str, str]:
+def poisoned(group: ProcessGroup, kind: str) -> tuple[list[bool], str, str]:
     """The images of process 1 give NaN in step 3: which steps were applied, and the state around that one."""
-    trainer = Trainer(tiny_preset(parallel=kind), noise_images(), CPU, place)
+    trainer = Trainer(tiny_preset(parallel=kind), noise_images(), CPU, group)
     loss = trainer.diffusion.loss
 
     def bad(*arguments: Any, **options: Any) -> Any:
         per_image, t = loss(*arguments, **options)
-        return per_image * (float("nan") if trainer.step == 2 and place.rank == 1 else 1.0), t
+        return per_image * (float("nan") if trainer.step == 2 and group.rank == 1 else 1.0), t
 
     trainer.diffusion.loss = bad  # type: ignore[method-assign]
     applied, digests = [], []
@@ -164,14 +164,14 @@ def test_nan_in_one_process_changes_none(kind: str) -> None:
         assert applied == [True, True, False, True] and before == after
 
 
-def on_a_full_disk(place: Place, run: Path, kind: str) -> None:
+def on_a_full_disk(group: ProcessGroup, run: Path, kind: str) -> None:
     def full(path: Path, data: bytes) -> Any:
         if path.name == "model.safetensors" and "0004" in path.parent.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(path, data)
 
     write, manifest.write_file = manifest.write_file, full
-    train(place, tiny_preset(save_every=2, parallel=kind), run)
+    train(group, tiny_preset(save_every=2, parallel=kind), run)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -183,13 +183,13 @@ def test_a_full_disk_stops_all_with_the_same_error(tmp_path: Path, kind: str) ->
     assert checkpoint.load(run).step == 2
 
 
-def diverging(place: Place, run: Path) -> None:
+def diverging(group: ProcessGroup, run: Path) -> None:
     run.mkdir(exist_ok=True)
-    trainer = Trainer(tiny_preset(patience=2), noise_images(), CPU, place)
+    trainer = Trainer(tiny_preset(patience=2), noise_images(), CPU, group)
     with torch.no_grad():
-        if place.rank == 1:
+        if group.rank == 1:
             trainer.optimizer.averages[0.9][3].fill_(float("nan"))
-    if place.first:
+    if group.is_main:
         run.mkdir(exist_ok=True)
     trainer.step = 12
     trainer.run(run, None)
@@ -201,19 +201,19 @@ def test_damage_in_one_process_is_saved_by_none(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def sampled(place: Place, directory: Path) -> list[str]:
+def sampled(group: ProcessGroup, directory: Path) -> list[str]:
     """Closing samples of averages that are far from where they began; the trainer itself knows one process only."""
     trainer = Trainer(tiny_preset(), noise_images(), CPU)
     with torch.no_grad():
         for number, average in enumerate(trainer.optimizer.average):
             average.add_(0.1 * torch.randn(average.shape, generator=torch.Generator().manual_seed(number)))
     with trainer.averaged_weights() as unet:
-        paths = draw_closing_samples(unet, trainer.diffusion, trainer.preset, directory, place)
+        paths = draw_final_samples(unet, trainer.diffusion, trainer.preset, directory, group)
     return [path.name for path in paths]
 
 
 def test_closing_samples_are_those_of_one_process(tmp_path: Path) -> None:
-    expected = sampled(ALONE, tmp_path / "1")
+    expected = sampled(SINGLE_PROCESS, tmp_path / "1")
     assert team.values(3, team.grouped, sampled, tmp_path / "3") == [expected, [], []]
     one, three = (np.load(tmp_path / count / "samples.npz") for count in ("1", "3"))
     assert one["images"].shape == (64, 1, 8, 8) and one["images"].std() > 30
@@ -244,7 +244,7 @@ cli.run(train.main)
 """
 
 
-def whole(run: Path) -> None:
+def uninterrupted(run: Path) -> None:
     command.main([*TINY, "--out", str(run)])
 
 
@@ -261,7 +261,7 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"resuming {tmp_path / 'run'} at step 4" in done.stderr
     assert (tmp_path / "run" / "samples.png").exists()
-    team.values(2, whole, tmp_path / "whole")
+    team.values(2, uninterrupted, tmp_path / "whole")
     ends = [checkpoint.load(tmp_path / name) for name in ("run", "whole")]
     assert [end.step for end in ends] == [6, 6]
     for part, tensors in ends[0].tensors.items():
@@ -287,11 +287,11 @@ import atexit, time, torch, torch.distributed as dist
 from fastddpm import cli, processes
 def main(arguments):
     global kept
-    place = distributed.place()
+    group = distributed.group_from_environment()
     atexit.register(print, "last words")
-    with distributed.together(place):
+    with distributed.process_group(group):
         kept = dist.group.WORLD  # as DistributedDataParallel does
-        if place.rank == 1:
+        if group.rank == 1:
             time.sleep(600)
         dist.all_reduce(torch.zeros(3), async_op=True)  # in a thread that waits for the other process
         print("done")
@@ -365,7 +365,7 @@ def test_a_port_in_use_is_not_a_lost_process(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         with (
             pytest.raises(UsageError, match=r"MASTER_PORT [0-9]+ is in use"),
-            distributed.together(Place(0, 2), timeout_s=3),
+            distributed.process_group(ProcessGroup(0, 2), timeout_s=3),
         ):
             pass
 
@@ -388,4 +388,4 @@ def test_commands_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def differing(directory: Path) -> None:
-    command.main([*TINY, "--out", str(directory / "run"), "--seed", str(distributed.place().rank)])
+    command.main([*TINY, "--out", str(directory / "run"), "--seed", str(distributed.group_from_environment().rank)])

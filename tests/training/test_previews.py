@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig
 from fastddpm.diffusion import Diffusion
-from fastddpm.runtime.distributed import Place
+from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.images import grid, to_uint8
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training.samples import Previews
@@ -97,13 +97,13 @@ def test_what_cannot_be_drawn_or_written_is_told(unet: UNet, tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["previews"]
 
 
-def draw_together(place: Place, run: Path, count: int, broken: int | None) -> tuple[Path | None, list[str]]:
+def draw_together(group: ProcessGroup, run: Path, count: int, broken: int | None) -> tuple[Path | None, list[str]]:
     torch.manual_seed(3)
     unet = shaken(UNet(TINY))
-    if place.rank == broken:
+    if group.rank == broken:
         torch.nn.init.constant_(next(unet.parameters()), float("nan"))
     said: list[str] = []
-    return Previews(run, PRESET, 1, 5, count, place, said.append).draw(7, unet, DIFFUSION), said  # type: ignore[arg-type]
+    return Previews(run, PRESET, 1, 5, count, group, said.append).draw(7, unet, DIFFUSION), said  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [5, 1])

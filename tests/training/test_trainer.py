@@ -16,7 +16,7 @@ from fastddpm.data import Dataset
 from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.storage import checkpoint
 from fastddpm.training.loggers import JsonLines
-from fastddpm.training.trainer import RunInterruptedError, Tally, Trainer
+from fastddpm.training.trainer import LossAccumulator, RunInterruptedError, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_labels_that_the_network_cannot_take_are_refused(dataset: Dataset) -> No
 
 
 def test_tally_counts_good_steps_and_bad_ones_in_a_row() -> None:
-    tally = Tally(CPU)
+    tally = LossAccumulator(CPU)
     for loss, applied in ((1.0, True), (float("nan"), False), (float("inf"), False)):
         tally.add(torch.tensor(loss), torch.tensor(applied))
     assert tally.read() == (1.0, 1, 2)

@@ -24,8 +24,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fastddpm.data.dataset import Dataset
-from fastddpm.data.image import RESIZES, BadImageError, Rule, decode
-from fastddpm.data.readers.collection import MAX_ENCODED_BYTES, Collection, Item
+from fastddpm.data.image import RESIZES, BadImageError, Preprocessing, decode
+from fastddpm.data.readers.source import MAX_ENCODED_BYTES, EncodedImage, ImageSource
 from fastddpm.errors import DataError
 
 # The images of a pack, decoded when they are asked for.
@@ -36,14 +36,14 @@ INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
 class PackedImages:
     """Like a uint8 array (N, C, S, S) to index, but decoded from `path` at every access.
 
-    `index`: where each encoded image lies, dtype `INDEX` (N,). `rule`: what they are decoded by. An index may be a
-    number, a slice or an array of numbers; DataError names an image that is damaged.
+    `index`: where each encoded image lies, dtype `INDEX` (N,). `preprocessing`: what they are decoded to. An index is
+    a number, a slice or an array of numbers; DataError names an image that is damaged.
     """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, path: Path, index: np.ndarray, rule: Rule) -> None:
-        self.path, self.index, self.rule = path, index, rule
+    def __init__(self, path: Path, index: np.ndarray, preprocessing: Preprocessing) -> None:
+        self.path, self.index, self.preprocessing = path, index, preprocessing
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -52,23 +52,23 @@ class PackedImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.index), *self.rule.shape)
+        return (len(self.index), *self.preprocessing.shape)
 
     @property
     def nbytes(self) -> int:
         """Of the decoded images."""
-        return len(self.index) * int(np.prod(self.rule.shape))
+        return len(self.index) * int(np.prod(self.preprocessing.shape))
 
     def __getitem__(self, key: Any) -> np.ndarray:
         rows = np.asarray(self.index[key])
-        images = np.empty((rows.size, *self.rule.shape), np.uint8)
+        images = np.empty((rows.size, *self.preprocessing.shape), np.uint8)
         for place, row in enumerate(rows.ravel()):
             try:
-                images[place] = decode(read_record(self._descriptor, row), self.rule)
+                images[place] = decode(read_record(self._descriptor, row), self.preprocessing)
             except (BadImageError, OSError) as error:
                 number = int(np.arange(len(self))[key].ravel()[place])
                 raise DataError(damaged(self.path, number, error)) from error
-        return images.reshape(*rows.shape, *self.rule.shape)
+        return images.reshape(*rows.shape, *self.preprocessing.shape)
 
     def encoded(self, number: int) -> bytes:
         """An image as it is stored; BadImageError if it is not what was written."""
@@ -100,14 +100,14 @@ MAX_SIZE = 8192
 
 @dataclass(frozen=True)
 class Pack:
-    """An opened pack. `rule`, `store` and `decoder`: how it was made. `labels`: int64 (N,) or None. `sha256`: of its
-    bytes, `checksum`: of its pixels (`dataset.checksum`).
+    """An opened pack. `preprocessing`, `store`, `decoder`: how it was made. `labels`: int64 (N,) or None. `sha256`: of
+    its bytes, `checksum`: of its pixels (`dataset.checksum`).
 
     Stored "fitted", every image has the rule's size; "original", files are as they came, and training resizes.
     """
 
     path: Path
-    rule: Rule
+    preprocessing: Preprocessing
     store: Store
     index: np.ndarray
     labels: np.ndarray | None
@@ -122,31 +122,31 @@ class Pack:
 
     def images(self) -> PackedImages:
         """uint8 (N, C, S, S), decoded when indexed."""
-        return PackedImages(self.path, self.index, decoding(self.rule, self.store))
+        return PackedImages(self.path, self.index, decoding(self.preprocessing, self.store))
 
     def dataset(self) -> Dataset:
         """The images, decoded when indexed, with their labels."""
         return Dataset(self.images(), self.labels, str(self.path), self.checksum)
 
-    def collection(self) -> Collection:
+    def image_source(self) -> ImageSource:
         """The images as they are stored, named by their numbers."""
         images = self.images()
 
-        def items() -> Iterator[Item]:
+        def items() -> Iterator[EncodedImage]:
             for number in range(len(self)):
                 label = None if self.labels is None else int(self.labels[number])
-                yield Item(f"image {number}", label, _reader(images, number))
+                yield EncodedImage(f"image {number}", label, _reader(images, number))
 
-        return Collection(str(self.path), len(self), [self.sha256], items)
+        return ImageSource(str(self.path), len(self), [self.sha256], items)
 
 
 def _reader(images: PackedImages, number: int) -> Callable[[], bytes]:
     return lambda: images.encoded(number)
 
 
-def decoding(rule: Rule, store: Store) -> Rule:
-    """What the images of a pack made by `rule` are decoded by."""
-    return Rule(rule.image_size, rule.channels) if store == "fitted" else rule
+def decoding(preprocessing: Preprocessing, store: Store) -> Preprocessing:
+    """What the images of a pack made by `preprocessing` are decoded by."""
+    return Preprocessing(preprocessing.image_size, preprocessing.channels) if store == "fitted" else preprocessing
 
 
 def open_pack(path: Path) -> Pack:
@@ -175,24 +175,28 @@ def _opened(path: Path, descriptor: int) -> Pack:
     if hashlib.sha256(text).digest() != text_sha256:
         raise ValueError("the description's checksum differs")
     said = json.loads(text)
-    rule, store = _rule(said)
+    preprocessing, store = _rule(said)
     index, labels = _index(descriptor, said, start)
     return Pack(
-        path, rule, store, index, labels,
+        path, preprocessing, store, index, labels,
         checksum=_of(str, said, "checksum"), sha256=sha256.hex(),
         source=_of(str, said, "source"), left_out=_of(int, said, "left_out"), decoder=_of(str, said, "decoder"),
     )  # fmt: skip
 
 
-def _rule(said: Any) -> tuple[Rule, Store]:
+def _rule(said: Any) -> tuple[Preprocessing, Store]:
     if _of(int, said, "version") != VERSION:
         raise ValueError(f"it is of version {said['version']}; this fastddpm reads {VERSION}")
-    rule = _of(dict, said, "rule")
-    size, channels, resize = _of(int, rule, "image_size"), _of(int, rule, "channels"), _of(str, rule, "resize")
+    preprocessing = _of(dict, said, "rule")
+    size, channels, resize = (
+        _of(int, preprocessing, "image_size"),
+        _of(int, preprocessing, "channels"),
+        _of(str, preprocessing, "resize"),
+    )
     store = _of(str, said, "store")
     if not 1 <= size <= MAX_SIZE or channels not in (1, 3) or resize not in RESIZES or store not in STORES:
         raise ValueError(f"images of {channels} channels and size {size}, resized by {resize!r}, stored {store!r}")
-    return Rule(size, channels, resize), store
+    return Preprocessing(size, channels, resize), store
 
 
 def _index(descriptor: int, said: Any, end: int) -> tuple[np.ndarray, np.ndarray | None]:

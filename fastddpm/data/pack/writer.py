@@ -1,4 +1,4 @@
-"""A collection of encoded images into a pack (`pack.py` tells the format): every one of them decoded once, to know."""
+"""A source of encoded images into a pack (`pack.py` tells the format): every one of them decoded once, to know."""
 
 import functools
 import hashlib
@@ -18,51 +18,51 @@ import numpy as np
 from PIL import __version__ as pillow_version
 
 from fastddpm.data.dataset import Checksum, checksum
-from fastddpm.data.image import Rule, as_planes, fitted, open_picture
-from fastddpm.data.ingest import Labels, Problems, Report, each, settle
-from fastddpm.data.readers.collection import Collection, Item
+from fastddpm.data.image import Preprocessing, as_planes, fitted, open_picture
+from fastddpm.data.ingest import Labels, Problems, Report, map_images, raise_or_report
+from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import StorageError
 
 from .format import INDEX, MAGIC, TRAILER, VERSION, Pack, PackedImages, Store, decoding, open_pack
 
 
 def write_pack(
-    collection: Collection,
+    image_source: ImageSource,
     path: Path,
-    rule: Rule,
+    preprocessing: Preprocessing,
     *,
     store: Store = "fitted",
     skip_bad: bool = False,
     report: Report,
 ) -> Pack:
-    """Pack the collection into the file `path`, which appears when it is whole, and open it.
+    """Pack the source into the file `path`, which appears when it is whole, and open it.
 
     store "fitted": an image that has the rule's size keeps its bytes, unless they are more than its pixels; any other
     is fitted and stored as PNG, without loss. store "original": every image keeps its bytes. A bad image raises
     DataError with the list of all, or is left out with `skip_bad`; a file that cannot be written raises StorageError.
-    Memory, beside what lists the collection: 16 images for each processor, encoded and decoded, and about 60 bytes for
+    Memory, beside what lists the source: 16 images for each processor, encoded and decoded, and about 60 bytes for
     each image packed.
     """
-    labels = Labels(collection.name)
-    problems = Problems(collection, path.with_name(f"{path.name}.problems.txt"), report)
-    pixels = Checksum((collection.count, *rule.shape))
-    work = functools.partial(_record, rule=rule, store=store)
+    labels = Labels(image_source.name)
+    problems = Problems(image_source, path.with_name(f"{path.name}.problems.txt"), report)
+    pixels = Checksum((image_source.count, *preprocessing.shape))
+    work = functools.partial(_record, preprocessing=preprocessing, store=store)
     with _Writer(path) as writer:
-        for _, item, (data, planes) in each(collection, work, problems, title="packing"):
+        for _, item, (data, planes) in map_images(image_source, work, problems, title="packing"):
             writer.append(data)
             labels.append(item.label)
             pixels.add(planes)
-        settle(problems, len(labels), skip_bad=skip_bad, report=report)
+        raise_or_report(problems, len(labels), skip_bad=skip_bad, report=report)
         classes = labels.array()
-        if len(labels) == collection.count:
+        if len(labels) == image_source.count:
             value = pixels.result(classes)
         else:  # a checksum starts with the number of images, which is known only now
-            value = checksum(writer.images(decoding(rule, store)), classes)
+            value = checksum(writer.images(decoding(preprocessing, store)), classes)
         writer.close(
             classes,
             {
-                "source": collection.name,
-                "rule": asdict(rule),
+                "source": image_source.name,
+                "rule": asdict(preprocessing),
                 "store": store,
                 "left_out": problems.count,
                 "checksum": value,
@@ -73,12 +73,12 @@ def write_pack(
     return open_pack(path)
 
 
-def _record(item: Item, rule: Rule, store: Store) -> tuple[bytes, np.ndarray]:
+def _record(item: EncodedImage, preprocessing: Preprocessing, store: Store) -> tuple[bytes, np.ndarray]:
     """What is stored of an image, and its pixels uint8 (C, S, S)."""
     data = item.read()
     picture = open_picture(data)
-    image = fitted(picture, rule)
-    planes = as_planes(image, rule)
+    image = fitted(picture, preprocessing)
+    planes = as_planes(image, preprocessing)
     if store == "original" or (picture.image.size == image.size and len(data) <= planes.nbytes):
         return data, planes
     file = io.BytesIO()
@@ -114,11 +114,11 @@ class _Writer:
         with _storing(self._path):
             self._write(data)
 
-    def images(self, rule: Rule) -> PackedImages:
+    def images(self, preprocessing: Preprocessing) -> PackedImages:
         """What was added, to be read back."""
         with _storing(self._path):
             self._file.flush()
-        return PackedImages(self.temporary, np.frombuffer(bytes(self._index), INDEX), rule)
+        return PackedImages(self.temporary, np.frombuffer(bytes(self._index), INDEX), preprocessing)
 
     def close(self, labels: np.ndarray | None, description: dict[str, Any]) -> None:
         """Write index, description and trailer; the file is whole, but for its name."""

@@ -14,8 +14,8 @@ import numpy as np
 
 from fastddpm.errors import DataError
 
-from .collection import read_file
 from .pickles import read_pickle
+from .source import read_file
 from .tar import Tar
 
 IMAGE_SIZE = 32

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .collection import Choice, Collection, Item, choose, is_hidden, is_image, left_alone, read_file
+from .source import EncodedImage, ImageSource, SplitSelection, choose, is_hidden, is_image, left_alone, read_file
 
 _NAMED_LINKS = 5
 
@@ -21,8 +21,8 @@ class _Entry:
     failure: OSError | None = None
 
 
-def folder_collection(folder: Path, split: str) -> Collection:
-    """All images below `folder`, sorted by path; `collection.choose` tells which and with which labels.
+def folder_source(folder: Path, split: str) -> ImageSource:
+    """All images below `folder`, sorted by path; `source.choose` tells which and with which labels.
 
     Links to files are read; links to folders are not followed, and a note says so. A folder that cannot be listed
     counts as an image that cannot be read. The folder is walked anew for each purpose, so that memory holds the names
@@ -51,15 +51,15 @@ def folder_collection(folder: Path, split: str) -> Collection:
     if num_links:
         notes += (f"{num_links} links to folders are not followed: {', '.join(links)}",)
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedImage]:
         for entry in _chosen(folder, choice):
             if entry.failure:
-                yield Item(str(entry.failure.filename), None, _failing(entry.failure))
+                yield EncodedImage(str(entry.failure.filename), None, _failing(entry.failure))
             else:
-                yield Item(str(entry.path), choice.label(entry.path), _reader(folder / entry.path))
+                yield EncodedImage(str(entry.path), choice.label(entry.path), _reader(folder / entry.path))
 
     listing = [choice.count, num_failures, _digest(folder, choice)]
-    return Collection(str(folder), choice.count + num_failures, listing, items, notes)
+    return ImageSource(str(folder), choice.count + num_failures, listing, items, notes)
 
 
 def _walk(folder: Path) -> Iterator[_Entry]:
@@ -103,14 +103,14 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _chosen(folder: Path, choice: Choice) -> Iterator[_Entry]:
+def _chosen(folder: Path, choice: SplitSelection) -> Iterator[_Entry]:
     """The images of the split, and the folders that cannot be listed."""
     for entry in _walk(folder):
         if entry.failure or (not entry.is_link and is_image(entry.path) and choice.takes(entry.path)):
             yield entry
 
 
-def _digest(folder: Path, choice: Choice) -> str:
+def _digest(folder: Path, choice: SplitSelection) -> str:
     """sha256 over the names, sizes and times of the images."""
     digest = hashlib.sha256()
     for entry in _chosen(folder, choice):

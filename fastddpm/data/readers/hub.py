@@ -6,14 +6,14 @@ from typing import Any
 
 from fastddpm.errors import DataError, UsageError
 
-from .collection import Collection, Item, check_size, read_file
+from .source import EncodedImage, ImageSource, check_size, read_file
 
 PREFIX = "hf:"
 _IMAGES = ("image", "img")
 _LABELS = ("label", "labels")
 
 
-def hub_collection(source: str, split: str) -> Collection:
+def hub_source(source: str, split: str) -> ImageSource:
     """The images of "hf:NAME" or "hf:NAME:SPLIT", in the data set's order, with its integer labels if it has any.
 
     The library downloads what it does not have; nothing else of fastddpm does. Raises UsageError without the library
@@ -40,11 +40,11 @@ def hub_collection(source: str, split: str) -> Collection:
     table = table.select_columns([image, *([label] if label else [])])
     table = table.cast_column(image, datasets.Image(decode=False))
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedImage]:
         for number, row in enumerate(table):
-            yield Item(f"row {number}", _class(row.get(label)), _reader(row[image]))
+            yield EncodedImage(f"row {number}", _class(row.get(label)), _reader(row[image]))
 
-    return Collection(source, len(table), [str(table._fingerprint), split], items)
+    return ImageSource(source, len(table), [str(table._fingerprint), split], items)
 
 
 def _class(value: Any) -> int | None:

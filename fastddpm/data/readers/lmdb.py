@@ -6,7 +6,7 @@ from typing import Any
 
 from fastddpm.errors import DataError, UsageError
 
-from .collection import MAX_ENCODED_BYTES, Collection, Item, check_size, status_of
+from .source import MAX_ENCODED_BYTES, EncodedImage, ImageSource, check_size, status_of
 
 FILE = "data.mdb"
 
@@ -18,7 +18,7 @@ def lmdb_file(path: Path) -> Path | None:
     return path if path.suffix.lower() in (".mdb", ".lmdb") else None
 
 
-def lmdb_collection(file: Path) -> Collection:
+def lmdb_source(file: Path) -> ImageSource:
     """All values of an LMDB, in the order of their keys; no labels. Nothing is written, not even a lock.
 
     It is opened anew for each purpose: an environment must not be shared between processes. Raises UsageError without
@@ -32,7 +32,7 @@ def lmdb_collection(file: Path) -> Collection:
         environment.close()
     name = str(file.parent if file.name == FILE else file)
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedImage]:
         import lmdb
 
         environment = _opened(file)
@@ -45,7 +45,7 @@ def lmdb_collection(file: Path) -> Collection:
         finally:
             environment.close()
 
-    return Collection(name, count, status_of([file]), items)
+    return ImageSource(name, count, status_of([file]), items)
 
 
 def _opened(file: Path) -> Any:
@@ -61,7 +61,7 @@ def _opened(file: Path) -> Any:
         raise DataError(f"{file} cannot be read as LMDB: {error}") from error
 
 
-def _item(key: bytes, value: memoryview) -> Item:
+def _item(key: bytes, value: memoryview) -> EncodedImage:
     """An image; its bytes are copied now, for the memory map moves on."""
     name = key.decode("ascii", "backslashreplace")
     size = len(value)
@@ -71,4 +71,4 @@ def _item(key: bytes, value: memoryview) -> Item:
         check_size(size)
         return data
 
-    return Item(name, None, read)
+    return EncodedImage(name, None, read)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastddpm.errors import DataError, UsageError
 
-from .collection import MAX_ENCODED_BYTES, Collection, Item, check_size, split_files, status_of
+from .source import MAX_ENCODED_BYTES, EncodedImage, ImageSource, check_size, split_files, status_of
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.parquet")
 _ROWS = 128
@@ -30,7 +30,7 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
     return tables
 
 
-def parquet_collection(files: list[Path]) -> Collection:
+def parquet_source(files: list[Path]) -> ImageSource:
     """Rows of parquet files: `img` or `image` as struct{bytes, ..} or bytes; `label` integers, or absent.
 
     A negative label is none. Raises UsageError without pyarrow and DataError for files of another layout.
@@ -48,7 +48,7 @@ def parquet_collection(files: list[Path]) -> Collection:
         except (ArrowException, OSError) as error:
             raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedImage]:
         for path, (image, label) in zip(files, columns, strict=True):
             try:
                 with parquet.ParquetFile(path) as table:
@@ -57,7 +57,7 @@ def parquet_collection(files: list[Path]) -> Collection:
                 raise DataError(f"{path} is damaged: {error}") from error
 
     name = str(files[0] if len(files) == 1 else files[0].parent)
-    return Collection(name, sum(counts), status_of(files), items)
+    return ImageSource(name, sum(counts), status_of(files), items)
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
@@ -78,13 +78,13 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
     return image, label
 
 
-def _rows(table: Any, file: str, image: str, label: str | None) -> Iterator[Item]:
+def _rows(table: Any, file: str, image: str, label: str | None) -> Iterator[EncodedImage]:
     row = 0
     for batch in table.iter_batches(batch_size=_ROWS, columns=[image] + ([label] if label else [])):
         labels = batch.column(label).to_pylist() if label else [None] * batch.num_rows
         for value, number in zip(batch.column(image).to_pylist(), labels, strict=True):
             known = number if number is not None and number >= 0 else None
-            yield Item(f"{file} row {row}", known, _reader(value))
+            yield EncodedImage(f"{file} row {row}", known, _reader(value))
             row += 1
 
 

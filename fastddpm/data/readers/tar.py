@@ -17,7 +17,17 @@ from typing import IO
 
 from fastddpm.errors import DataError
 
-from .collection import EXTENSIONS, Collection, Item, check_size, choose, is_hidden, is_image, left_alone, status_of
+from .source import (
+    EXTENSIONS,
+    EncodedImage,
+    ImageSource,
+    check_size,
+    choose,
+    is_hidden,
+    is_image,
+    left_alone,
+    status_of,
+)
 
 _MAX_HEADER_BYTES = 2**20
 _MAX_LABEL_BYTES = 2**20
@@ -55,10 +65,10 @@ class _Sample:
     problem: str
 
 
-def tar_collection(files: list[Path], split: str) -> Collection:
+def tar_source(files: list[Path], split: str) -> ImageSource:
     """All images in tar files, file by file and in the order they lie there.
 
-    Without .cls and .json, labels and splits are those of a folder (`collection.choose`). Memory does not grow with
+    Without .cls and .json, labels and splits are those of a folder (`source.choose`). Memory does not grow with
     the files: their headers are read once to count, and again for `items`. Raises DataError for a file that is no
     tar, or a damaged one, or if there is no image.
     """
@@ -75,16 +85,16 @@ def tar_collection(files: list[Path], split: str) -> Collection:
     where = files[0] if len(files) == 1 else files[0].parent
     choice = choose(images(), split, where)
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedImage]:
         for path in files:
             tar = Tar(path)
             for sample in _samples(tar, Counter()):
                 member = sample.image
                 if choice.takes(member.path):
                     label = sample.label if labelled else choice.label(member.path)
-                    yield Item(f"{path.name}: {member.path}", label, _reader(tar, sample))
+                    yield EncodedImage(f"{path.name}: {member.path}", label, _reader(tar, sample))
 
-    return Collection(str(where), choice.count, [split, *status_of(files)], items, left_alone(others))
+    return ImageSource(str(where), choice.count, [split, *status_of(files)], items, left_alone(others))
 
 
 class Tar:

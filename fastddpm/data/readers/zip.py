@@ -9,14 +9,14 @@ from pathlib import Path, PurePosixPath
 
 from fastddpm.errors import DataError
 
-from .collection import MAX_ENCODED_BYTES, Collection, Item, choose, is_hidden, is_image, left_alone
+from .source import MAX_ENCODED_BYTES, EncodedImage, ImageSource, choose, is_hidden, is_image, left_alone
 
 _MAX_MEMBERS = 2_000_000  # zipfile keeps about 0.7 KB for each
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the other two without a bound on memory
 
 
-def zip_collection(path: Path, split: str) -> Collection:
-    """All images in a zip file, by the rules of a folder (`collection.choose`).
+def zip_source(path: Path, split: str) -> ImageSource:
+    """All images in a zip file, by the rules of a folder (`source.choose`).
 
     Raises DataError for a file that is no zip, has more than 2,000,000 members, two members of one name, or no
     image.
@@ -43,15 +43,15 @@ def zip_collection(path: Path, split: str) -> Collection:
         raise DataError(f"{path} has several members of the same name; pack it anew")
     choice = choose(map(_path, members), split, path)
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedImage]:
         for info in members:
             name = _path(info)
             if choice.takes(name):
-                yield Item(str(name), choice.label(name), _reader(archive, info))
+                yield EncodedImage(str(name), choice.label(name), _reader(archive, info))
 
     status = path.stat()
     listing = [status.st_size, status.st_mtime_ns, split]
-    return Collection(str(path), choice.count, listing, items, left_alone(others))
+    return ImageSource(str(path), choice.count, listing, items, left_alone(others))
 
 
 def _path(info: zipfile.ZipInfo) -> PurePosixPath:

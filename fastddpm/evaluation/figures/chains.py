@@ -12,7 +12,7 @@ from fastddpm.data.order import epoch_order
 from fastddpm.errors import UsageError
 from fastddpm.kernels.q_sample.reference import scale_images
 from fastddpm.ops.noise import NoiseKey
-from fastddpm.sampling.chain import Start
+from fastddpm.sampling.chain import StartState
 from fastddpm.sampling.generate import (
     Progress,
     depth_of,
@@ -80,7 +80,7 @@ def interpolate(
         if step == sampler.steps:
             drawn = to_uint8(mixed)
         else:
-            start = Start(mixed, step)
+            start = StartState(mixed, step)
             drawn = draw(sampler, every_seed, every_label, start=start, batch=batch, progress=progress)
         images[:, i] = drawn.reshape(images.shape[0], *images.shape[2:])
     return Interpolation(
@@ -115,14 +115,14 @@ def _mixed(first: Tensor, second: Tensor, lambdas: Sequence[float]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Strip:
+class Trajectory:
     """States of N images at K depths: `x`, float32 (N, K, C, H, W), not clipped; `depths`, int64 (K,), 0 is x_0."""
 
     x: np.ndarray
     depths: np.ndarray
 
 
-def forward_strip(sampler: Sampler, images: np.ndarray, steps: Sequence[int], seeds: Sequence[int]) -> Strip:
+def forward_trajectory(sampler: Sampler, images: np.ndarray, steps: Sequence[int], seeds: Sequence[int]) -> Trajectory:
     """q(x_t | x_0) of `images`, uint8 (N, C, H, W), with one noise for each image, named by its seed, at every t.
 
     `steps`: of the sampler's chain, as `drawing.latents` counts them: S is x_0 itself, 0 what a chain begins with.
@@ -136,10 +136,10 @@ def forward_strip(sampler: Sampler, images: np.ndarray, steps: Sequence[int], se
         else:
             t = torch.full((len(x0),), int(sampler.timesteps[step]))
             x.append(sampler.diffusion.q_sample(x0, t, key)[0])
-    return Strip(torch.stack(x, dim=1).numpy(), _depths(sampler, steps))
+    return Trajectory(torch.stack(x, dim=1).numpy(), _depths(sampler, steps))
 
 
-def reverse_strip(
+def reverse_trajectory(
     sampler: Sampler,
     seeds: Sequence[int],
     steps: Sequence[int],
@@ -147,10 +147,10 @@ def reverse_strip(
     *,
     batch: int = 64,
     progress: Progress | None = None,
-) -> Strip:
+) -> Trajectory:
     """x_t of a chain before each of `steps`, 0..S, as `drawing.latents` counts them; S are the images."""
     kept = latents(sampler, seeds, labels, steps, batch=batch, progress=progress)
-    return Strip(kept.transpose(0, 1).contiguous().numpy(), _depths(sampler, steps))
+    return Trajectory(kept.transpose(0, 1).contiguous().numpy(), _depths(sampler, steps))
 
 
 def _depths(sampler: Sampler, steps: Sequence[int]) -> np.ndarray:
@@ -195,7 +195,7 @@ def shared_latents(
     classes = repeated(sampler.labels_for(seeds, labels), continuations)
     images = np.empty((len(seeds), len(depths), continuations, *image_shape(sampler)), np.uint8)
     for i, step in enumerate(steps):
-        start = Start(kept[i].repeat_interleave(continuations, dim=0), step)
+        start = StartState(kept[i].repeat_interleave(continuations, dim=0), step)
         drawn = draw(sampler, others, classes, start=start, batch=batch, progress=progress)
         images[:, i] = drawn.reshape(len(seeds), continuations, *drawn.shape[1:])
     return SharedLatents(

@@ -20,18 +20,18 @@ from fastddpm.storage.files import save_arrays
 
 from .chains import (
     Interpolation,
-    Strip,
+    Trajectory,
     class_grid,
     classes_of,
-    forward_strip,
+    forward_trajectory,
     interpolate,
     pairs,
     picked,
     progressive,
-    reverse_strip,
+    reverse_trajectory,
     shared_latents,
 )
-from .layout import Block, levels, save_blocks, save_frames
+from .layout import Panel, levels, save_frames, save_panels
 from .neighbours import Features, nearest_features, nearest_pixels
 
 # Where chains are stopped, or images mixed: parts of T, those of the paper's figures.
@@ -51,7 +51,7 @@ def draw_progressive(context: EvaluationContext, options: PictureOptions) -> lis
     columns = [steps.index(step) for step in shown]
     texts = [f"t={depth}" for depth in found.depths[columns]]
     return [
-        save_blocks([Block(found.x0[:, columns], texts)], context.out / "progressive.png"),
+        save_panels([Panel(found.x0[:, columns], texts)], context.out / "progressive.png"),
         save_frames([found.x0[:, steps.index(step)] for step in frames], context.out / "progressive.gif"),
         _save(context, "progressive", x0=found.x0, depths=found.depths, seeds=np.array(options.seeds)),
     ]
@@ -66,10 +66,10 @@ def draw_shared_latents(context: EvaluationContext, options: PictureOptions) -> 
         )
     cells = np.concatenate([levels(found.latents)[:, :, None], found.images], axis=2)
     texts = [""] * options.continuations
-    blocks = [Block(cells[:, i], [f"t={depth}", *texts]) for i, depth in enumerate(found.depths)]
+    blocks = [Panel(cells[:, i], [f"t={depth}", *texts]) for i, depth in enumerate(found.depths)]
     arrays = {"latents": found.latents, "images": found.images, "depths": found.depths}
     return [
-        save_blocks(blocks, context.out / "shared-latent.png"),
+        save_panels(blocks, context.out / "shared-latent.png"),
         _save(context, "shared-latent", **arrays, seeds=np.array(options.seeds)),
     ]
 
@@ -78,7 +78,7 @@ def draw_interpolation(context: EvaluationContext, options: PictureOptions) -> l
     """Figure 8: a row a pair of images, which stand at the borders, mixed at one depth."""
     images, found, arrays = _interpolated("interpolation", context, options, options.rows)
     blocks = _between(images[:, :1], found.images[:, 0], images[:, 1:], found.lambdas)
-    return [save_blocks(blocks, context.out / "interpolation.png"), _save(context, "interpolation", **arrays)]
+    return [save_panels(blocks, context.out / "interpolation.png"), _save(context, "interpolation", **arrays)]
 
 
 def draw_interpolation_depths(context: EvaluationContext, options: PictureOptions) -> list[Path]:
@@ -88,7 +88,7 @@ def draw_interpolation_depths(context: EvaluationContext, options: PictureOption
     blocks = _between(first, found.images[0], second, found.lambdas)
     rows = [f"t={depth}" for depth in found.depths]
     return [
-        save_blocks(blocks, context.out / "interpolation-depths.png", rows),
+        save_panels(blocks, context.out / "interpolation-depths.png", rows),
         _save(context, "interpolation-depths", **arrays),
     ]
 
@@ -105,8 +105,8 @@ def draw_neighbours(context: EvaluationContext, options: PictureOptions) -> list
     paths = []
     for name, nearest in found.items():
         shown = images[nearest.indices.reshape(-1)].reshape(len(samples), k, *samples.shape[1:])
-        blocks = [Block(samples[:, None], ["drawn"]), Block(shown, [f"{i + 1}." for i in range(k)])]
-        paths.append(save_blocks(blocks, context.out / f"{name}.png"))
+        blocks = [Panel(samples[:, None], ["drawn"]), Panel(shown, [f"{i + 1}." for i in range(k)])]
+        paths.append(save_panels(blocks, context.out / f"{name}.png"))
         paths.append(_save(context, name, samples=samples, **vars(nearest), seeds=np.array(options.seeds)))
     return paths
 
@@ -117,9 +117,9 @@ def draw_strips(context: EvaluationContext, options: PictureOptions) -> list[Pat
     shown, frames = (evenly(count, sampler.steps) for count in (options.columns, options.frames))
     steps = sorted({*shown, *frames})
     indices = picked(context.dataset, options.rows)
-    forward = forward_strip(sampler, context.dataset.images[indices], steps, options.seeds)
+    forward = forward_trajectory(sampler, context.dataset.images[indices], steps, options.seeds)
     with _progress("strips", context, options) as progress:
-        reverse = reverse_strip(sampler, options.seeds, steps, batch=context.batch, progress=progress)
+        reverse = reverse_trajectory(sampler, options.seeds, steps, batch=context.batch, progress=progress)
     columns, moments = ([steps.index(step) for step in chosen] for chosen in (shown, frames))
     animated = [levels(strip.x[:, i]) for strip, order in ((forward, moments[::-1]), (reverse, moments)) for i in order]
     arrays = {"forward": forward.x, "reverse": reverse.x, "depths": reverse.depths, "sources": indices}
@@ -137,10 +137,10 @@ def draw_classes(context: EvaluationContext, options: PictureOptions) -> list[Pa
     with _progress("classes", context, options) as progress:
         found = class_grid(context.sampler, seeds, scales, batch=context.batch, progress=progress)
     texts = [""] * (len(seeds) - 1)
-    blocks = [Block(cells, [f"guidance {scale:g}", *texts]) for scale, cells in zip(scales, found, strict=True)]
+    blocks = [Panel(cells, [f"guidance {scale:g}", *texts]) for scale, cells in zip(scales, found, strict=True)]
     rows = [str(label) for label in range(found.shape[1])]
     return [
-        save_blocks(blocks, context.out / "classes.png", rows),
+        save_panels(blocks, context.out / "classes.png", rows),
         _save(context, "classes", images=found, scales=np.array(scales), seeds=np.array(seeds)),
     ]
 
@@ -197,9 +197,9 @@ def _interpolated(
     return images, found, {**vars(found), "sources": indices}
 
 
-def _between(first: np.ndarray, found: np.ndarray, second: np.ndarray, lambdas: np.ndarray) -> list[Block]:
+def _between(first: np.ndarray, found: np.ndarray, second: np.ndarray, lambdas: np.ndarray) -> list[Panel]:
     texts = [f"{value:.2g}" for value in lambdas]
-    return [Block(first, ["first"]), Block(found, texts), Block(second, ["second"])]
+    return [Panel(first, ["first"]), Panel(found, texts), Panel(second, ["second"])]
 
 
 def _features(name: str, context: EvaluationContext) -> Features:
@@ -214,8 +214,8 @@ def _features(name: str, context: EvaluationContext) -> Features:
     return features
 
 
-def _save_strip(strip: Strip, columns: Sequence[int], path: Path) -> Path:
-    return save_blocks([Block(levels(strip.x[:, columns]), [f"t={strip.depths[i]}" for i in columns])], path)
+def _save_strip(strip: Trajectory, columns: Sequence[int], path: Path) -> Path:
+    return save_panels([Panel(levels(strip.x[:, columns]), [f"t={strip.depths[i]}" for i in columns])], path)
 
 
 def _save(context: EvaluationContext, name: str, **arrays: np.ndarray) -> Path:

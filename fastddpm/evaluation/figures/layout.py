@@ -15,14 +15,14 @@ _WIDTH, _LEAST, _GAP = 640, 40, 10
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class Panel:
     """Columns of a picture that belong together: `cells`, uint8 (R, K, C, H, W), and a text above each column."""
 
     cells: np.ndarray
     texts: Sequence[str]
 
 
-def save_blocks(blocks: Sequence[Block], path: Path, rows: Sequence[str] = ()) -> Path:
+def save_panels(blocks: Sequence[Panel], path: Path, rows: Sequence[str] = ()) -> Path:
     """A PNG of `blocks` side by side, with texts left of `rows`; its path."""
     side = blocks[0].cells.shape[-1]
     columns = sum(block.cells.shape[1] for block in blocks)

@@ -17,7 +17,7 @@ _SPLIT = re.compile(r"(train|test|validation|valid|val)[-._]")
 
 
 @dataclass(frozen=True)
-class Item:
+class EncodedImage:
     """One encoded image: a name for messages, its class or None, and how to read it (raises OSError, ValueError)."""
 
     name: str
@@ -26,7 +26,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Collection:
+class ImageSource:
     """Images to decode: `items` yields `count` of them, in a fixed order.
 
     `listing` (of JSON values) changes when the files do. `notes` say what was seen and left alone.
@@ -35,12 +35,12 @@ class Collection:
     name: str
     count: int
     listing: list[Any]
-    items: Callable[[], Iterator[Item]]
+    items: Callable[[], Iterator[EncodedImage]]
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Choice:
+class SplitSelection:
     """Which paths are images of the split, how many there are, and the number of each class."""
 
     split: str | None
@@ -56,7 +56,7 @@ class Choice:
         return self.classes.get(_top(path, 0 if self.split is None else 1))
 
 
-def choose(paths: Iterable[PurePosixPath], split: str, where: Path) -> Choice:
+def choose(paths: Iterable[PurePosixPath], split: str, where: Path) -> SplitSelection:
     """What to take of the images at `paths`, which are read once and not kept.
 
     If all lie in folders named as splits are (train, test, val), only those of `split` count, else all do.
@@ -76,7 +76,7 @@ def choose(paths: Iterable[PurePosixPath], split: str, where: Path) -> Choice:
     tops = {second if chosen else first for first, second in folders}
     labelled = len(tops) > 1 and "" not in tops
     classes = {name: i for i, name in enumerate(sorted(tops))} if labelled else {}
-    return Choice(chosen, classes, folders.total())
+    return SplitSelection(chosen, classes, folders.total())
 
 
 def _top(path: PurePosixPath, depth: int) -> str:
