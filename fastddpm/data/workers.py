@@ -179,7 +179,7 @@ class Workers:
             "memory": memory,
             "slots": slots,
             "rows": rows,
-            "rule": dataclasses.asdict(self._images.preprocessing),
+            "preprocessing": dataclasses.asdict(self._images.preprocessing),
         }
         with theirs:
             process = subprocess.Popen(
