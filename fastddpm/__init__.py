@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("codec", "data", "errors", "metrics", "ops", "pretrained")
 _HOMES = {
-    "Diffusion": "diffusion",
-    "EngineConfig": "config",
-    "Model": "pretrained.model",
-    "Sampler": "sampling.sampler",
-    "Trainer": "training.trainer",
-    "UNet": "unet",
-    "load": "pretrained",
-    "preset": "presets",
+    "Diffusion": ".diffusion",
+    "EngineConfig": ".config",
+    "Model": ".pretrained",
+    "Sampler": ".sampling.sampler",
+    "Trainer": ".training.trainer",
+    "UNet": ".unet",
+    "codec": None,
+    "data": None,
+    "errors": None,
+    "load": ".pretrained",
+    "metrics": None,
+    "ops": None,
+    "preset": ".presets",
+    "pretrained": None,
 }
-__all__ = ["__version__", *_HOMES, *_MODULES]
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from . import codec as codec
@@ -31,19 +36,20 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .config import EngineConfig as EngineConfig
     from .diffusion import Diffusion as Diffusion
     from .presets import preset as preset
+    from .pretrained import Model as Model
     from .pretrained import load as load
-    from .pretrained.model import Model as Model
     from .sampling.sampler import Sampler as Sampler
     from .training.trainer import Trainer as Trainer
     from .unet import UNet as UNet
 else:
 
     def __getattr__(name: str) -> Any:
-        if name in _MODULES:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _HOMES[name]
+        if home is None:
             return importlib.import_module(f".{name}", __name__)
-        if name in _HOMES:
-            return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(home, __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -23,8 +23,8 @@ from fastddpm.metrics.kid import kernel_distance, kernel_distance_of_subsets
 from fastddpm.metrics.precision_recall import precision_recall
 from fastddpm.runtime.distributed import all_gather_object
 from fastddpm.runtime.progress import Meter
-from fastddpm.sampling.generate import evaluations as evaluations_of
 from fastddpm.sampling.images import to_uint8
+from fastddpm.sampling.trajectories import evaluations as evaluations_of
 
 from .context import EvaluationContext
 from .features import SIZE, FeatureShards, fill, fill_reference, reference_moments, reference_shards

@@ -30,7 +30,7 @@ from fastddpm.storage.tensors import parse_tensors
 from fastddpm.unet import UNet
 
 from .diffusers_config import VERSION, check_agreement, read_scheduler, read_unet, write_scheduler, write_unet
-from .model import Model
+from .parts import Parts
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OUR_FILE = "fastddpm.json"
@@ -58,7 +58,7 @@ _RENAMES = [
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def load(path: str | os.PathLike[str]) -> Model:
+def load(path: str | os.PathLike[str]) -> Parts:
     """The model of a pipeline directory, float32, in evaluation mode.
 
     Weights may be float32, float16 or bfloat16, with the old attention names or the new. Raises UsageError when
@@ -86,10 +86,10 @@ def load(path: str | os.PathLike[str]) -> Model:
     with torch.device("meta"):
         unet = UNet(preset.unet)
     unet.load_state_dict(_read_weights(root, unet), assign=True)
-    return Model(unet.channels_last().eval(), Diffusion(preset.diffusion), preset)
+    return Parts(unet.channels_last().eval(), Diffusion(preset.diffusion), preset)
 
 
-def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write `model` as a `DDPMPipeline` directory, whole or not at all.
 
     Raises UsageError when diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
@@ -119,7 +119,7 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
 
 
-def _write_whole(model: Model, documents: dict[str, Any], target: Path) -> None:
+def _write_whole(model: Parts, documents: dict[str, Any], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -1,4 +1,4 @@
-"""A trained model, and how a checkpoint becomes one."""
+"""A trained model, read from any of the formats and written as a pipeline of diffusers."""
 
 import os
 from dataclasses import dataclass
@@ -6,36 +6,32 @@ from pathlib import Path
 
 import torch
 
-from fastddpm.config import Preset
-from fastddpm.diffusion import Diffusion
-from fastddpm.errors import DataError
-from fastddpm.storage import checkpoint
-from fastddpm.storage.documents import from_dict
-from fastddpm.unet import UNet
+from . import diffusers, run
+from .parts import Parts
 
 
 @dataclass(frozen=True)
-class Model:
-    """A network with its weights, the diffusion it was trained for, and the configuration of both."""
+class Model(Parts):
+    """A network with its weights (`unet`), its diffusion (`diffusion`), and the configuration of both (`preset`)."""
 
-    unet: UNet
-    diffusion: Diffusion
-    preset: Preset
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Model":
+        """Read the model of a run, of one of its checkpoints, or of a pipeline directory of diffusers.
 
+        Weights are the EMA's if the source has some; the network is in evaluation mode, on `device` (default: the CPU).
+        Raises `UsageError` if there is nothing at `path`, `DataError` if a file is damaged or describes a network that
+        ours cannot represent.
+        """
+        source = Path(path)
+        is_pipeline = (source / "model_index.json").exists() or (source / "unet" / "config.json").exists()
+        parts = diffusers.load(source) if is_pipeline else run.load(source)
+        return cls(parts.unet.to(device), parts.diffusion, parts.preset)
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Model:
-    """The model of a checkpoint, with its EMA weights, in evaluation mode.
+    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a `DDPMPipeline` directory of diffusers, whole or not at all.
 
-    `path`: a checkpoint directory, or a run directory, of which the newest checkpoint is taken. Its
-    checksums are verified first. Raises `UsageError` when there is nothing at `path`, `DataError` when a
-    file is damaged or does not belong to the network that the configuration describes.
-    """
-    saved = checkpoint.load(Path(path), parts={"model"})
-    preset: Preset = from_dict(Preset, saved.documents["config"], f"{saved.path / 'config.json'}")
-    unet = UNet(preset.unet)
-    try:
-        unet.load_state_dict(saved.tensors["model"])
-    except RuntimeError as error:
-        raise DataError(f"{saved.path}: the weights do not fit the network of its configuration: {error}") from error
-    unet = unet.to(device).channels_last().eval()
-    return Model(unet, Diffusion(preset.diffusion), preset)
+        Raises `UsageError` if diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
+        learned) or if `path` holds something, unless that is a pipeline and `overwrite` is true; `StorageError` if it
+        cannot be written.
+        """
+        diffusers.save(self, path, overwrite=overwrite)

@@ -19,9 +19,9 @@ from fastddpm.ops import random_normal
 from fastddpm.ops.noise import NoiseKey
 
 from .chain import ReverseChain
-from .generate import Progress, evaluations, image_shape, parts
 from .images import to_uint8
 from .sampler import Sampler, image_seeds
+from .trajectories import Progress, evaluations, image_shape, parts
 
 
 @dataclass(frozen=True, eq=False)

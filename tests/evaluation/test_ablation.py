@@ -19,7 +19,7 @@ from fastddpm.evaluation.options import BitsOptions
 from fastddpm.evaluation.table2 import CELLS, chosen_cells, configuration
 from fastddpm.metrics import Activations
 from fastddpm.presets import PRESETS
-from fastddpm.pretrained import model
+from fastddpm.pretrained import load as load_model
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.training.trainer import Trainer
 
@@ -94,7 +94,7 @@ def test_the_whole_sweep(
     for name in ("mean-bound-learned", "eps-simple"):
         run, row = tmp_path / f"{name}-0", rows[name]
         assert row["unstable"] == []
-        trained = model.load(run)
+        trained = load_model(run)
         sampler = Sampler(trained.unet, trained.diffusion)
         expected = bits_per_dim(sampler, digits.images[held_out], None, BitsOptions(images=6, every=3), batch=6)
         assert row["bits_per_dim"] == pytest.approx(expected.total, rel=1e-5)

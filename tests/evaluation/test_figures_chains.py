@@ -20,7 +20,7 @@ from fastddpm.evaluation.figures.chains import (
     reverse_trajectory,
     shared_latents,
 )
-from fastddpm.sampling import generate
+from fastddpm.sampling import trajectories
 from fastddpm.sampling.chain import StartState
 from fastddpm.sampling.sampler import Sampler
 
@@ -81,33 +81,33 @@ def assert_images(ours: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("steps", [1000, 8])
 def test_depths_and_steps(steps: int) -> None:
     ours = sampler(steps=steps)
-    assert generate.step_at(ours, 1000) == 0 and generate.step_at(ours, 1) == steps - 1
+    assert trajectories.step_at(ours, 1000) == 0 and trajectories.step_at(ours, 1) == steps - 1
     for depth in (1, 130, 500, 999):
-        step = generate.step_at(ours, depth)
+        step = trajectories.step_at(ours, depth)
         away = [abs(t - (depth - 1)) for t in ours.timesteps.tolist()]
-        assert away[step] == min(away) and generate.depth_of(ours, step) == ours.timesteps[step] + 1
-    assert generate.depth_of(ours, steps) == 0
+        assert away[step] == min(away) and trajectories.depth_of(ours, step) == ours.timesteps[step] + 1
+    assert trajectories.depth_of(ours, steps) == 0
     for depth in (0, 1001):
         with pytest.raises(UsageError, match=rf"a depth counts steps of the forward process, 1..1000; got {depth}"):
-            generate.step_at(ours, depth)
+            trajectories.step_at(ours, depth)
 
 
 def test_evenly() -> None:
-    assert generate.evenly(3, 7) == [0, 4, 7] and generate.evenly(1, 7) == [0]
-    assert generate.evenly(100, 3) == [0, 1, 2, 3]
+    assert trajectories.evenly(3, 7) == [0, 4, 7] and trajectories.evenly(1, 7) == [0]
+    assert trajectories.evenly(100, 3) == [0, 1, 2, 3]
     with pytest.raises(UsageError, match="at least one step must be shown; got 0"):
-        generate.evenly(0, 7)
+        trajectories.evenly(0, 7)
 
 
 def test_relatives_are_strangers() -> None:
     """Image numbers of other noise: none meets a small seed, nor another's relative."""
-    numbers = [generate.relative(seed, k) for seed in range(2000) for k in range(1, 6)]
+    numbers = [trajectories.relative(seed, k) for seed in range(2000) for k in range(1, 6)]
     assert len(set(numbers)) == len(numbers) and min(numbers) > 2000 and max(numbers) < 2**32
-    assert generate.relative(7, 0) == 7
+    assert trajectories.relative(7, 0) == 7
 
 
 def test_latents_are_the_states_of_the_chain() -> None:
-    kept = generate.latents(sampler(), [3, 5, 4], None, [0, 3, STEPS], batch=2)
+    kept = trajectories.latents(sampler(), [3, 5, 4], None, [0, 3, STEPS], batch=2)
     expected = chain(beginning([3, 5, 4]), 0, sampler().timesteps, [3, 5, 4])
     for ours, state in zip(kept, (beginning([3, 5, 4]), expected[2][1], expected[-1][1]), strict=True):
         np.testing.assert_allclose(ours.numpy(), state, atol=2e-5)
@@ -140,7 +140,7 @@ def test_shared_latents(batch: int) -> None:
     """The prefix is the chain's own, bit for bit; each continuation goes on from it with noise of its own."""
     ours, seeds = sampler(), [3, 5]
     found = shared_latents(ours, seeds, [1000, 600, 10], continuations=2, batch=batch)
-    steps = [generate.step_at(ours, depth) for depth in (1000, 600, 10)]
+    steps = [trajectories.step_at(ours, depth) for depth in (1000, 600, 10)]
     assert found.depths.tolist() == [1000, int(ours.timesteps[steps[1]]) + 1, int(ours.timesteps[steps[2]]) + 1]
     states = [state.x.clone() for state in ours.trajectory(seeds)]
     for i, step in enumerate(steps):
@@ -158,8 +158,8 @@ def test_shared_latents(batch: int) -> None:
 
 def test_the_same_noise_would_give_the_same_image() -> None:
     ours = sampler()
-    kept = generate.latents(ours, [3, 5], None, [4])[0]
-    assert np.array_equal(generate.draw(ours, [3, 5], start=StartState(kept, 4), batch=1), generate.draw(ours, [3, 5]))
+    kept = trajectories.latents(ours, [3, 5], None, [4])[0]
+    assert np.array_equal(trajectories.draw(ours, [3, 5], start=StartState(kept, 4), batch=1), trajectories.draw(ours, [3, 5]))
 
 
 def test_shared_latents_refuses() -> None:

@@ -15,9 +15,10 @@ from helpers.networks import SMALL, random_model
 
 import fastddpm
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, UNetConfig
+from fastddpm.errors import UsageError
 from fastddpm.kernels.philox import STREAM_INITIAL, STREAM_REVERSE
 from fastddpm.kernels.philox.eager import normals
-from fastddpm.pretrained import diffusers as interchange
+from fastddpm.pretrained import diffusers as pipelines
 from fastddpm.pretrained.model import Model
 from fastddpm.sampling.sampler import Sampler
 
@@ -57,7 +58,7 @@ class Compared:
 def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     model = random_model(LAYOUTS.get(request.param, UNetConfig()))
     path = tmp_path_factory.mktemp("compared") / "pipe"
-    interchange.save(model, path)
+    pipelines.save(model, path)
     theirs = diffusers_unet(path)
     if request.param == "full":
         assert sum(p.numel() for p in theirs.parameters()) == 35_746_307
@@ -86,7 +87,7 @@ def assert_gradients_equal(
         if name.endswith(".k.bias"):
             assert gradient.abs().max() < 1e-4 * ours[name[:-4] + "weight"].abs().max()
         else:
-            assert error(gradient, theirs[interchange.their_name(name)]) < bound, name
+            assert error(gradient, theirs[pipelines.their_name(name)]) < bound, name
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -122,7 +123,7 @@ def test_gradients_of_plain_pytorch_equal_diffusers_in_float32(compared: Compare
 def test_classes_equal_diffusers(tmp_path: Path) -> None:
     config = UNetConfig(image_size=8, width=32, multipliers=(1, 1), blocks=1, num_classes=3, label_dropout=0.1)
     model = random_model(config)
-    interchange.save(model, tmp_path / "pipe")
+    pipelines.save(model, tmp_path / "pipe")
     theirs = diffusers_unet(tmp_path / "pipe")
     x, t, label = torch.randn(4, 3, 8, 8), torch.tensor([0, 5, 9, 999]), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
@@ -147,7 +148,7 @@ def test_fifty_ancestral_steps_equal_ddpm_scheduler(
     variance: str, prediction: str, backend: str, bound: float, tmp_path: Path
 ) -> None:
     model = random_model(SMALL, DiffusionConfig(variance=variance, prediction=prediction))  # type: ignore[arg-type]
-    interchange.save(model, tmp_path)
+    pipelines.save(model, tmp_path)
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "scheduler")
     in_float64(scheduler)
@@ -190,7 +191,7 @@ def _deviation(scheduler: Any, t: int) -> float:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_fifty_ddim_steps_equal_ddim_scheduler(eta: float, tmp_path: Path) -> None:
     model = random_model(SMALL)
-    interchange.save(model, tmp_path)
+    pipelines.save(model, tmp_path)
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler", set_alpha_to_one=True)
     in_float64(scheduler)
@@ -236,9 +237,9 @@ def _compare_chains(
 def test_round_trip_through_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     model = random_model(SMALL, DiffusionConfig(schedule="cosine", variance="fixedsmall"))
-    interchange.save(model, tmp_path / "ours")
+    pipelines.save(model, tmp_path / "ours")
     diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    loaded = interchange.load(tmp_path / "theirs")
+    loaded = pipelines.load(tmp_path / "theirs")
     assert loaded.preset.unet == SMALL
     assert loaded.diffusion.config.schedule == "cosine" and loaded.diffusion.config.variance == "fixedsmall"
     assert_same_weights(model, loaded)
@@ -257,15 +258,15 @@ def test_our_own_round_trip_is_exact(tmp_path: Path) -> None:
     )
     model = random_model(config, DiffusionConfig(variance="learned_range", loss="hybrid", timesteps=100))
     model = Model(model.unet, model.diffusion, Preset("mine", config, model.diffusion.config, sample=SampleConfig()))
-    interchange.save(model, tmp_path / "pipe")
-    loaded = interchange.load(tmp_path / "pipe")
+    pipelines.save(model, tmp_path / "pipe")
+    loaded = pipelines.load(tmp_path / "pipe")
     assert loaded.preset == model.preset
     assert_same_weights(model, loaded)
 
 
 def test_root_layout_old_names_and_half_precision(tmp_path: Path) -> None:
     model = random_model(SMALL)
-    interchange.save(model, tmp_path / "new")
+    pipelines.save(model, tmp_path / "new")
     old = tmp_path / "old"
     old.mkdir()
     (old / "config.json").write_bytes((tmp_path / "new/unet/config.json").read_bytes())
@@ -273,14 +274,14 @@ def test_root_layout_old_names_and_half_precision(tmp_path: Path) -> None:
     (old / "scheduler_config.json").write_text(json.dumps(scheduler))
     renames = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = {}
-    for name, tensor in safetensors.torch.load_file(tmp_path / "new/unet" / interchange.WEIGHTS).items():
+    for name, tensor in safetensors.torch.load_file(tmp_path / "new/unet" / pipelines.WEIGHTS).items():
         for new, former in renames.items():
             name = name.replace(f".{new}.", f".{former}.")
         if "proj_attn.weight" in name:
             tensor = tensor[:, :, None, None]
         tensors[name] = tensor.to(torch.bfloat16).contiguous()
-    safetensors.torch.save_file(tensors, old / interchange.WEIGHTS)
-    loaded = interchange.load(old)
+    safetensors.torch.save_file(tensors, old / pipelines.WEIGHTS)
+    loaded = pipelines.load(old)
     for name, tensor in model.unet.state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[name], tensor.to(torch.bfloat16).float())
 
@@ -289,6 +290,17 @@ def test_root_layout_old_names_and_half_precision(tmp_path: Path) -> None:
 def test_schedules_equal_diffusers(schedule: str, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     model = random_model(SMALL, DiffusionConfig(schedule=schedule))  # type: ignore[arg-type]
-    interchange.save(model, tmp_path / "pipe")
+    pipelines.save(model, tmp_path / "pipe")
     betas = diffusers.DDPMScheduler.from_pretrained(tmp_path / "pipe" / "scheduler").betas.double().numpy()
     np.testing.assert_allclose(model.diffusion.betas, betas, rtol=2e-6)
+
+
+def test_a_model_saves_and_reads_itself(tmp_path: Path) -> None:
+    model = random_model(SMALL)
+    model.save_pretrained(tmp_path / "pipe")
+    loaded = Model.from_pretrained(tmp_path / "pipe")
+    assert type(loaded) is Model and loaded.preset == model.preset
+    assert all(torch.equal(tensor, loaded.unet.state_dict()[name]) for name, tensor in model.unet.state_dict().items())
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        model.save_pretrained(tmp_path / "pipe")
+    model.save_pretrained(tmp_path / "pipe", overwrite=True)

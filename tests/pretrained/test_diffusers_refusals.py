@@ -13,15 +13,15 @@ from helpers.networks import SMALL, TINY, random_model
 
 from fastddpm.config import DiffusionConfig
 from fastddpm.errors import DataError, FastddpmError, StorageError, UsageError
-from fastddpm.pretrained import diffusers as interchange
+from fastddpm.pretrained import diffusers as pipelines
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_storage(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(StorageError, match=r"cannot write .*below"):
-        interchange.save(random_model(SMALL), tmp_path / "file" / "below")
+        pipelines.save(random_model(SMALL), tmp_path / "file" / "below")
     with pytest.raises(UsageError, match="exists and is not empty"):
-        interchange.save(random_model(SMALL), tmp_path / "file")
+        pipelines.save(random_model(SMALL), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -31,13 +31,13 @@ def test_only_a_pipeline_is_overwritten(tmp_path: Path) -> None:
         foreign.write_text("kept")
     for target in (tmp_path / "file", tmp_path / "home"):
         with pytest.raises(UsageError, match="is no pipeline, and only one is overwritten"):
-            interchange.save(random_model(SMALL), target, overwrite=True)
+            pipelines.save(random_model(SMALL), target, overwrite=True)
     assert (tmp_path / "file").read_text() == (tmp_path / "home" / "letter").read_text() == "kept"
 
 
 def test_a_pipeline_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, first, second = tmp_path / "pipe", random_model(SMALL), random_model(TINY)
-    interchange.save(first, target)
+    pipelines.save(first, target)
     (target / "notes.txt").write_text("of the first")
     rename = os.rename
 
@@ -48,25 +48,25 @@ def test_a_pipeline_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(StorageError, match="failing disk"):
-        interchange.save(second, target, overwrite=True)
-    assert interchange.load(target).unet.config == SMALL and (target / "notes.txt").exists()
+        pipelines.save(second, target, overwrite=True)
+    assert pipelines.load(target).unet.config == SMALL and (target / "notes.txt").exists()
     monkeypatch.setattr(os, "rename", rename)
-    interchange.save(second, target, overwrite=True)
-    assert interchange.load(target).unet.config == TINY and not (target / "notes.txt").exists()
+    pipelines.save(second, target, overwrite=True)
+    assert pipelines.load(target).unet.config == TINY and not (target / "notes.txt").exists()
     assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pipe") / "pipe"
-    interchange.save(random_model(SMALL), path)
+    pipelines.save(random_model(SMALL), path)
     return path
 
 
 def altered(saved: Path, target: Path, file: str, **changes: Any) -> Path:
     """A copy of a pipeline with fields of one JSON file changed, or left out where the change is `...`."""
     for source in saved.rglob("*"):
-        if source.is_file() and source.name != interchange.OUR_FILE:
+        if source.is_file() and source.name != pipelines.OUR_FILE:
             copy = target / source.relative_to(saved)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(source.read_bytes())
@@ -94,7 +94,7 @@ def test_networks_that_are_not_the_papers_are_refused(saved: Path, tmp_path: Pat
     path = altered(saved, tmp_path / "x", "unet/config.json", **{field: value})
     ours = {"layers_per_block": "blocks", "block_out_channels": "width|block_out", "norm_num_groups": "groups"}
     with pytest.raises(DataError, match=ours.get(field, field)):
-        interchange.load(path)
+        pipelines.load(path)
 
 
 @pytest.mark.parametrize(
@@ -109,51 +109,51 @@ def test_processes_that_are_not_ours_are_refused(saved: Path, tmp_path: Path, fi
     path = altered(saved, tmp_path / "x", "scheduler/scheduler_config.json", **{field: value})
     ours = {"num_train_timesteps": "timesteps"}
     with pytest.raises(DataError, match=ours.get(field, field)):
-        interchange.load(path)
+        pipelines.load(path)
 
 
 def test_unknown_fields_warn(saved: Path, tmp_path: Path) -> None:
     path = altered(saved, tmp_path / "x", "unet/config.json", novelty=1)
     with pytest.warns(UserWarning, match="novelty"):
-        interchange.load(path)
+        pipelines.load(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        interchange.load(saved)
+        pipelines.load(saved)
 
 
 def test_nothing_named_in_a_file_is_imported(saved: Path, tmp_path: Path) -> None:
     for changes in ({"unet": ["os", "system"]}, {"_class_name": "os.system"}, {"scheduler": ["../evil", "Evil"]}):
         with pytest.raises(DataError, match=r"model_index\.json"):
-            interchange.load(altered(saved, tmp_path / str(len(str(changes))), "model_index.json", **changes))
+            pipelines.load(altered(saved, tmp_path / str(len(str(changes))), "model_index.json", **changes))
 
 
 def test_damaged_files_are_refused(saved: Path, tmp_path: Path) -> None:
     deep = altered(saved, tmp_path / "deep", "unet/config.json")
     (deep / "unet/config.json").write_text("[" * 10_000 + "]" * 10_000)
     with pytest.raises(DataError, match="nested"):
-        interchange.load(deep)
+        pipelines.load(deep)
     pickled = altered(saved, tmp_path / "pickle", "unet/config.json")
-    os.rename(pickled / "unet" / interchange.WEIGHTS, pickled / "unet/diffusion_pytorch_model.bin")
+    os.rename(pickled / "unet" / pipelines.WEIGHTS, pickled / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(DataError, match="pickle"):
-        interchange.load(pickled)
+        pipelines.load(pickled)
     missing = altered(saved, tmp_path / "missing", "unet/config.json")
-    tensors = safetensors.torch.load_file(missing / "unet" / interchange.WEIGHTS)
+    tensors = safetensors.torch.load_file(missing / "unet" / pipelines.WEIGHTS)
     tensors["conv_in.bias"] = tensors["conv_in.bias"][:3].clone()
     tensors["stranger"] = tensors.pop("conv_out.weight")
-    safetensors.torch.save_file(tensors, missing / "unet" / interchange.WEIGHTS)
+    safetensors.torch.save_file(tensors, missing / "unet" / pipelines.WEIGHTS)
     with pytest.raises(DataError, match=r"conv_out\.weight is missing; stranger belongs to no layer; conv_in\.bias is"):
-        interchange.load(missing)
+        pipelines.load(missing)
     with pytest.raises(UsageError, match="no diffusers directory"):
-        interchange.load(tmp_path / "nowhere")
+        pipelines.load(tmp_path / "nowhere")
     with pytest.raises(DataError, match="lacks unet/config"):
-        interchange.load(tmp_path)
+        pipelines.load(tmp_path)
 
 
 def test_our_file_must_agree(saved: Path, tmp_path: Path) -> None:
     path = altered(saved, tmp_path / "x", "scheduler/scheduler_config.json", beta_end=0.03)
-    (path / interchange.OUR_FILE).write_bytes((saved / interchange.OUR_FILE).read_bytes())
+    (path / pipelines.OUR_FILE).write_bytes((saved / pipelines.OUR_FILE).read_bytes())
     with pytest.raises(DataError, match="beta_end"):
-        interchange.load(path)
+        pipelines.load(path)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_our_file_must_agree(saved: Path, tmp_path: Path) -> None:
 )
 def test_what_diffusers_cannot_express_is_not_written(diffusion: DiffusionConfig, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        interchange.save(random_model(SMALL, diffusion), tmp_path / "pipe")
+        pipelines.save(random_model(SMALL, diffusion), tmp_path / "pipe")
     assert not (tmp_path / "pipe").exists()
 
 
 def test_an_existing_directory_is_kept(saved: Path) -> None:
     before = sorted(saved.rglob("*"))
     with pytest.raises(FastddpmError, match="not empty"):
-        interchange.save(random_model(SMALL), saved)
+        pipelines.save(random_model(SMALL), saved)
     assert sorted(saved.rglob("*")) == before
     assert not [path for path in saved.parent.iterdir() if path != saved]

@@ -22,7 +22,7 @@ from fastddpm.config import DiffusionConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import StorageError, UsageError
 from fastddpm.presets import PRESETS
-from fastddpm.pretrained import model
+from fastddpm.pretrained import load as load_model
 from fastddpm.sampling import batch_size
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.sampler import Sampler
@@ -64,7 +64,7 @@ def test_shards_hold_the_images_of_the_sampler(run: Path, tmp_path: Path, capsys
     sample.main(command(run, tmp_path / "out", "--seeds", "5-14,3", "--shard-size", "4", "--batch", "3", "--png"))
     found = images_of(tmp_path / "out")
     assert list(found) == [*range(5, 15), 3]
-    loaded = model.load(run)
+    loaded = load_model(run)
     config = loaded.preset.sample
     sampler = Sampler(loaded.unet, loaded.diffusion, 4, config.method, config.eta, guidance=config.guidance)
     expected = to_uint8(sampler.sample(list(found)))

@@ -13,22 +13,20 @@ from fastddpm.errors import UsageError
 from fastddpm.kernels.q_sample.reference import scale_images
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.sampling.chain import StartState
-from fastddpm.sampling.generate import (
+from fastddpm.sampling.images import to_uint8
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.sampling.trajectories import (
     Progress,
     depth_of,
     draw,
     evenly,
     image_shape,
     latents,
-    part_of,
-    parts,
     relative,
     repeated,
-    states,
     step_at,
+    trajectories,
 )
-from fastddpm.sampling.images import to_uint8
-from fastddpm.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,9 +231,8 @@ def progressive(
     """
     chosen = evenly(10, sampler.steps - 1) if steps is None else list(steps)
     x0 = np.empty((len(seeds), len(chosen), *image_shape(sampler)), np.uint8)
-    for part in parts(len(seeds), batch):
-        for state in states(sampler, seeds[part], part_of(labels, part), set(chosen), progress=progress):
-            x0[part, [i for i, step in enumerate(chosen) if step == state.step]] = to_uint8(state.x0)[:, None]
+    for part, state in trajectories(sampler, seeds, labels, chosen, batch=batch, progress=progress):
+        x0[part, [i for i, step in enumerate(chosen) if step == state.step]] = to_uint8(state.x0)[:, None]
     return Progressive(x0, sampler.timesteps[chosen] + 1)
 
 

@@ -14,8 +14,8 @@ import torch
 from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.options import PictureOptions
 from fastddpm.runtime.progress import Meter
-from fastddpm.sampling.generate import Progress, draw, evaluations, evenly, step_at
 from fastddpm.sampling.sampler import Sampler
+from fastddpm.sampling.trajectories import Progress, draw, evaluations, evenly, step_at
 from fastddpm.storage.files import save_arrays
 
 from .chains import (

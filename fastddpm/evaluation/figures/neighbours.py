@@ -7,7 +7,7 @@ import numpy as np
 
 from fastddpm.data.dataset import Images
 from fastddpm.errors import UsageError
-from fastddpm.sampling.generate import parts
+from fastddpm.sampling.trajectories import parts
 
 Features = Callable[[np.ndarray], np.ndarray]
 """Images, uint8 (N, C, H, W), to features, (N, F) floats."""

@@ -1,0 +1,16 @@
+"""What a reader of a format returns."""
+
+from dataclasses import dataclass
+
+from fastddpm.config import Preset
+from fastddpm.diffusion import Diffusion
+from fastddpm.unet import UNet
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A network with its weights, the diffusion it was trained for, and the configuration of both."""
+
+    unet: UNet
+    diffusion: Diffusion
+    preset: Preset
