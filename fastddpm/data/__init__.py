@@ -1,6 +1,7 @@
-"""Data sets of images: decoded once into uint8 arrays, or packed encoded and decoded while training.
+"""Data sets of images: decoded once into uint8 arrays, or kept encoded in a pack and decoded during training.
 
-Importing this package does not import torch; `fastddpm.data.batches` does. docs/data.md tells formats and guarantees.
+Importing this package does not import torch; `fastddpm.data.batches` does. docs/data.md describes formats and
+guarantees.
 """
 
 from .dataset import Dataset

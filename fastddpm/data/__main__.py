@@ -1,4 +1,4 @@
-"""python -m fastddpm.data: what is in a data set, whether it is whole, and one file of it for training."""
+"""python -m fastddpm.data: inspect a data set, verify it, or pack it into one file for training."""
 
 import contextlib
 import dataclasses
@@ -28,56 +28,59 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Inspect:
-    """Count images, kinds, sizes, classes, equal images, and those that cannot be used. Exits 3 if any is bad."""
+    """Count the images of a source: kinds, sizes, classes, equal images, bad images. Exits 3 if any image is bad."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Whatever training takes as --data."""
+    """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
-    """Where the source has splits."""
+    """Which split of the source. Default: train. Ignored if the source has no splits."""
     duplicates: bool = True
-    """Compare the pixels of all images."""
+    """Look for images with equal pixels. Default: yes."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON instead of text."""
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Read everything: of a .fdpack every byte and pixel, of other sources every image. Exits 3 if any is bad."""
+    """Read a whole source: every byte and pixel of a .fdpack, every image of other sources. Exits 3 if any is bad."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Whatever training takes as --data."""
+    """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
-    """Where the source has splits."""
+    """Which split of the source. Default: train. Ignored if the source has no splits."""
     image_size: int | None = None
-    """Also ask for what a model of this size takes; a .fdpack has a size of its own."""
+    """Also check that the images suit a model of this size, in pixels. Default: any size. Unused for a .fdpack, which
+    has a size of its own."""
     image_channels: Literal[1, 3] = 3
-    """With --image-size: 1 for grey."""
+    """With --image-size: channels of the model, 1 for grey or 3 for colour. Default: 3."""
     resize: Literal["none", "area", "lanczos"] = "none"
-    """With --image-size: none refuses other sizes."""
+    """With --image-size: how images of another size would be resized. Default: none, which counts them as bad."""
 
 
 @dataclass(frozen=True)
 class MakePack:
-    """Write all images into one .fdpack, each decoded once to know that it can be used. Exits 3 if any is bad."""
+    """Write all images into one .fdpack, decoding each once to check it. Exits 3 if any is bad."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Whatever training takes as --data."""
+    """Any source that training takes as --data."""
     out: Annotated[Path, tyro.conf.Positional]
     """The file to write, NAME.fdpack."""
     image_size: int
-    """Width and height that the model takes."""
+    """Width and height of the model's images, in pixels."""
     image_channels: Literal[1, 3] = 3
-    """1 for grey."""
+    """Channels of the model's images, 1 for grey or 3 for colour. Default: 3."""
     resize: Literal["none", "area", "lanczos"] = "none"
-    """For images of another size: crop to the centre square and resize with this antialiasing filter."""
+    """Antialiasing filter for images of another size, which are cropped to the centre square and resized. Default:
+    none, which counts them as bad."""
     store: Literal["fitted", "original"] = "fitted"
-    """fitted: resized now, stored without loss. original: files as they are, resized whenever they are read."""
+    """fitted: images are resized now and stored without loss. original: files are stored unchanged and resized
+    whenever they are read. Default: fitted."""
     split: Literal["train", "test"] = "train"
-    """Where the source has splits."""
+    """Which split of the source. Default: train. Ignored if the source has no splits."""
     skip_bad: bool = False
-    """Leave out images that cannot be used, rather than stop with a list of them."""
+    """Leave out bad images. Default: stop with a list of them."""
     overwrite: bool = False
-    """Replace the file to write if it exists."""
+    """Replace OUT if it exists. Default: refuse."""
 
 
 COMMANDS: Any = (
@@ -88,6 +91,7 @@ COMMANDS: Any = (
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command on `arguments`, as `cli.run` passes them."""
     command = cli.parse(COMMANDS, arguments, program=PROGRAM)
     if isinstance(command, Inspect):
         _inspect(command)
@@ -123,21 +127,21 @@ def _verify(command: Verify) -> None:
     with _problem_list() as full_list:
         if command.source.lower().endswith(ENDING) and Path(command.source).is_file():
             pack = open_pack(Path(command.source))
-            wrong = faults(pack, full_list=full_list, report=_say)
-            what = f"{len(pack):,} images, {_rule_text(pack)}, sha256 of the pixels {pack.checksum}"
+            messages = faults(pack, full_list=full_list, report=_say)
+            summary = f"{len(pack):,} images, {_preprocessing_text(pack)}, sha256 of the pixels {pack.checksum}"
         else:
             preprocessing = None
             if command.image_size is not None:
                 preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize)
             image_source = open_image_source(command.source, command.split)
             found = scan(image_source, preprocessing=preprocessing, duplicates=False, full_list=full_list, report=_say)
-            wrong = [found.problems] if found.bad else []
-            what = f"{found.good:,} images" + (
+            messages = [found.problems] if found.bad else []
+            summary = f"{found.good:,} images" + (
                 f", fit for {preprocessing.image_size}x{preprocessing.image_size}" if preprocessing else ""
             )
-    if wrong:
-        raise DataError("\n".join(wrong))
-    print(f"{command.source}: whole; {what}")
+    if messages:
+        raise DataError("\n".join(messages))
+    print(f"{command.source}: whole; {summary}")
 
 
 def _pack(command: MakePack) -> None:
@@ -156,17 +160,17 @@ def _pack(command: MakePack) -> None:
     image_source = open_image_source(command.source, command.split)
     for note in image_source.notes:
         _say(note)
-    made = write_pack(
+    pack = write_pack(
         image_source, command.out, preprocessing, store=command.store, skip_bad=command.skip_bad, report=_say
     )
     size = command.out.stat().st_size
-    print(f"{command.out}: {len(made):,} images, {_rule_text(made)}, {size:,} bytes")
-    print(f"sha256 of the pixels {made.checksum}")
-    print(f"next: python -m fastddpm.train {_training(made.preprocessing, command.out)}")
+    print(f"{command.out}: {len(pack):,} images, {_preprocessing_text(pack)}, {size:,} bytes")
+    print(f"sha256 of the pixels {pack.checksum}")
+    print(f"next: python -m fastddpm.train {_training_options(pack.preprocessing, command.out)}")
 
 
-def _training(preprocessing: "Preprocessing", pack: Path) -> str:
-    """Options of a training that takes the pack, by the paper's preset for images about as large."""
+def _training_options(preprocessing: "Preprocessing", pack: Path) -> str:
+    """Return options for training on the pack, based on the paper's preset for images of about that size."""
     from fastddpm.presets import PRESETS
 
     base = PRESETS["cifar10" if preprocessing.image_size < 256 else "lsun256"]
@@ -181,6 +185,7 @@ def _training(preprocessing: "Preprocessing", pack: Path) -> str:
 
 
 def _size(image_size: int) -> int:
+    """Return `image_size`, or raise UsageError if it is out of range."""
     from .pack.format import MAX_SIZE
 
     if not 1 <= image_size <= MAX_SIZE:
@@ -189,6 +194,7 @@ def _size(image_size: int) -> int:
 
 
 def _lines(found: "Findings", pack: "Pack | None") -> list[str]:
+    """Format the findings as text."""
     lines = [
         f"{found.source}: {found.images:,} images, {found.good:,} of them good, {found.bad:,} bad",
         f"kinds      {_counts(found.kinds)}",
@@ -200,7 +206,7 @@ def _lines(found: "Findings", pack: "Pack | None") -> list[str]:
         ),
     ]
     if found.duplicates is not None:
-        lines.append(f"duplicates {found.duplicates:,} images equal an earlier one, pixel by pixel")
+        lines.append(f"duplicates {found.duplicates:,} images equal an earlier one in every pixel")
         lines += [f"  {_safe(later)} = {_safe(first)}" for first, later in found.equal]
         if found.duplicates > len(found.equal):
             lines.append(f"  and {found.duplicates - len(found.equal):,} more")
@@ -210,11 +216,12 @@ def _lines(found: "Findings", pack: "Pack | None") -> list[str]:
 
 
 def _described(pack: "Pack") -> dict[str, Any]:
+    """Return how the pack was made, under the names of its description in the file."""
     names = ("source", "store", "decoder", "left_out", "checksum", "sha256")
     return {"rule": dataclasses.asdict(pack.preprocessing)} | {name: getattr(pack, name) for name in names}
 
 
-def _rule_text(pack: "Pack") -> str:
+def _preprocessing_text(pack: "Pack") -> str:
     preprocessing = pack.preprocessing
     resize = "" if preprocessing.resize == "none" else f", resized by {preprocessing.resize}"
     return (
@@ -223,12 +230,13 @@ def _rule_text(pack: "Pack") -> str:
 
 
 def _counts(counts: Counter[str]) -> str:
+    """Format the 12 largest counts."""
     shown = ", ".join(f"{count:,} {name}" for name, count in counts.most_common(_SHOWN)) or "none"
     return shown + (f", and {len(counts) - _SHOWN:,} others" if len(counts) > _SHOWN else "")
 
 
 def _safe(text: str) -> str:
-    """Text of a stranger's, harmless for a terminal."""
+    """Escape text from a file if it has unprintable characters, since it may go to a terminal."""
     return text if text.isprintable() else repr(text)
 
 
@@ -238,7 +246,7 @@ def _say(line: str) -> None:
 
 @contextlib.contextmanager
 def _problem_list() -> Iterator[Path]:
-    """Where to list what is bad; the file stays when there is one, for the message names it."""
+    """Provide the path of a file that may list bad images; if it was written it stays, because a message names it."""
     folder = Path(tempfile.mkdtemp(prefix="fastddpm-data-"))
     try:
         yield folder / "problems.txt"

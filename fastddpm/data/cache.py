@@ -1,4 +1,4 @@
-"""Decoded once: a source of encoded images as an array on disk, checked whenever it is opened."""
+"""The cache of decoded or packed images on disk, so that a source is decoded or packed once."""
 
 import hashlib
 import json
@@ -23,30 +23,31 @@ from .readers.source import ImageSource
 
 _VERSION = 2
 _VERIFY_ALL_BYTES = 2**30
-_SAMPLE = 1024  # images of a larger entry that are verified
+_SAMPLE = 1024  # images that are verified of an entry larger than _VERIFY_ALL_BYTES
 
 
 def default_directory() -> Path:
-    """$XDG_CACHE_HOME/fastddpm, or ~/.cache/fastddpm."""
+    """Return $XDG_CACHE_HOME/fastddpm. Without that variable: ~/.cache/fastddpm."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"
 
 
 def decoded(
     image_source: ImageSource, preprocessing: Preprocessing, *, skip_bad: bool, directory: Path, report: Report
 ) -> Dataset:
-    """The source's images, from the cache in `directory`, or decoded into it now.
+    """Return the source's images as an array from the cache in `directory`, decoding them into it if needed.
 
-    An entry is `<key>/images.npy`, `labels.npy` and `meta.json`; the key covers the path, sizes and times of the
-    source and the rule. It appears by a rename, whole, whoever else writes it. A damaged one (an array of up to
-    1 GiB is read whole to know, of a larger one 1,024 images) is made again; where none can be written the images
-    are decoded in memory; `report` is told of both. Raises DataError as `decode_all` does.
+    An entry is `<key>/images.npy`, `labels.npy` and `meta.json`. The key covers the source's path, file sizes and
+    times, and `preprocessing`. An entry appears whole, by a rename, even if several processes write it. Opening one
+    verifies its checksum, over all images up to 1 GiB and over 1,024 images of a larger entry. A damaged entry is made
+    again, and if the cache cannot be written the images are decoded in memory; `report` gets a line about either.
+    Raises DataError as `decode_all` does.
     """
     for note in image_source.notes:
         report(f"{image_source.name}: {note}")
     entry = directory / _key(image_source, preprocessing, skip_bad)
-    made = _open(entry, image_source.name, preprocessing, report)
-    if made is not None:
-        return made
+    dataset = _open(entry, image_source.name, preprocessing, report)
+    if dataset is not None:
+        return dataset
     full_list = directory / f"{entry.name}.problems.txt"
     images: list[np.ndarray] = []
     try:
@@ -54,7 +55,7 @@ def decoded(
         return _make(entry, image_source, preprocessing, skip_bad, full_list, report)
     except OSError as error:
         report(
-            f"cache {directory} cannot be written ({error.strerror or error}); decoding in memory, for this run only"
+            f"cache {directory} cannot be written ({error.strerror or error}); decoding in memory for this process only"
         )
     labels, _ = decode_all(
         image_source, preprocessing, images.append, skip_bad=skip_bad, report=report, full_list=full_list
@@ -65,10 +66,10 @@ def decoded(
 def packed(
     image_source: ImageSource, preprocessing: Preprocessing, *, skip_bad: bool, directory: Path, report: Report
 ) -> Dataset:
-    """The source's images as a pack (`packing.py`) in `directory`, made now unless it is there.
+    """Return the source's images from a pack (`pack/format.py`) in `directory`, writing it if needed.
 
-    For what is too large to keep decoded. Raises DataError as `write_pack` does, StorageError where it cannot be
-    written.
+    Used for data sets that are too large to keep decoded. Raises DataError as `write_pack` does, and StorageError if
+    the pack cannot be written.
     """
     for note in image_source.notes:
         report(f"{image_source.name}: {note}")
@@ -82,14 +83,14 @@ def packed(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cache {directory} cannot be made: {error.strerror or error}") from error
-    made = write_pack(image_source, path, preprocessing, skip_bad=skip_bad, report=report)
-    return replace(made.dataset(), name=image_source.name)
+    pack = write_pack(image_source, path, preprocessing, skip_bad=skip_bad, report=report)
+    return replace(pack.dataset(), name=image_source.name)
 
 
 class _Rows:
-    """A uint8 .npy file that images are appended to, their number known at the end.
+    """A uint8 .npy file that images are appended to; its header gets their number at the end.
 
-    Written rather than mapped, so that a full disk is an OSError and not a SIGBUS.
+    It is written and not memory-mapped, because then a full disk raises OSError instead of SIGBUS.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
@@ -129,7 +130,10 @@ def _make(
     full_list: Path,
     report: Report,
 ) -> Dataset:
-    """Decode into a directory beside the entry and rename it. OSError: it cannot be written, or not read back."""
+    """Decode into a temporary directory beside `entry` and rename it.
+
+    Raises OSError if it cannot be written or read back.
+    """
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
     try:
         with _Rows(temporary / "images.npy", preprocessing.shape) as rows:
@@ -144,26 +148,27 @@ def _make(
             "rule": asdict(preprocessing),
             "left_out": num_bad,
             "checksum": checksum(images, labels),
-            "sample": _sampled(images, labels),
+            "sample": _sample_checksum(images, labels),
         }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        made = _open(temporary, image_source.name, preprocessing, lambda _: None)
-        if made is None:
-            raise OSError("what was just written cannot be read back")
+        dataset = _open(temporary, image_source.name, preprocessing, lambda _: None)
+        if dataset is None:
+            raise OSError("the entry just written cannot be read back")
         try:
             os.rename(temporary, entry)
-        except OSError:  # there is one: made by another process in the meantime, and as good as this one, or damaged
+        except OSError:  # an entry exists: another process has just made it, or it is damaged
             if _open(entry, image_source.name, preprocessing, lambda _: None) is None:
                 _replace(entry, temporary)
-        return made  # its mapping outlives the name of the file
+        return dataset  # its memory map stays valid after the file is renamed or removed
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace(entry: Path, temporary: Path) -> None:
+    """Move a damaged entry aside, put the new one in its place, and remove the damaged one."""
     aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
     try:
-        with suppress(OSError):  # another process is replacing it at this moment, and its entry will do
+        with suppress(OSError):  # another process is replacing it at the same time; its entry is equivalent
             os.rename(entry, aside / "damaged")
             os.rename(temporary, entry)
     finally:
@@ -175,11 +180,13 @@ def _key(image_source: ImageSource, preprocessing: Preprocessing, skip_bad: bool
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _sampled(images: np.ndarray, labels: np.ndarray | None) -> str:
+def _sample_checksum(images: np.ndarray, labels: np.ndarray | None) -> str:
+    """Return the checksum of at least 1,024 evenly spaced images (all of fewer) and of all labels."""
     return checksum(images[:: max(1, len(images) // _SAMPLE)], labels)
 
 
 def _open(entry: Path, name: str, preprocessing: Preprocessing, report: Report) -> Dataset | None:
+    """Open and verify an entry; None if it does not exist or, after a line to `report`, if it is damaged."""
     if not os.path.exists(entry):
         return None
     try:
@@ -191,9 +198,9 @@ def _open(entry: Path, name: str, preprocessing: Preprocessing, report: Report) 
         if images.dtype != np.uint8 or images.shape[1:] != preprocessing.shape or not len(images):
             raise ValueError(f"it holds {images.dtype} {images.shape}")
         if labels is not None and (labels.dtype != np.int64 or labels.shape != images.shape[:1]):
-            raise ValueError(f"it holds {labels.dtype} {labels.shape} labels of {len(images)} images")
+            raise ValueError(f"it holds {labels.dtype} {labels.shape} labels for {len(images)} images")
         whole = images.nbytes <= _VERIFY_ALL_BYTES
-        if (checksum if whole else _sampled)(images, labels) != meta["checksum" if whole else "sample"]:
+        if (checksum if whole else _sample_checksum)(images, labels) != meta["checksum" if whole else "sample"]:
             raise ValueError("its checksum differs")
         if meta["left_out"]:
             report(f"{meta['left_out']} images of {name} are left out, as --skip-bad asks")

@@ -1,4 +1,4 @@
-"""What training reads: uint8 images, labels, and a checksum that names them."""
+"""The data set that training reads: uint8 images, labels, and a checksum that identifies them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 class Images(Protocol):
-    """uint8 (N, C, H, W): an array, a memory map, or what decodes images when it is indexed (`PackedImages`)."""
+    """Images uint8 (N, C, H, W): an array, a memory map, or `PackedImages`, which decodes when it is indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -25,10 +25,10 @@ class Images(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images uint8 (N, C, H, W), perhaps a read-only memory map, perhaps decoded when indexed. `labels`: int64 (N,) or
-    None.
+    """Images with labels, a name and a checksum.
 
-    `name` is for people; `checksum` is the sha256 over shape, pixels and labels that a checkpoint remembers.
+    `images`: uint8 (N, C, H, W), an array, a read-only memory map, or decoded when indexed. `labels`: int64 (N,) or
+    None. `name`: shown to people. `checksum`: sha256 over shape, pixels and labels, stored in checkpoints.
     """
 
     images: Images
@@ -38,28 +38,28 @@ class Dataset:
 
     @staticmethod
     def of(images: Images, labels: np.ndarray | None, name: str) -> "Dataset":
-        """A data set with its checksum computed."""
+        """Return a data set, computing its checksum."""
         return Dataset(images, labels, name, checksum(images, labels))
 
 
 class Checksum:
-    """sha256 over the shape, the pixels in C order and the labels, hexadecimal; the images come in parts."""
+    """The sha256, hexadecimal, over shape, pixels in C order and labels, of images that are added part by part."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._digest = hashlib.sha256(repr(shape).encode())
 
     def add(self, images: np.ndarray) -> None:
-        """The next images, uint8 (n, C, H, W), or one, (C, H, W)."""
+        """Add the next images, uint8 (n, C, H, W), or one image (C, H, W)."""
         self._digest.update(np.ascontiguousarray(images).data)
 
     def result(self, labels: np.ndarray | None) -> str:
-        """The checksum, once all images are in."""
+        """Return the checksum, after all images were added."""
         self._digest.update(b"no labels" if labels is None else np.ascontiguousarray(labels, dtype="<i8").data)
         return self._digest.hexdigest()
 
 
 def checksum(images: Images, labels: np.ndarray | None) -> str:
-    """The checksum of all images and their labels."""
+    """Return the checksum of all images and their labels, reading 64 MiB of images at a time."""
     whole = Checksum(tuple(images.shape))
     rows = max(1, _CHUNK_BYTES // max(1, images[:1].nbytes))
     for start in range(0, len(images), rows):

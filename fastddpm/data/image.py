@@ -1,4 +1,4 @@
-"""One encoded image to uint8 pixels, or the reason why not."""
+"""Decode one encoded image to uint8 pixels, or say why it cannot be used."""
 
 import io
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ _SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImageError(Exception):
-    """Why an image cannot be used, and what to do about it."""
+    """An image cannot be used; the message gives the reason and, if there is one, the remedy."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What every image is turned into: its size, channels (1 or 3) and, for other sizes, how.
+    """The size S and channels C (1 or 3) that every image is decoded to, and how other sizes are resized.
 
-    resize "area" and "lanczos" cut out the centre square (of an odd margin, the smaller half is cut left or
-    above) and scale it, up or down, with that antialiasing filter (Pillow's BOX and LANCZOS); "none" refuses
-    other sizes.
+    `resize`: "none" refuses other sizes. "area" and "lanczos" crop to the centre square (if the margin is odd, the
+    smaller half is cut at the left or top) and scale it, up or down, with that antialiasing filter (Pillow's BOX and
+    LANCZOS).
     """
 
     image_size: int
@@ -36,13 +36,13 @@ class Preprocessing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, S, S)."""
+        """The shape (C, S, S) of a decoded image."""
         return self.channels, self.image_size, self.image_size
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded file: its format and mode as stored, and its pixels in mode L or RGB, turned as EXIF says."""
+    """A decoded image file: `format` and `mode` as stored, and `image` in mode L or RGB with EXIF rotation applied."""
 
     format: str
     mode: str
@@ -50,29 +50,46 @@ class Picture:
 
 
 def decode(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
-    """The image in `data`, uint8 (C, S, S). EXIF rotation is applied; of an animation the first frame counts.
+    """Decode `data` to uint8 (C, S, S), with EXIF rotation applied. An animation gives its first frame.
 
-    Grey is repeated for 3 channels. 16-bit grey is scaled to 8 bits and rounded; of 16-bit colour Pillow keeps
-    the high byte. Raises BadImageError for what is damaged, not an image, too large, of another size, or cannot
-    become C channels of 8 bits without a choice that is its owner's: transparency, CMYK, colour for a grey model.
+    Grey is repeated for 3 channels. 16-bit grey is scaled to 8 bits and rounded; of 16-bit colour Pillow keeps the
+    high byte. Raises BadImageError if the file is damaged, not an image, too large or of another size, and for
+    transparency, CMYK, and colour when C is 1, because how to convert them is its owner's choice.
     """
     return as_planes(fitted(open_picture(data), preprocessing), preprocessing)
 
 
 def open_picture(data: bytes) -> Picture:
-    """The image in `data` at its own size. Raises BadImageError as `decode` does."""
+    """Decode `data` at its own size. Raises BadImageError as `decode` does."""
     with _reasons():
         return _opened(data)
 
 
 def fitted(picture: Picture, preprocessing: Preprocessing) -> Image.Image:
-    """A picture as the rule has it, in mode L or RGB. Raises BadImageError as `decode` does."""
+    """Convert a picture to the channels (mode L or RGB) and size of `preprocessing`.
+
+    Raises BadImageError as `decode` does.
+    """
     with _reasons():
         return fit(_to_channels(picture.image, preprocessing.channels), preprocessing)
 
 
+def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Crop and resize an image to S x S. Raises BadImageError if it has another size and `resize` is "none"."""
+    size = (preprocessing.image_size, preprocessing.image_size)
+    if image.size == size:
+        return image
+    if preprocessing.resize == "none":
+        raise BadImageError(
+            f"{image.width}x{image.height}, expected {size[0]}x{size[1]}; --resize area crops and resizes"
+        )
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize(size, _FILTERS[preprocessing.resize], box=(left, top, left + side, top + side))
+
+
 def as_planes(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """An image of the rule's size and channels as uint8 (C, S, S)."""
+    """Return an image that has the size and channels of `preprocessing` as uint8 (C, S, S)."""
     return (
         np.asarray(image)
         .reshape(preprocessing.image_size, preprocessing.image_size, preprocessing.channels)
@@ -93,7 +110,7 @@ def _opened(data: bytes) -> Picture:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Whatever goes wrong inside the block becomes a BadImageError."""
+    """Turn any exception inside the block into a BadImageError that gives the reason."""
     try:
         yield
     except BadImageError:
@@ -106,27 +123,13 @@ def _reasons() -> Iterator[None]:
         raise BadImageError(f"damaged: {str(error) or type(error).__name__}") from error
 
 
-def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The image at the rule's size; BadImageError if it has another and the rule does not resize."""
-    size = (preprocessing.image_size, preprocessing.image_size)
-    if image.size == size:
-        return image
-    if preprocessing.resize == "none":
-        raise BadImageError(
-            f"{image.width}x{image.height}, expected {size[0]}x{size[1]}; --resize area crops and resizes"
-        )
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize(size, _FILTERS[preprocessing.resize], box=(left, top, left + side, top + side))
-
-
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Mode L or RGB, without loss."""
+    """Convert to mode L or RGB without loss, 16-bit grey by `_scaled`. Raises BadImageError if that cannot be done."""
     mode = image.mode
     if mode in _SIXTEEN_BITS:
         return _scaled(image)
     if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
-        raise BadImageError(f"its colours are {mode}, which need a choice of profile; convert it to RGB")
+        raise BadImageError(f"its colour mode is {mode}, whose conversion needs a colour profile; convert it to RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema() != (255, 255):
@@ -136,7 +139,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """16-bit grey times 255/65535, rounded to nearest, where Pillow's own conversion clips it."""
+    """Scale 16-bit grey by 255/65535, rounded to nearest. Pillow's own conversion would clip it to 255."""
     values = np.asarray(image).astype(np.int64)
     if (values == image.info.get("transparency", -1)).any():
         raise BadImageError("it has transparent pixels; flatten it onto a background")

@@ -1,4 +1,4 @@
-"""All images of a source, decoded by threads, in order."""
+"""Decode all images of a source by threads, in order, and list those that cannot be used."""
 
 import contextlib
 import os
@@ -21,16 +21,24 @@ from fastddpm.runtime.progress import Meter
 from .image import BadImageError, Preprocessing, decode
 from .readers.source import EncodedImage, ImageSource
 
-# Images that cannot be used
+T = TypeVar("T")
 
 Report = Callable[[str], None]
-SHOWN = 20
+"""Takes one line of text for the user."""
+
+SHOWN = 20  # bad images that a message names
+_SHOWN_FROM = 10_000  # images: progress is shown from this number on, since fewer take only seconds
+_TASK = 8  # images per task of a thread; with one each, small images would spend more time in the queue
+_TASKS_AHEAD = 2  # for each thread
+
+# Images that cannot be used
 
 
 class Problems:
-    """Images that cannot be used, one `add` each; memory holds the first 20.
+    """The list of images that cannot be used; the first 20 are kept in memory.
 
-    When there are more, all go into the file `full_list`, or line by line to `report` if that cannot be written.
+    If there are more, all are written to the file `full_list`, or line by line to `report` if that file cannot be
+    written.
     """
 
     def __init__(self, image_source: ImageSource, full_list: Path, report: Report) -> None:
@@ -41,7 +49,7 @@ class Problems:
         self._spilled: Callable[[str], object] | None = None
 
     def add(self, name: str, reason: str) -> None:
-        """Note one image, its name made harmless for a terminal."""
+        """Add one image; a name with unprintable characters is escaped, since it may go to a terminal."""
         line = f"{name if name.isprintable() else repr(name)}: {reason}"
         self.count += 1
         if self.count <= SHOWN:
@@ -54,7 +62,7 @@ class Problems:
         self._spilled(line)
 
     def message(self) -> str:
-        """How many there are, the first of them, and where the others are listed. Closes the file."""
+        """Return the number of bad images, the first 20 of them, and where the others are listed; close the file."""
         lines = [f"{self.count} of {self.image_source.count} images in {self.image_source.name} cannot be used:"]
         lines += [f"  {line}" for line in self._shown]
         if self.count > SHOWN:
@@ -64,11 +72,13 @@ class Problems:
         return "\n".join(lines)
 
     def close(self) -> None:
+        """Close the file `full_list` if it was opened."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk: the message has the first 20
+            with contextlib.suppress(OSError):  # a full disk: the message still has the first 20
                 self._file.close()
 
     def _opened(self) -> Callable[[str], object]:
+        """Open `full_list` and return a function that writes a line to it, or `report` if it cannot be opened."""
         try:
             self._file = self._path.open("w", encoding="utf-8", errors="backslashreplace")
         except OSError:
@@ -76,10 +86,20 @@ class Problems:
         return lambda line: print(line, file=self._file)
 
 
-T = TypeVar("T")
-_SHOWN_FROM = 10_000  # images: fewer take seconds
-_TASK = 8  # images a thread takes at once; one by one, small images would spend more time in the queue
-_TASKS_AHEAD = 2  # for each thread
+def raise_or_report(problems: Problems, num_good: int, *, skip_bad: bool, report: Report) -> None:
+    """Report the bad images if `skip_bad` is set; without it raise DataError. Always raise if no image is good."""
+    if problems.count:
+        text = problems.message()
+        if not num_good:
+            raise DataError(f"{text}\nno image is left")
+        if not skip_bad:
+            raise DataError(f"{text}\nmend or remove them, or use --skip-bad to go on without them")
+        report(f"{text}\nleft out, as --skip-bad asks")
+    elif not num_good:
+        raise DataError(f"{problems.image_source.name} holds no images")
+
+
+# Decoding by threads
 
 
 def decode_all(
@@ -91,10 +111,11 @@ def decode_all(
     report: Report,
     full_list: Path,
 ) -> tuple[np.ndarray | None, int]:
-    """Hand each image, uint8 (C, S, S), to `append` in order; return labels int64 (N,) or None, and how many are bad.
+    """Pass each decoded image, uint8 (C, S, S), to `append` in order; return the labels and the number of bad images.
 
-    Raises DataError that lists the bad images, unless `skip_bad`, and always if none is good. When there are more
-    than a message holds, the list goes to the file `full_list`, or line by line to `report` if that cannot be.
+    Labels are int64 (N,) or None. Raises DataError that lists the bad images unless `skip_bad` is set, and always if
+    no image is good. If more than 20 are bad, the complete list is written to the file `full_list`, or line by line to
+    `report` if that file cannot be written.
     """
     labels = Labels(image_source.name)
     problems = Problems(image_source, full_list, report)
@@ -108,10 +129,11 @@ def decode_all(
 def map_images(
     image_source: ImageSource, work: Callable[[EncodedImage], T], problems: Problems, *, title: str = "decoding"
 ) -> Iterator[tuple[int, EncodedImage, T]]:
-    """(number, image, its `work`) in order, the work done by threads; BadImageError, OSError, ValueError are problems.
+    """Yield (number, image, work(image)) in order, with `work` done by threads.
 
-    At most 16 images for each processor are in memory, with their results. Progress shows on stderr for collections
-    of 10,000 or more.
+    An image for which `work` raises BadImageError, OSError or ValueError is added to `problems` instead. At most 16
+    images per processor are in memory, with their results. For sources of 10,000 images or more, progress is shown on
+    stderr.
     """
     items = enumerate(image_source.items())
     meter = Meter(title, image_source.count, "images") if image_source.count >= _SHOWN_FROM else None
@@ -136,52 +158,8 @@ def map_images(
                 meter.update(meter.done + len(done), f"{problems.count} bad" if problems.count else "")
 
 
-def raise_or_report(problems: Problems, num_good: int, *, skip_bad: bool, report: Report) -> None:
-    """Raise DataError if no image is good or, without `skip_bad`, any is bad; else report the bad ones."""
-    if problems.count:
-        text = problems.message()
-        if not num_good:
-            raise DataError(f"{text}\nno image is left")
-        if not skip_bad:
-            raise DataError(f"{text}\nmend or remove them, or use --skip-bad to go on without them")
-        report(f"{text}\nleft out, as --skip-bad asks")
-    elif not num_good:
-        raise DataError(f"{problems.image_source.name} holds no images")
-
-
-class Labels:
-    """Classes as they come: all of the images have one, or none has."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._values = array("q")
-        self._num_unknown = 0
-        self._largest = -1
-
-    def append(self, label: int | None) -> None:
-        if label is None:
-            self._num_unknown += 1
-            label = -1
-        self._largest = max(self._largest, label)
-        # A label that no class has is refused at the end; until then it need not fit into 64 bits.
-        self._values.append(min(label, 2**31))
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def array(self) -> np.ndarray | None:
-        """int64 (N,), or None without labels. Raises DataError for a mixture, or labels of 2^31 and above."""
-        if self._num_unknown == len(self._values):
-            return None
-        if self._num_unknown:
-            raise DataError(f"{self._name}: {self._num_unknown} images have no label, the others do")
-        if self._largest >= 2**31:
-            raise DataError(f"{self._name}: label {self._largest} is too large to be a class")
-        return np.array(self._values, dtype=np.int64)
-
-
 class _Reason(str):
-    """Why an image cannot be used."""
+    """Why an image cannot be used; a type of its own tells it from the result of `work`."""
 
 
 def _try_all(
@@ -199,3 +177,40 @@ def _try(item: EncodedImage, work: Callable[[EncodedImage], T]) -> T | _Reason:
         return _Reason(f"cannot be read: {error.strerror or error}")
     except ValueError as error:
         return _Reason(f"cannot be read: {error}")
+
+
+class Labels:
+    """The labels of images, in order: either every image has one or none has."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._values = array("q")
+        self._num_unknown = 0
+        self._largest = -1
+
+    def append(self, label: int | None) -> None:
+        """Add the label of the next image, None if it has none."""
+        if label is None:
+            self._num_unknown += 1
+            label = -1
+        self._largest = max(self._largest, label)
+        # A label of 2^31 or more is refused by `array`; here it is only cut to fit into 64 bits.
+        self._values.append(min(label, 2**31))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def array(self) -> np.ndarray | None:
+        """Return the labels, int64 (N,), or None if no image has one.
+
+        Raises DataError if only some images have one, and for labels of 2^31 and above.
+        """
+        if self._num_unknown == len(self._values):
+            return None
+        if self._num_unknown:
+            raise DataError(f"{self._name}: {self._num_unknown} images have no label, the others do")
+        if self._largest >= 2**31:
+            raise DataError(
+                f"{self._name}: label {self._largest} is too large to be a class; labels must be below {2**31:,}"
+            )
+        return np.array(self._values, dtype=np.int64)

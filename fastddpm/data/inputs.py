@@ -1,4 +1,4 @@
-"""Images to complete, and what of them is missing, as files hold them. Imports no torch."""
+"""Read the images and masks that commands take as input files. Imports no torch."""
 
 import math
 import zipfile
@@ -14,15 +14,16 @@ from .image import BadImageError, Preprocessing, decode
 from .readers.source import is_image
 
 DIGITS = "digits"
-_WHITE = 128  # and above
-_MAX_BYTES = 2**32  # of pixels in an .npz, all of which are unpacked
+_WHITE = 128  # a mask's pixels of this level and above are white
+_MAX_BYTES = 2**32  # pixels of an .npz, which are all unpacked into memory
 
 
 def read_images(source: str, preprocessing: Preprocessing) -> tuple[Images, np.ndarray | None]:
-    """Images, uint8 (N, C, S, S), and their labels, int64 (N,), or None.
+    """Read images, uint8 (N, C, S, S), and their labels, int64 (N,) or None.
 
-    `source`: `DIGITS` (a folder of that name is "./digits"), an image file, an .npz that holds `images` (and `labels`)
-    as they are returned, or what `open_dataset` takes. Raises `UsageError` and `DataError` as that does.
+    `source`: "digits" for the embedded digits (a folder of that name is "./digits"), an image file, an .npz with
+    arrays `images` (and `labels`) as returned here, or any source of `open_dataset`. Raises `UsageError` and
+    `DataError` as `open_dataset` does.
     """
     path = Path(source)
     if source != DIGITS and path.is_file() and path.suffix.lower() == ".npz":
@@ -39,14 +40,14 @@ def read_images(source: str, preprocessing: Preprocessing) -> tuple[Images, np.n
 
 
 def read_hole(mask: str, preprocessing: Preprocessing) -> np.ndarray:
-    """What is to be drawn, bool (S, S): a place by its name, or the white part of an image file.
+    """Read the pixels to inpaint, bool (S, S): a named region, or the white part (128 and above) of an image file.
 
-    A file of another size is treated as an image would be. Raises `UsageError` for what is neither, `DataError` for a
-    file that cannot be read.
+    A mask of another size is resized or refused by `preprocessing`, as images are. Raises `UsageError` if `mask` is
+    neither a region nor a file, and `DataError` if the file cannot be read.
     """
     size = preprocessing.image_size
     half, quarter = size // 2, size // 4
-    places: dict[str, tuple[slice, slice]] = {
+    regions: dict[str, tuple[slice, slice]] = {
         "left-half": np.s_[:, :half],
         "right-half": np.s_[:, half:],
         "top-half": np.s_[:half, :],
@@ -54,12 +55,12 @@ def read_hole(mask: str, preprocessing: Preprocessing) -> np.ndarray:
         "center": np.s_[quarter : size - quarter, quarter : size - quarter],
         "every-other-row": np.s_[::2, :],
     }
-    if mask in places:
+    if mask in regions:
         hole = np.zeros((size, size), dtype=bool)
-        hole[places[mask]] = True
+        hole[regions[mask]] = True
         return hole
     if not Path(mask).is_file():
-        raise UsageError(f"--mask takes {', '.join(places)}, or an image file; got {mask!r}")
+        raise UsageError(f"--mask takes {', '.join(regions)}, or an image file; got {mask!r}")
     return _decoded(Path(mask), Preprocessing(size, 1, preprocessing.resize))[0] >= _WHITE
 
 
@@ -74,16 +75,20 @@ def _read_arrays(path: Path, preprocessing: Preprocessing) -> tuple[np.ndarray, 
     try:
         with zipfile.ZipFile(path) as archive:
             shape, dtype = _header(archive, "images.npy")
-            num_labels = _header(archive, "labels.npy") if "labels.npy" in archive.namelist() else None
-        _check_arrays(path, shape, dtype, num_labels, preprocessing)
+            label_header = _header(archive, "labels.npy") if "labels.npy" in archive.namelist() else None
+        _check_arrays(path, shape, dtype, label_header, preprocessing)
         with np.load(path, allow_pickle=False) as arrays:
-            return arrays["images"], None if num_labels is None else arrays["labels"].astype(np.int64)
+            return arrays["images"], None if label_header is None else arrays["labels"].astype(np.int64)
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} holds no images that can be read: {error}") from error
+        raise DataError(
+            f"{path} holds no images that can be read: {error}; expected an .npz with uint8 images"
+        ) from error
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an array, before any of it is unpacked."""
+    """Return the shape and dtype of an array, without unpacking its data."""
     with archive.open(name) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -95,7 +100,7 @@ def _check_arrays(
     path: Path,
     shape: tuple[int, ...],
     dtype: np.dtype,
-    labels: tuple[tuple[int, ...], np.dtype] | None,
+    label_header: tuple[tuple[int, ...], np.dtype] | None,
     preprocessing: Preprocessing,
 ) -> None:
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != preprocessing.shape:
@@ -105,5 +110,7 @@ def _check_arrays(
         raise DataError(
             f"{path} holds {shape[0]:,} images; 1 to {_MAX_BYTES // math.prod(preprocessing.shape):,} are read"
         )
-    if labels is not None and (labels[0] != shape[:1] or labels[1].kind not in "iu"):
-        raise DataError(f"{path} must hold labels of integers ({shape[0]},); got {labels[1]} {labels[0]}")
+    if label_header is not None:
+        label_shape, label_dtype = label_header
+        if label_shape != shape[:1] or label_dtype.kind not in "iu":
+            raise DataError(f"{path} must hold labels of integers ({shape[0]},); got {label_dtype} {label_shape}")

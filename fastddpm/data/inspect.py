@@ -1,4 +1,7 @@
-"""What is in a source: how many images, of which kinds and sizes, which cannot be used, which are equal."""
+"""Count the images of a source, find bad and equal ones, and verify packs.
+
+`scan` reads a source; `faults` verifies that a pack still has the bytes and pixels that were written.
+"""
 
 import hashlib
 import os
@@ -23,22 +26,28 @@ from .ingest import Problems, Report, map_images
 from .pack.format import TRAILER, Pack
 from .readers.source import EncodedImage, ImageSource
 
-# Which images of a very long row are equal, in memory that does not grow with it.
+OTHER = "other"
+_MAX_SIZES = 1000
+_MAX_CLASSES = 100_000
+_SHOWN_PAIRS = 20
+_READ_BYTES = 2**22  # bytes of a pack that are read and hashed at a time
+
+# Equal images, found in bounded memory
 
 _ROW = np.dtype([("number", "<u8"), ("high", "<u8"), ("low", "<u8")])
 _DIGEST_BYTES = 16
-_AT_ONCE = 2**20  # digests sorted at a time, about 100 MB with what sorting takes
-_BLOCK = 2**16
+_AT_ONCE = 2**20  # digests sorted at a time: about 100 MB, sorting included
+_BLOCK = 2**16  # rows of the temporary file that are read at a time
 
 
 def digest(image: Image.Image) -> bytes:
-    """128 bits that name an image by its size and its pixels as RGB."""
+    """Return a 128-bit digest of an image's size and its pixels as RGB."""
     pixels = image.convert("RGB").tobytes()
     return blake2b(pixels, digest_size=_DIGEST_BYTES, salt=b"%dx%d" % image.size).digest()
 
 
 class Duplicates:
-    """Digests of images as they come, kept in a file without a name: 24 bytes for each."""
+    """The digests of images, kept in an unnamed temporary file of 24 bytes per image."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
@@ -51,7 +60,7 @@ class Duplicates:
         self._file.close()
 
     def add(self, number: int, digest: bytes) -> None:
-        """An image and its digest; StorageError when there is no room for temporary files."""
+        """Add an image by its number and digest. Raises StorageError if the temporary file cannot be written."""
         try:
             self._file.write(number.to_bytes(8, "little") + digest)
         except OSError as error:
@@ -59,20 +68,21 @@ class Duplicates:
         self._count += 1
 
     def pairs(self) -> Iterator[tuple[int, int]]:
-        """(first, later) for each image that equals an earlier one: the numbers of the first of its kind, and its own.
+        """Yield (first, later) for each image that equals an earlier one: the number of the first equal one, its own.
 
-        The file is read once for each 2^20 images; digests are evenly spread, so each time takes about as many.
+        The file is read once for every 2^20 images. Each pass sorts one range of digests; digests are evenly spread,
+        so the ranges hold about equally many.
         """
         parts = -(-self._count // _AT_ONCE)
         for part in range(parts):
-            rows = self._within(part, parts)
+            rows = self._in_range(part, parts)
             rows = rows[np.lexsort((rows["number"], rows["low"], rows["high"]))]
             new = np.append(True, (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1]))
             first = np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
             yield from zip(rows["number"][first[~new]].tolist(), rows["number"][~new].tolist(), strict=True)
 
-    def _within(self, part: int, parts: int) -> np.ndarray:
-        """The rows whose digests lie in a part of all possible ones."""
+    def _in_range(self, part: int, parts: int) -> np.ndarray:
+        """Read the rows whose digests lie in the range `part` of `parts` equal ranges."""
         self._file.seek(0)
         chosen = [np.empty(0, _ROW)]
         while data := self._file.read(_BLOCK * _ROW.itemsize):
@@ -81,19 +91,17 @@ class Duplicates:
         return np.concatenate(chosen)
 
 
-_MAX_SIZES = 1000
-_MAX_CLASSES = 100_000
-_SHOWN_PAIRS = 20
-OTHER = "other"
+# The contents of a source
 
 
 @dataclass
 class Findings:
-    """What `scan` found.
+    """The result of `scan`.
 
-    Of good images, `kinds` counts "FORMAT MODE", `sizes` "WIDTHxHEIGHT" (beyond 1,000 sizes "other"), `classes` labels;
-    `smallest` and `largest` are pixels of the shorter side. `duplicates`: images that equal an earlier one; `equal`
-    names some with the first of their kind.
+    Counts of good images: `kinds` by "FORMAT MODE", `sizes` by "WIDTHxHEIGHT" (beyond 1,000 sizes by "other"),
+    `classes` by label. `smallest` and `largest`: pixels of the shorter side. `problems`: the message about bad images.
+    `duplicates`: number of images that equal an earlier one, None if they were not compared; `equal`: up to 20 of
+    them as (first, later) names.
     """
 
     source: str
@@ -114,7 +122,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class _Seen:
-    """An image that can be used."""
+    """What `scan` keeps of a good image. `digest` is empty if images are not compared."""
 
     kind: str
     size: tuple[int, int]
@@ -130,11 +138,12 @@ def scan(
     full_list: Path,
     report: Report,
 ) -> Findings:
-    """Decode every image, at its own size or by `preprocessing`, and count.
+    """Decode every image and count images, kinds, sizes, classes, bad images and, with `duplicates`, equal ones.
 
-    Equal are images whose pixels are, at their own size, by a 128-bit digest. Memory, beside what lists the source:
-    16 encoded images and a decoded one for each processor, counts of 1,000 sizes and of the classes, 20 problems (if
-    there are more, all go to `full_list`), and at most 100 MB to find what is equal.
+    Images are decoded at their own size; with `preprocessing` they must also be usable by it. Equality is that of
+    size and pixels, by a 128-bit digest. Memory, beside the source's own list of images: 16 encoded images and one
+    decoded image per processor, the counts of 1,000 sizes and of the classes, 20 problems (if there are more, all are
+    written to `full_list`), and at most 100 MB for comparing.
     """
     found = Findings(image_source.name, image_source.count, notes=image_source.notes)
     problems = Problems(image_source, full_list, report)
@@ -144,18 +153,18 @@ def scan(
         picture = open_picture(data)
         if preprocessing is not None:
             fitted(picture, preprocessing)
-        name = digest(picture.image) if duplicates else b""
-        return _Seen(f"{picture.format} {picture.mode}", picture.image.size, len(data), name)
+        pixels = digest(picture.image) if duplicates else b""
+        return _Seen(f"{picture.format} {picture.mode}", picture.image.size, len(data), pixels)
 
-    with Duplicates() as before:
+    with Duplicates() as digests:
         for number, item, seen in map_images(image_source, look, problems, title="reading"):
             _count(found, item, seen)
             if duplicates:
-                before.add(number, seen.digest)
+                digests.add(number, seen.digest)
         found.bad = problems.count
         found.problems = problems.message() if problems.count else ""
         if duplicates:
-            _compare(found, before, image_source)
+            _compare(found, digests, image_source)
     return found
 
 
@@ -172,10 +181,11 @@ def _count(found: Findings, item: EncodedImage, seen: _Seen) -> None:
         found.classes[item.label] += 1
 
 
-def _compare(found: Findings, before: Duplicates, image_source: ImageSource) -> None:
+def _compare(found: Findings, digests: Duplicates, image_source: ImageSource) -> None:
+    """Count the equal images and name up to 20 of them; the names are read from the source again."""
     found.duplicates = 0
     pairs: list[tuple[int, int]] = []
-    for pair in before.pairs():
+    for pair in digests.pairs():
         found.duplicates += 1
         if len(pairs) < _SHOWN_PAIRS:
             pairs.append(pair)
@@ -186,16 +196,17 @@ def _compare(found: Findings, before: Duplicates, image_source: ImageSource) -> 
         found.equal = [(names[first], names[later]) for first, later in pairs]
 
 
-# Whether a pack is what was written: every byte of it, and every pixel.
-
-_BLOCK = 2**22
+# Verification of a pack
 
 
 def faults(pack: Pack, *, full_list: Path, report: Report) -> list[str]:
-    """What is wrong with a pack, nothing if it is whole. DataError if it cannot be read."""
+    """Verify every byte and every pixel of a pack; return a message per fault, an empty list if it is whole.
+
+    Raises DataError if the pack cannot be read.
+    """
     found = []
     if _sha256(pack) != pack.sha256:
-        found.append(f"{pack.path}: its bytes are not those that were written: their SHA-256 differs")
+        found.append(f"{pack.path}: its bytes are not the ones that were written: their SHA-256 differs")
     images, image_source = pack.images(), pack.image_source()
     pixels = Checksum(images.shape)
     problems = Problems(image_source, full_list, report)
@@ -207,20 +218,20 @@ def faults(pack: Pack, *, full_list: Path, report: Report) -> list[str]:
         found.append(problems.message())
     elif pixels.result(pack.labels) != pack.checksum:
         found.append(
-            f"{pack.path}: its pixels are not those of the time of packing. Where the bytes are right, this is the "
-            f"decoder: JPEG and lossy WebP may differ by a level between versions (packed with {pack.decoder}, this "
-            f"is pillow {pillow_version}). Pack the images anew"
+            f"{pack.path}: its pixels are not the ones that were packed. If no other fault is listed, the decoder has "
+            f"changed: JPEG and lossy WebP may differ by one level between versions (packed with {pack.decoder}, "
+            f"decoded with pillow {pillow_version}). Pack the images again"
         )
     return found
 
 
 def _sha256(pack: Pack) -> str:
-    """Of all bytes before the trailer."""
+    """Return the SHA-256 of all bytes before the trailer."""
     digest = hashlib.sha256()
     try:
         with pack.path.open("rb") as file:
             left = os.fstat(file.fileno()).st_size - TRAILER.size
-            while left > 0 and (block := file.read(min(_BLOCK, left))):
+            while left > 0 and (block := file.read(min(_READ_BYTES, left))):
                 digest.update(block)
                 left -= len(block)
     except OSError as error:

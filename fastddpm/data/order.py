@@ -1,4 +1,4 @@
-"""The order of examples: a permutation for each epoch, a function of (seed, epoch) alone."""
+"""The order of training images: one permutation per epoch, a function of (number of images, seed, epoch)."""
 
 from functools import lru_cache
 
@@ -11,9 +11,9 @@ from fastddpm.kernels.philox.reference import philox
 
 @lru_cache(maxsize=2)
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0..num_images-1, int64, read-only: a stable sort by 64-bit Philox keys.
+    """Return a permutation of 0..num_images-1, int64, read-only: a stable sort by 64-bit Philox keys.
 
-    Not NumPy's own generators, whose streams may change between versions.
+    NumPy's own generators are not used because their streams may change between versions.
     """
     w0, w1, _, _ = philox(np.zeros(1), np.arange(num_images), np.array([epoch]), np.array([STREAM_ORDER]), seed)
     order = np.argsort((w0.astype(np.uint64) << np.uint64(32)) | w1, kind="stable")
@@ -22,9 +22,10 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_indices(step: int, num_images: int, batch: int, seed: int) -> np.ndarray:
-    """The examples of training step `step`, int64 (batch,); what is left of an epoch after whole batches is dropped.
+    """Return the image indices of training step `step`, int64 (batch,).
 
-    Raises DataError when there are fewer images than a batch.
+    An epoch has num_images // batch steps; its remaining images are dropped. Raises DataError if there are fewer
+    images than a batch.
     """
     if num_images < batch:
         raise DataError(

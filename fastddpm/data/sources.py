@@ -1,4 +1,4 @@
-"""What `--data` may name, and which reader it goes to."""
+"""Open the data set that `--data` names, with the reader for its kind."""
 
 import io
 import math
@@ -53,26 +53,29 @@ def open_dataset(
     cache: Path | None = None,
     report: Report | None = None,
 ) -> Dataset:
-    """The images at `source`, uint8 (N, channels, image_size, image_size).
+    """Open the images at `source`, uint8 (N, channels, image_size, image_size).
 
     `source`: None for the embedded digits; CIFAR-10's Python or binary directory or its tar.gz; a folder, zip or tar
     of images, whose first-level folders are their classes; a directory of tar shards; a parquet file or a directory of
-    them (`train-*`, `test-*`); LSUN's LMDB; hf:NAME[:SPLIT]; a pack. `split` chooses where the source has splits; one
-    that has none gives all its images. `resize`: see `decode.Rule`; the digits have a rule of their own, and a pack
-    was made by one. `skip_bad`: leave out images that cannot be used, telling `report`, instead of raising DataError
-    with their list.
+    them (`train-*`, `test-*`); LSUN's LMDB; hf:NAME[:SPLIT]; a pack.
+    `resize`: see `Preprocessing`. Unused for the digits, which have their own resizing, and for a pack, whose images
+    are resized as chosen when it was made.
+    `skip_bad`: leave out bad images after a report to `report`. Default: raise DataError with their list.
+    `split`: the split to open. A source without splits gives all its images.
+    `keep`: "decoded" decodes once into an array. "encoded" keeps a pack, whose images the worker processes of
+    `batches.Batches` decode in every epoch. Default "auto": encoded if the array would be larger than 32 GiB.
+    `cache`: directory of the array or pack. Default: ~/.cache/fastddpm. `report`: takes one line of text at a time.
+    Default: print it to stderr.
 
-    `keep`: decoded once into an array, or encoded and decoded in every epoch, by the processes of `batches.Batches`;
-    auto: encoded when the array would have more than 32 GiB. `cache`: where either is kept, ~/.cache/fastddpm unless
-    given. `report` gets one line at a time, stderr unless given. Raises UsageError for a path or a wish that cannot be,
-    DataError for data that cannot be read, StorageError for a pack that cannot be written.
+    Raises UsageError for a source or an option that does not fit, DataError for data that cannot be read, and
+    StorageError for a pack that cannot be written.
     """
     if channels not in (1, 3) or image_size < 1:
         raise UsageError(f"images have 1 or 3 channels and a positive size; got {channels} channels, size {image_size}")
     if source is None:
         return Dataset.of(*load_digits(image_size, channels), "digits")
     preprocessing = Preprocessing(image_size, channels, resize)
-    found = _found(source, split)
+    found = _locate(source, split)
     directory = cache or image_cache.default_directory()
     report = report or _to_stderr
     if isinstance(found, ImageSource):
@@ -80,13 +83,16 @@ def open_dataset(
         make = image_cache.packed if keep == "encoded" or (keep == "auto" and large) else image_cache.decoded
         return make(found, preprocessing, skip_bad=skip_bad, directory=directory, report=report)
     if isinstance(found, Pack):
-        return _of_pack(found, preprocessing, keep, directory, report)
-    return _cifar(Path(source), found, preprocessing, split)
+        return _pack_dataset(found, preprocessing, keep, directory, report)
+    return _cifar_dataset(Path(source), found, preprocessing, split)
 
 
 def open_image_source(source: str | os.PathLike[str], split: Split = "train") -> ImageSource:
-    """The encoded images at `source`, as `open_dataset` takes it; CIFAR-10's as PNG. Raises UsageError, DataError."""
-    found = _found(source, split)
+    """Open the encoded images at `source`, any source of `open_dataset` but None; CIFAR-10's are encoded as PNG.
+
+    Raises UsageError and DataError as `open_dataset` does.
+    """
+    found = _locate(source, split)
     if isinstance(found, ImageSource):
         return found
     if isinstance(found, Pack):
@@ -100,8 +106,8 @@ def open_image_source(source: str | os.PathLike[str], split: Split = "train") ->
     return ImageSource(str(source), len(images), [], items)
 
 
-def _found(source: str | os.PathLike[str], split: Split) -> ImageSource | Pack | Batches:
-    """What lies at `source`."""
+def _locate(source: str | os.PathLike[str], split: Split) -> ImageSource | Pack | Batches:
+    """Return the images at `source`: a pack, CIFAR-10's batch files, or the source of any other kind."""
     name = os.fspath(source)
     if name.startswith(PREFIX) and not os.path.exists(name):
         return hub_source(name, split)
@@ -110,13 +116,13 @@ def _found(source: str | os.PathLike[str], split: Split) -> ImageSource | Pack |
         if path.is_file() and path.suffix.lower() == ENDING:
             return open_pack(path)
         batches = find_batches(path)
-        return _collection(path, split) if batches is None else batches
+        return _image_source(path, split) if batches is None else batches
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _existing(name: str) -> Path:
-    """`name` as a path to a file or folder; reading anything else, such as a pipe, could block."""
+    """Return `name` as the path of a file or folder; anything else is refused, because reading a pipe could block."""
     if not name or not os.path.exists(name):
         raise UsageError(f"{name!r} does not exist; images may be {ACCEPTED}")
     path = Path(name)
@@ -125,7 +131,8 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _collection(path: Path, split: Split) -> ImageSource:
+def _image_source(path: Path, split: Split) -> ImageSource:
+    """Choose the reader by file name or folder content."""
     database = lmdb_file(path)
     if database:
         return lmdb_source(database)
@@ -141,25 +148,31 @@ def _collection(path: Path, split: Split) -> ImageSource:
         return zip_source(path, split)
     if path.suffix.lower() == ".tar":
         return tar_source([path], split)
-    raise UsageError(f"{path} is a {path.suffix or 'nameless kind of'} file; images may be {ACCEPTED}")
+    kind = f"is a {path.suffix} file" if path.suffix else "has no file extension"
+    raise UsageError(f"{path} {kind}; images may be {ACCEPTED}")
 
 
-def _of_pack(pack: Pack, preprocessing: Preprocessing, keep: Keep, directory: Path, report: Report) -> Dataset:
-    made = pack.preprocessing
-    if (made.image_size, made.channels) != (preprocessing.image_size, preprocessing.channels):
+def _pack_dataset(pack: Pack, preprocessing: Preprocessing, keep: Keep, directory: Path, report: Report) -> Dataset:
+    """Open a pack as a data set, decoded into the cache or kept encoded.
+
+    Raises UsageError if the model has another image size or number of channels.
+    """
+    packed = pack.preprocessing
+    if (packed.image_size, packed.channels) != (preprocessing.image_size, preprocessing.channels):
         raise UsageError(
-            f"{pack.path} was packed at {made.image_size}x{made.image_size} with {made.channels} channels; the model "
-            f"takes {preprocessing.image_size}x{preprocessing.image_size} with "
+            f"{pack.path} was packed at {packed.image_size}x{packed.image_size} with {packed.channels} channels; the "
+            f"model takes {preprocessing.image_size}x{preprocessing.image_size} with "
             f"{preprocessing.channels}: pack the images for it"
         )
     dataset = pack.dataset()
     if keep == "encoded" or (keep == "auto" and dataset.images.nbytes > DECODED_LIMIT_BYTES):
         return dataset
-    image_source, by = pack.image_source(), pack.images().preprocessing
-    return image_cache.decoded(image_source, by, skip_bad=False, directory=directory, report=report)
+    decoded_by = pack.images().preprocessing
+    return image_cache.decoded(pack.image_source(), decoded_by, skip_bad=False, directory=directory, report=report)
 
 
-def _cifar(path: Path, batches: Batches, preprocessing: Preprocessing, split: Split) -> Dataset:
+def _cifar_dataset(path: Path, batches: Batches, preprocessing: Preprocessing, split: Split) -> Dataset:
+    """Read CIFAR-10, resized if asked. Raises UsageError if its size or colour does not suit the model."""
     size = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
     if preprocessing.channels != 3:
         raise UsageError(
@@ -181,7 +194,7 @@ def _cifar(path: Path, batches: Batches, preprocessing: Preprocessing, split: Sp
 
 
 def _as_png(image: np.ndarray) -> Callable[[], bytes]:
-    """uint8 (3, H, W)."""
+    """Return a function that encodes an image, uint8 (3, H, W), as PNG."""
 
     def read() -> bytes:
         file = io.BytesIO()

@@ -222,7 +222,7 @@ def test_pixels_of_another_decoder_are_told(tmp_path: Path, monkeypatch: pytest.
     made = packed(tmp_path / "x.fdpack", PIXELS)
     monkeypatch.setattr("fastddpm.data.inspect.decode", lambda data, preprocessing: decode(data, preprocessing) ^ 1)
     (text,) = faults(made, full_list=tmp_path / "list", report=unused)
-    assert "its pixels are not those of the time of packing" in text and made.decoder in text
+    assert "its pixels are not the ones that were packed" in text and made.decoder in text
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(source: Path, tmp_path: Path) -> None:
