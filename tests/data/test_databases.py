@@ -159,7 +159,7 @@ def test_what_the_hub_does_not_have(hub: dict[tuple[str, str], Any], tmp_path: P
     hub["rows", "train"] = Table({"image": [None, {"bytes": b"text", "path": None}]})
     for source, message in (
         ("hf:gone", "datasets cannot load 'gone', split 'train': no such data set$"),
-        ("hf:text", "hf:text has columns text; images are expected in image or img"),
+        ("hf:text", "hf:text has columns text; images are expected in the column image or img"),
         ("hf:rows", r"(?s)row 0: cannot be read: the row is empty.*row 1: not an image"),
     ):
         with pytest.raises(DataError, match=message):

@@ -96,12 +96,12 @@ def test_several_folders_of_parquet_are_ambiguous(tmp_path: Path, load: Load) ->
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"pixels": [b"x"], "label": [1]}, "has columns pixels, label; images are expected in img or image"),
-        ({"img": ["text"]}, "img is string; the bytes of an image file are expected"),
-        ({"img": [[1, 2, 3]]}, "img is list<.*>; the bytes of an image file are expected"),
-        ({"img": [{"path": "x.png"}]}, "img is struct<path: string>; the bytes of an image file are expected"),
-        ({"img": ENCODED[:1], "label": ["cat"]}, "label is string; integers are expected"),
-        ({"img": ENCODED[:1], "label": [0.5]}, "label is double; integers are expected"),
+        ({"pixels": [b"x"], "label": [1]}, "has columns pixels, label; images are expected in the column img or image"),
+        ({"img": ["text"]}, "img is string; expected the bytes of an image file"),
+        ({"img": [[1, 2, 3]]}, "img is list<.*>; expected the bytes of an image file"),
+        ({"img": [{"path": "x.png"}]}, "img is struct<path: string>; expected the bytes of an image file"),
+        ({"img": ENCODED[:1], "label": ["cat"]}, "label is string; expected integers"),
+        ({"img": ENCODED[:1], "label": [0.5]}, "label is double; expected integers"),
         ({"img": ENCODED[:2], "label": [3, None]}, "1 images have no label, the others do"),
         ({"img": ENCODED[:1], "label": [2**62]}, "too large to be a class"),
         ({"img": [None, b"x"]}, "row 0: cannot be read: the row is empty"),
@@ -109,7 +109,7 @@ def test_several_folders_of_parquet_are_ambiguous(tmp_path: Path, load: Load) ->
             {"img": [{"bytes": None, "path": "a.png"}, {"bytes": b"", "path": ""}]},
             r"names the file a\.png but holds no",
         ),
-        ({"img": []}, "img is null; the bytes of an image file are expected"),
+        ({"img": []}, "img is null; expected the bytes of an image file"),
     ],
 )
 def test_other_layouts_are_refused(columns: dict[str, Any], message: str, tmp_path: Path, load: Load) -> None:

@@ -211,8 +211,8 @@ def test_what_is_not_an_image_is_left_alone_and_said(packed: bool, tmp_path: Pat
     np.testing.assert_array_equal(dataset.images, PIXELS[:2].transpose(0, 3, 1, 2))
     assert dataset.labels is not None and dataset.labels.tolist() == [0, 1]
     assert len(lines) == 1
-    assert "4 files are left alone" in lines[0]
-    assert "2 .tif" in lines[0] and "1 .txt" in lines[0] and "1 without ending" in lines[0]
+    assert "4 files are not read" in lines[0]
+    assert "2 .tif" in lines[0] and "1 .txt" in lines[0] and "1 without extension" in lines[0]
 
 
 def test_links_and_odd_entries_of_a_folder(tmp_path: Path, load: Load) -> None:
@@ -305,7 +305,7 @@ def test_methods_that_unpack_without_bound_are_refused(method: int, tmp_path: Pa
 
 
 def test_zip_members_are_counted(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zip, "_MAX_MEMBERS", 10)
+    monkeypatch.setattr("fastddpm.data.readers.zip._MAX_MEMBERS", 10)
     with pytest.raises(DataError, match="has 11 members; at most 10 are read"):
         load(zip_of(tmp_path / "z.zip", {f"{i}.png": b"" for i in range(11)}))
 

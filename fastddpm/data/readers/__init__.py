@@ -1,1 +1,1 @@
-"""One reader for each kind of source: folders, archives, databases, data sets as distributed."""
+"""Readers, one for each kind of source: folders, archives, databases, and data sets as distributed."""

@@ -1,4 +1,4 @@
-"""CIFAR-10 as its authors distribute it: Python batches or binary batches, in a directory or a tar.gz."""
+"""Read CIFAR-10 as its authors distribute it: Python or binary batches, in a directory or a tar.gz."""
 
 import gzip
 import io
@@ -21,17 +21,18 @@ from .tar import Tar
 IMAGE_SIZE = 32
 _PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
 _MAX_BATCH_BYTES = 64 * 2**20  # a batch is 31 MB
-_MAX_TAR_BYTES = 512 * 2**20  # all of it is 186 MB
+_MAX_TAR_BYTES = 512 * 2**20  # the unpacked archive is 186 MB
 _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 _BATCH = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin)?")
 
 Batches = dict[str, Callable[[], bytes]]
+"""CIFAR-10's batch files: a function that reads the file, by its name."""
 
 
 def find_batches(source: Path) -> Batches | None:
-    """CIFAR-10's batch files by name, each with how to read it; None if `source` is something else.
+    """Find CIFAR-10's batch files at `source`; return None if `source` is something else.
 
-    Raises DataError for a packed tar file without any, or a damaged one.
+    Raises DataError if `source` is a .tar.gz without batch files, or damaged.
     """
     if source.is_dir():
         for folder in (source, *(source / name for name in _FOLDERS)):
@@ -47,7 +48,10 @@ def find_batches(source: Path) -> Batches | None:
 
 
 def read_batches(batches: Batches, split: str, source: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of "train" or "test"; DataError for a damaged set."""
+    """Return images uint8 (N, 3, 32, 32) and labels int64 (N,) of the split "train" or "test".
+
+    Raises DataError if a batch file is missing or damaged.
+    """
     suffix = ".bin" if any(name.endswith(".bin") for name in batches) else ""
     stems = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     wanted = [stem + suffix for stem in stems]
@@ -72,7 +76,7 @@ def _file_reader(path: Path) -> Callable[[], bytes]:
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that fails after _MAX_TAR_BYTES, so that no header or member can unpack to more."""
+    """A stream that raises OSError after _MAX_TAR_BYTES, which bounds all that headers and members can unpack to."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._left = file, _MAX_TAR_BYTES
@@ -86,15 +90,18 @@ class _Bounded(io.RawIOBase):
 
 
 def _starts_with_a_batch(source: Path) -> bool:
-    """Whether one of a tar file's first members is a batch: there are eight files."""
+    """Return whether a batch is among the first 8 members; CIFAR-10 has eight files."""
     try:
         return any(_BATCH.fullmatch(member.path.name) for member in itertools.islice(Tar(source).members(), 8))
     except DataError:
-        return False  # the reader of tar files will say it again
+        return False  # the tar reader will raise the same error
 
 
 def _tar_batches(source: Path) -> Batches:
-    """Members are read into memory by name and never extracted, so their paths and links cannot lead anywhere."""
+    """Read the batches of a tar file into memory.
+
+    Nothing is extracted, so members' paths and links cannot reach other files.
+    """
     found: dict[str, bytes] = {}
     try:
         with source.open("rb") as raw:
@@ -105,14 +112,12 @@ def _tar_batches(source: Path) -> Batches:
                 for member in archive:
                     if member.isreg() and _BATCH.fullmatch(Path(member.name).name):
                         found[Path(member.name).name] = _member(archive, member, source)
-            while stream.read(2**20):  # to its end, where gzip compares its checksum
+            while stream.read(2**20):  # to the end, where gzip verifies its checksum
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read as a tar file: {error}") from error
     if not found:
-        raise DataError(
-            f"{source} holds no CIFAR-10 batch (data_batch_1, ..); unpack other images: .tar and .zip are read"
-        )
+        raise DataError(f"{source} holds no CIFAR-10 batch (data_batch_1, ..); for other images make it a .tar or .zip")
     return {name: (lambda data=data: data) for name, data in found.items()}  # type: ignore[misc]
 
 
@@ -136,7 +141,7 @@ def _parse_pickle(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
         batch = read_pickle(data)
         pixels, labels = np.asarray(batch["data"]), batch["labels"]
         if isinstance(labels, list):
-            if not all(type(label) is int for label in labels):  # nested lists could unfold without end
+            if not all(type(label) is int for label in labels):  # nested lists of references could unfold to any size
                 raise ValueError("labels are not integers")
             labels = np.array(labels, dtype=np.int64)
         return _checked(pixels, np.asarray(labels), where)
@@ -147,6 +152,7 @@ def _parse_pickle(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked(pixels: np.ndarray, labels: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 (N, 3, 32, 32) and labels int64 (N,) of a batch. Raises DataError if they are invalid."""
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS or not len(pixels):
         raise DataError(f"{where}: data must be uint8 (N, {_PIXELS}), N > 0; got {pixels.dtype} {pixels.shape}")
     if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9:

@@ -12,12 +12,15 @@ _SIZE = 28
 
 
 def load_digits(image_size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Digits uint8 (5000, 1, S, S) and labels int64 (5000,).
+    """Return the digits, uint8 (5000, 1, S, S), and their labels, int64 (5000,).
 
-    S < 28 averages over areas; S > 28 pads with black, centred. Raises UsageError for colour.
+    Their own size is 28x28: S < 28 averages over areas, S > 28 pads with black on all sides. Raises UsageError if
+    `channels` is not 1.
     """
     if channels != 1:
-        raise UsageError(f"the embedded digits are grey: image_channels must be 1, got {channels}; or name --data")
+        raise UsageError(
+            f"the embedded digits are grey: image_channels must be 1, got {channels}; or name other images by --data"
+        )
     with np.load(_FILE, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"].astype(np.int64)
     if image_size > _SIZE:

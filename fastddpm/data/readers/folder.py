@@ -1,4 +1,4 @@
-"""Images in a folder and the folders below it, walked in order without keeping their names."""
+"""Read images from a folder and the folders below it, walked in order without keeping all names in memory."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ _NAMED_LINKS = 5
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file, a link to a folder, or a folder that cannot be listed; `path` is relative to the walk's start."""
+    """A file, a link to a folder, or a folder that cannot be listed (`failure`); `path` is relative to the root."""
 
     path: PurePosixPath
     is_link: bool = False
@@ -22,11 +22,11 @@ class _Entry:
 
 
 def folder_source(folder: Path, split: str) -> ImageSource:
-    """All images below `folder`, sorted by path; `source.choose` tells which and with which labels.
+    """Return the images below `folder`, sorted by path, with the split and labels of `source.choose`.
 
     Links to files are read; links to folders are not followed, and a note says so. A folder that cannot be listed
-    counts as an image that cannot be read. The folder is walked anew for each purpose, so that memory holds the names
-    of one folder (and those above it) at a time. Raises DataError when there is no image.
+    counts as an image that cannot be read. The folder is walked again for each purpose, so memory holds the names in
+    one folder and its parents at a time. Raises DataError if there is no image.
     """
     others: Counter[str] = Counter()
     links: list[str] = []
@@ -63,7 +63,7 @@ def folder_source(folder: Path, split: str) -> ImageSource:
 
 
 def _walk(folder: Path) -> Iterator[_Entry]:
-    """Everything below `folder` that is not hidden, in the order of sorted paths."""
+    """Yield everything below `folder` that is not hidden, in the order of sorted paths."""
     stack = [_listed(folder, PurePosixPath())]
     while stack:
         entry = next(stack[-1], None)
@@ -76,7 +76,7 @@ def _walk(folder: Path) -> Iterator[_Entry]:
 
 
 def _listed(folder: Path, here: PurePosixPath) -> Iterator[_Entry | PurePosixPath]:
-    """What a folder holds, sorted by name: entries, and the paths of folders to enter."""
+    """Yield the content of a folder, sorted by name: entries, and the paths of folders to enter."""
     names: list[str] = []
     folders: set[str] = set()
     links: set[str] = set()
@@ -99,19 +99,19 @@ def _listed(folder: Path, here: PurePosixPath) -> Iterator[_Entry | PurePosixPat
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a loop of links: reading it as a file will say so
+    except OSError:  # a loop of links: reading it as a file will raise the error
         return False
 
 
 def _chosen(folder: Path, choice: SplitSelection) -> Iterator[_Entry]:
-    """The images of the split, and the folders that cannot be listed."""
+    """Yield the images of the split, and the folders that cannot be listed."""
     for entry in _walk(folder):
         if entry.failure or (not entry.is_link and is_image(entry.path) and choice.takes(entry.path)):
             yield entry
 
 
 def _digest(folder: Path, choice: SplitSelection) -> str:
-    """sha256 over the names, sizes and times of the images."""
+    """Return the sha256 over the names, sizes and modification times of the images."""
     digest = hashlib.sha256()
     for entry in _chosen(folder, choice):
         try:

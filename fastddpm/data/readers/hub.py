@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, by explicit name. `datasets` is imported only here, and only when it is used."""
+"""Read data sets of the Hugging Face hub by name. The `datasets` library is imported only when it is used."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +14,10 @@ _LABELS = ("label", "labels")
 
 
 def hub_source(source: str, split: str) -> ImageSource:
-    """The images of "hf:NAME" or "hf:NAME:SPLIT", in the data set's order, with its integer labels if it has any.
+    """Return the images of "hf:NAME" or "hf:NAME:SPLIT", in the data set's order, with its integer labels if any.
 
-    The library downloads what it does not have; nothing else of fastddpm does. Raises UsageError without the library
-    or a name, and DataError for what it cannot load or a data set without a column of images.
+    The library downloads the data set if it is not cached; nothing else in fastddpm downloads. Raises UsageError if
+    the library or the name is missing, and DataError if the data set cannot be loaded or has no image column.
     """
     name, _, named = source.removeprefix(PREFIX).partition(":")
     split = named or split
@@ -29,13 +29,13 @@ def hub_source(source: str, split: str) -> ImageSource:
         raise UsageError("data sets of the hub need datasets: pip install 'fastddpm[hf]'") from error
     try:
         table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library, and what it uses, raise many kinds
+    except Exception as error:  # the library and its dependencies raise many kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(f"datasets cannot load {name!r}, split {split!r}: {reason}") from error
     image = next((column for column in _IMAGES if column in table.column_names), None)
     if image is None:
         columns = ", ".join(table.column_names)
-        raise DataError(f"{source} has columns {columns}; images are expected in image or img")
+        raise DataError(f"{source} has columns {columns}; images are expected in the column image or img")
     label = next((column for column in _LABELS if column in table.column_names), None)
     table = table.select_columns([image, *([label] if label else [])])
     table = table.cast_column(image, datasets.Image(decode=False))

@@ -1,4 +1,4 @@
-"""LSUN as distributed: an LMDB of WebP files. lmdb is imported only here, and only when it is used."""
+"""Read LSUN as distributed: an LMDB of WebP files. The `lmdb` library is imported only when it is used."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +12,18 @@ FILE = "data.mdb"
 
 
 def lmdb_file(path: Path) -> Path | None:
-    """The file of an LMDB that `path` names, itself or as a folder with data.mdb in it; None if it is none."""
+    """Return the LMDB file that `path` names, itself or as a folder with data.mdb; None if it is not an LMDB."""
     if path.is_dir():
         return path / FILE if (path / FILE).is_file() else None
     return path if path.suffix.lower() in (".mdb", ".lmdb") else None
 
 
 def lmdb_source(file: Path) -> ImageSource:
-    """All values of an LMDB, in the order of their keys; no labels. Nothing is written, not even a lock.
+    """Return all values of an LMDB, in the order of their keys, without labels. Nothing is written, not even a lock.
 
-    It is opened anew for each purpose: an environment must not be shared between processes. Raises UsageError without
-    the lmdb library and DataError for another file. The library trusts what it reads: a file made to harm it may crash
-    the process.
+    The file is opened again for each purpose, because an LMDB environment must not be shared between processes. Raises
+    UsageError if the lmdb library is missing, and DataError if the file is not an LMDB. The library trusts the file: a
+    malicious one may crash the process.
     """
     environment = _opened(file)
     try:
@@ -62,7 +62,7 @@ def _opened(file: Path) -> Any:
 
 
 def _item(key: bytes, value: memoryview) -> EncodedImage:
-    """An image; its bytes are copied now, for the memory map moves on."""
+    """Return an image, copying its bytes, because `value` is valid only until the cursor moves on."""
     name = key.decode("ascii", "backslashreplace")
     size = len(value)
     data = bytes(value) if size <= MAX_ENCODED_BYTES else b""

@@ -1,4 +1,4 @@
-"""Images in parquet files of the Hugging Face layout. pyarrow is imported only here, and only when it is used."""
+"""Read parquet files in the Hugging Face layout. The `pyarrow` library is imported only when it is used."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ from fastddpm.errors import DataError, UsageError
 from .source import MAX_ENCODED_BYTES, EncodedImage, ImageSource, check_size, split_files, status_of
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.parquet")
-_ROWS = 128
+_ROWS = 128  # rows that are read at a time
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files of the split in `folder` or one folder below it; of all, when none is named by a split.
+    """Return the split's parquet files in `folder` or one folder below it; all of them if none is named by a split.
 
-    Empty when there is no parquet file. Raises DataError when they are in several folders, when there are only
-    other splits, or when a shard is missing.
+    The list is empty if there is no parquet file. Raises DataError if the files lie in several folders, if only other
+    splits are there, or if a shard is missing.
     """
     tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
     tables = split_files(tables, split, folder, "parquet")
@@ -31,9 +31,10 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 
 def parquet_source(files: list[Path]) -> ImageSource:
-    """Rows of parquet files: `img` or `image` as struct{bytes, ..} or bytes; `label` integers, or absent.
+    """Return the rows of parquet files as images.
 
-    A negative label is none. Raises UsageError without pyarrow and DataError for files of another layout.
+    Columns: `img` or `image`, struct{bytes, ..} or bytes; `label` or `labels`, integers, may be absent. A negative
+    label means that the image has none. Raises UsageError if pyarrow is missing and DataError for another layout.
     """
     try:
         from pyarrow import ArrowException, parquet
@@ -61,20 +62,22 @@ def parquet_source(files: list[Path]) -> ImageSource:
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
-    """The names of the image column and of the label column, checked to be of their types."""
+    """Return the names of the image and label columns. Raises DataError if a column is missing or of another type."""
     from pyarrow import types
 
     image = next((name for name in ("img", "image") if name in schema.names), None)
     if image is None:
-        raise DataError(f"{path} has columns {', '.join(schema.names)}; images are expected in img or image")
+        raise DataError(f"{path} has columns {', '.join(schema.names)}; images are expected in the column img or image")
     kind = schema.field(image).type
     if types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
     if not (types.is_binary(kind) or types.is_large_binary(kind)):
-        raise DataError(f"{path}: {image} is {kind}; the bytes of an image file are expected, or a struct with them")
+        raise DataError(
+            f"{path}: {image} is {kind}; expected the bytes of an image file, or a struct with a field bytes"
+        )
     label = next((name for name in ("label", "labels") if name in schema.names), None)
     if label is not None and not types.is_integer(schema.field(label).type):
-        raise DataError(f"{path}: {label} is {schema.field(label).type}; integers are expected")
+        raise DataError(f"{path}: {label} is {schema.field(label).type}; expected integers")
     return image, label
 
 

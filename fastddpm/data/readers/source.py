@@ -1,4 +1,4 @@
-"""Encoded images, wherever they lie: what a reader of folders, archives or tables gives to the decoder."""
+"""The encoded images that every reader yields, and rules for names, splits and classes that readers share."""
 
 import re
 import stat
@@ -18,7 +18,7 @@ _SPLIT = re.compile(r"(train|test|validation|valid|val)[-._]")
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One encoded image: a name for messages, its class or None, and how to read it (raises OSError, ValueError)."""
+    """One encoded image: `name` for messages, class `label` or None, and `read`, which raises OSError or ValueError."""
 
     name: str
     label: int | None
@@ -27,9 +27,10 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images to decode: `items` yields `count` of them, in a fixed order.
+    """The encoded images of a source: `items()` yields `count` of them, in a fixed order.
 
-    `listing` (of JSON values) changes when the files do. `notes` say what was seen and left alone.
+    `listing`: JSON values that change when the files do, for the cache's key. `notes`: lines about files that were
+    seen but are not read.
     """
 
     name: str
@@ -41,27 +42,27 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class SplitSelection:
-    """Which paths are images of the split, how many there are, and the number of each class."""
+    """The images of a split, by their paths: the split's folder or None, numbers of class folders, image count."""
 
     split: str | None
     classes: dict[str, int]
     count: int
 
     def takes(self, path: PurePosixPath) -> bool:
-        """Whether an image at `path` belongs to the split."""
+        """Return whether the image at `path` belongs to the split."""
         return self.split is None or _top(path, 0) == self.split
 
     def label(self, path: PurePosixPath) -> int | None:
-        """The class of an image of the split."""
+        """Return the class of an image of the split, None without classes."""
         return self.classes.get(_top(path, 0 if self.split is None else 1))
 
 
 def choose(paths: Iterable[PurePosixPath], split: str, where: Path) -> SplitSelection:
-    """What to take of the images at `paths`, which are read once and not kept.
+    """Select the images of `split` among `paths`, which are iterated over once and not kept.
 
-    If all lie in folders named as splits are (train, test, val), only those of `split` count, else all do.
-    Classes number the first-level folders in sorted order when there are at least two and every image lies in one.
-    Raises DataError when there is no image.
+    If all images lie in folders named like splits (train, test, val, ..), only those in the folder `split` are
+    selected; otherwise all are. Classes are the first-level folders, numbered in sorted order, if there are at least
+    two and every image lies in one. Raises DataError if there is no image.
     """
     folders = Counter((_top(path, 0), _top(path, 1)) for path in paths)
     if not folders:
@@ -80,32 +81,32 @@ def choose(paths: Iterable[PurePosixPath], split: str, where: Path) -> SplitSele
 
 
 def _top(path: PurePosixPath, depth: int) -> str:
-    """The folder at `depth` that `path` lies in, or ""."""
+    """Return the name of the folder at `depth` in `path`, or "" if there is none."""
     return path.parts[depth] if len(path.parts) > depth + 1 else ""
 
 
 def is_image(path: PurePosixPath) -> bool:
-    """Whether the name ends like an image's, in either case, and nothing on its path is hidden."""
+    """Return whether the name has an image's extension, in any case, and no part of the path is hidden."""
     return path.suffix.lower() in EXTENSIONS and not is_hidden(path)
 
 
 def is_hidden(path: PurePosixPath) -> bool:
-    """Whether a part of the path starts with a dot, or is what macOS adds to zip files."""
+    """Return whether a part of the path starts with a dot, or is __MACOSX, which macOS adds to zip files."""
     return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
 
 
 def left_alone(endings: Counter[str]) -> tuple[str, ...]:
-    """A note about files that are not read because of their endings, or nothing."""
+    """Return a note about the files that are not read because of their extensions; empty without any."""
     if not endings:
         return ()
-    kinds = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in endings.most_common(5))
-    return (f"{endings.total()} files are left alone, for only {', '.join(EXTENSIONS)} are read: {kinds}",)
+    kinds = ", ".join(f"{count} {ending or 'without extension'}" for ending, count in endings.most_common(5))
+    return (f"{endings.total()} files are not read, because only {', '.join(EXTENSIONS)} are: {kinds}",)
 
 
 def split_files(files: list[Path], split: str, folder: Path, ending: str) -> list[Path]:
-    """The files of the split, where files are named by splits (train-00000.tar, test.parquet), else all of them.
+    """Return the files of the split if any file is named by a split (train-00000.tar, test.parquet), else all files.
 
-    Raises DataError when there are only other splits, or files of one kind in several folders.
+    Raises DataError if only other splits are there, or if the files lie in several folders.
     """
     folders = sorted({path.parent.name for path in files})
     if len(folders) > 1:
@@ -120,12 +121,15 @@ def split_files(files: list[Path], split: str, folder: Path, ending: str) -> lis
 
 
 def status_of(files: Iterable[Path]) -> list[Any]:
-    """Names, sizes and times of a few files, for `Collection.listing`."""
+    """Return the names, sizes and modification times of a few files, for `ImageSource.listing`."""
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def read_file(path: Path, limit: int = MAX_ENCODED_BYTES) -> bytes:
-    """The bytes of a regular file. Raises ValueError for another kind, whose reading could block, or a larger one."""
+    """Return the bytes of a regular file.
+
+    Raises ValueError if the file is larger than `limit` bytes or not a regular file, whose reading could block.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
@@ -134,6 +138,6 @@ def read_file(path: Path, limit: int = MAX_ENCODED_BYTES) -> bytes:
 
 
 def check_size(num_bytes: int, limit: int = MAX_ENCODED_BYTES) -> None:
-    """Raises ValueError for an encoded image of more bytes than are read."""
+    """Raise ValueError if an encoded image has more than `limit` bytes."""
     if num_bytes > limit:
         raise ValueError(f"{num_bytes:,} bytes; at most {limit:,} are read")

@@ -1,7 +1,8 @@
-"""Images in tar files (the layout of webdataset), read in place: nothing is extracted, so paths and links lead nowhere.
+"""Read images from tar files in the layout of webdataset.
 
-Files in a row whose names agree up to the first dot are one sample: 0001.jpg, and its class in 0001.cls (a number) or
-0001.json (label or cls).
+Consecutive files whose names agree up to the first dot are one sample: 0001.jpg, and its class in 0001.cls (a number)
+or 0001.json (label or cls). Files are read in place and never extracted, so members' paths and links cannot reach
+other files.
 """
 
 import itertools
@@ -31,13 +32,13 @@ from .source import (
 
 _MAX_HEADER_BYTES = 2**20
 _MAX_LABEL_BYTES = 2**20
-_MAX_SAMPLE_FILES = 64
+_MAX_SAMPLE_FILES = 64  # of one name up to the first dot
 _LABELS = (".cls", ".json")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar file."""
+    """A regular file in a tar file; `offset` is that of its content, in bytes."""
 
     path: PurePosixPath
     offset: int
@@ -46,19 +47,19 @@ class Member:
 
     @property
     def stem(self) -> str:
-        """What the members of one sample have in common."""
+        """The path up to the first dot of the name, which the members of a sample share."""
         return f"{self.path.parent}/{self.path.name.partition('.')[0]}"
 
     @property
     def ending(self) -> str:
-        """All that follows the first dot, with it."""
+        """The rest of the name from its first dot on, in lower case."""
         _, dot, rest = self.path.name.partition(".")
         return (dot + rest).lower()
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """An image with its label, or what is wrong with them."""
+    """An image with its label or None; `problem` says why it cannot be used, "" if it can."""
 
     image: Member
     label: int | None
@@ -66,11 +67,11 @@ class _Sample:
 
 
 def tar_source(files: list[Path], split: str) -> ImageSource:
-    """All images in tar files, file by file and in the order they lie there.
+    """Return the images in tar files, file by file, in the order of their members.
 
-    Without .cls and .json, labels and splits are those of a folder (`source.choose`). Memory does not grow with
-    the files: their headers are read once to count, and again for `items`. Raises DataError for a file that is no
-    tar, or a damaged one, or if there is no image.
+    The split is that of the members' folders (`source.choose`), and so are the labels if no sample has a .cls or .json
+    label. Memory does not grow with the files: their headers are read once to count the images and again for `items`.
+    Raises DataError if a file is damaged or not a tar file, or if there is no image.
     """
     others: Counter[str] = Counter()
     labelled = False
@@ -98,7 +99,7 @@ def tar_source(files: list[Path], split: str) -> ImageSource:
 
 
 class Tar:
-    """An open tar file; it closes when nothing refers to it any more."""
+    """An open tar file, closed when the last reference to it is gone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -109,20 +110,20 @@ class Tar:
         weakref.finalize(self, os.close, self._descriptor)
 
     def members(self) -> Iterator[Member]:
-        """Regular files, in order."""
+        """Yield the regular files, in order."""
         last = -1
         try:
             with open(self._descriptor, "rb", closefd=False) as file:
                 file.seek(0)
                 archive = tarfile.open(fileobj=_Headers(file), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
                 while (info := archive.next()) is not None:
-                    archive.members = []  # it would keep them all
+                    archive.members = []  # tarfile would keep them all
                     if archive.offset <= last:
                         raise tarfile.ReadError("a member of negative size")
                     last = archive.offset
                     if info.isreg():
                         yield Member(PurePosixPath(info.name), info.offset_data, info.size, info.issparse())
-                # tarfile stops without a word at a damaged header. A whole file ends with blocks of zeros.
+                # tarfile stops silently at a damaged header. A whole file ends with blocks of zeros.
                 file.seek(archive.offset)
                 if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                     raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset:,}")
@@ -130,7 +131,7 @@ class Tar:
             raise DataError(f"{self.path} cannot be read as a tar file: {error}") from error
 
     def read(self, member: Member) -> bytes:
-        """The content of a member; ValueError if it is not all there."""
+        """Return the content of a member. Raises ValueError if it is sparse, cut off or too large."""
         if member.sparse:
             raise ValueError("a sparse file")
         check_size(member.size)
@@ -141,7 +142,7 @@ class Tar:
 
 
 class _Headers:
-    """A file that gives tarfile its headers, which claim their own length, and nothing of more than 1 MiB."""
+    """A file that raises ReadError for reads of more than 1 MiB, since a header may claim to have any length."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -154,14 +155,14 @@ class _Headers:
 
 
 def _samples(tar: Tar, others: Counter[str]) -> Iterator[_Sample]:
-    """The samples that have an image; endings of what is neither image nor label are counted in `others`."""
+    """Yield the samples that have an image; count extensions of other files, labels excepted, in `others`."""
     members = (member for member in tar.members() if not is_hidden(member.path))
     for stem, group in itertools.groupby(members, key=lambda member: member.stem):
         files = list(itertools.islice(group, _MAX_SAMPLE_FILES + 1))
         if len(files) > _MAX_SAMPLE_FILES:
             raise DataError(
                 f"{tar.path}: more than {_MAX_SAMPLE_FILES} files in a row have the name {stem!r} before the first "
-                "dot, which makes them one sample; rename them, or pack them as a .zip"
+                "dot, so they count as one sample; rename them, or pack them as a .zip"
             )
         images = [file for file in files if is_image(file.path)]
         others.update(file.path.suffix.lower() for file in files if file not in images and file.ending not in _LABELS)
@@ -178,12 +179,15 @@ def _sample(tar: Tar, files: list[Member], images: list[Member]) -> _Sample:
     except ValueError as error:
         problem = f"its label: {error}"
     if len(images) > 1:
-        problem = f"several images of one sample: {', '.join(image.path.name for image in images)}"
+        problem = f"several images in one sample: {', '.join(image.path.name for image in images)}"
     return _Sample(images[0], label, problem)
 
 
 def _label(tar: Tar, file: Member) -> int | None:
-    """The number in a .cls file, or in label or cls of a .json; ValueError for anything else in a .cls."""
+    """Return the number in a .cls file, or in label or cls of a .json file, or None if the .json has neither.
+
+    Raises ValueError if a .cls file holds anything else.
+    """
     check_size(file.size, _MAX_LABEL_BYTES)
     try:
         text = tar.read(file).decode()

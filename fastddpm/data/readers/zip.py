@@ -1,4 +1,7 @@
-"""Images in a zip file, read in memory: nothing is ever extracted, so members' paths and links lead nowhere."""
+"""Read images from a zip file.
+
+Members are read into memory and never extracted, so their paths and links cannot reach other files.
+"""
 
 import itertools
 import zipfile
@@ -11,14 +14,14 @@ from fastddpm.errors import DataError
 
 from .source import MAX_ENCODED_BYTES, EncodedImage, ImageSource, choose, is_hidden, is_image, left_alone
 
-_MAX_MEMBERS = 2_000_000  # zipfile keeps about 0.7 KB for each
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the other two without a bound on memory
+_MAX_MEMBERS = 2_000_000  # zipfile keeps about 0.7 KB per member in memory
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks bzip2 and LZMA without a bound on memory
 
 
 def zip_source(path: Path, split: str) -> ImageSource:
-    """All images in a zip file, by the rules of a folder (`source.choose`).
+    """Return the images in a zip file, sorted by path, with the split and labels of `source.choose`.
 
-    Raises DataError for a file that is no zip, has more than 2,000,000 members, two members of one name, or no
+    Raises DataError if the file is not a zip file, has more than 2,000,000 members, several members of one name, or no
     image.
     """
     try:
@@ -40,7 +43,7 @@ def zip_source(path: Path, split: str) -> ImageSource:
             others[name.suffix.lower()] += 1
     members.sort(key=_parts)
     if any(_parts(one) == _parts(two) for one, two in itertools.pairwise(members)):
-        raise DataError(f"{path} has several members of the same name; pack it anew")
+        raise DataError(f"{path} has several members of the same name; make the zip file again without them")
     choice = choose(map(_path, members), split, path)
 
     def items() -> Iterator[EncodedImage]:
@@ -67,12 +70,12 @@ def _reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], byt
         if info.file_size > MAX_ENCODED_BYTES:
             raise ValueError(f"{info.file_size:,} bytes unpacked; at most {MAX_ENCODED_BYTES:,} are read")
         if info.compress_type not in _METHODS:
-            raise ValueError("packed by a method other than deflate; pack it anew")
+            raise ValueError("compressed by a method other than deflate; make the zip file again with deflate")
         try:
             with archive.open(info) as file:
-                # Told a size, zipfile unpacks no more than that, whatever the member really holds.
+                # With a size given, zipfile unpacks no more than that, whatever the member really holds.
                 return file.read(info.file_size)
         except (RuntimeError, NotImplementedError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise ValueError(str(error)) from error  # encrypted, of an unknown method, damaged
+            raise ValueError(str(error)) from error  # encrypted, damaged, or compressed by an unknown method
 
     return read
