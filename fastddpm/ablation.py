@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -14,7 +14,7 @@ from fastddpm.evaluation.options import BitsOptions
 from fastddpm.evaluation.table2 import CELLS, chosen_cells, configuration
 from fastddpm.presets import PRESETS, preset
 from fastddpm.runtime import cli
-from fastddpm.runtime.cli import parse_numbers
+from fastddpm.runtime.options import Device, parse_numbers
 
 PROGRAM = "fastddpm.ablation"
 
@@ -42,8 +42,7 @@ class Command:
     network: str = "digits"
     """Feature network of the scores; none for the likelihood alone."""
     bits: BitsOptions = dataclasses.field(default_factory=lambda: BitsOptions(images=200, every=20))
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA or ROCm device when there is one."""
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if self.samples < 2:

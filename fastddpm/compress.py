@@ -5,14 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fastddpm.config import CodecOptions, EngineConfig
-from fastddpm.data.image import Resize
 from fastddpm.errors import UsageError
 from fastddpm.runtime import cli
+from fastddpm.runtime.options import Checkpoint, Device, Resize, check_checkpoint, check_positive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +27,7 @@ PROGRAM = "fastddpm.compress"
 class Encode:
     """Code images: exactly, or with --lossy. The model that decodes must be the very same."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A run, one of its checkpoints, or a diffusers pipeline directory."""
+    checkpoint: Checkpoint
     images: Annotated[str, tyro.conf.Positional]
     """An image, an .npz as the sample command writes it, whatever --data of training takes, or the word digits: those
     embedded (a folder of that name is ./digits)."""
@@ -37,12 +36,10 @@ class Encode:
     count: int | None = None
     """Only the first images."""
     resize: Resize = "none"
-    """How images of another size are brought to the model's; none refuses them."""
     labels: bool = False
     """Code the images' classes, too, and the images given their class."""
     codec: Annotated[CodecOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CodecOptions)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA or ROCm device when there is one."""
+    device: Device = "auto"
     engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
 
@@ -56,8 +53,7 @@ class Decode:
     """What encode wrote."""
     out: Annotated[Path, tyro.conf.Positional]
     """An .npz to write, or a directory for one PNG of each image."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA or ROCm device when there is one."""
+    device: Device = "auto"
     engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
 
@@ -74,8 +70,7 @@ class Command:
 
 def main(arguments: Sequence[str]) -> None:
     action = cli.parse(Command, arguments, program=PROGRAM).action
-    if not action.checkpoint.exists():
-        raise UsageError(f"no checkpoint at {action.checkpoint}")
+    check_checkpoint(action.checkpoint)
     if isinstance(action, Encode):
         _encode(action)
     else:
@@ -83,8 +78,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _encode(action: Encode) -> None:
-    if action.count is not None and action.count < 1:
-        raise UsageError(f"--count must be positive; got {action.count}")
+    check_positive(count=action.count)
     if action.out.is_dir():
         raise UsageError(f"{action.out} is a directory; name the file to write, such as {action.out / 'images.fdz'}")
     cli.check_out(action.out.parent)

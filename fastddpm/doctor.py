@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastddpm import __version__
 from fastddpm.runtime import cli
+from fastddpm.runtime.options import Device, check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,7 @@ class Command:
     Exits with 1 if an operation is further from float64 than it may be.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA or ROCm device when there is one."""
+    device: Device = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What the operations are tried in: what the sampler takes by itself unless given."""
     batch: int | None = None
@@ -40,10 +40,7 @@ class Command:
 
 def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
-    if command.batch is not None and command.batch < 1:
-        from fastddpm.errors import UsageError
-
-        raise UsageError(f"--batch must be positive; got {command.batch}")
+    check_positive(batch=command.batch)
 
     import torch
 

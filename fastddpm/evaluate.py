@@ -12,6 +12,7 @@ import tyro
 from fastddpm.errors import UsageError
 from fastddpm.evaluation.options import PICTURE_NAMES, QUALITY_METRICS, BitsOptions, PictureOptions, QualityOptions
 from fastddpm.runtime import cli, distributed
+from fastddpm.runtime.options import BatchSize, Checkpoint, Device, Resize, SkipBad, check_checkpoint, check_positive
 from fastddpm.sampling.options import ChainOptions
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ METRICS = (*QUALITY_METRICS, *BITS_METRICS)
 class Command:
     """Measure a checkpoint. What is done stays in --out: the same command goes on, another one adds to it."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A run, one of its checkpoints, or a diffusers pipeline directory."""
+    checkpoint: Checkpoint
     metrics: Annotated[str | None, tyro.conf.arg(metavar=",".join(METRICS))] = None
     """One or more, with commas, or none; all that can be had here unless given."""
     pictures: Annotated[str, tyro.conf.arg(metavar="all|none|NAME,..")] = "none"
@@ -38,19 +38,15 @@ class Command:
     """Images to compare with, as for training. Without it, the embedded digits."""
     split: Literal["train", "test"] = "train"
     """Where the data have splits. The published FID is of train, the published bits/dim of test."""
-    resize: Literal["none", "area", "lanczos"] = "none"
-    """For images of another size: crop to the centre square and resize."""
-    skip_bad: bool = False
-    """Leave out images that cannot be used, rather than stop with a list of them."""
+    resize: Resize = "none"
+    skip_bad: SkipBad = False
     features: Annotated[str | None, tyro.conf.arg(metavar="inception|digits|efficientnet-lite0|PATH")] = None
     """Network of the scores, or a .pth or .safetensors of Inception weights. Without it: inception where its weights
     are, else digits for the embedded digits. Only scores from the published Inception are called FID."""
     out: Path | None = None
     """Directory for figures, features and pictures. Without it, evaluation in the run's directory."""
-    batch: int | None = None
-    """Images evaluated at once; what the device's memory holds unless given."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA or ROCm device when there is one."""
+    batch: BatchSize = None
+    device: Device = "auto"
     chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
     quality: Annotated[QualityOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=QualityOptions)
     bits: BitsOptions = dataclasses.field(default_factory=BitsOptions)
@@ -72,10 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
     metrics = parse_names(command.metrics or "all", METRICS, "metrics")
     pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
-    if command.batch is not None and command.batch < 1:
-        raise UsageError(f"--batch must be positive; got {command.batch}")
-    if not command.checkpoint.exists():
-        raise UsageError(f"no checkpoint at {command.checkpoint}")
+    check_positive(batch=command.batch)
+    check_checkpoint(command.checkpoint)
     cli.check_out(_out(command))
     group = distributed.group_from_environment()
     # Scores are computed by the first process alone, for hours perhaps, while the others wait.
@@ -90,22 +84,18 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _context(command: Command, group: distributed.ProcessGroup) -> "EvaluationContext":
-    from fastddpm import pretrained
     from fastddpm.data import open_dataset
     from fastddpm.evaluation.context import EvaluationContext
     from fastddpm.runtime.device import choose_device
-    from fastddpm.sampling import batch_size
 
     device = choose_device(command.device, distributed.local_rank())
-    model = pretrained.load(command.checkpoint, device)
-    sampler = command.chain.sampler(model)
+    model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
     dataset = open_dataset(
         command.data, image_size=model.preset.unet.image_size, channels=model.preset.unet.image_channels,
         resize=command.resize, skip_bad=command.skip_bad, split=command.split,
     )  # fmt: skip
     out = _out(command)
     out.mkdir(parents=True, exist_ok=True)
-    batch = command.batch or batch_size.choose(sampler.probe, sampler.unet.config, device)
     return EvaluationContext(model, sampler, dataset, batch, device, out, group)
 
 

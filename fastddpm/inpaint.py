@@ -5,14 +5,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
 
 from fastddpm.errors import UsageError
 from fastddpm.runtime import cli
-from fastddpm.runtime.cli import parse_numbers
+from fastddpm.runtime.options import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Resize,
+    check_checkpoint,
+    check_positive,
+    parse_numbers,
+)
 from fastddpm.sampling.options import ChainOptions
 
 if TYPE_CHECKING:
@@ -28,8 +36,7 @@ _GREY = 128  # of what is not known
 class Command:
     """Draw the missing part of images (RePaint). What is known stays as it is, to the bit."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A run, one of its checkpoints, or a diffusers pipeline directory."""
+    checkpoint: Checkpoint
     images: str = "digits"
     """An image, an .npz as the sample command writes it, whatever --data of training takes, or digits: those
     embedded (a folder of that name is ./digits)."""
@@ -42,43 +49,33 @@ class Command:
     """A completion of each image for each seed: numbers and ranges, each in 0..4294967295."""
     labels: str | None = None
     """Classes: one for each image picked, or one for all. Without it: the images' own, or no class."""
-    resize: Literal["none", "area", "lanczos"] = "none"
-    """Images of another size: refused, or their central square scaled with that filter."""
+    resize: Resize = "none"
     resamplings: int = 10
     """How often each stretch of the chain is taken; 1 is fastest and fits least."""
     jump_length: int = 10
     """Steps of a stretch."""
     chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
-    batch: int | None = None
-    """Images drawn at once; what the device's memory holds unless given."""
+    batch: BatchSize = None
     frames: int = 40
     """Frames of the animation; 0 for none."""
     out: Path | None = None
     """Directory for the pictures. Without it, inpainting in the run's directory."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA or ROCm device when there is one."""
+    device: Device = "auto"
 
 
 def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
     seeds = parse_numbers(command.seeds, "seeds")
-    if command.batch is not None and command.batch < 1:
-        raise UsageError(f"--batch must be positive; got {command.batch}")
+    check_positive(batch=command.batch)
     if not 0 <= command.frames <= MAX_FRAMES:
         raise UsageError(f"--frames must be in 0..{MAX_FRAMES}; got {command.frames}")
-    if not command.checkpoint.exists():
-        raise UsageError(f"no checkpoint at {command.checkpoint}")
+    check_checkpoint(command.checkpoint)
     out = command.out or cli.run_of(command.checkpoint) / "inpainting"
     cli.check_out(out)
 
-    from fastddpm import pretrained
     from fastddpm.runtime.device import choose_device
-    from fastddpm.sampling import batch_size
 
-    device = choose_device(command.device)
-    model = pretrained.load(command.checkpoint, device)
-    sampler = command.chain.sampler(model)
-    batch = command.batch or batch_size.choose(sampler.probe, sampler.unet.config, device)
+    _, sampler, batch = command.chain.open(command.checkpoint, choose_device(command.device), command.batch)
     for path in _complete(command, sampler, seeds, batch, out):
         print(path)
 

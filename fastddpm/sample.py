@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fastddpm.errors import UsageError
 from fastddpm.runtime import cli, distributed
-from fastddpm.runtime.cli import parse_numbers
+from fastddpm.runtime.options import BatchSize, Checkpoint, Device, check_checkpoint, check_positive, parse_numbers
 from fastddpm.sampling.options import ChainOptions
 
 if TYPE_CHECKING:
@@ -26,15 +26,13 @@ SHARD_SIZE = 1000
 class Command:
     """Draw images from a checkpoint. An image depends on its seed and the options, not on its batch."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A run, one of its checkpoints, or a diffusers pipeline directory."""
+    checkpoint: Checkpoint
     seeds: str = "0-63"
     """One image for each seed: numbers and ranges, as in 0-63 or 1,5,10-19; each in 0..4294967295."""
     labels: str | None = None
     """Classes to draw, as in seeds: one for each seed, or one for all. Without it: seed modulo classes."""
     chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
-    batch: int | None = None
-    """Images drawn at once; what the device's memory holds unless given."""
+    batch: BatchSize = None
     shard_size: int | None = None
     """Images of one shard-NNNNN.npz. Without it, up to 1,024 images are one file and more are shards of 1,000."""
     out: Path | None = None
@@ -43,19 +41,15 @@ class Command:
     """Also one PNG for each image, named by its seed."""
     gif: bool = False
     """Also an animation of the x_0 predictions of the first batch; not of shards."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA or ROCm device when there is one."""
+    device: Device = "auto"
 
 
 def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
     seeds = parse_numbers(command.seeds, "seeds")
     labels = _labels(command, len(seeds))
-    for name, size in (("batch", command.batch), ("shard-size", command.shard_size)):
-        if size is not None and size < 1:
-            raise UsageError(f"--{name} must be positive; got {size}")
-    if not command.checkpoint.exists():
-        raise UsageError(f"no checkpoint at {command.checkpoint}")
+    check_positive(batch=command.batch, shard_size=command.shard_size)
+    check_checkpoint(command.checkpoint)
     group = distributed.group_from_environment()
     sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or group.world_size > 1
     if sharded and command.gif:
@@ -63,15 +57,11 @@ def main(arguments: Sequence[str]) -> None:
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
     cli.check_out(out)
 
-    from fastddpm import pretrained
     from fastddpm.runtime.device import choose_device
-    from fastddpm.sampling import batch_size
     from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
 
     device = choose_device(command.device, distributed.local_rank())
-    model = pretrained.load(command.checkpoint, device)
-    sampler = command.chain.sampler(model)
-    batch = command.batch or batch_size.choose(sampler.probe, sampler.unet.config, device)
+    _, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
     print(
         f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}",
         file=sys.stderr,

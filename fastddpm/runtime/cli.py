@@ -109,22 +109,3 @@ def check_out(directory: Path) -> None:
         raise StorageError(f"{directory} cannot hold what is to be written: {found} is not a directory")
     if not os.access(found, os.W_OK | os.X_OK):
         raise StorageError(f"{directory} cannot hold what is to be written: {found} takes no files from this user")
-
-
-MAX_SEEDS = 10_000_000
-
-
-def parse_numbers(text: str, option: str) -> list[int]:
-    """The numbers of "1,5,10-19", in order; `UsageError` names the part that is none."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"--{option} takes numbers and ranges, as in 0-63 or 1,5,10-19; got {part.strip()!r}")
-        low, high = int(first), int(last) if dash else int(first)
-        if high < low:
-            raise UsageError(f"--{option}: {part.strip()} runs backwards")
-        if len(numbers) + high - low >= MAX_SEEDS:
-            raise UsageError(f"--{option}: more than {MAX_SEEDS:,} numbers; draw them in several calls")
-        numbers += range(low, high + 1)
-    return numbers
