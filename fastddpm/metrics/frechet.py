@@ -1,4 +1,4 @@
-"""The Fréchet distance of two sets of features, from moments that are gathered batch by batch."""
+"""The Fréchet distance between two sets of features, from moments that are accumulated batch by batch."""
 
 import functools
 from collections.abc import Iterable
@@ -12,9 +12,10 @@ from fastddpm.errors import DataError, UsageError
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What a Gaussian fit needs to know of features, exact to rounding in float64 however they came.
+    """Count, mean and scatter matrix of features, from which a Gaussian is fitted.
 
-    `count`: how many. `mean`: float64 (d,). `product`: float64 (d, d), the sum of (x - mean)(x - mean)ᵀ.
+    `count`: number of features. `mean`: float64 (d,). `product`: float64 (d, d), the sum of (x - mean)(x - mean)ᵀ.
+    The values are the same up to float64 rounding, however the features are split into batches.
     """
 
     count: int
@@ -23,7 +24,7 @@ class Moments:
 
     @staticmethod
     def of(features: Tensor) -> "Moments":
-        """The moments of a batch (N, d), computed where it lies. `DataError` for an empty one, NaN and infinity."""
+        """Return the moments of a batch (N, d), on its device. Raises `DataError` if it is empty or not finite."""
         x = features.to(torch.float64)
         if x.ndim != 2 or not len(x):
             raise DataError(f"features must be (N, d) with N >= 1; got {tuple(features.shape)}")
@@ -35,11 +36,14 @@ class Moments:
 
     @staticmethod
     def of_batches(batches: Iterable[Tensor]) -> "Moments":
-        """The moments of all batches together, in their order."""
+        """Return the moments of all batches together, merged in their order."""
         return functools.reduce(Moments.merged, map(Moments.of, batches))
 
     def merged(self, other: "Moments") -> "Moments":
-        """The moments of both sets as one (Chan, Golub and LeVeque 1979): no difference of large sums."""
+        """Return the moments of the union of both sets (Chan, Golub and LeVeque 1979).
+
+        The formula subtracts no large sums, so it loses no precision.
+        """
         count = self.count + other.count
         shift = other.mean - self.mean
         mean = self.mean + shift * (other.count / count)
@@ -47,18 +51,18 @@ class Moments:
         return Moments(count, mean, self.product + other.product + between)
 
     def covariance(self) -> Tensor:
-        """The unbiased covariance, float64 (d, d)."""
+        """Return the unbiased covariance, float64 (d, d). Raises `UsageError` for fewer than 2 images."""
         if self.count < 2:
             raise UsageError(f"a covariance needs 2 images or more; got {self.count}")
         return self.product / (self.count - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mean_a - mean_b|² + Tr(A + B - 2 (A B)^½) with the unbiased covariances A and B (Dowson and Landau 1982).
+    """Return |mean_a - mean_b|² + Tr(A + B - 2 (A B)^½), A and B the unbiased covariances (Dowson and Landau 1982).
 
-    With A = R Rᵀ and B = S Sᵀ, Tr (A B)^½ is the sum of the singular values of Rᵀ S: nothing is added to a diagonal, no
-    square root of an unsymmetric matrix is taken, covariances may be singular, and N below d. Features of 2048
-    dimensions take seconds. Raises `UsageError` for fewer than 2 images, or sets of different dimensions.
+    With A = R Rᵀ and B = S Sᵀ, Tr (A B)^½ is the sum of the singular values of Rᵀ S. This needs no matrix square root
+    and no constant added to the diagonal; covariances may be singular, and N below d. Features of 2048 dimensions take
+    seconds. Raises `UsageError` for fewer than 2 images, or features of different dimensions.
     """
     if a.mean.shape != b.mean.shape:
         raise UsageError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared")
@@ -69,14 +73,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _factor(moments: Moments) -> Tensor:
-    """R of the covariance R Rᵀ, float64 (d, r): Cholesky's where there is one, else from the eigenvectors."""
+    """Return R with covariance R Rᵀ, float64 (d, r): by Cholesky, or by eigenvectors if the covariance is singular."""
     covariance = moments.covariance()
     if moments.count > len(covariance):
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if not int(failed):
             return factor
     values, vectors = torch.linalg.eigh(covariance)
-    # N points span N - 1 dimensions: the other eigenvalues are nothing but rounding, and are left out for that reason,
-    # not for their size. What rounding makes negative of the rest is 0.
+    # N points span N - 1 dimensions, so the other eigenvalues are pure rounding error and are dropped, whatever their
+    # size. Kept eigenvalues that rounding has made negative become 0.
     rank = min(len(values), moments.count - 1)
     return vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()

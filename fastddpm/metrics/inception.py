@@ -1,8 +1,8 @@
-"""The Inception network of FID: Inception-v3 as the graph of 2015-12-05 has it, and where its weights are found.
+"""The Inception network of FID, Inception-v3 as in the graph of 2015-12-05, and the search for its weights.
 
-Layers carry the names of the published PyTorch file, pt_inception-2015-12-05-6726825d.pth. What differs from other
-Inceptions, and moves scores by whole points if missed: images are resized the way TensorFlow 1 did, average pools leave
-the padding out of the average, and the last block pools by maximum.
+Layers have the names of the published PyTorch file, pt_inception-2015-12-05-6726825d.pth. Three details differ from
+other versions of Inception, and each changes scores by whole points: images are resized as TensorFlow 1 did, average
+pools leave the padding out of the average, and the last block uses a maximum pool.
 """
 
 import os
@@ -18,7 +18,7 @@ from fastddpm.data.cache import default_directory
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FILE = "pt_inception-2015-12-05-6726825d.pth"
-_OTHER_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the same file, as torch-fidelity calls it
+_OTHER_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the same file under torch-fidelity's name
 DIMENSION, CLASSES = 2048, 1008
 _SIZE = 299
 
@@ -26,7 +26,7 @@ Kernel = int | tuple[int, int]
 
 
 class Step(NamedTuple):
-    """A convolution of a branch, by its name in the weights' file."""
+    """A convolution of a branch, with its name in the weights file."""
 
     name: str
     channels: int
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Steps one after another, then one or two `heads` on the same input, whose outputs are concatenated."""
+    """A `trunk` of consecutive steps, then one or two `heads` on its output, whose outputs are concatenated."""
 
     trunk: tuple[Step, ...]
     heads: tuple[Step, ...]
@@ -50,7 +50,7 @@ def _forked(*steps: Step) -> Branch:
 
 
 class Convolution(nn.Module):
-    """Convolution, batch normalization, ReLU. With stride 1 the size stays, with stride 2 nothing is padded."""
+    """Convolution, batch normalization, ReLU. Padded to keep the size only if the stride is 1 and `pad` is True."""
 
     def __init__(self, in_channels: int, channels: int, kernel: Kernel, stride: int = 1, *, pad: bool = True) -> None:
         super().__init__()
@@ -64,9 +64,10 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, and a pooled one: `pool` average or max keeps the size, reduce halves it.
+    """Parallel branches and a pooling branch, concatenated.
 
-    `pooled`: channels of the convolution behind the pool, 0 for none.
+    `pool`: "average" and "max" keep the size, "reduce" halves it. `pooled`: channels of the convolution after the
+    pool, 0 for no convolution.
     """
 
     def __init__(self, in_channels: int, branches: tuple[Branch, ...], pool: str, pooled: int) -> None:
@@ -154,9 +155,9 @@ def _block_8(pool: str, in_channels: int) -> Mixed:
 
 
 class InceptionV3(nn.Module):
-    """uint8 (N, 3, H, W) to the averages of the last block, float32 (N, 2048), and logits without bias (N, 1008).
+    """Images uint8 (N, 3, H, W) to the last block's spatial means, float32 (N, 2048), and logits (N, 1008).
 
-    The Inception Score's code left the bias of the logits out, so it is left out here.
+    Logits are without bias, as in the published code of the Inception Score.
     """
 
     def __init__(self) -> None:
@@ -193,7 +194,7 @@ class InceptionV3(nn.Module):
         return features, F.linear(features, self.fc.weight)
 
     def folded(self) -> "InceptionV3":
-        """With every batch normalization in the convolution before it, ready to be evaluated."""
+        """Fold each batch normalization into the convolution before it, in place; return self in evaluation mode."""
         self.eval().requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Convolution) and isinstance(module.bn, nn.BatchNorm2d):
@@ -202,12 +203,13 @@ class InceptionV3(nn.Module):
 
 
 def resized_as_tensorflow_1(x: Tensor, size: int) -> Tensor:
-    """Bilinear, (N, C, size, size): pixel i is taken at i * (old / new), as if pixels had no extent; no filter."""
+    """Resize bilinearly to (N, C, size, size), sampling pixel i at i * (old / new): no half-pixel offset, no filter."""
     for dim in (3, 2):
         old = x.shape[dim]
-        place = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(old / size, dtype=torch.float32)
-        low = place.long()
-        weight = (place - low).to(x.dtype)
+        scale = torch.tensor(old / size, dtype=torch.float32)
+        position = torch.arange(size, dtype=torch.float32, device=x.device) * scale
+        low = position.long()
+        weight = (position - low).to(x.dtype)
         if dim == 2:
             weight = weight[:, None]
         start = x.index_select(dim, low)
@@ -216,19 +218,19 @@ def resized_as_tensorflow_1(x: Tensor, size: int) -> Tensor:
 
 
 def places() -> list[Path]:
-    """Where the published weights are looked for: fastddpm's cache, then that of torch.hub, which others fill."""
+    """Return the paths where the published weights are looked for: fastddpm's cache, then torch.hub's."""
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     return [folder / name for folder in (default_directory(), hub) for name in (FILE, _OTHER_FILE)]
 
 
 def find_weights() -> Path | None:
-    """The first of `places` that is a file."""
+    """Return the first of `places` that is a file, None if there is none."""
     return next((path for path in places() if os.path.isfile(path)), None)
 
 
 def how_to_get_them() -> str:
-    """One line for who has none."""
+    """Return one line that says how to get missing weights."""
     return (
-        f"the Inception weights are not here: fetch {FILE} (from the releases of pytorch-fid; sha256 {SHA256[:8]}..) "
+        f"the Inception weights are missing: download {FILE} (from the releases of pytorch-fid; sha256 {SHA256[:8]}..) "
         f"and put it at {places()[0]}, or name it by --features PATH"
     )

@@ -1,4 +1,4 @@
-"""The kernel distance of two sets of features: MMD² with a cubic kernel, without bias (Bińkowski et al. 2018)."""
+"""The kernel distance between two sets of features: unbiased MMD² with a cubic kernel (Bińkowski et al. 2018)."""
 
 from collections.abc import Callable
 
@@ -9,21 +9,21 @@ from fastddpm.data import epoch_order
 from fastddpm.errors import UsageError
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-_BLOCK = 2048
+_BLOCK = 2048  # features of each set whose kernel matrix is computed at a time
 
 Progress = Callable[[int, int], None]
 
 
 def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(x·y / d + 1)³ of every pair, (N, M) for (N, d) and (M, d)."""
+    """Return (x·y / d + 1)³ for every pair: (N, M) from (N, d) and (M, d)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def kernel_distance(a: Tensor, b: Tensor, progress: Progress | None = None) -> float:
-    """The unbiased estimate of MMD² from all pairs of features (N, d) and (M, d), in float64 and bounded memory.
+    """Return the unbiased estimate of MMD² from all pairs of features (N, d) and (M, d), in float64 and bounded memory.
 
     Its expectation is 0 for two samples of one distribution, so it may be negative. `progress(done, total)` counts
-    blocks. Raises `UsageError` for fewer than 2 images.
+    blocks of the kernel matrices. Raises `UsageError` for fewer than 2 images.
     """
     x, y = _checked(a, b)
     n, m = len(x), len(y)
@@ -41,7 +41,7 @@ def kernel_distance(a: Tensor, b: Tensor, progress: Progress | None = None) -> f
         return value
 
     def within(blocks: tuple[Tensor, ...]) -> float:
-        """The sum over ordered pairs of two different points."""
+        """Return the sum over ordered pairs of two different points of one set."""
         whole = 0.0
         for i, block in enumerate(blocks):
             own = ((block.square().sum(1) / block.shape[1] + 1) ** 3).sum()
@@ -61,10 +61,10 @@ def kernel_distance_of_subsets(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[float, float]:
-    """KID as it is usually reported: mean and standard deviation (over N) of estimates from `subsets` pairs of subsets.
+    """Return KID as usually reported: mean and standard deviation (divisor N) of estimates from pairs of subsets.
 
-    `size`: points in each, drawn without replacement by Philox keys of (seed, subset, point). Raises `UsageError`
-    where there are fewer points.
+    `subsets`: number of pairs. `size`: points in a subset, drawn without replacement by Philox keys of (seed, subset,
+    point). `progress(done, total)` counts pairs. Raises `UsageError` if a set has fewer than `size` points.
     """
     x, y = _checked(a, b)
     if subsets < 1 or not 2 <= size <= min(len(x), len(y)):

@@ -1,4 +1,4 @@
-"""Improved precision and recall: what share of each set lies within the other's manifold."""
+"""Improved precision and recall: the share of each set of images that lies within the other set's manifold."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,17 +16,19 @@ Progress = Callable[[int, int], None]
 def precision_recall(
     real: Tensor, fake: Tensor, k: int = NEIGHBOURS, progress: Progress | None = None
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2) of features (N, d) and (M, d).
+    """Return improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2) of features (N, d) and (M, d).
 
-    Precision: the share of `fake` no further from some real point than that point's k-th nearest other real point.
-    Recall: the same with the roles swapped. In float64, a block of rows at a time: some 256 MiB beside the features.
-    `progress(done, total)` counts rows. Raises `UsageError` for k or fewer images.
+    Precision: the share of `fake` points that are no further from some real point than that point's k-th nearest other
+    real point. Recall: the same with the roles swapped. Computed in float64, a block of rows at a time, with about
+    256 MiB beside the features. `progress(done, total)` counts rows. Raises `UsageError` for k or fewer images.
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise UsageError(f"features must be (N, d) and (M, d); got {tuple(real.shape)} and {tuple(fake.shape)}")
     if not 1 <= k < min(len(real), len(fake)):
-        raise UsageError(f"{k} neighbours need more images of each set; got {len(real)} and {len(fake)}")
-    centre = real.to(torch.float64).mean(0)  # distances are differences of squares: small numbers lose less
+        raise UsageError(
+            f"{k} neighbours need more images of each set, at least {k + 1}; got {len(real)} and {len(fake)}"
+        )
+    centre = real.to(torch.float64).mean(0)  # centred points lose less precision in the differences of squares
     x, y = (z.to(torch.float64) - centre for z in (real, fake))
     total, done = 2 * len(x) + len(y), 0
 
@@ -37,7 +39,7 @@ def precision_recall(
             progress(done, total)
 
     def radii(points: Tensor) -> Tensor:
-        """Squared distance of each point to its k-th nearest other one."""
+        """Return the squared distance of each point to its k-th nearest other point."""
         found = []
         for rows in _squared_distances(points, points):
             found.append(rows.kthvalue(k + 1, dim=1).values)  # the nearest is the point itself
@@ -59,10 +61,10 @@ def _starts(rows: int, columns: int) -> range:
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """|x_i - y_j|², float64, some rows i at a time.
+    """Yield |x_i - y_j|², float64, for some rows i at a time.
 
-    By |x|² + |y|² - 2 x·y, a matrix product. What its rounding cannot tell from 0 is 0, so that a point is at distance
-    0 from its copies.
+    Computed as |x|² + |y|² - 2 x·y, a matrix product. Values within rounding error of 0 are set to 0, so that a point
+    is at distance 0 from its copies.
     """
     squares_y = y.square().sum(1)
     noise = x.shape[1] * torch.finfo(torch.float64).eps

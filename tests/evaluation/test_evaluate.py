@@ -188,7 +188,7 @@ def test_without_a_feature_network_the_rest_is_measured(
     """Where images are given, digits are no network to compare them by; asked for explicitly it is a mistake."""
     evaluate.main(command(run, tmp_path, "--data", str(pictures)))
     error = capsys.readouterr().err
-    assert "fid, is, kid, pr are left out: the Inception weights are not here: fetch" in error
+    assert "fid, is, kid, pr are left out: the Inception weights are missing: download" in error
     assert set(document(tmp_path)["train"]) == {"bpd", "rate-distortion"}
     with pytest.raises(UsageError, match="--features efficientnet-lite0, whose scores are no FID"):
         evaluate.main(command(run, tmp_path, "--data", str(pictures), "--metrics", "fid"))

@@ -164,7 +164,7 @@ def test_the_published_file_is_found_and_called_inception(
 ) -> None:
     """In fastddpm's cache, or in that of torch.hub under either name; where its checksum is the published one."""
     with pytest.raises(
-        UsageError, match=rf"fetch {inception.FILE}.*put it at {no_home}/cache/fastddpm/{inception.FILE}"
+        UsageError, match=rf"download {inception.FILE}.*put it at {no_home}/cache/fastddpm/{inception.FILE}"
     ):
         open_network("inception", image_size=32)
     hub = no_home / "torch" / "hub" / "checkpoints"
