@@ -84,6 +84,8 @@ setup(
     description="Denoising Diffusion Probabilistic Models, exact and fast",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     classifiers=[
         "Development Status :: 4 - Beta",

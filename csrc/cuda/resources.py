@@ -1,6 +1,6 @@
 """What each kernel takes of a GPU, as ptxas says when csrc/build.py compiles it.
 
-python csrc/cuda/resources.py    prints the table of docs/cuda.md for the kernels in build/native-cuda
+python csrc/cuda/resources.py    prints the table of docs/measurements/gpu.md for the kernels in build/native-cuda
 """
 
 import re
