@@ -1,4 +1,4 @@
-"""A codec on a model's conditionals: lossless at the price of the variational bound, or lossy down to a timestep."""
+"""Compress images with a trained model: lossless at the rate of its variational bound, or lossy down to a timestep."""
 
 from fastddpm.config import CodecOptions
 

@@ -1,12 +1,14 @@
-"""Images to bits at the price of the variational bound: bits-back coding along the chain.
+"""Bits-back coding along the chain, which encodes images at the rate of the variational bound.
 
-The latents x_1 .. x_T of an image are popped from the stack, as if what lies there were random, and pushed again with
-the model's probabilities; who decodes gets the popped bits back. An image costs -log2 p(x_0 .. x_T) + log2 q(x_1 .. x_T
-given x_0), whose expectation is the bound (equation 3 of the paper). A latent is popped only when the one before it is
-there, and that is pushed at once, so that few bits must be on the stack to begin with (Bit-Swap, Kingma et al. 2019).
+The encoder draws the latents x_1 .. x_T of an image by popping them from the stack, as if its bits were random, and
+pushes them again with the model's probabilities. Decoding restores the popped bits. An image therefore costs
+-log2 p(x_0 .. x_T) + log2 q(x_1 .. x_T | x_0) bits, whose expectation is the bound (equation 3 of the paper). Each
+latent is popped right after the one below it, which is then pushed at once, so that few bits must be on the stack at
+the start (Bit-Swap, Kingma et al. 2019).
 
-What lies on top of the stack is not random: it was pushed just before, and says by how much the model was wrong. Noise
-made of it drives x_t away from x_0 and can double the length. So popped values pass through a pad of Philox bits.
+The bits on top of the stack are not random: they were pushed just before, and depend on the model's error. Used as
+noise, they drive x_t away from x_0 and can double the length. Popped values are therefore combined with a pad of Philox
+bits.
 """
 
 from collections.abc import Callable
@@ -21,16 +23,17 @@ from .ans import AnsStack
 from .conditionals import ChainConditionals
 
 Progress = Callable[[int], None]
+"""Takes the number of finished timesteps."""
 
 
 @dataclass(frozen=True)
 class RandomPads:
-    """Random bits of one chunk of images: a function of its number, the timestep and the place in the chunk."""
+    """Random bits for one chunk of images: a function of the chunk's number, the timestep and the position in it."""
 
     chunk: int
 
     def at(self, t: int, count: int) -> np.ndarray:
-        """32 bits each, uint64 (count,)."""
+        """Return `count` pads of 32 random bits for timestep `t`, uint64 (count,)."""
         blocks = np.arange(-(-count // 4))
         words = philox(blocks, np.array(self.chunk), np.array(t), np.array(STREAM_PAD), 0)
         return np.stack(words, axis=-1).reshape(-1)[:count].astype(np.uint64)
@@ -38,42 +41,39 @@ class RandomPads:
 
 def encode(
     stack: AnsStack,
-    levels: ChainConditionals,
+    conditionals: ChainConditionals,
     symbols: np.ndarray,
     label: np.ndarray | None,
     pads: RandomPads,
     progress: Progress,
 ) -> None:
-    """Push images, cells int64 (n * C * H * W,). `label`: int64 (n,) or None.
-
-    `progress` is told how many of the levels are done.
-    """
-    below, values = symbols, levels.cells.centres(symbols)
-    for level, (t, grid) in enumerate(zip(levels.timesteps, levels.grids, strict=True)):
-        drawn = stack.pop(len(below), levels.forward(level, values).find, pads.at(t, len(below)))
+    """Push n images, given as cells int64 (n * C * H * W,). `label`: int64 (n,) or None."""
+    below, values = symbols, conditionals.cells.centres(symbols)
+    for index, (t, grid) in enumerate(zip(conditionals.timesteps, conditionals.grids, strict=True)):
+        drawn = stack.pop(len(below), conditionals.forward(index, values).find, pads.at(t, len(below)))
         values = grid.centres(drawn)
-        stack.push(*levels.reverse(level, values, label).intervals(below))
+        stack.push(*conditionals.reverse(index, values, label).intervals(below))
         below = drawn
-        progress(level + 1)
-    stack.push(*levels.prior(len(below)).intervals(below))
+        progress(index + 1)
+    stack.push(*conditionals.prior(len(below)).intervals(below))
 
 
 def decode(
     stack: AnsStack,
-    levels: ChainConditionals,
+    conditionals: ChainConditionals,
     count: int,
     label: np.ndarray | None,
     pads: RandomPads,
     progress: Progress,
 ) -> np.ndarray:
-    """Pop images of `count` pixels altogether, int64 (count,): `encode` backwards."""
-    above = stack.pop(count, levels.prior(count).find)
-    for level in reversed(range(len(levels))):
-        masses = levels.reverse(level, levels.grids[level].centres(above), label)
-        below = stack.pop(count, masses.find)
-        grid = levels.grids[level - 1] if level else levels.cells
-        q = levels.forward(level, grid.centres(below))
-        stack.push(*q.intervals(above), pads.at(levels.timesteps[level], count))
+    """Pop images of `count` = n * C * H * W values in total and return their cells, int64 (count,): undo `encode`."""
+    above = stack.pop(count, conditionals.prior(count).find)
+    for index in reversed(range(len(conditionals))):
+        p = conditionals.reverse(index, conditionals.grids[index].centres(above), label)
+        below = stack.pop(count, p.find)
+        grid = conditionals.grids[index - 1] if index else conditionals.cells
+        q = conditionals.forward(index, grid.centres(below))
+        stack.push(*q.intervals(above), pads.at(conditionals.timesteps[index], count))
         above = below
-        progress(len(levels) - level)
+        progress(len(conditionals) - index)
     return above

@@ -1,13 +1,13 @@
-"""The file: what the bits depend on, and the bits, under one checksum.
+"""The format of a compressed file: a header with everything that decoding depends on, then the coded bits.
 
     8 bytes     89 46 44 5A 0D 0A 1A 0A, "FDZ"
-    4 bytes     length of the header, little-endian like everything here
-    header      JSON, deflated
+    4 bytes     length of the header in bytes; all numbers are little-endian
+    header      JSON, compressed by zlib
     8 bytes     the head of the stack
-    2 n bytes   its words, the deepest first
+    2 n bytes   the words of the stack, the deepest first
     32 bytes    SHA-256 of all of the above
 
-Nothing of a file is looked at before its checksum is right.
+The checksum is verified before anything else is read.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ from fastddpm.storage.files import write_whole
 
 from .ans import EMPTY
 
-# What a file says of its images and of what its bits depend on
+# The header
 
 VERSION = 1
 MOST_IMAGES = 2**31
 _MOST_LANES = 2**16
 _MOST_STEPS = 100_000
-_MOST_PIXELS = 2**26  # of the images that are coded side by side
+_MOST_PIXELS = 2**26  # in one chunk of images
 _TEXTS = ("conditioning", "network", "process", "outputs", "made", "pixels")
 CONDITIONINGS = ("none", "unknown", "coded")
 
 
 @dataclass(frozen=True)
 class ChunkRun:
-    """`repeats` chunks of `size` images that are coded side by side, in `lanes` lanes."""
+    """`repeats` consecutive chunks of `size` images; the images of a chunk are coded together, in `lanes` lanes."""
 
     repeats: int
     size: int
@@ -48,12 +48,14 @@ class ChunkRun:
 
 @dataclass(frozen=True)
 class Header:
-    """`shape`: (C, H, W). `levels`: values of a pixel. `timesteps`: descending. `runs`: the images in groups, in order.
+    """The images' shape, the chain, and checksums of everything that decoding depends on.
 
-    `decoder`: deviation of p(x_0 | first state), None for the model's own.
-    `conditioning`: "none", a network without classes; "unknown", its null label; "coded", the labels are in the stream.
-    `network`, `process`, `pixels`: checksums of the weights, of the chain's tables, of the images that come out.
-    `outputs`: that of some outputs of the network, `made`: by what machinery.
+    `shape`: (C, H, W). `levels`: number of pixel levels. `timesteps`: descending. `runs`: the chunks of images, in
+    order. `decoder`: standard deviation of p(x_0 | first state), None for the model's own.
+    `conditioning`: "none" for a network without classes, "unknown" if it was given its null label, "coded" if the
+    labels are coded with the images.
+    `network`, `process`, `outputs`, `pixels`: checksums of the weights, of the chain's tables, of some network outputs,
+    and of the decoded images. `made`: the device and versions that computed the outputs.
     """
 
     shape: tuple[int, int, int]
@@ -73,16 +75,19 @@ class Header:
         return sum(run.repeats * run.size for run in self.runs)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; of the timesteps the first, and how far down each next one is."""
-        downwards = [self.timesteps[0], *(-np.diff(self.timesteps)).tolist()]
+        """Return the header for JSON; timesteps are stored as the first one and the differences between neighbours."""
+        differences = [self.timesteps[0], *(-np.diff(self.timesteps)).tolist()]
         runs = [[run.repeats, run.size, run.lanes] for run in self.runs]
-        return {"version": VERSION} | asdict(self) | {"timesteps": downwards, "runs": runs}
+        return {"version": VERSION} | asdict(self) | {"timesteps": differences, "runs": runs}
 
     @staticmethod
     def of(data: dict[str, Any], where: str) -> "Header":
-        """The inverse of `to_dict`; `DataError` unless every field is there, of its type and within bounds."""
+        """Return the header from the result of `to_dict`.
+
+        Raises `DataError` unless every field is there, of its type and within bounds.
+        """
         if data.get("version") != VERSION:
-            raise DataError(f"{where} has version {data.get('version')!r} of the format; version {VERSION} is read")
+            raise DataError(f"{where} has format version {data.get('version')!r}; this fastddpm reads {VERSION}")
         names = {f.name for f in fields(Header)}
         if set(data) != names | {"version"}:
             raise DataError(f"{where}: the header must have the fields {', '.join(sorted(names))}")
@@ -95,8 +100,8 @@ class Header:
         levels = _numbers([data["levels"]], "levels", where, 1, 1)[0]
         if not 2 <= levels <= 256:
             raise DataError(f"{where}: levels must be in 2..256; got {levels}")
-        downwards = _numbers(data["timesteps"], "timesteps", where, 2, _MOST_STEPS)
-        timesteps = tuple((downwards[0] - np.cumsum([0, *downwards[1:]])).tolist())
+        differences = _numbers(data["timesteps"], "timesteps", where, 2, _MOST_STEPS)
+        timesteps = tuple((differences[0] - np.cumsum([0, *differences[1:]])).tolist())
         if timesteps[-1] < 0:
             raise DataError(f"{where}: the timesteps go below 0")
         runs = tuple(
@@ -104,21 +109,21 @@ class Header:
         )
         decoder = data["decoder"]
         if decoder is not None and not (type(decoder) is float and 1e-6 < decoder < 10):
-            raise DataError(f"{where}: decoder must be a deviation in 1e-6..10 or null")
+            raise DataError(f"{where}: decoder must be a standard deviation in 1e-6..10 or null")
         texts = {name: data[name] for name in _TEXTS}
         header = Header((shape[0], shape[1], shape[2]), levels, timesteps, runs, decoder, **texts)
         header._check_sizes(where)
         return header
 
     def _check_sizes(self, where: str) -> None:
-        """`DataError` for groups that no encoder makes and that would take memory without end."""
+        """Raise `DataError` for chunks that no encoder makes, since they could take unbounded memory."""
         pixels = self.shape[0] * self.shape[1] * self.shape[2]
         if any(run.lanes > _MOST_LANES or run.lanes & (run.lanes - 1) for run in self.runs):
             raise DataError(f"{where}: lanes must be a power of two, at most {_MOST_LANES}")
         if any(run.size * pixels > _MOST_PIXELS for run in self.runs):
-            raise DataError(f"{where}: more than {_MOST_PIXELS:,} pixels are coded side by side")
+            raise DataError(f"{where}: a chunk has more than {_MOST_PIXELS:,} pixels")
         if self.num_images > MOST_IMAGES:
-            raise DataError(f"{where}: {self.num_images:,} images; at most {MOST_IMAGES:,} are in one file")
+            raise DataError(f"{where}: {self.num_images:,} images; at most {MOST_IMAGES:,} are read")
 
 
 def _list(value: Any, name: str, where: str, least: int, most: int) -> list[Any]:
@@ -128,12 +133,14 @@ def _list(value: Any, name: str, where: str, least: int, most: int) -> list[Any]
 
 
 def _numbers(value: Any, name: str, where: str, least: int, most: int) -> list[int]:
-    """Positive whole numbers below 2^31."""
+    """Return `value` if it is a list of `least` to `most` positive integers below 2^31, otherwise raise `DataError`."""
     entries = _list(value, name, where, least, most)
     if not all(type(entry) is int and 0 < entry < 2**31 for entry in entries):
-        raise DataError(f"{where}: {name} must hold positive whole numbers below 2^31")
+        raise DataError(f"{where}: {name} must hold positive integers below 2^31")
     return entries
 
+
+# The bytes of a file
 
 _MAGIC = b"\x89FDZ\r\n\x1a\n"
 _LENGTH, _HEAD = struct.Struct("<I"), struct.Struct("<Q")
@@ -142,7 +149,7 @@ _SMALLEST = len(_MAGIC) + _LENGTH.size + _HEAD.size + _DIGEST
 
 
 def pack(header: dict[str, Any], head: int, words: np.ndarray) -> tuple[bytes, int]:
-    """The bytes of a file, and how many of them are not the stack's."""
+    """Return the bytes of a file, and the number of those that are not the stack's."""
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     start = _MAGIC + _LENGTH.pack(len(text)) + text
     data = start + _HEAD.pack(head) + words.astype("<u2").tobytes()
@@ -150,11 +157,14 @@ def pack(header: dict[str, Any], head: int, words: np.ndarray) -> tuple[bytes, i
 
 
 def unpack(data: bytes, where: str | Path) -> tuple[dict[str, Any], int, np.ndarray]:
-    """Header, head and words, uint16, of a file; `DataError` for one that is foreign, cut short or changed."""
+    """Return the header, the stack's head and its words, uint16, of a file.
+
+    Raises `DataError` if the file was not made by this codec, is cut short or was changed.
+    """
     if data[: len(_MAGIC)] != _MAGIC:
         raise DataError(f"{where} is not a file of fastddpm.compress")
     if len(data) < _SMALLEST or hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
-        raise DataError(f"{where} is damaged: it is cut short or was changed, its checksum is wrong")
+        raise DataError(f"{where} is damaged: it was cut short or changed, since its checksum is wrong")
     length = _LENGTH.unpack_from(data, len(_MAGIC))[0]
     start = len(_MAGIC) + _LENGTH.size
     rest = len(data) - _DIGEST - _HEAD.size - start - length
@@ -170,18 +180,21 @@ def unpack(data: bytes, where: str | Path) -> tuple[dict[str, Any], int, np.ndar
 
 
 def _inflated(data: bytes, where: str | Path) -> bytes:
+    """Decompress the header, in bounded memory."""
     inflater = zlib.decompressobj()
     try:
         text = inflater.decompress(data, MAX_JSON_BYTES)
     except zlib.error as error:
-        raise DataError(f"{where}: the header cannot be inflated: {error}") from error
+        raise DataError(f"{where}: the header cannot be decompressed: {error}") from error
     if not inflater.eof or inflater.unused_data:
-        raise DataError(f"{where}: the header is cut short, followed by something, or beyond {MAX_JSON_BYTES:,} bytes")
+        raise DataError(
+            f"{where}: the header ends early, has bytes after its end, or unpacks to more than {MAX_JSON_BYTES:,} bytes"
+        )
     return text
 
 
 def read(path: Path) -> bytes:
-    """A file's bytes; `UsageError` where there is none, `DataError` where it cannot be read."""
+    """Return a file's bytes. Raises `UsageError` if there is no such file and `DataError` if it cannot be read."""
     if not path.is_file():
         raise UsageError(f"no file at {path}")
     try:
@@ -191,7 +204,7 @@ def read(path: Path) -> bytes:
 
 
 def write(data: bytes, path: Path) -> None:
-    """Write a file, and its directory, whole or not at all; `StorageError` where that fails."""
+    """Write a file completely or not at all, making its directory if needed. Raises `StorageError` on failure."""
 
     def make(temporary: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Whether the network computes here, to the last bit, what it computed where a file was made."""
+"""Checksums of the weights, the chain and the network's outputs, to find out if a file can be decoded here.
+
+Decoding needs the encoder's network outputs to the last bit.
+"""
 
 import hashlib
 import platform
@@ -17,12 +20,12 @@ _DIGITS = 32  # of a checksum, hexadecimal: 128 bits
 
 
 def of_network(sampler: Sampler) -> str:
-    """Checksum of the weights."""
+    """Return a checksum of the weights."""
     return str(sampler.settings()["network"])[:_DIGITS]
 
 
 def of_process(sampler: Sampler) -> str:
-    """Checksum of the timesteps, the chain's coefficients and the tables of the normal distribution."""
+    """Return a checksum of the timesteps, the chain's coefficients and the tables of the normal distribution."""
     settings = sampler.settings()
     digest = hashlib.sha256(f"{settings['timesteps']} {settings['coefficients']}".encode())
     digest.update(sampler.diffusion.alpha_bar.tobytes() + repr(sampler.diffusion.config).encode())
@@ -32,9 +35,10 @@ def of_process(sampler: Sampler) -> str:
 
 
 def of_outputs(sampler: Sampler, sizes: set[int]) -> str:
-    """Checksum of the network's outputs for noise, in batches of `sizes`, at the first, a middle and the last timestep.
+    """Return a checksum of the network's outputs for fixed noise, at the first, a middle and the last timestep.
 
-    Rather than guess what in a machine, its libraries and their threads changes a bit, this tries it out.
+    `sizes`: the batch sizes to evaluate. Outputs are compared because hardware, libraries and the number of threads may
+    all change a bit, and no list of them would be complete.
     """
     config = sampler.unet.config
     device = next(sampler.unet.parameters()).device
@@ -51,7 +55,7 @@ def of_outputs(sampler: Sampler, sizes: set[int]) -> str:
 
 
 def made_by(sampler: Sampler) -> str:
-    """What computes the network here, for a message."""
+    """Describe the precision, device, torch version and threads that compute the network here, for messages."""
     device = next(sampler.unet.parameters()).device
     name = platform.machine()
     if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""Gaussians over cells of a line, as integer masses that both sides of the codec compute to the same last bit.
+"""Gaussians quantised to integer masses on cells, which encoder and decoder compute to the same last bit.
 
-A cumulative distribution function is a table at multiples of 1/256 of a deviation, and linear between them: what is
-evaluated for a symbol is nothing but + - * / and rounding down, which IEEE 754 fixes, it cannot decrease anywhere, and
-the density that it stands for is off by less than 1e-5 of itself where that matters.
+A cumulative distribution function is tabulated at multiples of 1/256 of a standard deviation and linear between them.
+Evaluating it for a symbol takes only + - * / and rounding down, whose results IEEE 754 fixes. It cannot decrease
+anywhere, and where probabilities matter its density has a relative error below 1e-5.
 """
 
 import math
@@ -14,20 +14,24 @@ import numpy as np
 from .ans import PRECISION
 
 TOTAL = 2**PRECISION
-_REACH, _STEPS = 8, 256  # deviations to either side, and steps of the table in one
+_REACH, _STEPS = 8, 256  # standard deviations to either side of 0, and table steps in each
 _SEGMENTS = 2 * _REACH * _STEPS
 
 
 @dataclass(frozen=True, eq=False)
 class Cdf:
-    """`values` (4097,): the function times 2^32 from -8 to 8 deviations, whole; `slopes` (4096,): their differences."""
+    """A tabulated cumulative distribution function.
+
+    `values` (4097,): the function times 2^32, rounded to integers, from -8 to 8 standard deviations. `slopes` (4096,):
+    the differences of the values.
+    """
 
     values: np.ndarray
     slopes: np.ndarray
 
     @staticmethod
     def of(function: Callable[[float], float]) -> "Cdf":
-        """The table of a function, 0 and 1 at its ends."""
+        """Tabulate a function, whose ends are set to exactly 0 and 1."""
         values = np.floor(np.array([function(i / _STEPS - _REACH) for i in range(_SEGMENTS + 1)]) * TOTAL + 0.5)
         values[0], values[-1] = 0, TOTAL
         return Cdf(values, np.diff(values))
@@ -42,28 +46,28 @@ def _released(z: float) -> float:
 
 
 NORMAL = Cdf.of(_normal)
-# What the released code, and with it every published figure, takes for the decoder's pixels.
+# The approximation that the released code uses for the decoder's pixels, and with it every published figure.
 RELEASED = Cdf.of(_released)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells k = 0..bins - 1 of one `width` from `origin` on; the outer ones reach to infinity."""
+    """Cells k = 0..bins - 1 of equal `width`, starting at `origin`; the outer two extend to infinity."""
 
     origin: float
     width: float
     bins: int
 
     def centres(self, cells: np.ndarray) -> np.ndarray:
-        """The middle of each cell, float64."""
+        """Return the centre of each cell, float64."""
         return self.origin + (cells + 0.5) * self.width
 
 
 class QuantisedGaussian:
-    """The masses that Gaussians put on the cells of a grid, of 2^32: one Gaussian for each of n symbols.
+    """The masses, out of 2^32, of n Gaussians on the cells of a grid: one Gaussian for each of n symbols.
 
-    `mean` (n,) and `deviation`, one or (n,), float64. With `everywhere` each cell has at least 1, so that any symbol
-    can be coded; without, a cell of no mass is one that is never drawn.
+    `mean`: float64 (n,). `deviation`: standard deviation, a number or float64 (n,). With `everywhere` each cell has a
+    mass of at least 1, so that any symbol can be coded; without it, cells of mass 0 are never drawn.
     """
 
     def __init__(
@@ -75,8 +79,8 @@ class QuantisedGaussian:
         cdf: Cdf = NORMAL,
         everywhere: bool = True,
     ) -> None:
-        self._bins, self._cdf, self._least = grid.bins, cdf, int(everywhere)
-        self._share = (TOTAL - grid.bins) / TOTAL if everywhere else 1.0  # exact: a fraction of 2^32
+        self._bins, self._cdf, self._least_mass = grid.bins, cdf, int(everywhere)
+        self._share = (TOTAL - grid.bins) / TOTAL if everywhere else 1.0  # exact in float64: a multiple of 2^-32
         self._scale = np.broadcast_to(grid.width * _STEPS / np.asarray(deviation), mean.shape)
         self._offset = ((grid.origin - mean) / deviation + _REACH) * _STEPS
 
@@ -84,12 +88,15 @@ class QuantisedGaussian:
         return len(self._offset)
 
     def intervals(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(start, mass) of a cell of each Gaussian, uint64 (n,)."""
+        """Return (start, mass) of the given cell of each Gaussian, uint64 (n,) each."""
         start = self._below(cells, self._scale, self._offset)
         return start, self._below(cells + 1, self._scale, self._offset) - start
 
     def find(self, value: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The cells, int64, that the values 0..2^32 - 1 lie in, with their (start, mass): Gaussians of `part`."""
+        """Return the cells, int64, that contain the values 0..2^32 - 1, with their start and mass.
+
+        `part`: which of the n Gaussians the values belong to.
+        """
         scale, offset = self._scale[part], self._offset[part]
         cells = self._guess(value, scale, offset)
         start, end = self._below(cells, scale, offset), self._below(cells + 1, scale, offset)
@@ -100,21 +107,22 @@ class QuantisedGaussian:
         return cells, start, end - start
 
     def _below(self, cells: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """The mass below cells, uint64; it increases with the cell, rounding included."""
+        """Return the mass below each cell, uint64; rounding included, it never decreases with the cell."""
         z = np.clip(cells * scale + offset, 0.0, float(_SEGMENTS))
         z[cells <= 0], z[cells >= self._bins] = 0.0, _SEGMENTS
         segment = np.minimum(z.astype(np.int64), _SEGMENTS - 1)
         mass = self._cdf.values[segment] + (z - segment) * self._cdf.slopes[segment]
-        return ((mass * self._share).astype(np.int64) + self._least * cells).astype(np.uint64)
+        return ((mass * self._share).astype(np.int64) + self._least_mass * cells).astype(np.uint64)
 
     def _guess(self, value: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """The cell but for rounding and for the least mass."""
+        """Return the cell that contains each value, neglecting rounding and the least mass."""
         mass = np.minimum(value.astype(np.float64) / self._share, TOTAL - 1.0)
         segment = np.searchsorted(self._cdf.values, mass, side="right") - 1
         z = segment + (mass - self._cdf.values[segment]) / self._cdf.slopes[segment]
         return np.clip((z - offset) / scale, 0, self._bins - 1).astype(np.int64)
 
     def _bisect(self, value: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """Return the cell that contains each value exactly, by bisection."""
         low, high = np.zeros(len(value), np.int64), np.full(len(value), self._bins)
         while (high - low > 1).any():
             middle = (low + high) // 2
@@ -124,7 +132,7 @@ class QuantisedGaussian:
 
 
 class Uniform:
-    """`count` symbols of one probability each, for n of them."""
+    """The uniform distribution over `count` symbols, for each of n symbols."""
 
     def __init__(self, count: int, n: int) -> None:
         self._count, self._n = count, n
@@ -133,11 +141,11 @@ class Uniform:
         return self._n
 
     def intervals(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(start, mass), uint64 (n,)."""
+        """Return (start, mass) of each symbol, uint64 (n,) each."""
         start = symbols * TOTAL // self._count
         return start.astype(np.uint64), ((symbols + 1) * TOTAL // self._count - start).astype(np.uint64)
 
     def find(self, value: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `QuantisedGaussian.find`."""
+        """Return symbols, starts and masses, as `QuantisedGaussian.find` does."""
         symbols = ((value.astype(np.int64) + 1) * self._count - 1) // TOTAL
         return (symbols, *self.intervals(symbols))

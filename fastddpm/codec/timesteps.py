@@ -1,4 +1,4 @@
-"""Which timesteps to visit: those of the smallest bound for the images at hand (Watson et al. 2021)."""
+"""Choose the timesteps with the smallest variational bound for the given images (Watson et al. 2021)."""
 
 import numpy as np
 import torch
@@ -9,18 +9,18 @@ from fastddpm.kernels.philox.reference import normals, philox
 from fastddpm.sampling.sampler import Sampler
 
 _CANDIDATES = 1024
-_EVALUATED = 80  # timesteps at which the error is measured; between them its logarithm is linear
-_IMAGES = 32
+_EVALUATED = 80  # timesteps at which the error is measured; its logarithm is interpolated linearly between them
+_IMAGES = 32  # images on which it is measured
 
 
 def best_timesteps(
     sampler: Sampler, images: np.ndarray, labels: np.ndarray | None, steps: int | None, last: int
 ) -> list[int]:
-    """`steps` timesteps, descending from T - 1 to `last`; all of them where there are no more.
+    """Return `steps` timesteps, descending from T - 1 to `last`; all of that range if `steps` is None or too large.
 
     The mean squared error of the x_0 prediction is measured on up to 32 of `images`, uint8 (N, C, H, W); the path with
     the smallest sum of KL divergences is found by dynamic programming. Evenly spread timesteps can cost several times
-    the bits: nearly all of them are spent at small t.
+    the bits, because nearly all bits are spent at small t.
     """
     diffusion = sampler.diffusion
     if steps is None or steps >= diffusion.timesteps - last:
@@ -35,10 +35,10 @@ def best_timesteps(
 
 
 def divergences(diffusion: Diffusion, timesteps: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension, float64 (n, n): s the row, t the column.
+    """Return KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension, float64 (n, n): row s, column t.
 
-    `timesteps` (n,) ascend; `errors` (n,): mean squared error of the x_0 prediction at each. Infinite for s >= t. A
-    learned variance is taken for the posterior's.
+    `timesteps` (n,): ascending. `errors` (n,): mean squared error of the x_0 prediction at each. Entries with s >= t
+    are infinite. A learned variance is approximated by the posterior's.
     """
     s, t = diffusion.alpha_bar[timesteps][:, None], diffusion.alpha_bar[timesteps][None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -51,13 +51,16 @@ def divergences(diffusion: Diffusion, timesteps: np.ndarray, errors: np.ndarray)
 
 
 def mean_squared_error(sampler: Sampler, images: np.ndarray, labels: np.ndarray | None, t: int) -> float:
-    """Of the clipped x_0 prediction from x_t, measured on up to 32 of `images`, in units of [-1, 1] squared."""
+    """Return the mean squared error of the clipped x_0 prediction from x_t, in units of [-1, 1] squared.
+
+    It is measured on up to 32 of `images`, uint8 (N, C, H, W).
+    """
     chosen = _some(images)
     return float(_errors(sampler, images[chosen], None if labels is None else labels[chosen], np.array([t]))[0])
 
 
 def shortest_path(costs: np.ndarray, points: int) -> np.ndarray:
-    """`points` indices, ascending from first to last, with the smallest sum of costs[i, j] from each to the next."""
+    """Return `points` ascending indices, first and last included, with the smallest sum of costs[i, j] on the path."""
     total = np.full(len(costs), np.inf)
     total[0] = 0.0
     came_from = []
@@ -72,18 +75,19 @@ def shortest_path(costs: np.ndarray, points: int) -> np.ndarray:
 
 
 def _some(images: np.ndarray) -> np.ndarray:
+    """Return the indices of up to 32 evenly spread images."""
     return np.linspace(0, len(images) - 1, min(len(images), _IMAGES)).round().astype(int)
 
 
 def _squared(first: int, last: int, count: int) -> np.ndarray:
-    """Up to `count` whole numbers from first to last, denser at the first; all of them where there are no more."""
+    """Return up to `count` integers from `first` to `last`, denser near `first`. All of them if there are fewer."""
     if last - first < count:
         return np.arange(first, last + 1)
     return np.unique(np.round(first + (last - first) * np.linspace(0, 1, count) ** 2).astype(np.int64))
 
 
 def _errors(sampler: Sampler, images: np.ndarray, labels: np.ndarray | None, timesteps: np.ndarray) -> np.ndarray:
-    """Mean squared error of the clipped x_0 prediction at each timestep; one noise draw for each image and timestep."""
+    """Return the mean squared error of the clipped x_0 prediction at each timestep, from one noise draw per image."""
     device = next(sampler.unet.parameters()).device
     x0 = images.astype(np.float64) / 127.5 - 1
     label = None if labels is None else torch.from_numpy(labels).to(device)
