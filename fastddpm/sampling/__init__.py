@@ -1,1 +1,1 @@
-"""Algorithm 2: the sampler, the reverse chain, and the engines that evaluate the network in it."""
+"""Sampling (Algorithm 2): the sampler, the reverse chain, and the engines that evaluate the network."""

@@ -1,4 +1,4 @@
-"""How many images are drawn at once, where nobody says: what the device's memory holds."""
+"""The default sampling batch size, from the device's free memory."""
 
 import os
 from collections.abc import Callable
@@ -8,27 +8,31 @@ from torch import Tensor
 
 from fastddpm.config import UNetConfig
 
-MOST = 512
-_SHARE = 0.8  # of the free memory
-_GRAPHS = 2.0  # a captured step keeps its memory beside what launching it took
-_PROBES = (4, 12)
+MAX_BATCH = 512
+_MEMORY_SHARE = 0.8  # of the free memory that a batch may take
+_GRAPH_FACTOR = 2.0  # a captured step keeps memory of its own beside that of a launched step
+_PROBE_BATCHES = (4, 12)  # images of the two evaluations that measure memory
 
 
 def choose(evaluate: Callable[[Tensor], object], config: UNetConfig, device: torch.device) -> int:
-    """The batch of this device; `evaluate` takes images (N, C, H, W) and is tried out on a GPU."""
+    """Return the default batch size on `device`.
+
+    `evaluate` evaluates the network for images float32 (N, C, H, W). It is called twice on a GPU, to measure the memory
+    that it takes, and not at all on a CPU.
+    """
     return on_a_gpu(evaluate, config, device) if device.type == "cuda" else on_a_cpu(config)
 
 
 def largest_batch(free: float, fixed: float, per_image: float) -> int:
-    """The largest power of two up to 512 whose `fixed` + n `per_image` bytes are within 80 % of `free`; at least 1."""
-    images = (_SHARE * free - fixed) / max(per_image, 1.0)
-    return 1 << max(0, min(int(max(images, 1.0)), MOST).bit_length() - 1)
+    """Return the largest power of two n <= 512 with `fixed` + n `per_image` within 80 % of `free` bytes; at least 1."""
+    images = (_MEMORY_SHARE * free - fixed) / max(per_image, 1.0)
+    return 1 << max(0, min(int(max(images, 1.0)), MAX_BATCH).bit_length() - 1)
 
 
 def on_a_gpu(evaluate: Callable[[Tensor], object], config: UNetConfig, device: torch.device) -> int:
-    """From the free memory and what two evaluations, of a few images each, took at their peak."""
+    """Return the batch size from a GPU's free memory and the peak memory of evaluating 4 and 12 images."""
     peaks = []
-    for batch in _PROBES:
+    for batch in _PROBE_BATCHES:
         shape = (batch, config.image_channels, config.image_size, config.image_size)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -40,17 +44,17 @@ def on_a_gpu(evaluate: Callable[[Tensor], object], config: UNetConfig, device: t
 
 
 def from_peaks(free: float, first: float, second: float) -> int:
-    """`first`, `second`: bytes that evaluations of 4 and of 12 images took."""
-    per_image = (second - first) / (_PROBES[1] - _PROBES[0])
-    fixed = max(first - _PROBES[0] * per_image, 0.0)
-    return largest_batch(free, _GRAPHS * fixed, _GRAPHS * per_image)
+    """Return the batch size for `free` bytes, if evaluating 4 and 12 images took `first` and `second` bytes."""
+    per_image = (second - first) / (_PROBE_BATCHES[1] - _PROBE_BATCHES[0])
+    fixed = max(first - _PROBE_BATCHES[0] * per_image, 0.0)
+    return largest_batch(free, _GRAPH_FACTOR * fixed, _GRAPH_FACTOR * per_image)
 
 
 def on_a_cpu(config: UNetConfig, free: float | None = None) -> int:
-    """64 images, fewer where they are so large that the memory would not do. `free`: bytes; asked of the system."""
+    """Return 64, or fewer if so many images do not fit in memory. `free`: bytes. Default: the system's free memory."""
     if free is None:
         free = _free_memory()
-    # Some thirty images of the first level's width live at once: the skips, and what a block reads and writes.
+    # About thirty feature maps of the first level exist at once: the skips, and the inputs and outputs of a block.
     per_image = 30 * 4 * config.image_size**2 * config.width
     return min(64, largest_batch(free, 0.0, per_image))
 
@@ -58,5 +62,5 @@ def on_a_cpu(config: UNetConfig, free: float | None = None) -> int:
 def _free_memory() -> float:
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # not on every system
+    except (AttributeError, OSError, ValueError):  # not every system has these names; assume 2 GiB
         return 2.0 * 2**30

@@ -1,7 +1,7 @@
-"""The reverse process of one batch: its state, in memory that stays where it is, and the step that moves it on.
+"""The reverse chain of one batch: its state in fixed memory, and the step that advances it.
 
-A step reads its index, the seed and the images' numbers where they lie on the device and the host decides nothing: so a
-CUDA graph of one step, replayed, is the whole chain.
+A step reads its row index, the seed and the image numbers from device memory and the host takes no decision. One step,
+captured as a CUDA graph and replayed, therefore runs the whole chain.
 """
 
 import warnings
@@ -21,9 +21,10 @@ Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class ChainTables:
-    """What every batch of a sampler shares. `table`, `timesteps`: as `reverse_step` takes them, on the device.
+    """The tensors and constants that all batches of a sampler share.
 
-    `total`: T, which all timesteps are below.
+    `table`, `timesteps`, `seed`, `clip` and `variance` are those of `reverse_step`, the tensors on the device. `total`:
+    T of the diffusion; all timesteps are below it. `shape`: (C, H, W) of an image.
     """
 
     table: Tensor
@@ -37,19 +38,23 @@ class ChainTables:
 
 @dataclass(frozen=True)
 class StartState:
-    """Where a chain begins other than with noise: `x`, (n, C, H, W), is the state that row `step` takes."""
+    """The state that a chain starts from instead of noise.
+
+    `x`: float32 (n, C, H, W), the input of row `step` of the step table.
+    """
 
     x: Tensor
     step: int
 
 
 class ReverseChain:
-    """`batch` images from noise to the end: `begin`, then `advance` once for each row of the process' table.
+    """The reverse chain of `batch` images: call `begin`, then `advance` once for each row of the step table.
 
-    `predict(x_t, t, label)`: the network; `t` int64 (batch,) expanded from one value. `x`, `x0`: float32 (batch, C, H,
-    W), the state and, after `advance(keep_x0=True)`, the x_0 prediction of that step. Between two steps `x` may be
-    written to, and `rewind` goes back to an earlier row. With `graph` a step is captured when it is first taken, on a
-    CUDA device; if that fails, steps are launched one by one, and a warning says why.
+    `predict(x_t, t, label)` evaluates the network; its `t` is int64 (batch,), expanded from one value. `labels`: the
+    network takes labels. `x`: the state, float32 (batch, C, H, W). `x0`: the x_0 prediction of the last step taken with
+    `keep_x0`, of the same shape. Between two steps `x` may be written to, and `rewind` returns to an earlier row.
+    `graph`: capture a step as a CUDA graph when it is first taken; ignored without a CUDA device. If the capture fails,
+    steps are launched one by one, and a warning gives the reason.
     """
 
     def __init__(
@@ -62,14 +67,15 @@ class ReverseChain:
         self._images = torch.zeros(batch, dtype=torch.int64, device=device)
         self._label = torch.zeros_like(self._images) if labels else None
         self._index = torch.zeros((), dtype=torch.int64, device=device)
-        self._counters = tables.timesteps.clone()  # what names the noise of each row
+        self._counters = tables.timesteps.clone()  # the Philox step counter of each row's noise
         self._graph = graph and device.type == "cuda"
         self._steps: dict[bool, Replay] = {}
 
     def begin(self, images: Tensor, label: Tensor | None, start: StartState | None = None) -> None:
-        """x_T of `images`, int64 (n,) with n <= batch, or the state of `start`, (n, C, H, W).
+        """Set the state to x_T of the image numbers `images`, int64 (n,) with n <= batch, or to `start`.
 
-        The rest of the batch draws the image 0 and is of no account.
+        `label`: int64 (n,), required if the network takes labels. The other batch - n images are padding: they are
+        drawn as image 0 with label 0.
         """
         self._images.zero_()
         self._images[: len(images)] = images
@@ -86,12 +92,15 @@ class ReverseChain:
             self.x[: len(start.x)] = start.x
 
     def rewind(self, step: int) -> None:
-        """Take the rows from `step` on once more, with noise that no row has drawn before; `x` is the caller's."""
+        """Return to row `step` of the table, with fresh noise for all rows to come. The caller sets `x` accordingly."""
         self._index.fill_(step)
         self._counters.add_(self._tables.total)
 
     def step(self, keep_x0: bool) -> None:
-        """One step as the host launches it: x_t becomes x_{t-1}, the index moves on."""
+        """Launch the kernels of one step: x_t becomes x_{t-1}, and the index moves to the next row.
+
+        `keep_x0`: also write the x_0 prediction to `x0`.
+        """
         tables = self._tables
         t = tables.timesteps.index_select(0, self._index.reshape(1)).expand(self.batch)
         out = self._predict(self.x, t, self._label)
@@ -102,13 +111,13 @@ class ReverseChain:
         self._index.add_(1)
 
     def advance(self, keep_x0: bool) -> None:
-        """One step, replayed where it is captured."""
+        """Take one step, by replaying its CUDA graph if there is one. `keep_x0`: as for `step`."""
         if keep_x0 not in self._steps:
-            self._steps[keep_x0] = self._captured(keep_x0) if self._graph else lambda: self.step(keep_x0)
+            self._steps[keep_x0] = self._capture(keep_x0) if self._graph else lambda: self.step(keep_x0)
         self._steps[keep_x0]()
 
-    def _captured(self, keep_x0: bool) -> Replay:
-        """A replay of the step; capturing it leaves the state as it was."""
+    def _capture(self, keep_x0: bool) -> Replay:
+        """Capture the step without changing the state; return its replay, or `step` itself if the capture fails."""
         before = [tensor.clone() for tensor in (self.x, self._index)]
 
         def restore() -> None:
@@ -118,7 +127,7 @@ class ReverseChain:
         try:
             return capture(lambda: self.step(keep_x0), restore, self.x.device)
         except RuntimeError as error:
-            # What the step raised, where ending the capture failed in its wake.
+            # If the step raises, ending the capture raises as well, with the step's error as its context.
             reason = str(error.__context__ or error).partition("\n")[0]
             warnings.warn(f"sampling without a CUDA graph, since a step could not be captured: {reason}", stacklevel=2)
             self._graph = False

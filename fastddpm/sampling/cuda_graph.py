@@ -1,4 +1,4 @@
-"""TODO"""
+"""Capture of one sampling step as a CUDA graph, and the batch sizes that are captured."""
 
 import functools
 import weakref
@@ -9,22 +9,20 @@ import torch
 
 Replay = Callable[[], None]
 
+_SIZE_STEP = 64  # captured batch sizes above 64 are multiples of this
 
-_LARGEST_STEP = 64  # between two sizes of batches that are captured
-
-
-# cuBLAS keeps a workspace (32 MiB on an H100) for each stream that it was called on, whose address a graph captured
-# there holds, and torch may free it when any graph captured there is deleted. So each graph has a stream of its own
-# while it lives, and streams are used again: these are the ones of graphs that have been deleted.
+# cuBLAS keeps a workspace (32 MiB on an H100) for each stream that it was called on. A graph captured on a stream holds
+# the workspace's address, and torch may free the workspace when any graph captured on that stream is deleted. Each
+# graph therefore has a stream of its own as long as it exists. These are the streams of deleted graphs, to be reused.
 _streams_without_graph: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 def capture(step: Replay, restore: Replay, device: torch.device) -> Replay:
-    """`step` as a CUDA graph of `device`, after runs on another stream, in which kernels are compiled and choose their
-    algorithms. `restore` undoes a run: behind the last step of a chain there is none. What other threads do on the GPU
-    meanwhile does no harm.
+    """Capture `step` as a CUDA graph on `device`; return its replay.
 
-    Raises RuntimeError where something in it cannot be captured.
+    Three runs on another stream come first, in which kernels are compiled and choose their algorithms. `restore` undoes
+    each of them, because no row of the step table may follow the one at hand. Other threads may use the GPU meanwhile.
+    Raises RuntimeError if something in `step` cannot be captured.
     """
     with torch.cuda.device(device):
         here, warming, free = torch.cuda.current_stream(), _warming_stream(device), _streams_without_graph[device]
@@ -37,7 +35,7 @@ def capture(step: Replay, restore: Replay, device: torch.device) -> Replay:
         finally:
             here.wait_stream(warming)
         graph, stream = torch.cuda.CUDAGraph(), free.pop() if free else torch.cuda.Stream(device)
-        # `here` once more: a capture that fails leaves its stream the current one.
+        # Entering `here` restores it at the end: a capture that fails leaves its own stream the current one.
         with torch.cuda.stream(here), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
     weakref.finalize(graph, free.append, stream)
@@ -50,7 +48,10 @@ def _warming_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def padded(batch: int) -> int:
-    """The size of the batch that is captured for `batch` images: a power of two up to 64, then a multiple of 64."""
-    if batch >= _LARGEST_STEP:
-        return -(-batch // _LARGEST_STEP) * _LARGEST_STEP
+    """Return the captured batch size for `batch` images: the next power of two up to 64, then the next multiple of 64.
+
+    Few sizes mean few captures.
+    """
+    if batch >= _SIZE_STEP:
+        return -(-batch // _SIZE_STEP) * _SIZE_STEP
     return 1 << max(batch - 1, 0).bit_length()

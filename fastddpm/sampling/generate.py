@@ -1,4 +1,4 @@
-"""The files of a sampling: grids, animations, arrays, and shards of many images."""
+"""Draw images and write them to files: grids, animations, arrays, and shards of many images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,16 +20,17 @@ ANIMATION_FRAMES = 40
 
 @dataclass(frozen=True)
 class Batch:
-    """Finished images of one batch: their seeds, and uint8 (N, C, H, W)."""
+    """The finished images of one batch, uint8 (N, C, H, W), and their seeds."""
 
     seeds: Sequence[int]
     images: np.ndarray
 
 
 class FrameRecorder:
-    """Keeps the x_0 predictions of some steps as grids: the frames of an animation.
+    """Collects the frames of an animation: grids of x_0 predictions.
 
-    `steps`: of the chain; 40 of them are kept, evenly spread. `images`: how many images of a batch are shown.
+    `steps`: steps of the chain, of which 40 are kept, evenly spread, or all if there are fewer. `images`: number of
+    images in a frame, the first ones of the batch.
     """
 
     def __init__(self, steps: int, images: int) -> None:
@@ -38,7 +39,7 @@ class FrameRecorder:
         self.frames: list[Image.Image] = []
 
     def add(self, state: State) -> None:
-        """Keep a state's x_0 prediction if its step was chosen."""
+        """Keep the x_0 prediction of `state` if its step is one of those chosen."""
         if state.step in self.chosen:
             self.frames.append(grid(to_uint8(state.x0[: self._images])))
 
@@ -51,7 +52,11 @@ def sample_batches(
     batch: int = 64,
     recorder: FrameRecorder | None = None,
 ) -> Iterator[Batch]:
-    """Draw the images of `seeds`, batch by batch, with progress in images/s; `recorder` watches the first batch."""
+    """Draw the images of `seeds` batch by batch, and show progress in images/s.
+
+    `labels`: as for `Sampler.sample`. `batch`: images evaluated at once. `recorder`: collects the frames of the first
+    batch.
+    """
     last = sampler.steps - 1
     watch = {last} if recorder is None else {last, *recorder.chosen}
     with Meter("sampling", len(seeds) * sampler.steps, "image steps") as meter:
@@ -68,9 +73,9 @@ def sample_batches(
 
 
 def fill(shards: Shards, indices: Sequence[int], sampler: Sampler, batch: int, *, png: bool = False) -> float:
-    """Draw the shards of `indices` one by one, `batch` images at a time; with `png` also one file for each image.
+    """Draw and write the shards of `indices`, `batch` images at a time; return the speed in images/s.
 
-    Returns images per second. No more than one shard is held in memory.
+    `png`: also write one PNG for each image. Only one shard is in memory at a time.
     """
     total = sum(len(shards.part(index)[0]) for index in indices)
     with Meter("sampling", total, "images") as meter:
@@ -87,7 +92,7 @@ def fill(shards: Shards, indices: Sequence[int], sampler: Sampler, batch: int, *
 
 
 def save_png_of_shard(shards: Shards, index: int) -> None:
-    """One PNG for each image of a shard that is there, as far as they are not."""
+    """Write the missing PNG files of the images of a finished shard."""
     seeds, _ = shards.part(index)
     wanted = [i for i, seed in enumerate(seeds) if not _png(shards.directory, seed).exists()]
     if wanted:
@@ -100,14 +105,14 @@ def _png(directory: Path, seed: int) -> Path:
 
 
 def save_png_of_each(batch: Batch, directory: Path) -> None:
-    """One PNG for each image, named by its seed."""
+    """Write one PNG for each image, named by its seed."""
     directory.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(batch.seeds, batch.images, strict=True):
         save_png(grid(image[None], padding=0, scale=1), _png(directory, seed))
 
 
 def save_first_grid(shards: Shards) -> Path:
-    """samples.png of the first 64 images, as far as they are in the first shard."""
+    """Write samples.png, a grid of the first 64 images of the first shard, or all if it has fewer; return its path."""
     path = shards.directory / "samples.png"
     save_png(grid(shards.read(0)[:64]), path)
     return path
@@ -120,7 +125,10 @@ def save_pictures(
     frames: Sequence[Image.Image],
     directory: Path,
 ) -> list[Path]:
-    """Write the grid, the arrays (images, seeds, and labels if any) and, given frames, the animation; their paths."""
+    """Write the grid samples.png, the arrays samples.npz and, given frames, denoising.gif; return their paths.
+
+    The arrays: `images` as given, `seeds` int64 (N,), and `labels` int64 (N,) unless None.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / "samples.png", directory / "samples.npz"]
     save_png(grid(images), paths[0])

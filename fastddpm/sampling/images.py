@@ -1,4 +1,4 @@
-"""Pictures: grids and animations of uint8 images, and arrays beside them, written whole or not at all."""
+"""Grids, PNG files and animations of uint8 images. A file is written whole or not at all."""
 
 import math
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ GRID_PIXELS = 512  # small images are enlarged until the grid is about this wide
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """Floats in [-1, 1], (N, C, H, W), as uint8: clipped, then rounded to the nearest of 256 levels.
+    """Convert floats in [-1, 1], (N, C, H, W), to uint8: clip, then round to the nearest of 256 levels.
 
-    Level k stands for x = k / 127.5 - 1, so this inverts the scaling of images for training. Rounding, not truncation,
-    which would darken every image by half a level. Infinities clip. Raises `DataError`, a ValueError, for NaN, and
+    Level k stands for x = k / 127.5 - 1; this inverts the scaling of training images. Truncation instead of rounding
+    would darken every image by half a level. Infinities are clipped. Raises `DataError`, a ValueError, for NaN, and
     `UsageError` for other shapes and dtypes.
     """
     if x.ndim != 4 or not x.is_floating_point():
         raise UsageError(f"images must be floats, (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
     if bool(torch.isnan(x).any()):
-        raise DataError("images hold NaN; the network's weights are damaged or training diverged")
-    # float32 first: bfloat16 has no more than 8 bits for x + 1
+        raise DataError("images contain NaN: the network's weights are damaged, or training diverged")
+    # To float32 first: bfloat16 has only 8 bits for x + 1.
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
@@ -37,14 +37,15 @@ def grid(
     scale: int | None = None,
     background: int = 128,
 ) -> Image.Image:
-    """Images, uint8 (N, C, H, W) with C of 1 or 3, row by row in one picture of mode L or RGB.
+    """Arrange images, uint8 (N, C, H, W) with C = 1 or 3, row by row in one picture of mode L or RGB.
 
-    `columns`: the smallest square that holds them unless given. `scale`: each pixel becomes a square of
-    scale x scale; chosen so that the grid is about 512 pixels wide unless given. `padding`: pixels between
-    images, after scaling, of the grey level `background`. Raises `UsageError` for other shapes, dtypes or ranges.
+    `columns`: images in a row. Default: those of the smallest square grid. `scale`: side in pixels of the square that
+    each pixel becomes. Default: enlarges small images until the grid is about 512 pixels wide. `padding`: pixels
+    between images, after scaling, of the grey level `background`. Raises `UsageError` for other shapes, dtypes or
+    ranges.
     """
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or not images.size:
-        raise UsageError(f"a grid takes uint8 (N, 1 or 3, H, W), none of them 0; got {images.dtype} {images.shape}")
+        raise UsageError(f"a grid takes uint8 (N, 1 or 3, H, W), all sizes positive; got {images.dtype} {images.shape}")
     num, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(num)) if columns is None else columns
     if columns < 1 or padding < 0 or (scale is not None and scale < 1) or not 0 <= background <= 255:
@@ -73,10 +74,11 @@ def labelled(
     column_labels: Sequence[str] = (),
     scale: int | None = None,
 ) -> Image.Image:
-    """The `grid` of `images` with a text left of each row and above each column, as far as there are texts.
+    """Arrange `images` as `grid` does, with a text to the left of each row and above each column.
 
-    Texts are black on white margins, middle to middle, and none begins left of the picture. Images are enlarged until
-    a column is as wide as its text, unless `scale` is given. Raises `UsageError` as `grid` does.
+    Texts are black on white margins, centred on their row or column, and never begin left of the picture. Rows and
+    columns beyond the texts given stay without one. `scale`: as for `grid`. Default: also enlarges images until a
+    column is as wide as its text. Raises `UsageError` as `grid` does.
     """
     padding, margin = 2, 4
     font = ImageFont.load_default()
@@ -102,21 +104,23 @@ def labelled(
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG; a reader of `path` finds the old file or the new one. Raises `StorageError`."""
+    """Write a PNG. A reader of `path` finds the old file or the new one, never a part. Raises `StorageError`."""
     write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, duration_ms: int = 80, hold_ms: int = 2000) -> None:
-    """Write an endlessly repeated GIF that rests on its last frame, in whole hundredths of a second.
+    """Write a GIF that repeats endlessly and rests on its last frame.
 
-    Frames are of one size, and all of mode L, whose levels stay exact, or all RGB, which share 256 colours. Of equal
-    frames in a row the file holds one, for as long. Raises `UsageError` for anything else, and `StorageError`.
+    `frames` have one size and one mode: L, whose grey levels stay exact, or RGB, whose frames share 256 colours.
+    `duration_ms`: time of a frame; `hold_ms`: time of the last one; 10 to 600,000 ms, stored in hundredths of a second.
+    Equal frames in a row are stored as one that lasts as long. Raises `UsageError` for other frames and times, and
+    `StorageError`.
     """
     kinds = {(frame.mode, frame.size) for frame in frames}
     if len(kinds) != 1 or kinds.pop()[0] not in ("L", "RGB"):
         raise UsageError("an animation needs one or more frames of one size, all of mode L or all of mode RGB")
     if not all(10 <= duration <= 600_000 for duration in (duration_ms, hold_ms)):
-        raise UsageError(f"a frame lasts 10 to 600,000 ms; got {duration_ms} and {hold_ms}")
+        raise UsageError(f"a frame lasts 10 to 600,000 ms; got duration_ms {duration_ms} and hold_ms {hold_ms}")
     if frames[0].mode == "RGB":
         palette = _shared_palette(frames)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
@@ -131,10 +135,11 @@ def save_animation(frames: Sequence[Image.Image], path: Path, *, duration_ms: in
 
 
 def _shared_palette(frames: Sequence[Image.Image]) -> Image.Image:
-    """256 colours that cover those of the frames, picked from 8 of them, reduced to 128 pixels for speed.
+    """Return an image whose palette of 256 colours covers the colours of the frames.
 
-    Dithering mixes colours between those of the palette and none beyond, so coverage beats Pillow's default, median
-    cut: averaged over 4 x 4 pixels, 40 frames of 64 images are off by 2.3 levels (root mean square) instead of 10.
+    It is computed from 8 frames, reduced to 128 pixels, for speed. Dithering reaches only colours between those of the
+    palette, so coverage is better than Pillow's default, median cut: averaged over 4 x 4 pixels, the error of 40 frames
+    of 64 images is 2.3 levels (root mean square) instead of 10.
     """
     chosen = frames[:: -math.ceil(len(frames) / 8)]
     width, height = (min(side, 128) for side in chosen[0].size)

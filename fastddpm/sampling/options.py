@@ -1,4 +1,4 @@
-"""The options of every command that draws images: its chain, noise and engine. Imports no torch."""
+"""The options of all commands that draw images: reverse chain, noise and engine. Imports no torch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChainOptions:
-    """How the reverse chain is run. Options that are not given are the run's own (its SampleConfig)."""
+    """Options of the reverse chain. Default of the first four: the values stored with the run (its SampleConfig)."""
 
     method: Method | None = None
-    """ancestral (Algorithm 2) or ddim. Default: the run's own."""
+    """Sampling method: ancestral (Algorithm 2) or ddim. Default: the run's."""
     steps: int | None = None
-    """Steps of the chain, 1..T. Default: the run's own."""
+    """Steps of the chain, 1..T; fewer than T are spread evenly over the timesteps. Default: the run's."""
     eta: float | None = None
-    """DDIM's noise, from 0 (deterministic) to 1 (that of ancestral sampling). Default: the run's own."""
+    """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling). Default: the run's."""
     guidance: float | None = None
-    """Scale of classifier-free guidance; 1 is none. Default: the run's own."""
+    """Scale of classifier-free guidance; 1 means none. Default: the run's."""
     noise_seed: int = 0
-    """64-bit key of all noise; another key gives every seed another image."""
+    """64-bit key of all noise. Another key draws another image for every seed."""
     engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
     def sampler(self, model: "Model") -> "Sampler":
-        """Return the model's sampler with these options. Raises `UsageError` for values out of range."""
+        """Return a sampler of `model` with these options. Raises `UsageError` for values out of range."""
         from .sampler import Sampler
 
         names = ("method", "steps", "eta", "guidance")
@@ -46,7 +46,10 @@ class ChainOptions:
         )  # fmt: skip
 
     def open(self, checkpoint: Path, device: "torch.device", batch: int | None) -> "tuple[Model, Sampler, int]":
-        """Load a model onto `device`; return it, its sampler and the batch size (None: from the device's memory)."""
+        """Load the model at `checkpoint` onto `device`; return it, its sampler and the batch size.
+
+        `batch`: images evaluated at once. None: as many as memory holds, at most 512 on a GPU and 64 on a CPU.
+        """
         from fastddpm.pretrained import load
 
         from . import batch_size

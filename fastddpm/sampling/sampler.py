@@ -1,4 +1,4 @@
-"""The reverse process run to the end: ancestral sampling (Algorithm 2 of the paper) and DDIM."""
+"""The sampler: ancestral sampling (Algorithm 2 of the paper) and DDIM."""
 
 import dataclasses
 import functools
@@ -27,7 +27,10 @@ MAX_IMAGE = 2**32 - 1
 
 
 def image_seeds(seeds: Sequence[int]) -> list[int]:
-    """`seeds` as a list; `UsageError` for one outside 0..2^32-1 (a counter word) or for none, TypeError for 1.5."""
+    """Return `seeds` as a list of image numbers, each a 32-bit word of the Philox counter.
+
+    Raises `UsageError` for a seed outside 0..2^32-1 or an empty list, and TypeError for a seed that is no integer.
+    """
     values = [operator.index(seed) for seed in seeds]
     if not values:
         raise UsageError("at least one seed is needed")
@@ -39,14 +42,15 @@ def image_seeds(seeds: Sequence[int]) -> list[int]:
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
-_KEPT_CHAINS = 2
+_KEPT_CHAINS = 2  # batch sizes whose chains are kept for the next batch
 
 
 @dataclass(frozen=True)
 class State:
-    """A chain after one of its steps: `step` 0..steps-1 at timestep `t`; `x`, `x0`: float32 (N, C, H, W).
+    """The state of a chain after `step`, 0..steps-1, which was taken at timestep `t`.
 
-    `x` is x_{t-1} and `x0` the x_0 prediction that it was made from; both are overwritten by the next step.
+    `x`: the step's result, x_{t-1} if no timestep is skipped. `x0`: the x_0 prediction that it was computed from. Both
+    are float32 (N, C, H, W) and are overwritten by the next step.
     """
 
     step: int
@@ -58,11 +62,11 @@ class State:
 class Sampler:
     """Draws images from a network: `Sampler(unet, diffusion, steps=250).sample(range(64))`.
 
-    `steps` of the T timesteps are taken, all of them unless given, spread evenly with both ends included;
-    `timesteps` names them one by one instead (descending). `method`: "ancestral", or "ddim" with `eta` in
-    [0, 1]. `guidance`: scale of classifier-free guidance, 0 or more, 1 for none; a learned variance is not scaled.
-    `seed`: 64-bit key shared by all images of this sampler, -2^63..2^63-1. `engine`: how the network is evaluated.
-    Raises `UsageError` for values outside these ranges.
+    `steps`: number of reverse steps, 1..T, evenly spread over the timesteps with both ends included. Default: all T.
+    `timesteps`: the timesteps themselves, descending, instead of `steps`. `method`: "ancestral", or "ddim" with `eta`
+    in [0, 1]. `guidance`: scale of classifier-free guidance, 0 or more; 1 means none. A learned variance is not scaled.
+    `seed`: 64-bit key of the noise of all images of this sampler, -2^63..2^63-1. `engine`: how the network is
+    evaluated. Default: `EngineConfig()`. Raises `UsageError` for values outside these ranges.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class Sampler:
         check_chain(method, eta, guidance)
         check_seed(seed)
         if steps is not None and timesteps is not None:
-            raise UsageError(f"steps and timesteps both say which steps to take; got {steps} and {list(timesteps)}")
+            raise UsageError(f"give steps or timesteps, not both; got {steps} and {list(timesteps)}")
         self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
         self.eta = eta
         self.engine = EngineConfig() if engine is None else engine
@@ -94,9 +98,11 @@ class Sampler:
         else:
             self.timesteps = np.asarray(timesteps, dtype=np.int64)
             if len(self.timesteps) == 0 or (np.diff(self.timesteps) >= 0).any():
-                raise UsageError("timesteps must descend, one or more of them")
+                raise UsageError(f"timesteps must be one or more, descending; got {self.timesteps.tolist()}")
             if self.timesteps[0] >= diffusion.timesteps or self.timesteps[-1] < 0:
-                raise UsageError(f"timesteps must be in 0..{diffusion.timesteps - 1}")
+                raise UsageError(
+                    f"timesteps must be in 0..{diffusion.timesteps - 1}; got {self.timesteps[0]}..{self.timesteps[-1]}"
+                )
         self.table = np.stack(step_table(diffusion, self.timesteps, method, eta), axis=1)
         if guidance != 1 and getattr(unet, "null_label", None) is None:
             raise UsageError("guidance needs a network trained with label_dropout > 0")
@@ -105,7 +111,7 @@ class Sampler:
 
     @property
     def steps(self) -> int:
-        """Number of network evaluations a chain takes."""
+        """The number of steps of a chain. Each evaluates the network once, or with guidance twice, for an image."""
         return len(self.timesteps)
 
     def sample(
@@ -116,13 +122,14 @@ class Sampler:
         watch: Collection[int] | None = None,
         start: StartState | None = None,
     ) -> Tensor:
-        """Images, float32 (N, C, H, W) in [-1, 1], one for each seed.
+        """Draw one image for each seed; return float32 (N, C, H, W) in [-1, 1].
 
         An image depends on its seed (0..2^32-1), its label and the sampler, not on the rest of the batch.
-        `labels`: 0..num_classes-1, (N,), or the network's null label; seed modulo num_classes when the network wants
-        labels and none are given. `callback(i, t, x_t, x0)` sees the state after each step, or those of `watch`
-        (0..steps-1), as `State` says. `start`: go on from a state x_t, (N, C, H, W), instead of from noise; from the
-        same state the same seeds draw the same images. Raises `UsageError` for seeds, labels or a start out of range.
+        `labels`: (N,), each in 0..num_classes-1 or the network's null label. Default: seed modulo num_classes, if the
+        network takes labels. `callback(step, t, x, x0)` is called with the fields of `State` after each step in `watch`
+        (0..steps-1). Default of `watch`: all steps. `start`: the states x_t, float32 (N, C, H, W), to start from.
+        Default: noise. The same states and seeds give the same images. Raises `UsageError` for seeds, labels or a start
+        out of range.
         """
         first = 0 if start is None else start.step
         watched = _watched(first, self.steps, watch) if callback else set()
@@ -139,9 +146,9 @@ class Sampler:
         watch: Collection[int] | None = None,
         start: StartState | None = None,
     ) -> Iterator[State]:
-        """The states of a chain after each step, or those of `watch`, as they come; arguments as for `sample`.
+        """Draw images as `sample` does, and yield the state after each step in `watch`. Default of `watch`: all steps.
 
-        The steps between are taken at full speed. The last state's x, clamped to [-1, 1], is the images.
+        The steps in between run at full speed. The x of the last step, clamped to [-1, 1], are the images.
         """
         first = 0 if start is None else start.step
         watched = _watched(first, self.steps, watch)
@@ -152,25 +159,29 @@ class Sampler:
     def chain(
         self, seeds: Sequence[int], labels: Sequence[int] | None = None, start: StartState | None = None
     ) -> Iterator[ReverseChain]:
-        """The chain of a batch before its first step, to be moved by hand inside the block; arguments as for `sample`.
+        """Provide the chain of a batch at its first step, to be advanced inside the block; arguments as for `sample`.
 
-        Its first len(seeds) images are theirs; on a GPU the rest is padding. `advance` takes `timesteps` one by one.
+        Its first len(seeds) images belong to `seeds`; on a GPU the others are padding. Each `advance` takes the next of
+        `timesteps`.
         """
         chain = self._begin(seeds, labels, start)
         network = self._prepared
         yield chain
-        if network is self._prepared:  # not if the weights were changed meanwhile, and it is of the old ones
+        if network is self._prepared:  # if the weights changed meanwhile, the chain evaluates the old ones
             self._keep(chain)
 
     def guided(self, guidance: float) -> "Sampler":
-        """This sampler at another scale of guidance."""
+        """Return a sampler that differs from this one only in its scale of guidance."""
         return Sampler(
             self.unet, self.diffusion, None, self.method, self.eta,
             guidance=guidance, seed=self.seed, timesteps=self.timesteps.tolist(), engine=self.engine,
         )  # fmt: skip
 
     def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None, start: StartState | None) -> ReverseChain:
-        """A chain at its first state, taken out of those that are kept: nobody else moves it."""
+        """Return a chain at its first step, a kept one if there is one of this batch size.
+
+        It is removed from the kept chains, so that no other caller advances it.
+        """
         if start is not None:
             self._check(start, len(seeds))
         device = next(self.unet.parameters()).device
@@ -178,7 +189,7 @@ class Sampler:
         classes = self.labels_for(seeds, labels)
         label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
         with torch.no_grad():
-            network = self._network()  # which forgets the chains of an older one
+            network = self._network()  # drops the kept chains if the network is new
             graph = self.engine.graph and device.type == "cuda"
             batch = padded(len(seeds)) if graph else len(seeds)
             chain = self._chains.pop(batch, None)
@@ -192,12 +203,12 @@ class Sampler:
         config = self.unet.config
         expected = (num_images, config.image_channels, config.image_size, config.image_size)
         if not 0 <= start.step < self.steps:
-            raise UsageError(f"a chain starts before a step in 0..{self.steps - 1}; got {start.step}")
+            raise UsageError(f"start.step must be in 0..{self.steps - 1}; got {start.step}")
         if start.x.shape != expected or start.x.dtype != torch.float32:
-            raise UsageError(f"a chain starts from float32 {expected}; got {start.x.dtype} {tuple(start.x.shape)}")
+            raise UsageError(f"start.x must be float32 {expected}; got {start.x.dtype} {tuple(start.x.shape)}")
 
     def _keep(self, chain: ReverseChain) -> None:
-        """For the next batch of this size; the oldest size is given up, so that memory is bounded."""
+        """Keep a chain for the next batch of its size. The oldest one is dropped, to bound the memory."""
         self._chains[chain.batch] = chain
         while len(self._chains) > _KEPT_CHAINS:
             del self._chains[next(iter(self._chains))]
@@ -223,11 +234,11 @@ class Sampler:
                 yield State(i, t, chain.x[:num_images], chain.x0[:num_images])
 
     def denoise(self, x_t: Tensor, t: Tensor | int, label: Tensor | None = None) -> Tensor:
-        """The network's prediction for `x_t`, with guidance: what `sample` evaluates at every step, at its speed.
+        """Return the network's prediction for `x_t`, with guidance, as `sample` evaluates it at every step.
 
-        `x_t`: float32 (N, C, H, W). `t`: int64 (N,) or one timestep for all. `label`: int64 (N,) if the network takes
-        labels. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance: eps, or whatever the network predicts.
-        Raises ValueError for other shapes, and for a label that is missing or not wanted.
+        `x_t`: float32 (N, C, H, W). `t`: int64 (N,), or one timestep for all. `label`: int64 (N,) if the network takes
+        labels. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance: eps, or what else the network predicts.
+        Raises ValueError for other shapes, for a missing label, and for a label that the network does not take.
         """
         if isinstance(t, int):
             t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
@@ -235,13 +246,16 @@ class Sampler:
             return self._predict(self._network(), x_t, t, label)
 
     def probe(self, x_t: Tensor) -> Tensor:
-        """One evaluation of `x_t` at the last timestep, labels and guidance as in `sample`: to see what it takes."""
+        """Evaluate the network once as `sample` does in its first step, to measure time or memory. `x_t`: (N, C, H, W).
+
+        Labels are 0 if the network takes labels.
+        """
         classes = self.unet.config.num_classes
         label = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device) if classes else None
         return self.denoise(x_t, int(self.timesteps[0]), label)
 
     def settings(self) -> dict[str, Any]:
-        """What, besides seed and label, an image is a function of: for a file beside the images."""
+        """Return all that determines an image besides its seed and label, for a JSON file beside the images."""
         digest = hashlib.sha256()
         for name, parameter in sorted(self.unet.named_parameters()):
             values = parameter.detach().cpu().reshape(-1)
@@ -261,7 +275,7 @@ class Sampler:
         }
 
     def _network(self) -> Network:
-        """`unet` prepared for inference, anew when its weights or the chosen backend have changed."""
+        """Return `unet` prepared for inference; prepare it again if its weights or the chosen backend have changed."""
         if self._prepared is None or not is_current(self._prepared, self.unet, self.engine):
             self._prepared = prepare(self.unet, self.timesteps.tolist(), self.engine)
             self._chains.clear()
@@ -281,14 +295,14 @@ class Sampler:
         both = network(torch.cat([x, x]), twice, torch.cat([label, none]))
         conditional, unconditional = both.chunk(2)
         guided = unconditional + self.guidance * (conditional - unconditional)
-        # Guidance is of the prediction; a learned variance stays as the network gives it for the class.
+        # Guidance applies to the prediction alone; a learned variance stays that of the class.
         guided[:, x.shape[1] :] = conditional[:, x.shape[1] :]
         return guided
 
     def labels_for(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> list[int] | None:
-        """The class that each seed is drawn from: `labels`, or seed modulo num_classes; None without classes.
+        """Return the class of each seed: `labels` if given, otherwise seed modulo num_classes; None without classes.
 
-        Raises `UsageError` for a wrong number of labels, or one that is neither in range nor the null label.
+        Raises `UsageError` for a wrong number of labels, and for one that is neither in range nor the null label.
         """
         num_classes = self.unet.config.num_classes
         if not num_classes:
@@ -306,7 +320,7 @@ class Sampler:
 
 
 def _watched(first: int, steps: int, watch: Collection[int] | None) -> set[int]:
-    """The steps to show; `UsageError` for one that the chain does not take."""
+    """Return the steps in `watch`. None: all steps. Raises `UsageError` for one that the chain does not take."""
     if watch is None:
         return set(range(first, steps))
     wrong = [step for step in watch if not first <= step < steps]

@@ -1,4 +1,4 @@
-"""Reverse chains of many seeds, in batches that change no image: started anywhere, looked at anywhere."""
+"""Reverse chains of many seeds, run in batches from any step and observed at any step. Batches change no image."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -13,16 +13,17 @@ from .images import to_uint8
 from .sampler import Sampler, State
 
 Progress = Callable[[int], object]
-"""Is told how many more evaluations of one image are done."""
+"""A callable that gets the number of network evaluations, each of one image, since its last call."""
 
-_REPORTS = 100  # of progress in a chain
-_GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: its multiples are far from each other and from small numbers
+_REPORTS = 100  # of progress, in a chain
+_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: its multiples are far from each other and from small numbers
 
 
 def step_at(sampler: Sampler, depth: int) -> int:
-    """The step that begins after `depth` steps of the forward process, 1..T: that of timestep depth - 1.
+    """Return the step of the chain whose input is x_t after `depth` steps of the forward process, 1..T.
 
-    A chain that leaves timesteps out gives the nearest that it takes. Raises `UsageError` for another depth.
+    This is the step at timestep depth - 1 or, in a chain that skips it, at the nearest timestep. Raises `UsageError`
+    for a depth out of range.
     """
     total = sampler.diffusion.timesteps
     if not 1 <= depth <= total:
@@ -31,29 +32,32 @@ def step_at(sampler: Sampler, depth: int) -> int:
 
 
 def depth_of(sampler: Sampler, step: int) -> int:
-    """How many steps of the forward process the state before `step` has behind it; 0 for `sampler.steps`, the end."""
+    """Return the number of forward-process steps in the input of `step`; 0 for `sampler.steps`, the finished image."""
     return 0 if step == sampler.steps else int(sampler.timesteps[step]) + 1
 
 
 def evenly(count: int, end: int) -> list[int]:
-    """`count` numbers from 0 to `end`, both included, evenly spread and rounded; fewer where they would repeat."""
+    """Return up to `count` integers evenly spread over 0..end, both ends included, without repetition.
+
+    A count of 1 gives 0. Raises `UsageError` for a count below 1.
+    """
     if count < 1:
         raise UsageError(f"at least one step must be shown; got {count}")
     return np.unique(np.linspace(0, end, count).round().astype(int)).tolist()
 
 
 def relative(seed: int, k: int) -> int:
-    """The k-th other image number of an image: noise of its own that goes with that of `seed`."""
+    """Return the k-th further image number that belongs to `seed`, for another draw of noise; k = 0 gives `seed`."""
     return (seed + k * _GOLDEN) % 2**32
 
 
 def evaluations(sampler: Sampler, images: int, steps: int) -> int:
-    """How often the network is evaluated for one image; with guidance it is twice a step."""
+    """Return the number of network evaluations, each of one image, for `images` and `steps`; guidance doubles it."""
     return images * steps * (1 if sampler.guidance == 1 else 2)
 
 
 def parts(num: int, batch: int) -> Iterator[slice]:
-    """0..num-1 in slices of `batch`."""
+    """Yield slices of `batch` that cover 0..num-1; the last one may be shorter. Raises `UsageError` for batch < 1."""
     if batch < 1:
         raise UsageError(f"batch must be positive; got {batch}")
     for start in range(0, num, batch):
@@ -70,24 +74,25 @@ def trajectories(
     batch: int = 64,
     progress: Progress | None = None,
 ) -> Iterator[tuple[slice, State]]:
-    """Run the reverse chains of `seeds`, `batch` of them at a time; yield (part, state) after each step of `watch`.
+    """Run the reverse chains of `seeds`, `batch` at a time; yield (part, state) after each step in `watch`.
 
-    `part`: the batch, as a slice of `seeds`. `state`: as `Sampler.trajectory` gives it, valid until the next one is
-    asked for. `watch`: steps 0..S-1; default: the last step, whose x are the images. `start`: one state of all N
-    chains, float32 (N, C, H, W) on any device, and the step that they go on with. `progress` is told about a hundred
-    times a chain. Every program that draws a list of seeds does it by this loop.
+    `part`: the batch, as a slice of `seeds`. `state`: as from `Sampler.trajectory`, valid until the next one is
+    requested. `labels`: as for `Sampler.sample`. `watch`: steps 0..S-1. Default: the last step, whose x are the images.
+    `start`: the states of all N chains, float32 (N, C, H, W) on any device, and the step that takes them. Default:
+    noise, at step 0. `progress` is called about a hundred times a chain. All code that draws a list of seeds uses this
+    loop.
     """
     first, last = (0 if start is None else start.step), sampler.steps - 1
     shown = {last} if watch is None else set(watch)
-    # A step that is looked at makes the device wait for the host, so not every step is reported.
+    # A watched step makes the device wait for the host, so not every step is reported.
     reports = {*range(first, last, max(1, sampler.steps // _REPORTS)), last} if progress is not None else set()
     for part in parts(len(seeds), batch):
-        own = None if start is None else StartState(start.x[part], start.step)
-        told = first
-        for state in sampler.trajectory(seeds[part], part_of(labels, part), reports | shown, own):
+        part_start = None if start is None else StartState(start.x[part], start.step)
+        reported = first
+        for state in sampler.trajectory(seeds[part], part_of(labels, part), reports | shown, part_start):
             if progress is not None and state.step in reports:
-                progress(evaluations(sampler, part.stop - part.start, state.step + 1 - told))
-                told = state.step + 1
+                progress(evaluations(sampler, part.stop - part.start, state.step + 1 - reported))
+                reported = state.step + 1
             if state.step in shown:
                 yield part, state
 
@@ -118,9 +123,10 @@ def latents(
     batch: int = 64,
     progress: Progress | None = None,
 ) -> Tensor:
-    """What a chain holds before each of `steps`, 0..S: x_T before step 0, the images before S, which is the end.
+    """Return the inputs of `steps`, 0..S: x_T for step 0, the finished images for S, which is the end of the chain.
 
-    float32 (len(steps), N, C, H, W) on the CPU, not clipped. No chain goes on behind the last of `steps`.
+    float32 (len(steps), N, C, H, W) on the CPU, not clipped. Chains stop at the last of `steps`. Other arguments as for
+    `trajectories`; `progress` is called after each step.
     """
     kept = torch.empty(len(steps), len(seeds), *image_shape(sampler))
     for part in parts(len(seeds), batch):
@@ -137,16 +143,16 @@ def latents(
 
 
 def part_of(labels: Sequence[int] | None, part: slice) -> Sequence[int] | None:
-    """The labels of a part of the seeds, where there are labels."""
+    """Return the labels of a part of the seeds, or None without labels."""
     return None if labels is None else labels[part]
 
 
 def repeated(labels: Sequence[int] | None, times: int) -> list[int] | None:
-    """Each label `times` times in a row, where there are labels."""
+    """Return each label `times` times in a row, or None without labels."""
     return None if labels is None else [label for label in labels for _ in range(times)]
 
 
 def image_shape(sampler: Sampler) -> tuple[int, int, int]:
-    """(C, H, W) of what the network draws."""
+    """Return (C, H, W) of the images that the sampler draws."""
     config = sampler.unet.config
     return config.image_channels, config.image_size, config.image_size

@@ -196,10 +196,10 @@ def test_a_step_taken_again_draws_other_noise() -> None:
 @pytest.mark.parametrize(
     ("x", "step", "message"),
     [
-        (torch.zeros(2, 1, 4, 4), STEPS, r"a chain starts before a step in 0..5; got 6"),
-        (torch.zeros(2, 1, 4, 4), -1, r"a chain starts before a step in 0..5; got -1"),
-        (torch.zeros(1, 1, 4, 4), 0, r"starts from float32 \(2, 1, 4, 4\); got torch.float32 \(1, 1, 4, 4\)"),
-        (torch.zeros(2, 1, 4, 4).double(), 0, r"starts from float32 \(2, 1, 4, 4\); got torch.float64"),
+        (torch.zeros(2, 1, 4, 4), STEPS, r"start.step must be in 0..5; got 6"),
+        (torch.zeros(2, 1, 4, 4), -1, r"start.step must be in 0..5; got -1"),
+        (torch.zeros(1, 1, 4, 4), 0, r"start.x must be float32 \(2, 1, 4, 4\); got torch.float32 \(1, 1, 4, 4\)"),
+        (torch.zeros(2, 1, 4, 4).double(), 0, r"start.x must be float32 \(2, 1, 4, 4\); got torch.float64"),
     ],
 )
 def test_beginnings_that_cannot_be_are_refused(x: Tensor, step: int, message: str) -> None:

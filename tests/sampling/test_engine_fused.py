@@ -92,13 +92,13 @@ def test_float64_stays_float64() -> None:
 
 def test_phases_are_the_doubled_convolution() -> None:
     """Odd sizes, in float64: the sums are exact but for their order."""
-    from fastddpm.sampling.engine.fused import _Cast, _PhaseDoubling
+    from fastddpm.sampling.engine.fused import _Cast, _PhaseUpsample
     from fastddpm.unet import Up
 
     layer, x = Up(6).double(), torch.randn(2, 6, 5, 7, dtype=torch.float64)
     shaken(layer)
     for layout in (torch.channels_last, torch.contiguous_format):
-        ours = _PhaseDoubling(layer, _Cast(torch.float64, layout))(x)
+        ours = _PhaseUpsample(layer, _Cast(torch.float64, layout))(x)
         with ops.use_backend("reference"):
             torch.testing.assert_close(ours, layer(x), rtol=0, atol=1e-14)
 

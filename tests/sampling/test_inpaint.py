@@ -202,7 +202,7 @@ def test_the_cost_is_what_the_network_is_asked(guidance: float) -> None:
         ({"images": some_images(3) / 255}, "got float64"),
         (
             {"known": LEFT.astype(int)},
-            r"known must be bool \(2, 2\) or \(3, 2, 2\), True where a pixel is given; got int64",
+            r"known must be bool \(2, 2\) or \(3, 2, 2\), True at known pixels; got int64",
         ),
         ({"known": np.ones((2, 2, 2), bool)}, r"got bool \(2, 2, 2\)"),
         ({"labels": [0, 0, 0]}, "trained without classes"),

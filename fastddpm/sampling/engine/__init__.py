@@ -1,4 +1,4 @@
-"""The U-Net prepared for inference: what the sampler evaluates a thousand times."""
+"""The U-Net prepared for inference, as the sampler evaluates it at every step."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,12 +24,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | None = None) -> Network:
-    """The fastest way to evaluate `unet(x_t, t, label)` without gradients for t in `timesteps`.
+    """Return the fastest way to evaluate `unet(x_t, t, label)` without gradients for t in `timesteps`.
 
-    A `PreparedUNet` for a float32 UNet on the CPU with the compiled library at hand, unless another backend than "auto"
-    or "cpu" is forced; a `FusedUNet` for a UNet on another device or in another precision, or where `engine` asks for
-    torch.compile, for 8-bit convolutions or not for the library; otherwise `unet` itself. `UsageError` for 8-bit
-    convolutions where there are none, and a warning that says what they change where there are.
+    - `FusedUNet`, if the UNet is not on the CPU or is computed in another precision than its weights have, or if
+      `engine` asks for torch.compile or 8-bit convolutions or forbids the compiled library;
+    - `PreparedUNet`, for other float32 UNets on the CPU, if the compiled library was built and the chosen backend is
+      "auto" or "cpu";
+    - `unet` itself otherwise.
+
+    `engine`: default `EngineConfig()`. Raises `UsageError` if 8-bit convolutions were asked for and cannot run here. If
+    they can, a warning says how much they change the output.
     """
     engine = EngineConfig() if engine is None else engine
     kind = _kind(unet, engine)
@@ -48,7 +52,7 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
 
 
 def is_current(network: Network, unet: nn.Module, engine: EngineConfig | None = None) -> bool:
-    """Whether `network` is what `prepare` would make of `unet` as it is now."""
+    """Whether `network` is what `prepare` would return for `unet` and its present weights."""
     kind = _kind(unet, EngineConfig() if engine is None else engine)
     if isinstance(network, PreparedUNet | FusedUNet):
         return type(network) is kind and network.unet is unet and not network.stale()
@@ -56,7 +60,10 @@ def is_current(network: Network, unet: nn.Module, engine: EngineConfig | None = 
 
 
 def precision_of(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
-    """What the network is computed in: as `engine` asks, by itself bfloat16 for float32 weights on a GPU."""
+    """Return the precision that the network is computed in.
+
+    `engine.precision` "auto": bfloat16 for float32 weights on a GPU, otherwise the weights' own.
+    """
     weight = next(unet.parameters())
     if engine.precision != "auto":
         return PRECISIONS[engine.precision]
@@ -68,8 +75,8 @@ def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[Fu
         return None
     on_cpu = all(p.device.type == "cpu" for p in unet.parameters())
     wanted = precision_of(unet, engine)
-    as_it_is = all(p.dtype == wanted for p in unet.parameters())
-    if not on_cpu or not as_it_is or not engine.native or engine.compile or engine.fp8:
+    cast = any(p.dtype != wanted for p in unet.parameters())
+    if not on_cpu or cast or not engine.native or engine.compile or engine.fp8:
         return FusedUNet
     if chosen_backend() not in ("auto", "cpu") or library.unavailable() is not None:
         return None
@@ -77,18 +84,19 @@ def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[Fu
 
 
 def _check_fp8(device: torch.device) -> None:
-    """UsageError, with the reason, where convolutions in 8-bit floating point are not the GPU's own."""
+    """Raise `UsageError`, with the reason, if 8-bit convolutions cannot run on `device`."""
     if device.type != "cuda":
-        raise UsageError(
-            f"8-bit convolutions (fp8) need a GPU that has them, sm_89 or later; this is the {device.type}"
-        )
+        raise UsageError(f"8-bit convolutions (fp8) need a GPU that has them, sm_89 or later; got device {device.type}")
     reasons = obstacles("conv3x3_fp8", "cuda")
     if reasons:
         raise UsageError(f"8-bit convolutions (fp8) do not run here: {reasons[0]}")
 
 
 def _report_fp8(network: FusedUNet, exact: FusedUNet, last: int) -> None:
-    """Warn how far the outputs are from those without 8-bit convolutions, on noise at three timesteps."""
+    """Warn how much 8-bit convolutions change the outputs, measured on noise at three timesteps up to `last`.
+
+    `exact`: the same network without 8-bit convolutions.
+    """
     config, device = network.unet.config, next(network.unet.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     shape = (4, config.image_channels, config.image_size, config.image_size)
@@ -99,5 +107,5 @@ def _report_fp8(network: FusedUNet, exact: FusedUNet, last: int) -> None:
         ours, expected = (each(x_t, torch.tensor([t], device=device).expand(4), label) for each in (network, exact))
         errors.append(f"{float((ours - expected).float().norm() / expected.float().norm()):.1%} at t = {t}")
     warnings.warn(
-        f"8-bit convolutions change the network's output (2-norm, noise as x_t): {', '.join(errors)}", stacklevel=4
+        f"8-bit convolutions change the network's output by {', '.join(errors)} (2-norm, noise as x_t)", stacklevel=4
     )

@@ -1,8 +1,8 @@
-"""The U-Net for inference in operations of torch: fewer kernels, the same numbers up to rounding.
+"""The U-Net for inference in PyTorch operations: fewer kernels, the same numbers up to rounding.
 
-Every time embedding and its projections are rows of a table, computed once; q, k and v are one projection; doubling and
-the convolution behind it are a convolution of 2x2; shortcuts are added by the product that computes them; weights are
-cast and laid out once. Nothing here is read by the host, so that a CUDA graph can hold it.
+The time embeddings and their projections are computed once, as rows of a table. q, k and v are one projection.
+Upsampling and the convolution after it are one 2x2 convolution. Shortcuts are added by the matrix product that computes
+them. Weights are cast and laid out once. The host reads nothing back, so a CUDA graph can be captured.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +17,17 @@ from fastddpm.ops import attention, conv3x3_fp8, group_norm_silu
 from fastddpm.ops.conv3x3_fp8 import quantised, to_e4m3
 from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up, weight_versions
 
-_Part = Callable[[Tensor], Tensor]
+_Layer = Callable[[Tensor], Tensor]
 
 
 class FusedUNet:
-    """`FusedUNet(unet, timesteps, engine, dtype)(x_t, t, label)`: `unet` in evaluation mode, computed in `dtype`.
+    """Evaluates a U-Net in evaluation mode: `FusedUNet(unet, timesteps, engine, dtype)(x_t, t, label)`.
 
-    `x_t`: floating (N, C, H, W). `t`: int64 (N,) in 0..timesteps-1, of which the table has a row each; a `t` expanded
-    from one value (stride 0) is looked up once. `label` as the network takes it. Returns (N, C or 2C, H, W) in `dtype`.
-    `engine` switches what is done to the network, each part by itself. A timestep outside the table is an IndexError on
-    a CPU, and stops a GPU. `stale` says whether the weights have changed since.
+    `x_t`: floating (N, C, H, W). `t`: int64 (N,) in 0..timesteps-1, the rows of the time table; a `t` expanded from one
+    value (stride 0) is looked up once. `label`: int64 (N,) if the network takes labels. The network is computed in
+    `dtype`. Returns (N, C or 2C, H, W) in `dtype`. `engine` turns each change to the network on or off. A timestep
+    outside the table raises IndexError on a CPU and fails a device-side assertion on a GPU. `stale` tells whether the
+    weights have changed since they were copied.
     """
 
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, dtype: torch.dtype) -> None:
@@ -45,12 +46,12 @@ class FusedUNet:
             )
             self._attention = _Attention(unet.mid.attention, engine, cast_to)
             self._up = [_Level(level, self._time, engine, cast_to) for level in cast(Sequence[Level], unet.up)]
-        # A program for each size of batches, of which torch keeps eight. Not fullgraph: that would make a ninth size an
-        # error; so it is computed as it stands, and torch logs that.
+        # torch.compile makes a program for each batch size and keeps eight. Without fullgraph, a ninth size runs
+        # uncompiled and torch logs that; with it, the ninth would be an error.
         self._run = torch.compile(self._forward, dynamic=False) if engine.compile else self._forward
 
     def stale(self) -> bool:
-        """Whether the network's weights have been changed or replaced since this was made."""
+        """Whether the network's weights have been changed or replaced since their copies were made."""
         return weight_versions(self.unet) != self._versions
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -78,7 +79,7 @@ class FusedUNet:
 
 
 class _Cast:
-    """Weights in the precision and memory format that they are read in."""
+    """Copies weights to the precision and memory format in which they are read."""
 
     def __init__(self, dtype: torch.dtype, layout: torch.memory_format) -> None:
         self.dtype, self.layout = dtype, layout
@@ -90,11 +91,11 @@ class _Cast:
 
 
 class _Time:
-    """Projections of the time embedding for all residual blocks side by side: (N, columns).
+    """Projects the time embedding for all residual blocks side by side: (N, columns).
 
-    With `time_table`, rows of a table over all timesteps; a label's part is added before the activation, so that with
-    labels the table ends there and one product does the rest. conv1's bias is part of the row: the norm behind it adds
-    both at once.
+    With `engine.time_table` these are rows of a table over all timesteps. With labels the table holds the embedding
+    before the activation, because the label's embedding is added there, and one matrix product does the rest. The bias
+    of conv1 is part of a row: the norm after it adds both at once.
     """
 
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, cast_to: _Cast) -> None:
@@ -114,6 +115,7 @@ class _Time:
             self._table = unet.embed_time(every) if unet.label is not None else self._project(unet.embed(every, None))
 
     def columns(self, block: ResBlock) -> tuple[int, int]:
+        """Return the first column of `block` and the one after its last."""
         return self._columns[block]
 
     def _project(self, activated: Tensor) -> Tensor:
@@ -148,7 +150,10 @@ class _Conv3x3:
 
 
 class _Conv8Bit:
-    """The same of numbers rounded to e4m3. Its input is a norm's output: within e4m3's range as it is."""
+    """3x3 convolution with stride 1, of input and weights rounded to e4m3.
+
+    The input is the output of a norm and is within the range of e4m3 without a scale.
+    """
 
     def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: _Cast) -> None:
         self._weight, self._scale = quantised(layer.weight)
@@ -159,7 +164,7 @@ class _Conv8Bit:
 
 
 class _ResBlock:
-    """conv2(silu(norm2(conv1(silu(norm1(x))) + temb))) + shortcut(x), x = concat(h, skip) which is never made."""
+    """conv2(silu(norm2(conv1(silu(norm1(x))) + temb))) + shortcut(x), x = concat(h, skip), which is never stored."""
 
     def __init__(self, block: ResBlock, time: _Time, engine: EngineConfig, cast_to: _Cast) -> None:
         self._norm1, self._norm2 = block.norm1, block.norm2
@@ -184,7 +189,10 @@ class _ResBlock:
 
 
 def _add_product(out: Tensor, x: Tensor, weight: Tensor, accumulate: bool) -> None:
-    """out += weight x at every pixel; in the product's own epilogue where both have their channels side by side."""
+    """Add weight @ x at every pixel to `out`, in place.
+
+    With `accumulate`, and channels last in both, the matrix product adds in its own epilogue.
+    """
     flat, rows = out.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
     if accumulate and flat.is_contiguous() and rows.is_contiguous():
         flat.view(-1, flat.shape[3]).addmm_(rows.reshape(-1, rows.shape[3]), weight.t())
@@ -214,7 +222,7 @@ class _Attention:
         return out.reshape(n, height, width, c).permute(0, 3, 1, 2).add_(x)
 
 
-class _Halving:
+class _Downsample:
     """3x3 convolution with stride 2, padded by one at the right and bottom."""
 
     def __init__(self, layer: Down, cast_to: _Cast) -> None:
@@ -224,8 +232,8 @@ class _Halving:
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self._weight, self._bias, stride=2)
 
 
-class _Doubling:
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+class _Upsample:
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
 
     def __init__(self, layer: Up, cast_to: _Cast) -> None:
         self._conv = _Conv3x3(layer.conv, layer.conv.bias, cast_to)
@@ -234,19 +242,20 @@ class _Doubling:
         return self._conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class _PhaseDoubling:
-    """The same without the doubled image: of the nine weights of an output pixel some fall on one input pixel.
+class _PhaseUpsample:
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution as one 2x2 convolution of the small image.
 
-    An output row 2i + a sees the input rows i - 1 + a and i + a: with the first row's weights on one and the sum of the
-    others' on the other for a = 0, mirrored for a = 1; columns alike. So the four pixels 2x2 are four outputs of one
-    2x2 convolution, whose weights are summed in float64: 16 products instead of 36.
+    Several of the nine weights of an output pixel fall on the same input pixel. Output row 2i + a reads the input rows
+    i - 1 + a and i + a: for a = 0 the former with the first row of weights and the latter with the sum of the other
+    two, mirrored for a = 1. The same holds for columns. The 2x2 output pixels of an input pixel are thus four outputs
+    of one 2x2 convolution, whose weights are summed in float64: 16 products instead of 36.
     """
 
     def __init__(self, layer: Up, cast_to: _Cast) -> None:
         weight = layer.conv.weight.detach().double()
-        # (a, which of the two input rows, which row of the weights)
-        of = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-        phases = torch.einsum("apy,bqx,ocyx->abocpq", of, of, weight)
+        # selection[a, p, y] is 1 if row y of the weights falls on the p-th of the two input rows.
+        selection = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+        phases = torch.einsum("apy,bqx,ocyx->abocpq", selection, selection, weight)
         self._weight = cast_to(phases.flatten(0, 2))
         self._bias = cast_to(layer.conv.bias).repeat(4)
         self._layout = cast_to.layout
@@ -265,20 +274,20 @@ class _PhaseDoubling:
 
 
 class _Level:
-    """The blocks of one resolution, each with what follows it, and the change of resolution behind them."""
+    """The residual blocks of one resolution, each with its attention or identity, and the resampling after them."""
 
     def __init__(self, level: Level, time: _Time, engine: EngineConfig, cast_to: _Cast) -> None:
         blocks = [_ResBlock(block, time, engine, cast_to) for block in cast(Sequence[ResBlock], level.blocks)]
-        follow: list[_Part] = [_identity] * len(blocks)
+        attentions: list[_Layer] = [_identity] * len(blocks)
         if len(level.attentions):
-            follow = [_Attention(block, engine, cast_to) for block in cast(Sequence[AttnBlock], level.attentions)]
-        self.blocks = list(zip(blocks, follow, strict=True))
-        self.resample: _Part | None = None
+            attentions = [_Attention(block, engine, cast_to) for block in cast(Sequence[AttnBlock], level.attentions)]
+        self.blocks = list(zip(blocks, attentions, strict=True))
+        self.resample: _Layer | None = None
         if isinstance(level.resample, Down):
-            self.resample = _Halving(level.resample, cast_to)
+            self.resample = _Downsample(level.resample, cast_to)
         elif level.resample is not None:
-            doubling = _PhaseDoubling if engine.phase_convolutions else _Doubling
-            self.resample = doubling(level.resample, cast_to)
+            upsample = _PhaseUpsample if engine.phase_convolutions else _Upsample
+            self.resample = upsample(level.resample, cast_to)
 
 
 def _identity(h: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The U-Net on the compiled library of a CPU.
+"""The U-Net for inference on a CPU, evaluated by the compiled library.
 
-A plan for one batch size is a list of calls of the compiled library over buffers that are allocated once. Every
-residual block is four to five calls: GroupNorm's statistics, then a convolution that applies GroupNorm and SiLU to its
-input as it reads it, and adds bias, time embedding and residual as it writes. Skips are read where they lie, doubling
-is an index, and the projections of the time embedding are computed for all timesteps at once.
+A plan for one batch size is a list of library calls over buffers that are allocated once. A residual block takes four
+or five calls: the statistics of GroupNorm, then a convolution that applies GroupNorm and SiLU to its input as it reads
+it, and adds bias, time embedding and residual as it writes. Skips are read in place, upsampling is a change of index,
+and the projections of the time embedding are computed for all timesteps at once.
 """
 
 import ctypes
@@ -22,12 +22,15 @@ from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBl
 
 
 class PreparedUNet:
-    """`PreparedUNet(unet, timesteps)(x_t, t, label)`: `unet` in evaluation mode, within float32 rounding.
+    """Evaluates a U-Net in evaluation mode: `PreparedUNet(unet, timesteps)(x_t, t, label)`.
 
-    `x_t`: float32 (N, C, H, W), any strides. `t`: int64 (N,), fastest for values in `timesteps`. `label` as the network
-    takes it. Returns float32 (N, C or 2C, H, W). An image's result has the same bits whatever the rest of the batch
-    and the number of threads are. The weights of convolutions and linear layers are copied into the order in which they
-    are read; `stale` says when the network's have changed since. Raises RuntimeError without the compiled library.
+    The result equals that of `unet` within float32 rounding.
+
+    `x_t`: float32 (N, C, H, W), any strides. `t`: int64 (N,); values in `timesteps` are fastest. `label`: int64 (N,) if
+    the network takes labels. Returns float32 (N, C or 2C, H, W). The bits of an image's result depend neither on the
+    rest of the batch nor on the number of threads. The weights of convolutions and linear layers are copied, in the
+    order in which they are read; `stale` tells whether the network's have changed since. Raises RuntimeError without
+    the compiled library.
     """
 
     def __init__(self, unet: UNet, timesteps: Sequence[int] = ()) -> None:
@@ -36,13 +39,13 @@ class PreparedUNet:
         self._versions = weight_versions(unet)
         self._blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         with torch.no_grad():
-            self._rows = {} if unet.label is not None or not len(timesteps) else self._rows_of(timesteps)
+            self._rows = {} if unet.label is not None or not len(timesteps) else self._rows_for(timesteps)
         self._layers: dict[int, _Layer] = {}
         self._plan: _Plan | None = None
         self._lock = threading.Lock()  # a plan's buffers serve one call at a time
 
     def stale(self) -> bool:
-        """Whether the network's weights have been changed or replaced since this was made."""
+        """Whether the network's weights have been changed or replaced since their copies were made."""
         return weight_versions(self.unet) != self._versions
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -52,20 +55,21 @@ class PreparedUNet:
         with self._lock, torch.no_grad():
             key = (len(x_t), torch.get_num_threads())
             if self._plan is None or self._plan.key != key:
-                self._plan = None  # its memory first
+                self._plan = None  # frees its memory before the next one takes some
                 self._plan = _Plan(self.unet, self._blocks, self._layers, key)
             x = x_t.to(torch.float32).contiguous(memory_format=torch.channels_last)
             return self._plan.run(x, self._projections(t, label))
 
     def _projections(self, t: Tensor, label: Tensor | None) -> Tensor:
-        """The time embedding's projections for every residual block side by side, (N, sum of channels).
+        """Return the projections of the time embedding for all residual blocks side by side, (N, sum of channels).
 
-        Each is computed alone: the bits of a product of matrices depend on how many rows there are.
+        With labels, each (t, label) is computed alone, because the bits of a matrix product depend on its number of
+        rows.
         """
         if label is None:
             values = t.tolist()
             for value in set(values) - self._rows.keys():
-                self._rows |= self._rows_of([value])
+                self._rows |= self._rows_for([value])
             return torch.stack([self._rows[value] for value in values])
         pairs = list(zip(t.tolist(), label.tolist(), strict=True))
         rows = {}
@@ -74,8 +78,9 @@ class PreparedUNet:
             rows[pair] = self._project(embedding)[0]
         return torch.stack([rows[pair] for pair in pairs])
 
-    def _rows_of(self, timesteps: Sequence[int]) -> dict[int, Tensor]:
-        with one_thread():  # with more, a product of matrices may be summed in another order
+    def _rows_for(self, timesteps: Sequence[int]) -> dict[int, Tensor]:
+        """Return the projections of the time embedding at each timestep, without labels."""
+        with one_thread():  # with more, a matrix product may be summed in another order
             embedding = self.unet.embed(torch.tensor([int(t) for t in timesteps], device="cpu"), None)
             return dict(zip((int(t) for t in timesteps), self._project(embedding), strict=True))
 
@@ -83,14 +88,14 @@ class PreparedUNet:
         return torch.cat([block.temb_proj(activated_temb) for block in self._blocks], dim=1)
 
 
-def _floats(*shape: int) -> Tensor:
-    """Not filled; what the library reads and writes, whatever torch's default dtype and device are."""
+def _empty(*shape: int) -> Tensor:
+    """Return an uninitialised float32 tensor on the CPU, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution's, or a linear layer's, weights as the library reads them."""
+    """The weights of a convolution or linear layer, as the library reads them."""
 
     packed: Tensor
     bias: Tensor
@@ -102,7 +107,10 @@ class _Layer:
 
 
 def _layer(module: nn.Module, height: int, width: int) -> _Layer:
-    """A convolution, a linear layer, or q, k and v of an attention block as one, for an output of height x width."""
+    """Pack the weights of a convolution or linear layer, or of q, k and v of an attention block as one layer.
+
+    `height`, `width`: size of the output, on which the choice of the algorithm depends.
+    """
     if isinstance(module, AttnBlock):
         weights, biases = zip(*((layer.weight, layer.bias) for layer in (module.q, module.k, module.v)), strict=True)
         weight, bias = torch.cat(weights), torch.cat(biases)
@@ -118,43 +126,46 @@ def _layer(module: nn.Module, height: int, width: int) -> _Layer:
         stride=stride, pad=_padding(kernel, stride), x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
     )  # fmt: skip
     library = native.library()
-    packed = _floats(library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args)) // 4)
+    packed = _empty(library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args)) // 4)
     native.check("conv", library.fastddpm_cpu_conv_pack(ctypes.byref(args), ctypes.c_void_p(packed.data_ptr())))
     return _Layer(packed, bias, c, k, kernel, stride, algorithm)
 
 
 def _padding(kernel: int, stride: int) -> int:
-    """Zeros above and to the left; with stride 2 the network pads at the right and bottom alone."""
+    """Return the zeros above and to the left. With stride 2 the network pads only at the right and bottom."""
     return 1 if kernel == 3 and stride == 1 else 0
 
 
 class _Arena:
-    """Buffers for a plan while it is made: memory given back is handed out again."""
+    """Allocates the buffers of a plan while it is built; released memory is handed out again. Holders are counted."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
         self._owners: dict[int, tuple[Tensor, int]] = {}
 
     def take(self, *shape: int) -> Tensor:
-        """A float32 tensor that shares memory with none that is still held."""
+        """Return an uninitialised float32 tensor, with one holder, in memory that no held tensor uses."""
         count = torch.Size(shape).numel()
         fitting = [storage for storage in self._free if storage.numel() >= count]
         if fitting:
             storage = min(fitting, key=Tensor.numel)
             self._free = [other for other in self._free if other is not storage]
         else:
-            storage = _floats(count)
+            storage = _empty(count)
         self._owners[storage.data_ptr()] = (storage, 1)
         return storage[:count].view(shape)
 
     def hold(self, tensor: Tensor) -> None:
+        """Add a holder of `tensor`."""
         storage, owners = self._owners[tensor.data_ptr()]
         self._owners[tensor.data_ptr()] = (storage, owners + 1)
 
     def shared(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has more than one holder, and so must not be overwritten."""
         return self._owners[tensor.data_ptr()][1] > 1
 
-    def give(self, *tensors: Tensor) -> None:
+    def release(self, *tensors: Tensor) -> None:
+        """Remove a holder of each tensor; the memory of one without holders is free again."""
         for tensor in tensors:
             storage, owners = self._owners.pop(tensor.data_ptr())
             if owners > 1:
@@ -164,7 +175,7 @@ class _Arena:
 
 
 class _Plan:
-    """The calls that evaluate the network for a batch of `key[0]` images with `key[1]` threads."""
+    """The library calls that evaluate the network for a batch of `key[0]` images with `key[1]` threads."""
 
     def __init__(self, unet: UNet, blocks: list[ResBlock], layers: dict[int, _Layer], key: tuple[int, int]) -> None:
         self.key = key
@@ -174,16 +185,17 @@ class _Plan:
         self._calls: list[tuple[str, ctypes.Structure]] = []
         self._workspace_bytes = 0
         widths = [block.temb_proj.out_features for block in blocks]
-        self._temb = _floats(self._batch, sum(widths))
+        self._temb = _empty(self._batch, sum(widths))
         self._temb_at = {id(block): sum(widths[:i]) for i, block in enumerate(blocks)}
         widest = max(max(m.weight.numel() for m in unet.modules() if isinstance(m, GroupNormSiLU)), 1)
-        self._gain, self._offset = _floats(self._batch, widest), _floats(self._batch, widest)
+        self._gain, self._offset = _empty(self._batch, widest), _empty(self._batch, widest)
 
         size = unet.config.image_size
         self._output_shape = (self._batch, size, size, unet.conv_out.out_channels)
         self._input, self._output = self._build(unet, size)
-        # A page more, so that it can begin on one: the structures hold addresses, the list keeps the memory.
-        self._workspace = _floats(self._workspace_bytes // 4 + 1024)
+        # One page of 4096 bytes more, so that the workspace can begin at a page. The structures hold addresses only;
+        # the attribute keeps the memory alive.
+        self._workspace = _empty(self._workspace_bytes // 4 + 1024)
         address = -(-self._workspace.data_ptr() // 4096) * 4096
         for _, args in self._calls:
             if hasattr(args, "workspace"):
@@ -193,8 +205,9 @@ class _Plan:
         ]
 
     def run(self, x_t: Tensor, projections: Tensor) -> Tensor:
+        """Evaluate the network for `x_t`, float32 in channels_last, and the projections of the time embedding."""
         self._temb.copy_(projections)
-        out = _floats(*self._output_shape)
+        out = _empty(*self._output_shape)
         self._input.x, self._output.out = x_t.data_ptr(), out.data_ptr()
         self._input.x_stride[:] = [x_t.stride(i) for i in (0, 2, 3, 1)]
         for function, args, name in self._functions:
@@ -204,10 +217,10 @@ class _Plan:
         return out.permute(0, 3, 1, 2)
 
     def _build(self, unet: UNet, size: int) -> tuple[interface.Conv, interface.Conv]:
-        """All calls of the network, in order; the structures that take its input and its output."""
+        """Append all calls of the network, in order; return the structures that hold its input and its output."""
         arena = self._arena
-        first = _floats(self._batch, size, size, unet.config.image_channels)  # a stand-in for its shape
-        h = self._conv(unet.conv_in, first)
+        x_t = _empty(self._batch, size, size, unet.config.image_channels)  # only its shape counts; `run` gets the data
+        h = self._conv(unet.conv_in, x_t)
         entry = cast(interface.Conv, self._calls[-1][1])
         skips = [h]
         for level in cast(Iterable[Level], unet.down):
@@ -227,24 +240,24 @@ class _Plan:
             if level.resample is not None:
                 low = h
                 h = self._conv(level.resample.conv, low, doubled=True)
-                arena.give(low)
-        self._conv(unet.conv_out, h, norm=unet.norm_out, out=_floats(*self._output_shape))
+                arena.release(low)
+        self._conv(unet.conv_out, h, norm=unet.norm_out, out=_empty(*self._output_shape))
         return entry, cast(interface.Conv, self._calls[-1][1])
 
     def _res_block(self, block: ResBlock, h: Tensor, skip: Tensor | None) -> Tensor:
-        """Gives back h and skip."""
+        """Append the calls of a residual block and return its output. Releases `h` and `skip`."""
         residual = self._conv(block.conv1, h, skip=skip, norm=block.norm1, temb=self._temb_at[id(block)])
         if block.shortcut is not None:
             out = self._conv(block.shortcut, h, skip=skip)
-            self._arena.give(h)
+            self._arena.release(h)
         elif self._arena.shared(h):
             out = self._conv(block.conv2, residual, norm=block.norm2, residual=h)
-            self._arena.give(h, residual)
+            self._arena.release(h, residual)
             return out
         else:
             out = h
         self._conv(block.conv2, residual, norm=block.norm2, residual=out, out=out)
-        self._arena.give(residual, *([] if skip is None else [skip]))
+        self._arena.release(residual, *([] if skip is None else [skip]))
         return out
 
     def _attend(self, level: Level, index: int, h: Tensor) -> Tensor:
@@ -261,16 +274,20 @@ class _Plan:
             q_stride=triple, k_stride=triple, v_stride=triple, out_stride=single, dtype=interface.FLOAT32,
         )  # fmt: skip
         self._calls.append(("attention", args))
-        self._arena.give(qkv)
+        self._arena.release(qkv)
         self._conv(block.proj, out, residual=h, out=h)
-        self._arena.give(out)
+        self._arena.release(out)
         return h
 
     def _conv(
         self, module: nn.Module, h: Tensor, *, skip: Tensor | None = None, norm: GroupNormSiLU | None = None,
         temb: int | None = None, residual: Tensor | None = None, out: Tensor | None = None, doubled: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Calls for conv(silu(norm(concat(h, skip)))) + bias + temb + residual; its output, taken unless given."""
+        """Append the calls for conv(silu(norm(concat(h, skip)))) + bias + temb + residual; return the output.
+
+        `temb`: the block's first column of the projections. `out`: where to write. Default: a buffer from the arena.
+        `doubled`: upsample h by 2 first, by the nearest neighbour.
+        """
         stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
         factor = 2 if doubled else 1
         out_height, out_width = h.shape[1] * factor // stride, h.shape[2] * factor // stride
