@@ -1,16 +1,15 @@
-"""python -m fastddpm.train: train a model, sample from it, pick up where it stopped.
+"""python -m fastddpm.train: train a model, draw samples from it, resume a run.
 
-The same command started by torchrun, once for each process, trains one model with all of them.
+Under torchrun, which starts this command once per process, all processes train one model.
 """
 
 import contextlib
 import dataclasses
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -18,6 +17,8 @@ from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, 
 from fastddpm.errors import UsageError
 from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
+from fastddpm.runtime.options import Device, Resize, SkipBad
+from fastddpm.runtime.progress import log
 from fastddpm.storage.documents import difference, to_dict
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "fastddpm.train"
 DEFAULT_PRESET = "mnist"
-# Of the optimisation, what a run may change as it goes on without becoming another one.
+# Fields of TrainConfig that may change on --resume without --override.
 FREE_TO_CHANGE = {
     "steps", "accumulate", "compile", "checkpoint_blocks", "parallel", "log_every", "save_every", "keep", "patience",
     "preview_every", "preview_steps",
@@ -38,53 +39,51 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class Command:
-    """Train a DDPM. Without options: digits, on this machine, in a few minutes."""
+    """Train a DDPM. Default: the embedded digits, on this machine, in a few minutes."""
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = DEFAULT_PRESET
     """Configuration to start from; every option below overrides one of its values."""
     data: str | None = None
     """Images: a folder, .zip or .tar shards, parquet, LSUN's LMDB, CIFAR-10 as distributed, a .fdpack, or hf:NAME.
-    Without it, the embedded digits."""
-    resize: Literal["none", "area", "lanczos"] = "none"
-    """For images of another size: crop to the centre square and resize."""
-    skip_bad: bool = False
-    """Leave out images that cannot be used, rather than stop with a list of them."""
+    Default: the embedded digits."""
+    resize: Resize = "none"
+    skip_bad: SkipBad = False
     data_workers: int | None = None
-    """Programs that decode, ahead of time, images of a set too large to be kept decoded; 0 for none of their own. One
-    for each core, up to 8, unless given."""
+    """Worker processes that decode images ahead of training. Default: one per core, at most 8. 0: decode in the
+    training process. Unused if the decoded data set fits in memory."""
     out: Path | None = None
-    """Run directory. Without it, runs/PRESET, or runs/PRESET-2 and so on when that exists."""
+    """Run directory. Default: runs/PRESET, or the first free one of runs/PRESET-2, runs/PRESET-3, .. if that exists."""
     resume: bool = False
-    """Continue the run in --out, or the newest one of this preset. Any number of processes may."""
+    """Continue the run in --out, by default the newest run of this preset. The number of processes may change."""
     override: bool = False
-    """With --resume: from here on train with another learning rate, batch or other option that changes the result."""
+    """With --resume: continue with another learning rate, batch or other option that changes the result."""
     timeout: float = 600.0
-    """Several processes: seconds after which one that does not answer counts as lost, and the others stop."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA or ROCm device when there is one."""
+    """With several processes: seconds without an answer after which a process counts as lost and the others stop."""
+    device: Device = "auto"
     profile: int = 0
-    """Trace this many steps, after a few others, into profile/trace.json.gz of the run."""
+    """Steps to trace, after a few others, into profile/trace.json.gz of the run. 0: no trace."""
     wandb: str | None = None
-    """Weights & Biases project to send the numbers and previews to, too."""
+    """Weights & Biases project that gets the run's numbers and previews. Default: none."""
     dry_run: bool = False
-    """Show shapes, parameters, memory and the time of one step; write nothing."""
+    """Print block shapes, parameters, memory and the time of one step; write nothing."""
     unet: tyro.conf.OmitArgPrefixes[UNetConfig] = dataclasses.field(default_factory=UNetConfig)
     diffusion: tyro.conf.OmitArgPrefixes[DiffusionConfig] = dataclasses.field(default_factory=DiffusionConfig)
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
     def resolved(self) -> Preset:
-        """The configuration that these options give."""
+        """Return the configuration that these options describe."""
         unet = dataclasses.replace(self.unet, learned_variance=self.diffusion.learned_variance)
         return Preset(self.preset, unet, self.diffusion, self.train, self.sample)
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command on `arguments`, as `cli.run` passes them."""
     group = distributed.group_from_environment()
     command, base, run = _parse(arguments, group)
     wanted = command.resolved()
-    say = _to_stderr if group.is_main else _to_nobody
-    say(describe(wanted, base))
+    report = log if group.is_main else _discard
+    report(describe(wanted, base))
 
     from fastddpm.ops.backend import OPERATIONS, obstacles
     from fastddpm.runtime.device import choose_device
@@ -92,34 +91,30 @@ def main(arguments: Sequence[str]) -> None:
 
     device = choose_device(command.device, distributed.local_rank())
     for reason in sorted({reason for operation in OPERATIONS for reason in obstacles(operation, device.type)}):
-        say(f"note: {reason}")
+        report(f"note: {reason}")
     with nothing_to_save(), distributed.process_group(group, device=device.type, timeout_s=command.timeout):
         distributed.assert_same(
             (to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", group
         )
-        dataset = _open_data(command, wanted, group, say)
+        dataset = _open_data(command, wanted, group, report)
         if command.dry_run:
             from fastddpm.training.dry_run import describe_run
 
-            report = describe_run(wanted, dataset, device, group)
+            description = describe_run(wanted, dataset, device, group)
             if group.is_main:
-                print(report)
+                print(description)
             return
-        _train(command, arguments, wanted, run, dataset, device, group, say)
+        _train(command, arguments, wanted, run, dataset, device, group, report)
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _to_nobody(line: str) -> None:
-    pass
+def _discard(line: str) -> None:
+    """Report nothing; the `report` callback of every rank but 0."""
 
 
 def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[Command, Preset, Path]:
-    """The options, the configuration they start from (the saved one when resuming), and the run directory.
+    """Return the options, the configuration they start from (on resume, the saved one), and the run directory.
 
-    A command that torchrun or SLURM has started again resumes the run that it had begun.
+    If torchrun or SLURM restarted this command, it resumes the run that it had begun.
     """
     name = cli.peek(arguments, "--preset") or DEFAULT_PRESET
     base = preset(name)
@@ -130,7 +125,7 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
     if resuming:
         run = Path(out) if out else _newest_run(name)
         if not (run / "config.json").is_file():
-            raise UsageError(f"nothing to resume: {run} holds no run, that is no config.json")
+            raise UsageError(f"nothing to resume: {run} holds no run (there is no config.json in it)")
         base = read_preset(run / "config.json")
         if cli.peek(arguments, "--preset") not in (None, base.name):
             raise UsageError(f"{run} is a run of preset {base.name}, not {name}; leave --preset out")
@@ -156,26 +151,28 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
 
 def _refuse_taken(run: Path) -> None:
     if (run / "config.json").exists():
-        raise UsageError(f"{run} holds a run already; --resume continues it, or choose another --out")
+        raise UsageError(f"{run} holds a run already; continue it with --resume, or choose another --out")
 
 
 def _refuse_changes(base: Preset, command: Command, run: Path) -> None:
-    """`UsageError` for another model, and without --override for another optimisation."""
+    """Raise `UsageError` for another model, and for other training options unless --override is given."""
     wanted = command.resolved()
     refused = [
         line for part in ("unet", "diffusion") for line in difference(getattr(base, part), getattr(wanted, part))
     ]
     if refused:
-        raise UsageError(f"{run} cannot go on as another model: {'; '.join(refused)}. Start a new run instead")
+        raise UsageError(f"{run} cannot continue as another model: {'; '.join(refused)}. Start a new run instead")
     changed = [line for line in difference(base.train, wanted.train) if line.partition(":")[0] not in FREE_TO_CHANGE]
     if changed and not command.override:
-        raise UsageError(f"{run} was trained otherwise: {'; '.join(changed)}. --override goes on so from here on")
+        raise UsageError(
+            f"{run} was trained with other options: {'; '.join(changed)}. --override continues with the new ones"
+        )
 
 
 def _open_data(
-    command: Command, wanted: Preset, group: distributed.ProcessGroup, say: Callable[[str], None]
+    command: Command, wanted: Preset, group: distributed.ProcessGroup, report: Callable[[str], None]
 ) -> "Dataset":
-    """The data set; of several processes the first one opens it first, and so fills a cache for the others."""
+    """Open the data set. Rank 0 opens it first and fills the cache for the others."""
     from fastddpm.data import open_dataset
 
     def opened() -> "Dataset":
@@ -185,14 +182,14 @@ def _open_data(
             channels=wanted.unet.image_channels,
             resize=command.resize,
             skip_bad=command.skip_bad,
-            report=say,
+            report=report,
         )
 
     own: list[Dataset] = []
     distributed.on_main(lambda: own.append(opened()), group)
     dataset = own[0] if own else opened()
     distributed.assert_same((len(dataset.images), dataset.checksum), "the number of images or their sha256", group)
-    say(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}")
+    report(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}")
     return dataset
 
 
@@ -223,7 +220,7 @@ def _train(
     dataset: "Dataset",
     device: "torch.device",
     group: distributed.ProcessGroup,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
     from fastddpm.storage import checkpoint
     from fastddpm.training.loggers import JsonLines
@@ -238,52 +235,54 @@ def _train(
                 _refuse_taken(run)
             held.enter_context(checkpoint.lock(run))
 
-        # First what can be refused: it leaves no directory behind.
+        # Before the run directory is made, because this can raise.
         trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
         held.callback(trainer.batches.close)
         distributed.on_main(claim, group)
         if command.resume:
-            _go_on(trainer, run, group, say)
+            _resume(trainer, run, group, report)
         log = None
         if group.is_main:
             write_preset(wanted, run / "config.json")
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
-        _watch(command, arguments, trainer, run, held, say)
+        _attach_loggers(command, arguments, trainer, run, held, report)
         last = trainer.run(run, log, dataset_source=command.data)
         with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
             pictures = draw_final_samples(unet, trainer.diffusion, wanted, run, group)
     if group.is_main:
-        _tell(run, last, pictures)
+        _print_paths(run, last, pictures)
 
 
-def _tell(run: Path, last: Path, pictures: Sequence[Path]) -> None:
+def _print_paths(run: Path, last: Path, pictures: Sequence[Path]) -> None:
     print(f"checkpoint {last}")
     for path in pictures:
         print(f"{path.suffix[1:]:<10} {path}")
     print(f"next: python -m fastddpm.sample {shlex.quote(str(run))} --seeds 64-127")
 
 
-def _go_on(trainer: "Trainer", run: Path, group: distributed.ProcessGroup, say: Callable[[str], None]) -> None:
-    """Bring `trainer` to the newest checkpoint, if there is one; `UsageError` where that is behind its last step."""
-    saved = _newest_checkpoint(run, group, say)
+def _resume(trainer: "Trainer", run: Path, group: distributed.ProcessGroup, report: Callable[[str], None]) -> None:
+    """Load the newest checkpoint, if any, into `trainer`. Raises `UsageError` if its step is beyond --steps."""
+    saved = _newest_checkpoint(run, group, report)
     if saved is not None:
         trainer.resume(saved)
     last = trainer.preset.train.steps
     if trainer.step > last:
-        raise UsageError(f"{run} has taken {trainer.step} steps already; --steps {last} would end before that")
-    say(f"resuming {run} at step {trainer.step}")
+        raise UsageError(
+            f"{run} has taken {trainer.step} steps already; --steps {last} would end before that, choose more"
+        )
+    report(f"resuming {run} at step {trainer.step}")
 
 
-def _watch(
+def _attach_loggers(
     command: Command,
     arguments: Sequence[str],
     trainer: "Trainer",
     run: Path,
     held: contextlib.ExitStack,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
-    """Have the run watched as the options say, and note down what this process is."""
+    """Attach loggers, previews and profiler as the options ask, and record this session in environment.json."""
     from fastddpm.training.environment import record_session
     from fastddpm.training.loggers import Loggers, open_loggers
     from fastddpm.training.profiling import Profile
@@ -297,7 +296,7 @@ def _watch(
         line = ["python", "-m", PROGRAM, *arguments]
         record_session(run, line, trainer.device, data, step=trainer.step, group=group)
         resume_step = trainer.step if command.resume else None
-        own.append(open_loggers(run, preset, resume_step=resume_step, wandb=command.wandb, say=say))
+        own.append(open_loggers(run, preset, resume_step=resume_step, wandb=command.wandb, report=report))
         held.callback(own[0].close)
 
     distributed.on_main(begin, group)
@@ -310,15 +309,15 @@ def _watch(
 
 
 def _newest_checkpoint(
-    run: Path, group: distributed.ProcessGroup, say: Callable[[str], None]
+    run: Path, group: distributed.ProcessGroup, report: Callable[[str], None]
 ) -> "checkpoint.Checkpoint | None":
-    """The checkpoint to go on from: found and verified by the first process, and read by each."""
+    """Return the newest undamaged checkpoint, found and verified by rank 0 and read by each process; None if none."""
     from fastddpm.storage import checkpoint
 
     own: list[checkpoint.Checkpoint] = []
 
     def find() -> tuple[Path, list[str]] | None:
-        saved = checkpoint.load_newest(run, say)
+        saved = checkpoint.load_newest(run, report)
         if saved is None:
             return None
         own.append(saved)

@@ -10,6 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 
+def log(line: str) -> None:
+    """Print a line to standard error at once: the default of every `report` parameter."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class _Bar(Progress):
     """Progress bars, each with its note on a line below."""
 
@@ -72,7 +77,7 @@ class Meter:
             self._last_line = now
             left = (self.total - done) / max(1e-9, self.rate)
             parts = [f"{self.title} {done}/{self.total} {self.unit}", note, f"{duration(left)} left"]
-            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+            log("  ".join(part for part in parts if part))
 
 
 def duration(seconds: float) -> str:

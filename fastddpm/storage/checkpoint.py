@@ -127,10 +127,10 @@ def load(path: Path, parts: Collection[str] | None = None) -> Checkpoint:
         raise DataError(f"{error}; {_advice(path)}") from error
 
 
-def load_newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def load_newest(run: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest undamaged checkpoint of a run, or None if it has no checkpoint at all.
 
-    `warn` is called with one message for each damaged checkpoint passed over. If all are damaged, raises `DataError`
+    `report` is called with one message for each damaged checkpoint passed over. If all are damaged, raises `DataError`
     rather than let a run begin anew over them.
     """
     found = _checkpoints(Path(run) / "checkpoints")
@@ -138,7 +138,7 @@ def load_newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         try:
             return load(path)
         except DataError as error:
-            warn(str(error))
+            report(str(error))
     if found:
         raise DataError(f"every checkpoint in {found[0].parent} is damaged; restore one, or start in another directory")
     return None

@@ -1,1 +1,1 @@
-"""Algorithm 1: the trainer, its optimizer, its processes, and what watches a run."""
+"""Training (Algorithm 1 of the paper): loop, optimizer, multi-process strategies, run state, logging."""

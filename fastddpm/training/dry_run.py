@@ -1,4 +1,4 @@
-"""What `--dry-run` shows: shapes, parameters, memory, and the time of one real step."""
+"""The report of `--dry-run`: block shapes, parameters, memory, and the time of one real training step."""
 
 import dataclasses
 import time
@@ -21,7 +21,10 @@ _MIB = 2**20
 
 
 def describe_run(preset: Preset, dataset: Dataset, device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> str:
-    """A report on a run that is not started; computes in memory and writes nothing. All processes call it."""
+    """Return a report on a run without starting it: takes two training steps and writes no files.
+
+    Every process calls this.
+    """
     trainer = Trainer(preset, dataset, device, group)
     num_parameters = sum(p.numel() for p in trainer.unet.parameters())
     state_bytes = _state_bytes(trainer)
@@ -46,7 +49,7 @@ def describe_run(preset: Preset, dataset: Dataset, device: torch.device, group: 
 
 
 def _undivided(trainer: Trainer) -> Trainer:
-    """`trainer`, or one with a whole network where its own comes and goes block by block (FSDP2)."""
+    """Return `trainer`, or for FSDP2, whose network is gathered block by block, one with the whole network."""
     if not isinstance(trainer.strategy, FSDP):
         return trainer
     train = trainer.preset.train
@@ -55,7 +58,7 @@ def _undivided(trainer: Trainer) -> Trainer:
 
 
 def _activations(trainer: Trainer) -> tuple[dict[str, tuple[int, ...]], int]:
-    """The output shape of each block, and the bytes kept for the backward pass, of one micro-batch."""
+    """Return the output shape of each block and the bytes kept for the backward pass, for one micro-batch."""
     activations = SavedActivations(trainer.unet)
     with block_shapes(trainer.unet) as shapes, activations:
         next(trainer.part_losses())
@@ -63,14 +66,14 @@ def _activations(trainer: Trainer) -> tuple[dict[str, tuple[int, ...]], int]:
 
 
 def _state_bytes(trainer: Trainer) -> int:
-    """Of this process: weights, gradients (as large), Adam's two moments and the averages."""
+    """Bytes of weights, gradients, Adam's two moments and the averages that this process holds."""
     optimizer = trainer.optimizer
-    of_weights = sum(t.nbytes for name, t in optimizer.state().items() if name.startswith("weight."))
+    of_weights = sum(t.nbytes for name, t in optimizer.state_dict().items() if name.startswith("weight."))
     return of_weights * (4 + len(optimizer.averages))
 
 
 class SavedActivations:
-    """Counts what autograd keeps inside the `with` block: bytes of distinct storages that are not weights."""
+    """Count the bytes that autograd saves inside the `with` block, once per storage and without the weights."""
 
     def __init__(self, network: nn.Module) -> None:
         self._counted = {p.untyped_storage().data_ptr() for p in network.parameters()}
@@ -94,7 +97,7 @@ class SavedActivations:
 
 @contextmanager
 def block_shapes(network: nn.Module) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The output shape of each block, in order, filled in by the forward pass inside the `with` block."""
+    """Yield a dictionary that the forward pass inside the `with` block fills: block name to output shape, in order."""
     shapes: dict[str, tuple[int, ...]] = {}
     handles = []
     for name, module in network.named_modules():

@@ -1,4 +1,4 @@
-"""environment.json of a run: the command, versions, device and data of each time it was started."""
+"""environment.json of a run: command, versions, device and data of each session (each start of the run)."""
 
 import hashlib
 import importlib.metadata
@@ -24,9 +24,9 @@ LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "triton")
 _HIDDEN = "***"
 _SECRET = re.compile(r"token|secret|password|passwd|credential|api[-_]?key|access[-_]?key", re.IGNORECASE)
 _USER_IN_ADDRESS = re.compile(r"(\w+://)[^/@\s]+@")
-# How tokens of Hugging Face, GitHub, OpenAI and AWS begin; Weights & Biases' old ones are 40 hexadecimal digits.
+# Prefixes of Hugging Face, GitHub, OpenAI, AWS and W&B tokens; older W&B tokens are 40 hexadecimal digits.
 _TOKEN = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{8,}|\b[0-9a-f]{40}\b|wandb_v1_[\w-]{8,}")
-_SHORTEST_SECRET = 6  # of a variable's value: shorter ones are found in harmless words
+_SHORTEST_SECRET = 6  # characters of a variable's value; shorter values also occur in harmless words
 
 
 def record_session(
@@ -38,10 +38,10 @@ def record_session(
     step: int = 0,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Add this start of the run, at `step`, to `run`/environment.json; its path.
+    """Append a session that starts at `step` to `run`/environment.json and return the file's path.
 
-    `data`: what the images are (name, checksum, source). Of the environment's variables none is written, and what looks
-    like a secret in `command` is replaced by ***. Raises `StorageError`.
+    `data`: name, checksum and source of the images. No environment variable is written, and anything in `command` that
+    looks like a secret is replaced by ***. Raises `StorageError` if the file cannot be written.
     """
     path = run / "environment.json"
     session = {
@@ -57,8 +57,11 @@ def record_session(
 
 
 def without_secrets(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """`command` with *** for the values of options named like secrets, for tokens, for user names and passwords in
-    addresses, and for what a variable of `environment` named like a secret holds."""
+    """Return `command` with secrets replaced by ***.
+
+    Secrets are values of options with a name like token or password, texts that look like a token, user names and
+    passwords in URLs, and the values of variables in `environment` with a name like token, password or key.
+    """
     known = [
         value
         for name, value in environment.items()
@@ -80,7 +83,7 @@ def without_secrets(command: Sequence[str], environment: Mapping[str, str]) -> l
 
 
 def _earlier(path: Path) -> list[Any]:
-    """Sessions written before; none from a file that is damaged, which must not keep a run from going on."""
+    """Return the sessions already in the file; none if it is damaged, which must not stop a run."""
     try:
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -89,7 +92,7 @@ def _earlier(path: Path) -> list[Any]:
 
 
 def _system(device: torch.device) -> dict[str, Any]:
-    """Versions, the device and what computes on it."""
+    """Return versions, device, threads, and the implementation that each operation uses."""
     found: dict[str, Any] = {
         "fastddpm": fastddpm.__version__,
         "source_sha256": _source_checksum(),
@@ -122,7 +125,7 @@ def _version(library: str) -> str | None:
 
 
 def _source_checksum() -> str:
-    """sha256 of the package's Python files, which says more than a version that stays while one edits."""
+    """Return the sha256 of the package's Python files, which changes with every edit, unlike the version."""
     digest = hashlib.sha256()
     package = Path(sys.modules["fastddpm"].__path__[0])
     for root in (package, Path(fastddpm.kernels.__path__[0])):

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides its log: TensorBoard where it is installed, Weights & Biases on request."""
+"""Loggers of a run: log.jsonl always, TensorBoard if it is installed, Weights & Biases on request."""
 
 import contextlib
 import importlib
@@ -15,27 +15,28 @@ from PIL import Image
 
 from fastddpm.config import Preset
 from fastddpm.errors import StorageError, UsageError
+from fastddpm.runtime.progress import log
 from fastddpm.storage.documents import to_dict
 from fastddpm.storage.files import write_text
 
 
 class Logger(Protocol):
-    """Takes the numbers of a step, and pictures."""
+    """A destination for the numbers of each logged step, and for pictures."""
 
     name: str
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Finite numbers by name."""
+        """Write finite numbers, by name."""
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """A picture that lies at `path`."""
+        """Write the picture in the file `path`."""
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Flush and close."""
 
 
 class TensorBoard:
-    """Event files in `directory`; on resume, what is behind `resume_step` is hidden from the viewer."""
+    """TensorBoard event files in `directory`. On resume, the viewer hides what was written after `resume_step`."""
 
     name = "TensorBoard"
 
@@ -59,10 +60,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases called as the directory `run`; resumed, the same one goes on.
+    """A Weights & Biases run named after the directory `run`; a resumed run continues the same one.
 
-    The library's own settings hold: WANDB_MODE=offline keeps everything in `run`/wandb. It is given the numbers,
-    pictures and configuration of the run, and neither code nor the screen's text.
+    The library's own settings apply: WANDB_MODE=offline keeps everything in `run`/wandb. Numbers, pictures and the
+    configuration are sent; source code and terminal output are not.
     """
 
     name = "Weights & Biases"
@@ -86,7 +87,7 @@ class WeightsAndBiases:
 
 
 def _identity(run: Path) -> str:
-    """The name by which Weights & Biases knows the run again."""
+    """Return the run id at Weights & Biases, kept in `run`/wandb-id, so that a resumed run finds it again."""
     path = run / "wandb-id"
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
@@ -94,22 +95,22 @@ def _identity(run: Path) -> str:
 
 
 class Loggers:
-    """Several sinks as one. One that fails is told of by `say` and left out from then on: the run is worth more."""
+    """Several loggers as one. A logger that fails is reported and dropped, because logging must not stop a run."""
 
-    def __init__(self, loggers: Sequence[Logger], say: Callable[[str], None]) -> None:
-        self._loggers, self._say = list(loggers), say
+    def __init__(self, loggers: Sequence[Logger], report: Callable[[str], None] = log) -> None:
+        self._loggers, self._report = list(loggers), report
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Give each logger the finite numbers of a record."""
+        """Write the finite numbers of a record to every logger."""
         numbers = {name: value for name, value in record.items() if _is_number(value) and name != "step"}
         self._each(lambda logger: logger.write(step, numbers))
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Give each logger a picture."""
+        """Write a picture to every logger."""
         self._each(lambda logger: logger.image(step, name, path))
 
     def close(self) -> None:
-        """Close each logger."""
+        """Close every logger."""
         self._each(lambda logger: logger.close())
         self._loggers.clear()
 
@@ -118,16 +119,22 @@ class Loggers:
             try:
                 action(logger)
             except Exception as error:
-                self._say(f"{logger.name} failed and is left out from here on: {_first_line(error)}")
+                self._report(f"{logger.name} failed and is left out from here on: {_first_line(error)}")
                 self._loggers.remove(logger)
 
 
 def open_loggers(
-    run: Path, preset: Preset, *, resume_step: int | None = None, wandb: str | None, say: Callable[[str], None]
+    run: Path,
+    preset: Preset,
+    *,
+    resume_step: int | None = None,
+    wandb: str | None,
+    report: Callable[[str], None] = log,
 ) -> Loggers:
-    """TensorBoard in `run`/tensorboard where the library is installed, and with `wandb` that project.
+    """Open TensorBoard in `run`/tensorboard if it is installed, and Weights & Biases project `wandb` if one is given.
 
-    Raises `UsageError` for a `wandb` that cannot be had. No network is touched without it.
+    Raises `UsageError` if Weights & Biases is asked for and is not installed or does not start. Without `wandb`
+    nothing is sent over the network.
     """
     loggers: list[Logger] = []
     if wandb is not None:
@@ -136,8 +143,10 @@ def open_loggers(
         try:
             loggers.append(TensorBoard(run / "tensorboard", resume_step))
         except Exception as error:
-            say(f"note: no TensorBoard, since it is installed but does not start: {_first_line(error)}")
-    return Loggers(loggers, say)
+            report(
+                f"note: TensorBoard is installed but does not start, so nothing is written to it: {_first_line(error)}"
+            )
+    return Loggers(loggers, report)
 
 
 def _open_wandb(project: str, run: Path, preset: Preset) -> Logger:
@@ -168,7 +177,7 @@ def _first_line(error: Exception) -> str:
 
 
 class JsonLines:
-    """An append-only log.jsonl; on resume, lines behind the checkpoint's step are dropped first."""
+    """An append-only log.jsonl. On resume, lines after `resume_step` are dropped first."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         self.path = path
@@ -178,7 +187,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record and hand it to the operating system at once. Raises `StorageError`."""
+        """Append one record and flush it. Raises `StorageError` if it cannot be written."""
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -186,12 +195,12 @@ class JsonLines:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # every record was flushed; what is left is what could not be written
+        with contextlib.suppress(OSError):  # every record was flushed; only a record that could not be written is left
             self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, in order; a line that is only half written is left out."""
+    """Return the records of a log, in order, without incomplete lines."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if math.isfinite(_step(line))]
 
@@ -200,4 +209,4 @@ def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # half a line, from a run that was killed
+        return float("inf")  # an incomplete line, from a run that was killed

@@ -1,8 +1,7 @@
-"""What a training loop tells of itself, in one place."""
+"""Everything that a training loop reports: progress, log, loggers, previews, plots, profile."""
 
 import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 
 from fastddpm.config import Preset
 from fastddpm.diffusion import Diffusion
+from fastddpm.runtime import progress
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from fastddpm.runtime.progress import Meter
 from fastddpm.unet import UNet
 
 from .loggers import JsonLines, Loggers, read_log
@@ -20,15 +19,15 @@ from .profiling import Profile
 from .samples import Previews
 from .statistics import Clock, Lap, LossByTimestep, memory_mib
 
-# What a line of the log holds of the machine, not of the run: two equal runs may differ in these.
+# Fields of a log line that depend on the machine: two equal runs may differ in these.
 MEASURED = ("images_per_s", "data_wait", "memory_mib")
 
 
 class Monitor:
     """Progress, log, loggers, previews and profile of one run; `attach` adds all but the first two.
 
-    Of several processes only the first one shows and writes; each calls every method. `clock`, `losses_by_t`: fed by
-    the training step. Nothing here is read by training, and nothing waits for the device but `tell` with numbers.
+    Every process calls every method; only rank 0 shows and writes. The training step feeds `clock` and `losses_by_t`.
+    Training reads nothing from here, and only `log` with numbers and the previews wait for the device.
     """
 
     def __init__(self, preset: Preset, device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> None:
@@ -36,7 +35,7 @@ class Monitor:
         self.clock = Clock()
         self.losses_by_t = LossByTimestep(preset.diffusion.timesteps, device)
         self._log: JsonLines | None = None
-        self._meter: Meter | None = None
+        self._meter: progress.Meter | None = None
         self._loggers: Loggers | None = None
         self._previews: Previews | None = None
         self._profile: Profile | None = None
@@ -44,12 +43,12 @@ class Monitor:
     def attach(
         self, *, loggers: Loggers | None = None, previews: Previews | None = None, profile: Profile | None = None
     ) -> None:
-        """What else to do; `loggers` and `profile` of the first process only, `previews` of each or none."""
+        """Add loggers and a profile (in rank 0 only), and previews (in all ranks or none)."""
         self._loggers, self._previews, self._profile = loggers, previews, profile
 
     @contextmanager
     def running(self, step: int, log: JsonLines | None) -> Iterator[None]:
-        """The run goes on from `step` inside the block; the first process has its log."""
+        """Show progress from `step` on, and write to `log`, inside the block. `log` is None in other ranks than 0."""
         self._log = log
         self.clock.restart(step)
         if self._profile is not None:
@@ -59,7 +58,7 @@ class Monitor:
                 yield
                 return
             total = self._preset.train.steps
-            with Meter("training", total, "steps", done=step, seconds_between_lines=None) as self._meter:
+            with progress.Meter("training", total, "steps", done=step, seconds_between_lines=None) as self._meter:
                 yield
         finally:
             self._meter = None
@@ -67,13 +66,16 @@ class Monitor:
                 self._profile.end()
 
     def log(self, step: int, measured: Callable[[], Mapping[str, float | None]] | None) -> None:
-        """A step is done. At a line of the log, `measured` gives its numbers: loss, gradient_norm and lr at least."""
+        """Note that a step is done, and write a line to the log if `measured` is given.
+
+        `measured` returns the line's numbers: at least loss, gradient_norm and lr.
+        """
         if self._profile is not None:
             self._profile.step()
         shown = None
         if measured is not None:
             numbers = {name: _finite(value) for name, value in measured().items()}
-            # Only now, when the device has been waited for, is the lap over.
+            # `measured` waited for the device, so the lap ends here.
             lap, by_t = self.clock.lap(step), self.losses_by_t.read()
             rate = lap.steps_per_s * self._preset.train.batch
             speed = dict(zip(MEASURED, (rate, lap.data_wait, memory_mib(self._device)), strict=True))
@@ -87,11 +89,11 @@ class Monitor:
             self._meter.update(step, shown)
 
     def preview_due(self, step: int) -> bool:
-        """Whether `preview` is to be called after `step` steps; the same in all processes."""
+        """Return whether to call `preview` after `step` steps; the same in all processes."""
         return self._previews is not None and self._previews.due(step)
 
     def preview(self, step: int, unet: UNet, diffusion: Diffusion) -> None:
-        """Draw the previews from `unet`, and the loss by timestep where matplotlib is installed."""
+        """Draw the previews with `unet`, and plot the loss by timestep if matplotlib is installed."""
         assert self._previews is not None
         picture = self._previews.draw(step, unet, diffusion)
         if not self._group.is_main:
@@ -107,8 +109,8 @@ class Monitor:
         path = log.parent / "loss-by-t.png"
         try:
             drawn = loss_by_t(read_log(log), self._preset.diffusion.timesteps, path, self._preset.name)
-        except (OSError, ImportError) as error:  # a full disk, a library that does not load
-            print(f"no plot at step {step}: {error}", file=sys.stderr)
+        except (OSError, ImportError) as error:  # a full disk, or a library that does not load
+            progress.log(f"no plot at step {step}: {error}")
             return
         if drawn and self._loggers is not None:
             self._loggers.image(step, "loss-by-t", path)

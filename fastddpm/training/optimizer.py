@@ -1,20 +1,22 @@
-"""One optimizer step: gradient clipping, Adam with warm-up, and the moving average of the weights."""
+"""The optimizer: gradient clipping, Adam with warm-up, and exponential moving averages (EMA) of the weights."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastddpm.config import TrainConfig
+from fastddpm.errors import DataError
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
-PAPER_SHARDS = 8  # the released code trains on 8 TPU cores and clips on each
+PAPER_SHARDS = 8  # the released code trains on 8 TPU cores and clips the gradient of each
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 0, 1, ..: linear warm-up, then constant or a cosine to zero.
+    """Return the learning rate of step 0, 1, ..: linear warm-up, then constant or a cosine to zero.
 
     Standard mode warms up as (step + 1) / warmup; paper mode as step / warmup, so that its first update is 0.
     """
@@ -26,52 +28,52 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def decay_at(config: TrainConfig, decay: float, step: int) -> float:
-    """What an average of `decay` decays by at step 0, 1, ..; the ramp is that of TensorFlow's averages."""
+    """Return the decay of an average at step 0, 1, ..: `decay`, limited by TensorFlow's ramp if ema_ramp is set."""
     return min(decay, (1 + step) / (10 + step)) if config.ema_ramp else decay
 
 
 class Optimizer:
     """Adam on a network's parameters, its clipping, and exponential moving averages (EMA) of the weights.
 
-    A step whose loss or gradient is not finite changes nothing: no weight, no moment, no average. That is
-    decided on the device, without waiting for it.
+    A step whose loss or gradient is not finite changes nothing: no weight, no moment, no average. This is
+    decided on the device, without a synchronization.
 
-    `parts`: what this process holds of each parameter, where it is not all of it (FSDP2); they share its memory.
-    `total_norm`: the norm of gradients over what all processes hold, 0-d.
+    `local_shards`: this process's shard of each parameter (FSDP2), in the parameter's memory. Default: the parameters.
+    `total_norm`: returns the gradient norm, 0-d, over the shards of all processes.
     """
 
     def __init__(
         self,
         network: nn.Module,
         config: TrainConfig,
-        parts: Sequence[Tensor] | None = None,
+        local_shards: Sequence[Tensor] | None = None,
         total_norm: Callable[[list[Tensor]], Tensor] = nn.utils.get_total_norm,
     ) -> None:
         self.config = config
         self.names = [name for name, _ in network.named_parameters()]
         self.parameters: list[Tensor] = list(network.parameters())
-        self._parts = self.parameters if parts is None else list(parts)
+        self._local_shards = self.parameters if local_shards is None else list(local_shards)
         self._total_norm = total_norm
-        self.averages = {decay: [p.detach().clone() for p in self._parts] for decay in config.decays}
-        self._adam = torch.optim.Adam(self._parts, config.lr, ADAM_BETAS, ADAM_EPS, fused=True)
-        for p in self._parts:
+        self.averages = {decay: [p.detach().clone() for p in self._local_shards] for decay in config.decays}
+        self._adam = torch.optim.Adam(self._local_shards, config.lr, ADAM_BETAS, ADAM_EPS, fused=True)
+        for p in self._local_shards:
             self._adam.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
-        self._on_cpu = self._parts[0].device.type == "cpu"
-        # Of what an average should move by, as a gradient: the fused kernel skips it where Adam's does.
-        self._averaging = {decay: torch.optim.SGD(a, lr=1.0, fused=True) for decay, a in self.averages.items()}
+        self._on_cpu = self._local_shards[0].device.type == "cpu"
+        # Plain SGD with lr 1 applies the EMA update as a gradient, so found_inf skips it together with Adam's.
+        self._average_sgd = {decay: torch.optim.SGD(a, lr=1.0, fused=True) for decay, a in self.averages.items()}
         self.shard_sum: list[Tensor] | None = None
 
     @property
     def average(self) -> list[Tensor]:
-        """The average of the first decay, which samples are drawn from."""
+        """The average of the first decay, from which samples are drawn."""
         return self.averages[self.config.decays[0]]
 
     def end_shard(self) -> None:
-        """Paper mode: clip the gradient of the shard just differentiated, and keep its share of the mean."""
+        """Paper mode: clip the gradient of one of the batch's 8 shards, and add an eighth of it to `shard_sum`."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_gradient)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.shard_sum is None:
@@ -80,70 +82,91 @@ class Optimizer:
         self.zero_grad()
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the accumulated gradients as step number `step`; `loss` is the step's 0-d loss.
+        """Apply the accumulated gradients as step number `step` (0, 1, ..); `loss` is the step's 0-d loss.
 
-        Returns (gradient norm before clipping, whether the step was applied), 0-d float32 and bool.
+        Returns (gradient norm before clipping, whether the step was applied), 0-d float32 and 0-d bool.
         """
         gradients = self._take_gradients()
         norm = self._total_norm(gradients)
         if self.config.mode == "standard":
-            nn.utils.clip_grads_with_norm_(self._parts, self.config.clip_gradient, norm)
+            nn.utils.clip_grads_with_norm_(self._local_shards, self.config.clip_gradient, norm)
         applied = torch.isfinite(norm) & torch.isfinite(loss)
 
-        group = self._adam.param_groups[0]
-        group["lr"] = learning_rate(self.config, step)
+        param_group = self._adam.param_groups[0]
+        param_group["lr"] = learning_rate(self.config, step)
         if self.config.mode == "paper":
             # TensorFlow adds eps to sqrt(v) before the bias correction, torch after it.
-            group["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** (step + 1))
-        # Adam's fused kernel skips the update where found_inf is 1, as GradScaler has it do.
+            param_group["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** (step + 1))
+        # Adam's fused kernel skips the update if found_inf is 1; GradScaler relies on the same.
         skipped = (~applied).to(torch.float32)
         self._adam.found_inf = skipped  # type: ignore[attr-defined]
         self._adam.step()
         self.zero_grad()
         for decay, average in self.averages.items():
             share = 1 - decay_at(self.config, decay, step)
-            self._update_average(average, share, self._averaging[decay], skipped)
+            self._update_average(average, share, self._average_sgd[decay], skipped)
         return norm, applied
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for p in (*self.parameters, *self._parts):
+        """Set all gradients to None."""
+        for p in (*self.parameters, *self._local_shards):
             p.grad = None
 
     def _take_gradients(self) -> list[Tensor]:
-        """The gradients of this process's parts, which carry them from here on."""
-        for i, (p, part) in enumerate(zip(self.parameters, self._parts, strict=True)):
+        """Move the gradients to this process's shards and return them."""
+        for i, (p, shard) in enumerate(zip(self.parameters, self._local_shards, strict=True)):
             if self.shard_sum is not None:
-                part.grad = self.shard_sum[i]
-            elif part is not p and p.grad is not None:
-                part.grad = p.grad.to_local()  # type: ignore[attr-defined]
+                shard.grad = self.shard_sum[i]
+            elif shard is not p and p.grad is not None:
+                shard.grad = p.grad.to_local()  # type: ignore[attr-defined]
         self.shard_sum = None
-        return [part.grad for part in self._parts if part.grad is not None]
+        return [shard.grad for shard in self._local_shards if shard.grad is not None]
 
     @torch.no_grad()
-    def _update_average(self, average: list[Tensor], share: float, descent: torch.optim.SGD, skipped: Tensor) -> None:
-        """average += share (weight - average), unless the step is skipped."""
-        if self._on_cpu:  # where looking costs nothing, and one pass over memory does it
+    def _update_average(self, average: list[Tensor], share: float, sgd: torch.optim.SGD, skipped: Tensor) -> None:
+        """Compute average += share * (weight - average), unless the step is skipped."""
+        if self._on_cpu:  # reading `skipped` costs nothing here, and lerp is one pass over memory
             if not skipped:
-                torch._foreach_lerp_(average, self._parts, share)
+                torch._foreach_lerp_(average, self._local_shards, share)
             return
-        change = torch._foreach_sub(average, self._parts)
+        change = torch._foreach_sub(average, self._local_shards)
         torch._foreach_mul_(change, share)
         for a, c in zip(average, change, strict=True):
             a.grad = c
-        descent.found_inf = skipped  # type: ignore[attr-defined]
-        descent.step()
-        descent.zero_grad()
+        sgd.found_inf = skipped  # type: ignore[attr-defined]
+        sgd.step()
+        sgd.zero_grad()
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights, moments and step counts by name, of this process's parts; `averaged` gives the EMA."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return weights, moments and step counts of this process's shards, by name; `averaged` returns the EMA."""
         tensors = {}
-        for name, p in zip(self.names, self._parts, strict=True):
+        for name, p in zip(self.names, self._local_shards, strict=True):
             tensors[f"weight.{name}"] = p.detach()
-            for part, value in self._adam.state[p].items():
-                tensors[f"{part}.{name}"] = value
+            for kind, value in self._adam.state[p].items():
+                tensors[f"{kind}.{name}"] = value
         return tensors
 
+    def load_state_dict(self, tensors: Mapping[str, Tensor], source: str | Path = "the state dict") -> None:
+        """Copy weights, moments and step counts, named as in `state_dict`, into this process's shards.
+
+        `source`: where they come from, for the message. Raises `DataError` if a tensor is missing or has another
+        shape. Other names are ignored.
+        """
+        copy_tensors(self.state_dict(), tensors, source)
+
     def averaged(self, decay: float | None = None) -> dict[str, Tensor]:
-        """The EMA of each parameter, by the network's own names; of the first decay unless given."""
+        """Return the EMA of each parameter, by the network's own names. `decay` defaults to the first one."""
         return dict(zip(self.names, self.average if decay is None else self.averages[decay], strict=True))
+
+
+@torch.no_grad()
+def copy_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy the tensor of the same name into each target. Raises `DataError` if one is missing or has another shape."""
+    for name, target in targets.items():
+        if name not in tensors:
+            raise DataError(f"{source} lacks {name}, which this network has")
+        if tensors[name].shape != target.shape:
+            raise DataError(
+                f"{source}: {name} is {tuple(tensors[name].shape)}, and this network's {tuple(target.shape)}"
+            )
+        target.copy_(tensors[name])

@@ -1,7 +1,7 @@
-"""How the processes of a run share its network: alone, a copy in each (DDP), or the state divided among them (FSDP2).
+"""Training strategies: a single process, a replica in each process (DDP), or state sharded among them (FSDP2).
 
-Whatever the way, each process sees its contiguous part of every global batch, the gradient is that of the global batch
-and losses, norms and decisions are the same in all of them.
+With each of them, a process sees a contiguous part of every global batch, the gradient is that of the global batch,
+and losses, norms and decisions are the same in all processes.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .signals import Request
 
 
 class SingleProcess:
-    """One process: its network is all there is. The other ways differ in what its methods say."""
+    """Single-process training. DDP and FSDP override these methods."""
 
     group = SINGLE_PROCESS
 
@@ -32,35 +32,38 @@ class SingleProcess:
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch; gradients are exchanged in that of the last one."""
+        """Wrap the forward and backward pass of a micro-batch. Gradients are all-reduced only in the `last` one."""
         yield
 
     def local_shards(self) -> list[Tensor] | None:
-        """What this process holds of each parameter, in its memory; None for all of it."""
+        """Return this process's shard of each parameter, sharing its memory, or None if it holds all of them."""
         return None
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of the gradient, 0-d, from this process's parts of it."""
+        """Return the norm of the whole gradient, 0-d, from this process's shards of it."""
         return nn.utils.get_total_norm(gradients)
 
     def sum(self, tensors: list[Tensor]) -> None:
-        """Replace tensors by their sums over processes, in place."""
+        """Replace tensors, in place, by their sums over all processes."""
 
     def reduce_request(self, request: Request) -> Request:
-        """What the signals of any process ask for. It keeps processes within a step of each other."""
+        """Combine the requests of all processes. As a collective, it keeps processes within one step of each other."""
         return request
 
-    def full_tensor(self, name: str, part: Tensor) -> Tensor:
-        """All of a tensor that is divided as the parameter `name` is, from each process's part."""
-        return part
+    def full_tensor(self, name: str, shard: Tensor) -> Tensor:
+        """Gather a tensor that is sharded like the parameter `name`. `shard`: this process's shard."""
+        return shard
 
-    def to_dtensor(self, name: str, part: Tensor) -> Tensor:
-        """A part of a tensor that is divided as the parameter `name` is, as torch.distributed.checkpoint takes it."""
-        return part
+    def to_dtensor(self, name: str, shard: Tensor) -> Tensor:
+        """Return a shard as a DTensor that is sharded like the parameter `name`; without FSDP, the tensor itself."""
+        return shard
 
 
 class DDP(SingleProcess):
-    """A copy of the network in each process; gradients are averaged while the backward pass goes on (DDP)."""
+    """A replica of the network in each process. Gradients are averaged during the backward pass.
+
+    In paper mode they are not: each shard's gradient is clipped before `sum` adds them up.
+    """
 
     def __init__(self, unet: UNet, config: TrainConfig, group: ProcessGroup) -> None:
         super().__init__(unet, config)
@@ -68,7 +71,7 @@ class DDP(SingleProcess):
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         if config.mode == "standard":
             network = cast(nn.Module, torch.compile(unet)) if config.compile else unet
-            # Not static_graph: it fails where the first pass is one without exchange (accumulation).
+            # Not static_graph: it fails if the first pass is under no_sync, as with accumulation.
             self.network = self._ddp = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         elif config.compile:
             self.network = torch.compile(unet)
@@ -89,7 +92,7 @@ class DDP(SingleProcess):
     def reduce_request(self, request: Request) -> Request:
         import torch.distributed as dist
 
-        # On the host, by gloo: a device is not waited for, but a process that is gone is noticed here.
+        # On the CPU, by gloo: this does not wait for the device, and it notices a lost process.
         asked = torch.tensor([request.stop, request.save])
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         stop, save = asked.tolist()
@@ -97,7 +100,7 @@ class DDP(SingleProcess):
 
 
 class FSDP(DDP):
-    """Weights, gradients, moments and averages divided among processes, block by block (FSDP2)."""
+    """Weights, gradients, moments and averages sharded among the processes, block by block (FSDP2)."""
 
     def __init__(self, unet: UNet, config: TrainConfig, group: ProcessGroup) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -127,38 +130,38 @@ class FSDP(DDP):
 
     @property
     def names(self) -> Collection[str]:
-        """Those of the network's parameters."""
+        """The names of the network's parameters."""
         return self._parameters.keys()
 
-    def full_tensor(self, name: str, part: Tensor) -> Tensor:
-        return self.to_dtensor(name, part).full_tensor()  # type: ignore[attr-defined]
+    def full_tensor(self, name: str, shard: Tensor) -> Tensor:
+        return self.to_dtensor(name, shard).full_tensor()  # type: ignore[attr-defined]
 
     def local_shard(self, name: str, whole: Tensor) -> Tensor:
-        """What this process holds of a tensor that is divided as the parameter `name` is."""
+        """Return this process's shard of a whole tensor, sharded like the parameter `name`."""
         from torch.distributed.tensor import distribute_tensor
 
         p = self._parameters[name]
         device = p.device_mesh.device_type
-        # Every process has all of it: nothing is sent.
+        # src_data_rank=None: every process has the whole tensor, so nothing is sent.
         return distribute_tensor(whole.to(device), p.device_mesh, p.placements, src_data_rank=None).to_local()
 
-    def to_dtensor(self, name: str, part: Tensor) -> Tensor:
+    def to_dtensor(self, name: str, shard: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
         p = self._parameters[name]
-        return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+        return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def make_strategy(unet: UNet, config: TrainConfig, group: ProcessGroup) -> SingleProcess:
-    """The processes' way of training `unet`, as `config` says; `UsageError` where their number does not fit."""
+    """Return the strategy that `config` chooses for `unet`. Raises `UsageError` if the batch does not divide evenly."""
     if config.mode == "paper" and PAPER_SHARDS % group.world_size:
         raise UsageError(
             f"mode paper divides its {PAPER_SHARDS} shards among 1, 2, 4 or 8 processes; got {group.world_size}"
         )
     if config.batch % (group.world_size * config.accumulate):
         raise UsageError(
-            f"a batch of {config.batch} does not divide among {group.world_size} processes and {config.accumulate} "
-            "micro-batches in each"
+            f"batch must be a multiple of processes x accumulate, {group.world_size} x {config.accumulate}; got "
+            f"{config.batch}"
         )
     if config.checkpoint_blocks:
         _recompute_blocks(unet)
@@ -169,9 +172,9 @@ def make_strategy(unet: UNet, config: TrainConfig, group: ProcessGroup) -> Singl
 
 
 def _recompute_blocks(unet: UNet) -> None:
-    """Let residual blocks keep their inputs only, and compute the rest again for the backward pass."""
+    """Checkpoint activations: residual blocks keep only their inputs and recompute the rest in the backward pass."""
     for module in unet.modules():
         if isinstance(module, ResBlock):
-            # Dropout is a function of the key, so the generators' states need not be kept.
+            # Dropout masks are a function of the key, so no generator state needs to be kept.
             again = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
             module.forward = again  # type: ignore[method-assign]

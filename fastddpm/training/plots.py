@@ -1,4 +1,4 @@
-"""Curves of runs: loss, gradient norm and loss by timestep. Needs matplotlib (the extra "report")."""
+"""Plots of runs: loss, gradient norm and loss by timestep. Needs matplotlib (the extra "report")."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ from fastddpm.sampling.images import save_png
 
 Records = Sequence[Mapping[str, Any]]  # the lines of a log
 
-_SIZE, _DPI = (5.4, 4.0), 110  # inches of a panel, dots per inch
-_PARTS = 4  # of a run, in the plot of its loss by timestep
+_SIZE, _DPI = (5.4, 4.0), 110  # width and height of a panel in inches, dots per inch
+_PARTS = 4  # parts of a run, each with its own curve of the loss by timestep
 
 
 def loss_by_t(records: Records, timesteps: int, path: Path, caption: str) -> bool:
-    """Write the loss by timestep of each quarter of a run's log; False, and no file, where it holds none."""
+    """Plot the loss by timestep of each quarter of a run's log into `path`; False, and no file, if the log has none."""
     known = [record for record in records if record.get("loss_by_t")]
     if not known:
         return False
@@ -37,9 +37,9 @@ def loss_by_t(records: Records, timesteps: int, path: Path, caption: str) -> boo
 
 
 def mean_by_t(records: Records, timesteps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(middle of each bin of t, mean of the records' losses in it), float64 (bins,); NaN for an empty bin.
+    """Return (middle of each bin of t, mean loss in it), float64 (bins,) each; NaN for an empty bin.
 
-    Of records with as many bins as the last one; all of their "loss_by_t" weigh the same.
+    Takes the records that have as many bins as the last one, with equal weights.
     """
     bins = len(records[-1]["loss_by_t"])
     table = np.array([r["loss_by_t"] for r in records if len(r["loss_by_t"]) == bins], dtype=np.float64)
@@ -51,8 +51,10 @@ def mean_by_t(records: Records, timesteps: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def curves(runs: Mapping[str, tuple[Records, int]], path: Path) -> None:
-    """Write three panels with a curve for each run: loss and gradient norm against steps, loss by t of the last
-    quarter of its log. `runs`: log and number of timesteps by the name in the legend."""
+    """Plot runs into `path`: loss and gradient norm against steps, and loss by t over the last quarter of the log.
+
+    `runs` maps the name in the legend to (log records, number of timesteps).
+    """
     figure = Figure((3 * _SIZE[0], _SIZE[1]), _DPI, layout="constrained")
     panels = figure.subplots(1, 3)
     _axes(panels[0], "step", "loss", "loss, mean since the line before")
@@ -81,13 +83,13 @@ def _axes(axes: Axes, x: str, y: str, title: str) -> Axes:
 
 
 def panel(x: str, y: str, title: str, dots_per_inch: int = _DPI) -> tuple[Figure, Axes]:
-    """A figure of one panel, which no window and no global state knows of; `x` and `y` name its axes."""
+    """Return a figure with one panel, outside pyplot's global state; `x` and `y` are the axis labels."""
     figure = Figure(_SIZE, dots_per_inch, layout="constrained")
     return figure, _axes(figure.add_subplot(), x, y, title)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all. Raises `StorageError`."""
+    """Write a figure as PNG, atomically. Raises `StorageError` if it cannot be written."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)

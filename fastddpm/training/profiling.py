@@ -1,25 +1,23 @@
-"""A trace of some training steps by torch.profiler, for chrome://tracing or Perfetto."""
+"""Traces of training steps by torch.profiler, for chrome://tracing or Perfetto."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-WARM_UP = 5  # steps: the first ones allocate, choose algorithms and compile
-_ROWS = 15
+from fastddpm.runtime.progress import log
 
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+WARM_UP = 5  # steps before the trace; the first ones allocate, choose algorithms and compile
+_ROWS = 15  # operations in the table
 
 
 class Profile:
-    """Traces `steps` steps after `warm_up` others into `run`/profile: trace.json.gz, and operations.txt, a table.
+    """Trace `steps` training steps, after `warm_up` others, into `run`/profile.
 
-    `begin`, then `step` after each training step, then `end`. The table's head is told by `say`.
+    Writes trace.json.gz and operations.txt, a table of the slowest operations, which is also reported. Call `begin`,
+    `step` after each training step, then `end`.
     """
 
     def __init__(
@@ -29,28 +27,28 @@ class Profile:
         device: torch.device,
         *,
         warm_up: int = WARM_UP,
-        say: Callable[[str], None] = _to_stderr,
+        report: Callable[[str], None] = log,
     ) -> None:
-        self.directory, self.steps, self._say, self._warm_up = run / "profile", steps, say, warm_up
+        self.directory, self.steps, self._report, self._warm_up = run / "profile", steps, report, warm_up
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._sort = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
         self._profiler: profile | None = profile(
             activities=activities,
-            # The first pass of the profiler itself is slow, so its last step of warm-up is recorded and thrown away.
+            # The profiler's own first step is slow: the last warm-up step is recorded and discarded.
             schedule=schedule(wait=warm_up - 1, warmup=1, active=steps, repeat=1),
             on_trace_ready=self._write,
         )
         self._done = 0
 
     def begin(self) -> None:
-        """Start to count steps."""
+        """Start counting steps."""
         if self._profiler is not None:
             self._profiler.start()
 
     def step(self) -> None:
-        """A step is over."""
+        """Note that a training step is done; stops after the last step of the trace."""
         if self._profiler is None:
             return
         self._done += 1
@@ -59,13 +57,13 @@ class Profile:
             self.end()
 
     def end(self) -> None:
-        """Stop; of a run that was shorter, what there was of it is written."""
+        """Stop, and write the steps traced so far if the run was shorter than the trace."""
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         if self._done <= self._warm_up:
-            self._say(f"no profile: the run took {self._done} steps, and a trace begins after {self._warm_up}")
+            self._report(f"no profile: the run took {self._done} steps, and a trace begins after {self._warm_up}")
 
     def _write(self, profiler: profile) -> None:
         table = profiler.key_averages().table(sort_by=self._sort, row_limit=_ROWS, max_name_column_width=50)
@@ -79,7 +77,7 @@ class Profile:
                 temporary.unlink(missing_ok=True)
             (self.directory / "operations.txt").write_text(table, encoding="utf-8")
         except OSError as error:
-            self._say(f"no profile in {self.directory}: {error.strerror or error}")
+            self._report(f"no profile in {self.directory}: {error.strerror or error}")
             return
         steps = min(self.steps, self._done - self._warm_up)
-        self._say(f"{table}\nprofile of {steps} steps: {self.directory / 'trace.json.gz'}")
+        self._report(f"{table}\nprofile of {steps} steps: {self.directory / 'trace.json.gz'}")

@@ -1,4 +1,4 @@
-"""Signals to a run: stop after this step, save now, stop at once."""
+"""Signal handling: stop after this step (SIGINT, SIGTERM), save now (SIGUSR1), stop at once."""
 
 import contextlib
 import os
@@ -13,13 +13,14 @@ from typing import Any
 from fastddpm.errors import FastddpmError
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
-# torchrun passes on what it gets itself, and SLURM signals all processes of a job: each of these hears it twice.
+# Seconds in which a second signal counts as the first: torchrun forwards signals, and SLURM sends them to all processes
+# of a job, so a process under torchrun may receive each one twice.
 _SAME_S = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-_SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
+_SAVE = getattr(signal, "SIGUSR1", None)  # None on Windows
 
 
 class RunInterruptedError(FastddpmError):
-    """SIGINT or SIGTERM arrived; the run is saved. The exit code is the shell's own, 128 + signal number."""
+    """SIGINT or SIGTERM arrived and the run is saved: exit code 128 + signal number, as in a shell."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -28,18 +29,17 @@ class RunInterruptedError(FastddpmError):
 
 @dataclass(frozen=True)
 class Request:
-    """What signals have asked for: the number of the one to stop for, or 0, and whether to save now."""
+    """Requests by signals: `stop`, the number of the signal to stop for, or 0; `save`, whether to save now."""
 
     stop: int = 0
     save: bool = False
 
 
 class SignalWatch:
-    """Turns signals into what `requested` returns: the first SIGINT or SIGTERM, and SIGUSR1.
+    """Record the first SIGINT or SIGTERM, and SIGUSR1, for `requested` to return.
 
-    A second SIGINT or SIGTERM ends the process at once (under torchrun, one that comes within two seconds of the first
-    is the first, passed on). Signals reach a process's main thread only; in another thread
-    nothing is watched.
+    A second SIGINT or SIGTERM ends the process at once, except within two seconds of the first under torchrun, which
+    forwards signals. Only the main thread can handle signals: in another thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class SignalWatch:
         self._handlers.close()
 
     def requested(self) -> Request:
-        """What has been asked for since the last call; a request to stop stays."""
+        """Return the requests since the last call. A request to stop is returned by every later call too."""
         save, self._save = self._save, False
         return Request(self._stop, save)
 
@@ -75,7 +75,7 @@ class SignalWatch:
 
 @contextlib.contextmanager
 def interruptible(message: str) -> Iterator[None]:
-    """Inside the block SIGINT and SIGTERM raise `RunInterruptedError` at once."""
+    """Raise `RunInterruptedError` at once on SIGINT or SIGTERM inside the block."""
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process
@@ -89,7 +89,7 @@ def interruptible(message: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_to_save() -> Iterator[None]:
-    """Inside the block SIGUSR1, which ends a process that does not expect it, does nothing."""
+    """Ignore SIGUSR1, whose default is to end the process, inside the block."""
     with contextlib.nullcontext() if _SAVE is None else _handled(_SAVE, signal.SIG_IGN):
         yield
 

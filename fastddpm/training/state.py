@@ -1,7 +1,7 @@
 """A run's state in checkpoints: whole, or in shards that all processes write (torch.distributed.checkpoint).
 
-Either kind is read by any number of processes, whichever way they share the network: tensors go by their names.
-Averages are whole in both, so that what reads a model need not know of shards. Shards are safetensors, never pickles.
+Both kinds can be read with any strategy and world size, because tensors are found by name. Averages are whole in both,
+so code that reads a model never meets shards. Shards are safetensors files, never pickles.
 """
 
 import contextlib
@@ -10,90 +10,100 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.runtime.distributed import is_lost_peer, on_main
 from fastddpm.storage import checkpoint
 
-from .optimizer import Optimizer
+from .optimizer import Optimizer, copy_tensors
 from .parallel import FSDP, SingleProcess
 
-TRAINING = "training"  # the part, or what the shards hold: weights, moments and step counts
+TRAINING = "training"  # the part with weights, moments and step counts; with FSDP the shards hold these instead
 
 
 def average_part(decay: float, decays: tuple[float, ...]) -> str:
-    """The part of a checkpoint that holds an average: `model` for the first decay."""
+    """Return the name of the checkpoint part with an average: `model` for the first decay, else `model-DECAY`."""
     return "model" if decay == decays[0] else f"model-{decay}"
 
 
 def save(
     run: Path, step: int, optimizer: Optimizer, documents: dict[str, Any], keep: int, strategy: SingleProcess
 ) -> Path:
-    """Write a checkpoint of a run; `checkpoint.save` says how, and what it raises. All processes call this."""
-    state = optimizer.state()
+    """Write a checkpoint of a run and return its directory; raises as `checkpoint.save`. Every process calls this."""
+    state = optimizer.state_dict()
     decays = optimizer.config.decays
     averages: dict[str, dict[str, Tensor]] = {}
     for decay in decays:
-        averages[average_part(decay, decays)] = _whole(optimizer.averaged(decay), strategy)
+        averages[average_part(decay, decays)] = _gather(optimizer.averaged(decay), strategy)
     if not isinstance(strategy, FSDP):
         parts = {**averages, TRAINING: state}
         return on_main(lambda: checkpoint.save(run, step, parts, documents, keep), strategy.group)
     needed = sum(t.nbytes for t in state.values()) * strategy.group.world_size
     with contextlib.ExitStack() as stack:
         temporary = on_main(lambda: stack.enter_context(checkpoint.begun(run, step, needed)), strategy.group)
-        _write_shards(temporary, {name: _distributed(name, value, strategy) for name, value in state.items()})
+        _write_shards(temporary, {name: _to_dtensor(name, value, strategy) for name, value in state.items()})
         return on_main(lambda: checkpoint.finish(temporary, step, averages, documents, keep), strategy.group)
 
 
 def restore(optimizer: Optimizer, saved: checkpoint.Checkpoint, strategy: SingleProcess) -> None:
-    """Put the state of a checkpoint into `optimizer`; `UsageError` for an average that the checkpoint lacks."""
+    """Load the state of a checkpoint into `optimizer`.
+
+    Raises `UsageError` if the checkpoint lacks one of the averages, and `DataError` if it lacks another tensor or has
+    one of another shape.
+    """
     decays = optimizer.config.decays
     for decay in decays:
         part = average_part(decay, decays)
         if part not in saved.tensors:
             raise UsageError(f"{saved.path} holds no average of decay {decay}; leave --ema as it was")
-        _fill(optimizer.averaged(decay), saved.tensors[part], strategy, saved.path)
-    state = optimizer.state()
+        averaged = optimizer.averaged(decay)
+        copy_tensors(averaged, _local(saved.tensors[part], averaged, strategy), saved.path)
+    state = optimizer.state_dict()
     if TRAINING in saved.tensors:
-        _fill(state, saved.tensors[TRAINING], strategy, saved.path)
+        optimizer.load_state_dict(_local(saved.tensors[TRAINING], state, strategy), saved.path)
     else:
-        _read_shards(saved.path, {name: _distributed(name, value, strategy) for name, value in state.items()}, strategy)
+        _read_shards(saved.path, {name: _to_dtensor(name, value, strategy) for name, value in state.items()}, strategy)
 
 
 def _parameter(name: str) -> str:
-    """The parameter that a tensor of the state, weight.NAME or step.NAME and so on, belongs to."""
+    """Return NAME, the parameter, from a name of the state dict: weight.NAME, step.NAME and so on."""
     return name.partition(".")[2]
 
 
-def _distributed(name: str, value: Tensor, strategy: SingleProcess) -> Tensor:
+def _to_dtensor(name: str, value: Tensor, strategy: SingleProcess) -> Tensor:
     return value if name.startswith("step.") else strategy.to_dtensor(_parameter(name), value)
 
 
-def _whole(parts: Mapping[str, Tensor], strategy: SingleProcess) -> dict[str, Tensor]:
-    """Each tensor gathered, and kept by the first process, on the CPU where it would not fit beside the others."""
+def _gather(shards: Mapping[str, Tensor], strategy: SingleProcess) -> dict[str, Tensor]:
+    """Gather each tensor. With FSDP, rank 0 keeps them, on the CPU to save device memory, and the others none."""
     if not isinstance(strategy, FSDP):
-        return dict(parts)
+        return dict(shards)
     whole = {}
-    for name, part in parts.items():
-        tensor = strategy.full_tensor(name, part)
+    for name, shard in shards.items():
+        tensor = strategy.full_tensor(name, shard)
         if strategy.group.is_main:
             whole[name] = tensor.cpu()
     return whole
 
 
-@torch.no_grad()
-def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], strategy: SingleProcess, path: Path) -> None:
-    for name, target in targets.items():
-        if name not in values:
-            raise DataError(f"{path} lacks {name}, which this network has")
-        value = values[name]
-        if isinstance(strategy, FSDP) and value.ndim:
-            value = strategy.local_shard(name if name in strategy.names else _parameter(name), value)
-        if value.shape != target.shape:
-            raise DataError(f"{path}: {name} is {tuple(value.shape)}, and this network's {tuple(target.shape)}")
-        target.copy_(value)
+def _local(
+    tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], strategy: SingleProcess
+) -> Mapping[str, Tensor]:
+    """Return this process's shard of each tensor named in `targets`; without FSDP, `tensors` itself."""
+    if not isinstance(strategy, FSDP):
+        return tensors
+    shards = {}
+    for name in targets:
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.ndim:  # step counts, 0-d, are not sharded
+            parameter = name if name in strategy.names else _parameter(name)
+            # On the CPU: a shard may be a view that keeps the whole tensor in the device's memory.
+            tensor = strategy.local_shard(parameter, tensor).cpu()
+        shards[name] = tensor
+    return shards
 
 
 def _write_shards(directory: Path, state: dict[str, Tensor]) -> None:

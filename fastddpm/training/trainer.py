@@ -31,12 +31,13 @@ from .statistics import LossAccumulator, SkippedSteps, first_not_finite, log_ski
 
 
 class Trainer:
-    """A network in training: `train_step` by `train_step`, or `run` to the end with log and checkpoints.
+    """Train a network: one `train_step` at a time, or `run` to the end with log and checkpoints.
 
-    Every random number is a function of the configuration's seed and the step, so a run that is resumed
-    from a checkpoint goes on bit for bit as if it had never stopped (float32, CPU). `group`: which of several
-    processes this is, inside `distributed.process_group`; each calls every method, and the images, t and noise of a
-    step are those of one process. `data_workers`: programs that decode images which are kept encoded.
+    Every random number is a function of the configuration's seed and the step, so a run resumed from a checkpoint
+    continues bit for bit as if it had never stopped (float32, CPU). `group`: rank and world size, inside
+    `distributed.process_group`. Every process calls every method; images, t and noise of a step do not depend on the
+    world size. `data_workers`: worker processes that decode images of a set too large to be kept decoded. Default: one
+    per core, at most 8.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Trainer:
             self._losses = in_one_graph(self._micro_losses)
 
     def train_step(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One optimizer step on the next batch: (loss, gradient norm, applied), 0-d tensors, not waited for."""
+        """Take one optimizer step. Returns (loss, gradient norm, applied) as 0-d tensors, without a synchronization."""
         if not self._settled:
             self._warm_up_ddp_buckets()
         loss = torch.zeros((), device=self.device)
@@ -91,13 +92,13 @@ class Trainer:
         return loss, norm, applied
 
     def _differentiate(self, per_image: Tensor) -> None:
-        # Processes average their gradients: the share of each is a mean over its part of the global batch.
+        # DDP and FSDP average gradients over processes, so each takes the mean over its part of the global batch.
         (per_image.sum() / (self.preset.train.batch / self.group.world_size)).backward()
 
     def _warm_up_ddp_buckets(self) -> None:
-        """A backward pass for nothing: DDP lays out its buckets in the first one, and sums in another order after it.
+        """Run one discarded backward pass, because DDP rebuilds its gradient buckets after the first one.
 
-        So a run that is resumed sums as the one that never stopped.
+        From then on it sums in another order. Without this pass a resumed run would differ in the last bits.
         """
         if self.preset.train.mode == "standard":
             for per_image in self.part_losses():
@@ -106,9 +107,9 @@ class Trainer:
         self._settled = True
 
     def part_losses(self) -> Iterator[Tensor]:
-        """The loss of each image of this step's batch, one micro-batch (paper mode: one shard) at a time.
+        """Yield the losses, one per image, of each micro-batch (paper mode: shard) of this process's batch.
 
-        Each is to be differentiated before the next is asked for.
+        Call `backward` on each before taking the next.
         """
         config, unet = self.preset.train, self.preset.unet
         with self.monitor.clock.waiting():
@@ -137,10 +138,10 @@ class Trainer:
         )
 
     def run(self, run: Path, log: JsonLines | None, *, dataset_source: str | None = None) -> Path:
-        """Train to the configured number of steps, logging and saving into `run`; returns the last checkpoint.
+        """Train to the configured number of steps, log and save into `run`, and return the last checkpoint.
 
-        The first process has the log. SIGUSR1, to any process, saves after the step and goes on. Raises
-        `RunInterruptedError` after saving when SIGINT or SIGTERM arrives in any of them, `DivergedError` after
+        `log`: in rank 0 only, None in the others. SIGUSR1 to any process saves after the current step. Raises
+        `RunInterruptedError`, after saving, if SIGINT or SIGTERM arrives in any process, and `DivergedError` after
         `patience` steps in a row with a loss or gradient that is not finite.
         """
         config, monitor = self.preset.train, self.monitor
@@ -151,7 +152,7 @@ class Trainer:
                 self.losses.add(loss, applied)
                 self.skipped_steps.add(self.step - 1, applied)
                 logs = self.step % config.log_every == 0 or self.step == config.steps
-                # On a CPU reading the loss costs nothing; on a GPU it would wait for the step.
+                # Reading the loss is free on a CPU; on a GPU it would wait for the step.
                 if self.device.type == "cpu" or logs:
                     self._look_for_skipped_steps(run)
                 monitor.log(self.step, functools.partial(self._measured, norm) if logs else None)
@@ -166,7 +167,7 @@ class Trainer:
                         monitor.preview(self.step, unet, self.diffusion)
             if saved_step != self.step:
                 saved = self.save(run, dataset_source)
-            # It may have come while the last checkpoint was written, and nobody looks after this.
+            # A signal may have come while the last checkpoint was written; there is no later check.
             request = self.strategy.reduce_request(watch.requested())
             if request.stop:
                 name = signal.Signals(request.stop).name
@@ -176,7 +177,7 @@ class Trainer:
         return saved
 
     def _measured(self, norm: Tensor) -> dict[str, float | None]:
-        """Numbers of the log since its line before; waits for the device."""
+        """Return the numbers of a log line, over the steps since the last one. Waits for the device."""
         loss_sum, good_steps, bad_in_a_row = self.losses.read()
         self.losses = LossAccumulator(self.device, bad_in_a_row=bad_in_a_row)
         return {
@@ -186,7 +187,7 @@ class Trainer:
         }
 
     def _look_for_skipped_steps(self, run: Path) -> None:
-        """Report steps that were left out; `DivergedError` when there are `patience` of them in a row."""
+        """Report skipped steps. Raises `DivergedError` if the last `patience` steps were all skipped."""
         new = self.skipped_steps.new()
         if new and self.group.is_main:
             log_skipped_steps(run, {step: self._examples(step) for step in new})
@@ -197,12 +198,12 @@ class Trainer:
         path = run / "diverged.json"
         if self.group.is_main:
             path.write_text(json.dumps({"examples_of_step": {s: self._examples(s) for s in steps}}, indent=1))
-        damaged = first_not_finite(self.optimizer.state())
+        damaged = first_not_finite(self.optimizer.state_dict())
         advice = (
             "Weights, EMA and checkpoints hold the last finite step: lower --lr with --override or look at those images"
         )
         if damaged is not None:
-            advice = f"{damaged} is not finite itself, and no step made it so: memory is at fault"
+            advice = f"{damaged} is not finite itself, which no step can cause: memory is at fault"
         raise DivergedError(
             f"loss or gradient was not finite in {len(steps)} steps in a row, {steps[0]} to {steps[-1]}; the examples "
             f"of those batches are listed in {path}. {advice}, then --resume"
@@ -213,9 +214,9 @@ class Trainer:
         return batch_indices(step, len(self.dataset.images), config.batch, config.seed).tolist()
 
     def save(self, run: Path, dataset_source: str | None) -> Path:
-        """Write a checkpoint: EMA weights, and all that a bit-exact continuation needs.
+        """Write a checkpoint, with EMA weights and everything that a bit-exact continuation needs; return its path.
 
-        Raises `DivergedError`, and leaves the earlier checkpoints, if any of it is not finite.
+        Raises `DivergedError`, and writes nothing, if a tensor is not finite.
         """
         self._refuse_damage()
         documents = {
@@ -223,25 +224,25 @@ class Trainer:
             "state": {
                 "step": self.step,
                 "tally": dict(zip(("loss_sum", "steps", "bad_in_a_row"), self.losses.read(), strict=True)),
-                "loss_by_t": self.monitor.losses_by_t.state(),
+                "loss_by_t": self.monitor.losses_by_t.state_dict(),
             },
             "data": {"source": dataset_source, "name": self.dataset.name, "checksum": self.dataset.checksum},
         }
         return state.save(run, self.step, self.optimizer, documents, self.preset.train.keep, self.strategy)
 
     def _refuse_damage(self) -> None:
-        tensors = self.optimizer.state()
+        tensors = self.optimizer.state_dict()
         for decay in self.preset.train.decays:
             tensors |= {f"average {decay} of {name}": t for name, t in self.optimizer.averaged(decay).items()}
         for name in all_gather_object(first_not_finite(tensors), self.group):
             if name is not None:
                 raise DivergedError(
-                    f"step {self.step} is not saved: {name} is not finite, and no step made it so; memory is at fault. "
-                    "--resume goes back to the last checkpoint"
+                    f"step {self.step} is not saved: {name} is not finite, which no step can cause: memory is at "
+                    "fault. --resume goes back to the last checkpoint"
                 )
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint; `DataError` if the data set is another one."""
+        """Continue from a checkpoint. Raises `DataError` if it was trained on another data set."""
         data: dict[str, Any] = saved.documents["data"]
         if data["checksum"] != self.dataset.checksum:
             raise DataError(
@@ -252,11 +253,11 @@ class Trainer:
         counters = saved.documents["state"]
         self.step = counters["step"]
         self.losses = LossAccumulator(self.device, **counters["tally"])
-        self.monitor.losses_by_t.load(counters.get("loss_by_t"))
+        self.monitor.losses_by_t.load_state_dict(counters.get("loss_by_t"))
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[UNet]:
-        """A network with the EMA weights, in evaluation mode, for the `with` block; no copy, where they are whole."""
+        """Yield a network with the EMA weights, in evaluation mode. It shares their memory, except with FSDP."""
         whole = {name: self.strategy.full_tensor(name, part) for name, part in self.optimizer.averaged().items()}
         yield network_with(self.preset.unet, whole).channels_last()
 
@@ -275,13 +276,13 @@ def _check_labels(preset: Preset, dataset: Dataset) -> None:
 def in_one_graph(
     losses: Callable[..., tuple[Tensor, Tensor]], backend: Any = "inductor"
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`losses(images, key, labels)` compiled without a break, for every step the same."""
+    """Compile `losses(images, key, labels)` into one graph that serves every step."""
     compiled = torch.compile(losses, fullgraph=True, backend=backend)
     tables_made = False
 
     def run(images: Tensor, key: NoiseKey, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         nonlocal tables_made
-        if not tables_made:  # tables of the diffusion; made inside the graph, they would be compiled into a second one
+        if not tables_made:  # the diffusion caches its tables; inside the graph that would cause a second compilation
             with torch.no_grad():
                 losses(images[:1], key.part(0, 1), None if labels is None else labels[:1])
             tables_made = True

@@ -234,7 +234,7 @@ def test_resume_refuses_another_preset_and_fewer_steps_than_taken(
     saved = (tmp_path / "run" / "config.json").read_text()
     for arguments, message in [
         (["--preset", "cifar10"], "a run of preset mnist, not cifar10"),
-        (["--steps", "1"], "has taken 2 steps already; --steps 1"),
+        (["--steps", "1"], "has taken 2 steps already; --steps 1 would end before that"),
     ]:
         with pytest.raises(UsageError, match=message):
             train.main(["--resume", "--out", "run", *arguments])

@@ -67,7 +67,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     strategy = trainer.strategy
     state = {
         name: value if name.startswith("step.") else strategy.full_tensor(name.partition(".")[2], value)
-        for name, value in trainer.optimizer.state().items()
+        for name, value in trainer.optimizer.state_dict().items()
     }
     for decay in trainer.preset.train.decays:
         state |= {f"ema{decay}.{n}": strategy.full_tensor(n, t) for n, t in trainer.optimizer.averaged(decay).items()}

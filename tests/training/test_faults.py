@@ -186,10 +186,10 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--width", "16"], r"cannot go on as another model: width: 8 -> 16\. Start a new run"),
-        (["--timesteps", "30", "--override"], "cannot go on as another model: timesteps: 20 -> 30"),
-        (["--lr", "0.1"], r"was trained otherwise: lr: 0\.002 -> 0\.1\. --override goes on so"),
-        (["--batch", "4", "--seed", "3"], "was trained otherwise: batch: 8 -> 4; seed: 0 -> 3"),
+        (["--width", "16"], r"cannot continue as another model: width: 8 -> 16\. Start a new run"),
+        (["--timesteps", "30", "--override"], "cannot continue as another model: timesteps: 20 -> 30"),
+        (["--lr", "0.1"], r"was trained with other options: lr: 0\.002 -> 0\.1\. --override continues with the new"),
+        (["--batch", "4", "--seed", "3"], "was trained with other options: batch: 8 -> 4; seed: 0 -> 3"),
         (["--timeout", "0"], "--timeout must be positive"),
     ],
 )

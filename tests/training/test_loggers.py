@@ -18,8 +18,8 @@ from fastddpm.training.loggers import Loggers, open_loggers
 PRESET = Preset("x")
 
 
-def opened(run: Path, say: Any, **options: Any) -> Loggers:
-    return open_loggers(run, PRESET, say=say, **({"wandb": None} | options))
+def opened(run: Path, report: Any, **options: Any) -> Loggers:
+    return open_loggers(run, PRESET, report=report, **({"wandb": None} | options))
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
@@ -135,7 +135,7 @@ def test_a_broken_tensorboard_is_a_note(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     said: list[str] = []
     opened(tmp_path, said.append).write(1, {"loss": 1.0})
-    assert len(said) == 1 and said[0].startswith("note: no TensorBoard, since it is installed but does not start")
+    assert len(said) == 1 and said[0].startswith("note: TensorBoard is installed but does not start")
 
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:

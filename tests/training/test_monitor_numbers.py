@@ -83,13 +83,13 @@ def test_a_checkpoint_carries_half_a_window() -> None:
         feed(whole, losses, t, YES)
         if i < 2:
             feed(before, losses, t, YES)
-    after.load(json.loads(json.dumps(before.state())))
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     for losses, t in batches[2:]:
         feed(after, losses, t, YES)
     assert after.read() == whole.read()
-    after.load(None)
+    after.load_state_dict(None)
     assert after.read() == [None] * 20
-    after.load([[1.0], [1.0]])  # of another number of bins
+    after.load_state_dict([[1.0], [1.0]])  # of another number of bins
     assert after.read() == [None] * 20
 
 

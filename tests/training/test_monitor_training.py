@@ -27,7 +27,7 @@ def watched(group: ProcessGroup, preset: Preset, run: Path, *, watch: bool) -> s
     run.mkdir(exist_ok=True)
     trainer = Trainer(preset, noise_images(), CPU, group)
     if watch:
-        profile = Profile(run, 2, CPU, warm_up=2, say=str) if group.is_main else None
+        profile = Profile(run, 2, CPU, warm_up=2, report=str) if group.is_main else None
         trainer.monitor.attach(previews=Previews(run, preset, every=3, steps=4, count=3, group=group), profile=profile)
     log = JsonLines(run / "log.jsonl") if group.is_main else None
     trainer.run(run, log)

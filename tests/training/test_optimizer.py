@@ -115,18 +115,18 @@ def test_a_step_that_is_not_finite_changes_nothing(start: np.ndarray, bad: str) 
     optimizer = Optimizer(network, TrainConfig(lr=0.1, warmup=0, ema=0.9))
     network.backward_with(np.ones(13))
     optimizer.step(0, torch.tensor(1.0))
-    before = {name: tensor.clone() for name, tensor in (optimizer.state() | {"ema": optimizer.average[0]}).items()}
+    before = {name: tensor.clone() for name, tensor in (optimizer.state_dict() | {"ema": optimizer.average[0]}).items()}
 
     network.backward_with(np.full(13, np.nan if bad == "gradient" else 1.0))
     _, applied = optimizer.step(1, torch.tensor(float("inf") if bad == "loss" else 1.0))
     assert not bool(applied)
-    after = optimizer.state() | {"ema": optimizer.average[0]}
+    after = optimizer.state_dict() | {"ema": optimizer.average[0]}
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
 
     network.backward_with(np.ones(13))
     _, applied = optimizer.step(2, torch.tensor(1.0))
-    assert bool(applied) and not torch.equal(optimizer.state()["weight.weight"], before["weight.weight"])
+    assert bool(applied) and not torch.equal(optimizer.state_dict()["weight.weight"], before["weight.weight"])
 
 
 def test_learning_rate_curves() -> None:

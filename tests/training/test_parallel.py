@@ -47,7 +47,7 @@ def curves(group: ProcessGroup, ways: dict[str, dict[str, Any]]) -> dict[str, An
 
         def step(trainer: Trainer = trainer, taken: list[Tensor] = taken, update: Any = update) -> None:
             if trainer.step == 0:
-                gradients = [part.grad for part in trainer.optimizer._parts]
+                gradients = [shard.grad for shard in trainer.optimizer._local_shards]
                 taken.extend(
                     trainer.strategy.full_tensor(n, g).clone()
                     for n, g in zip(trainer.optimizer.names, gradients, strict=True)
@@ -184,7 +184,7 @@ def test_what_does_not_divide_is_refused() -> None:
     unet = UNet(tiny_preset().unet)
     with pytest.raises(UsageError, match="1, 2, 4 or 8 processes; got 3"):
         make_strategy(unet, tiny_preset(mode="paper").train, ProcessGroup(0, 3))
-    with pytest.raises(UsageError, match="a batch of 8 does not divide among 2 processes and 8 micro-batches"):
+    with pytest.raises(UsageError, match="batch must be a multiple of processes x accumulate, 2 x 8; got 8"):
         make_strategy(unet, tiny_preset(accumulate=8).train, ProcessGroup(0, 2))
 
 

@@ -86,14 +86,14 @@ def test_when_a_preview_is_due(every: int, due: list[int], tmp_path: Path) -> No
 
 def test_what_cannot_be_drawn_or_written_is_told(unet: UNet, tmp_path: Path) -> None:
     said: list[str] = []
-    previews = Previews(tmp_path, PRESET, every=1, steps=2, count=1, say=said.append)
+    previews = Previews(tmp_path, PRESET, every=1, steps=2, count=1, report=said.append)
     (tmp_path / "previews").write_text("a file where the directory belongs")
     assert previews.draw(1, unet, DIFFUSION) is None
     assert len(said) == 1 and said[0].startswith("no preview at step 1:") and "previews" in said[0]
     with torch.no_grad():
         next(unet.parameters()).fill_(float("nan"))
     assert previews.draw(2, unet, DIFFUSION) is None
-    assert said[1].startswith("no preview at step 2: images hold NaN")
+    assert said[1].startswith("no preview at step 2: images contain NaN")
     assert os.listdir(tmp_path) == ["previews"]
 
 
@@ -116,4 +116,4 @@ def test_processes_share_the_seeds_and_the_first_writes(unet: UNet, tmp_path: Pa
 def test_a_process_that_cannot_draw_keeps_no_other_waiting(tmp_path: Path) -> None:
     (first, said), second = values(2, grouped, draw_together, tmp_path, 4, 1)
     assert first is None and second == (None, []) and list(tmp_path.iterdir()) == []
-    assert len(said) == 1 and "images hold NaN" in said[0]
+    assert len(said) == 1 and "images contain NaN" in said[0]

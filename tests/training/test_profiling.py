@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def profiled(run: Path, asked: int, taken: int) -> list[str]:
     """What is said of a run of `taken` steps, each a product of matrices."""
     said: list[str] = []
-    profile = Profile(run, asked, CPU, warm_up=2, say=said.append)
+    profile = Profile(run, asked, CPU, warm_up=2, report=said.append)
     profile.begin()
     for _ in range(taken):
         torch.mm(torch.ones(8, 8), torch.ones(8, 8))

@@ -65,7 +65,7 @@ def losses_of(run: Path) -> list[float]:
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     ema = {f"ema.{name}": tensor for name, tensor in trainer.optimizer.averaged().items()}
-    return trainer.optimizer.state() | ema
+    return trainer.optimizer.state_dict() | ema
 
 
 def assert_same_state(a: Trainer, b: Trainer) -> None:
