@@ -1,1 +1,1 @@
-"""What every command stands on: the command line, devices, processes, progress. Imports nothing of ours but errors."""
+"""The runtime of the commands: command line, devices, processes, progress. Imports of fastddpm only the errors."""

@@ -1,4 +1,4 @@
-"""Where the network runs."""
+"""The device that a command computes on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,10 @@ from fastddpm.errors import UsageError
 
 
 def choose_device(name: str, index: int = 0) -> torch.device:
-    """The device called auto, cpu or cuda (which ROCm builds answer to as well); `UsageError` without one.
+    """Return the device named auto, cpu or cuda (also the name of ROCm devices).
 
-    `index`: which of several GPUs, made the current one; a process of its own for each is started with another.
+    auto: a GPU if there is one, otherwise the CPU. `index`: the GPU to take, in processes that use one each; it is made
+    the current one. Raises `UsageError` if there is no such GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,14 +23,17 @@ def choose_device(name: str, index: int = 0) -> torch.device:
     if name != "cuda":
         return torch.device(name)
     if index >= torch.cuda.device_count():
-        raise UsageError(f"process {index} of this machine has no GPU: {torch.cuda.device_count()} are visible")
+        raise UsageError(
+            f"process {index} of this machine has no GPU: {torch.cuda.device_count()} are visible; start one process "
+            "per GPU"
+        )
     torch.cuda.set_device(index)
     return torch.device(name, index)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread in the block, so that sums of PyTorch's own are in the same order on every machine."""
+    """Let PyTorch use one thread inside the block, so that its sums have the same order on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,7 +1,7 @@
-"""Several processes at one piece of work, as torchrun starts them: who this one is, and what all of them found.
+"""Rank, world size and collectives, for processes started by torchrun.
 
-The contract is that of torchrun, which SLURM scripts, Ray Train and accelerate fulfil as well: RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. A group that the starter has formed is used as it is.
+Processes are described by torchrun's environment variables, which SLURM scripts, Ray Train and accelerate set as well:
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A process group that already exists is used as it is.
 """
 
 import atexit
@@ -20,34 +20,34 @@ from fastddpm.errors import FastddpmError, UsageError
 
 T = TypeVar("T")
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-# How gloo, NCCL and the store between them say that another process is gone or does not answer, where the type of the
-# error does not.
-_LOST = re.compile(
+# Messages of gloo, NCCL and the TCP store about a process that is gone or does not answer, when they raise a plain
+# RuntimeError.
+_LOST_PEER = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|timeout caused pair closure|TCPStore"
 )
 _formed_a_group = False
 
 
 class LostProcessError(FastddpmError):
-    """Another process died or does not answer: exit code 75, that of what may be tried again."""
+    """Another process died or does not answer: exit code 75 (EX_TEMPFAIL), because starting again may help."""
 
     exit_code = 75
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's number, 0..count-1, and how many there are."""
+    """The rank of this process, 0..world_size-1, and the world size. A process on its own is rank 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes what all of them share."""
+        """Whether this is rank 0, which writes the files and messages that are written once."""
         return self.rank == 0
 
     def share(self, num: int) -> range:
-        """This process's share of 0..num-1: contiguous, in the order of ranks; lengths differ by one at most."""
+        """Return this process's contiguous share of 0..num-1, in rank order; lengths differ by at most one."""
         return range(self.rank * num // self.world_size, (self.rank + 1) * num // self.world_size)
 
 
@@ -55,32 +55,33 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 def group_from_environment() -> ProcessGroup:
-    """This process as RANK and WORLD_SIZE say; alone without them. Raises `UsageError` for what torchrun never sets."""
+    """Return rank and world size from RANK and WORLD_SIZE, or rank 0 of 1 without them. Raises `UsageError`."""
     try:
-        rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     except ValueError:
-        raise UsageError("RANK and WORLD_SIZE in the environment must be numbers, as torchrun sets them") from None
-    if not 0 <= rank < count:
-        raise UsageError(f"RANK must be in 0..WORLD_SIZE-1; got {rank} of {count}")
-    return ProcessGroup(rank, count)
+        raise UsageError("RANK and WORLD_SIZE in the environment must be integers, as torchrun sets them") from None
+    if not 0 <= rank < world_size:
+        raise UsageError(f"RANK must be in 0..WORLD_SIZE-1; got {rank} of {world_size}")
+    return ProcessGroup(rank, world_size)
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is the number of its GPU."""
+    """Return the rank within this machine (LOCAL_RANK, default 0), which is also the index of the process's GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def restarted() -> bool:
-    """Whether torchrun (--max-restarts) or SLURM (--requeue) started this command again after it had stopped."""
+    """Return whether torchrun (--max-restarts) or SLURM (--requeue) has restarted this command."""
     return any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
 
 
 @contextlib.contextmanager
 def process_group(group: ProcessGroup, *, device: str = "cpu", timeout_s: float | None = None) -> Iterator[None]:
-    """A group of all processes inside the block, for `all_gather_object` and the rest; nothing for one alone.
+    """Form the process group that the collectives below use inside the block; do nothing for a single process.
 
-    Tensors on the CPU travel by gloo; with `device` "cuda" those on GPUs by NCCL. A process that does not answer for
-    `timeout_s` (torch's own limits unless given) counts as lost. Raises `LostProcessError` when one is.
+    CPU tensors are sent by gloo and, with `device` "cuda", GPU tensors by NCCL. `timeout_s`: seconds without an answer
+    after which a process counts as lost. Default: torch's own limits. Raises `LostProcessError` if a process is lost,
+    and `UsageError` if MASTER_PORT is in use or an existing process group has no backend for the CPU.
     """
     if group.world_size == 1:
         yield
@@ -91,49 +92,52 @@ def process_group(group: ProcessGroup, *, device: str = "cpu", timeout_s: float 
     with _report_lost_peer(timeout_s):
         if dist.is_initialized():
             if "cpu" not in str(dist.get_backend_config()):
-                raise UsageError("the process group that was formed has NCCL alone; form it with cpu:gloo,cuda:nccl")
+                raise UsageError(
+                    "the existing process group has no CPU backend; form it with backend cpu:gloo,cuda:nccl"
+                )
             yield
             return
         _form(group, device, default_pg_timeout if timeout_s is None else timedelta(seconds=timeout_s))
         yield
-        # Not where an error leaves the block: other processes may be waiting for this one to take part.
+        # Not after an error: other processes may still be waiting for this one in a collective.
         dist.destroy_process_group()
 
 
 def _form(group: ProcessGroup, device: str, limit: timedelta) -> None:
-    """Meet the other processes, waiting for each answer for `limit` at most."""
+    """Initialise torch's process group. Each wait for the other processes takes at most `limit`."""
     import torch.distributed as dist
 
     global _formed_a_group
     _formed_a_group = True
-    # A store whose process is stopped keeps a client that has given up waiting for a key, without a limit.
+    # A client of the TCP store whose server process is stopped waits without a limit, whatever the timeout.
     stuck = threading.Timer(2 * limit.total_seconds(), _end_stuck, (limit.total_seconds(),))
     stuck.daemon = True
     stuck.start()
     try:
-        store, rank, count = next(dist.rendezvous("env://", group.rank, group.world_size, timeout=limit))
-        # torchrun keeps its store over restarts: without a name of its own an attempt would find the addresses of the
-        # processes of the one before, which are gone.
+        store, rank, world_size = next(dist.rendezvous("env://", group.rank, group.world_size, timeout=limit))
+        # torchrun keeps its store over restarts. Without a prefix of its own an attempt would find the addresses of the
+        # last attempt's processes, which are gone.
         attempt = dist.PrefixStore(f"attempt-{os.environ.get(_RESTARTS[0], '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=count, timeout=limit)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
     finally:
         stuck.cancel()
         _exit_when_uncaught()
 
 
 def _end_stuck(limit_s: float) -> None:
-    print(f"error: {_lost_peer_message('not all processes have met', limit_s)}", file=sys.stderr, flush=True)
+    """End the process when forming the group has taken more than twice the limit."""
+    print(f"error: {_lost_peer_message('not all processes joined the group', limit_s)}", file=sys.stderr, flush=True)
     os._exit(LostProcessError.exit_code)
 
 
 def _exit_when_uncaught() -> None:
-    """Have an exception that nobody catches shown as before, and then end the process at once: the others see it."""
-    shown = sys.excepthook
+    """End the process at once after an uncaught exception is shown, so that the other processes notice."""
+    previous = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         try:
-            shown(kind, error, trace)
+            previous(kind, error, trace)
         finally:
             exit_now(1)
 
@@ -141,15 +145,15 @@ def _exit_when_uncaught() -> None:
 
 
 def exit_now(code: int) -> None:
-    """End this command with that exit code (0: return), but at once in a process that formed a group.
+    """Exit with `code` (0: return); in a process that formed a process group, at once, by os._exit.
 
-    For torch keeps gloo's threads after the group. One that still waits for another process keeps the interpreter from
-    ending; one that lets go of a tensor while the interpreter ends aborts the process (SIGABRT) after all its work.
+    gloo's threads outlive the group: one that waits for another process keeps the interpreter from exiting, and one
+    that frees a tensor while the interpreter exits aborts the process (SIGABRT) after its work is done.
     """
     if _formed_a_group:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any longer
+            with contextlib.suppress(OSError, ValueError):  # closed, or a broken pipe
                 stream.flush()
         os._exit(code)
     if code:
@@ -157,16 +161,19 @@ def exit_now(code: int) -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether torch raised this because another process is gone or does not answer."""
+    """Return whether torch raised this because another process is gone or does not answer."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and not isinstance(error, FastddpmError) and bool(_LOST.search(_reason(error)))
+        isinstance(error, RuntimeError)
+        and not isinstance(error, FastddpmError)
+        and bool(_LOST_PEER.search(_reason(error)))
     )
 
 
 @contextlib.contextmanager
 def _report_lost_peer(timeout_s: float | None) -> Iterator[None]:
+    """Turn torch's errors about lost processes into `LostProcessError`, and a port in use into `UsageError`."""
     try:
         yield
     except RuntimeError as error:
@@ -181,7 +188,7 @@ def _report_lost_peer(timeout_s: float | None) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """Return the first line of an error's message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -189,13 +196,13 @@ def _reason(error: BaseException) -> str:
 def _lost_peer_message(reason: str, timeout_s: float | None) -> str:
     limit = "in time" if timeout_s is None else f"for {timeout_s:g} s"
     return (
-        f"another process died or did not answer {limit} ({reason[:160]}). What was saved is whole: start again to go "
-        "on from it (training: --resume, which torchrun --max-restarts does by itself)"
+        f"another process died or did not answer {limit} ({reason[:160]}). Saved files are complete: start again to "
+        "continue from them (training: with --resume; torchrun --max-restarts does so by itself)"
     )
 
 
 def all_gather_object(value: T, group: ProcessGroup) -> list[T]:
-    """`value` of every process, in their order, in each of them: numbers, arrays, lists and dictionaries of these."""
+    """Return `value` of every process, in rank order: numbers, arrays, lists and dictionaries of these."""
     if group.world_size == 1:
         return [value]
     import torch.distributed as dist
@@ -206,9 +213,9 @@ def all_gather_object(value: T, group: ProcessGroup) -> list[T]:
 
 
 def on_main(action: Callable[[], T], group: ProcessGroup) -> T:
-    """What `action` returns in the first process, in each of them; a `FastddpmError` that it raises is raised in each.
+    """Call `action` in rank 0 and return its result in every process.
 
-    The others wait for it.
+    The other processes wait for it. A `FastddpmError` that it raises is raised in every process.
     """
     if group.world_size == 1:
         return action()
@@ -227,9 +234,9 @@ def on_main(action: Callable[[], T], group: ProcessGroup) -> T:
     return result  # type: ignore[return-value]
 
 
-def assert_same(value: object, what: str, group: ProcessGroup) -> None:
-    """Raise `UsageError`, in every process, unless `value`, which is `what`, is the same in all of them."""
+def assert_same(value: object, name: str, group: ProcessGroup) -> None:
+    """Raise `UsageError` in every process if `value` differs between them. `name`: its name in the message."""
     values = all_gather_object(value, group)
     for rank, other in enumerate(values):
         if other != values[0]:
-            raise UsageError(f"the processes differ in {what}: {values[0]} in process 0, {other} in process {rank}")
+            raise UsageError(f"the processes differ in {name}: {values[0]} in process 0, {other} in process {rank}")

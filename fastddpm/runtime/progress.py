@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON for each logged step, and progress for whoever watches."""
+"""Progress on the terminal: reported lines, progress bars, durations."""
 
 import sys
 import time
@@ -16,10 +16,10 @@ def log(line: str) -> None:
 
 
 class _Bar(Progress):
-    """Progress bars, each with its note on a line below."""
+    """Progress bars, each with a note on the line below."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Bars and notes; rich calls this."""
+        """Yield the bars and their notes; rich calls this."""
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             if task.fields["note"]:
@@ -27,9 +27,10 @@ class _Bar(Progress):
 
 
 class Meter:
-    """Progress of a known amount of work: a bar on a terminal; elsewhere a line every few seconds.
+    """Show the progress of a known amount of work on standard error: a bar on a terminal, otherwise lines.
 
-    `seconds_between_lines` None: elsewhere a line with each new note.
+    `total`: the amount of work, in `unit` (a plural noun). `done`: units done before. `seconds_between_lines`: without
+    a terminal, print a line every so many seconds (default: 10). None: print a line with each new note.
     """
 
     def __init__(
@@ -60,11 +61,14 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Units per second since the meter began."""
+        """Units per second since the meter was made."""
         return (self.done - self._first) / max(1e-9, time.monotonic() - self._start)
 
     def update(self, done: int, note: str | Callable[[float], str] | None = None) -> None:
-        """Show that `done` units are finished, with a short note that stays until the next, or is made of the rate."""
+        """Show that `done` units are finished.
+
+        `note`: a text, or a function from units per second to a text; it stays until the next note.
+        """
         self.done = done
         noted = note is not None
         self._note = note = self._note if note is None else note(self.rate) if callable(note) else note
@@ -81,7 +85,7 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 45 s, 12 min 05 s or 3 h 07 min."""
+    """Return a number of seconds as text: 45 s, 12 min 05 s or 3 h 07 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -64,7 +64,7 @@ def test_check_out_makes_nothing_and_asks_for_permission(tmp_path: Path, monkeyp
     cli.check_out(tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(StorageError, match="takes no files from this user"):
+    with pytest.raises(StorageError, match="is not writable by this user"):
         cli.check_out(tmp_path / "new")
 
 
@@ -113,7 +113,7 @@ def test_what_is_no_users_mistake_keeps_its_traceback(error: Exception, monkeypa
 
 
 def printing(text: str, stdout: object, encoding: str) -> subprocess.CompletedProcess[bytes]:
-    program = f"import sys; sys.argv = ['x']; from fastddpm import cli; cli.run(lambda arguments: print({text!r}))"
+    program = f"import sys; sys.argv = ['x']; from fastddpm.runtime import cli; cli.run(lambda arguments: print({text!r}))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": ""}
     return subprocess.run([sys.executable, "-c", program], env=environment, stdout=stdout, stderr=subprocess.PIPE)
 

@@ -380,7 +380,7 @@ def machine() -> str:
 def test_the_loss_curve_is_the_golden_one() -> None:
     """Bit for bit where it was recorded; elsewhere to 1e-5: other instructions and kernels changed it by 2e-7.
 
-    Record it anew with `python tests/test_faults.py`, and say in the commit why it had to change.
+    Record it anew with `python tests/training/test_faults.py`, and say in the commit why it had to change.
     """
     golden = json.loads(GOLDEN.read_text())
     curve = loss_curve("reference")

@@ -57,7 +57,7 @@ def test_the_others_stop_when_a_process_is_lost(tmp_path: Path, fault: str, kind
         started[1].kill()
     first, second = team.wait(started, tmp_path)
     (line,) = [line for line in first.stderr.splitlines() if line.startswith("error:")]
-    assert "another process died or did not answer for" in line and "start again to go on from it" in line
+    assert "another process died or did not answer for" in line and "start again to continue from them" in line
     assert second.code == -signal.SIGKILL
     saved = checkpoint.load(run)
     assert saved.step == 2
@@ -231,7 +231,8 @@ TINY = [
 
 KILLED_ONCE = """
 import os, signal, sys
-from fastddpm import cli, train
+from fastddpm import train
+from fastddpm.runtime import cli
 from fastddpm.training.trainer import Trainer
 step = Trainer.train_step
 def killed(trainer):
@@ -284,7 +285,7 @@ def pair(script: Path, *arguments: str) -> list[subprocess.Popen[str]]:
 
 ENDS = """
 import atexit, time, torch, torch.distributed as dist
-from fastddpm import cli, processes
+from fastddpm.runtime import cli, distributed
 def main(arguments):
     global kept
     group = distributed.group_from_environment()
@@ -296,7 +297,7 @@ def main(arguments):
         dist.all_reduce(torch.zeros(3), async_op=True)  # in a thread that waits for the other process
         print("done")
         if arguments:
-            raise getattr(processes, arguments[0], ZeroDivisionError)("gone")
+            raise getattr(distributed, arguments[0], ZeroDivisionError)("gone")
 cli.run(main)
 """
 
@@ -327,7 +328,8 @@ def test_a_process_ends_although_threads_of_its_group_wait(
 
 RAISES = """
 import os, sys
-from fastddpm import cli, train
+from fastddpm import train
+from fastddpm.runtime import cli
 from fastddpm.training.trainer import Trainer
 step = Trainer.train_step
 def failing(trainer):
