@@ -1,4 +1,4 @@
-"""The options that several commands share, and the checks of their values. Imports no torch."""
+"""Options that several commands share, and checks of their values. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,32 +8,38 @@ import tyro
 from fastddpm.errors import UsageError
 
 Checkpoint = Annotated[
-    Path, tyro.conf.Positional, tyro.conf.arg(help="A run, one of its checkpoints, or a diffusers pipeline directory.")
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="CHECKPOINT", help="A run directory, one of its checkpoints, or a diffusers pipeline directory."
+    ),
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
-    tyro.conf.arg(help="Device; auto takes a CUDA or ROCm device if there is one, else the CPU."),
+    tyro.conf.arg(help="Device to compute on. auto: a CUDA or ROCm GPU if there is one, otherwise the CPU."),
 ]
 BatchSize = Annotated[
     int | None,
-    tyro.conf.arg(help="Images evaluated at once. Default: as many as the device's memory holds, up to 512."),
+    tyro.conf.arg(
+        help="Images evaluated at once. Default: as many as memory holds, up to 512 on a GPU and 64 on a CPU."
+    ),
 ]
 Resize = Annotated[
     Literal["none", "area", "lanczos"],
     tyro.conf.arg(
         help="Antialiasing filter for images of another size, which are cropped to the centre square and resized. "
-        "none refuses them."
+        "none: refuse them."
     ),
 ]
 SkipBad = Annotated[
-    bool, tyro.conf.arg(help="Leave out images that cannot be used, instead of stopping with a list of them.")
+    bool, tyro.conf.arg(help="Leave out images that cannot be used. Default: stop with a list of them.")
 ]
 
 MAX_NUMBERS = 10_000_000
 
 
 def check_positive(**values: int | None) -> None:
-    """Raise `UsageError` for an option below 1; None, an option that was not given, passes."""
+    """Raise `UsageError` for an option below 1. None, an option that was not given, passes."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be positive; got {value}")
@@ -42,11 +48,16 @@ def check_positive(**values: int | None) -> None:
 def check_checkpoint(path: Path) -> None:
     """Raise `UsageError` if there is nothing at `path`."""
     if not path.exists():
-        raise UsageError(f"no checkpoint at {path}")
+        raise UsageError(
+            f"no checkpoint at {path}; give a run directory, one of its checkpoints, or a diffusers pipeline directory"
+        )
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
-    """Return the numbers of "1,5,10-19", in order. Raises `UsageError` for other text and beyond 10 million."""
+    """Return the numbers in `text`, as in "1,5,10-19", in the order given.
+
+    `option`: its name in messages. Raises `UsageError` for other text and for more than 10 million numbers.
+    """
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -54,8 +65,8 @@ def parse_numbers(text: str, option: str) -> list[int]:
             raise UsageError(f"--{option} takes numbers and ranges, as in 0-63 or 1,5,10-19; got {part.strip()!r}")
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
-            raise UsageError(f"--{option}: {part.strip()} runs backwards")
+            raise UsageError(f"--{option}: {part.strip()} runs backwards; write {high}-{low}")
         if len(numbers) + high - low >= MAX_NUMBERS:
-            raise UsageError(f"--{option}: more than {MAX_NUMBERS:,} numbers; draw them in several calls")
+            raise UsageError(f"--{option}: more than {MAX_NUMBERS:,} numbers; divide them among several calls")
         numbers += range(low, high + 1)
     return numbers

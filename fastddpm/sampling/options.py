@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChainOptions:
-    """Options of the reverse chain. Default of the first four: the values stored with the run (its SampleConfig)."""
+    """Options of the reverse chain. Method, steps, eta and guidance default to those of the run's SampleConfig."""
 
     method: Method | None = None
     """Sampling method: ancestral (Algorithm 2) or ddim. Default: the run's."""
