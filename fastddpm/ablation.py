@@ -1,7 +1,6 @@
-"""python -m fastddpm.ablation: the paper's table 2, prediction target by loss and variance, at small scale."""
+"""python -m fastddpm.ablation: the paper's table 2 at small scale, prediction target by loss and variance."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +14,35 @@ from fastddpm.evaluation.table2 import CELLS, chosen_cells, configuration
 from fastddpm.presets import PRESETS, preset
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Device, parse_numbers
+from fastddpm.runtime.progress import log
 
 PROGRAM = "fastddpm.ablation"
 
 
 @dataclass(frozen=True)
 class Command:
-    """Train each configuration of the paper's table 2 and compare what comes out; a finished one is not repeated."""
+    """Train the configurations of the paper's table 2 and compare them. A finished one is not repeated."""
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "mnist"
-    """Network and optimisation. The process is the paper's: linear, without classes, sampled with all its steps."""
+    """Preset of network and optimisation. The diffusion is the paper's: linear schedule, no classes, all T steps."""
     data: str | None = None
-    """Images, as for training; the embedded digits unless given. Every tenth is held out for the likelihood."""
+    """Images: any source that training takes as --data. Every tenth is held out for the likelihood.
+    Default: the embedded digits."""
     out: Path = Path("runs/ablation")
-    """Directory of the runs and of table.md and table.json. Run again, the command goes on where it stopped."""
+    """Directory for the runs, table.md and table.json. The same command resumes there."""
     steps: int | None = None
-    """Training steps of each configuration; the preset's own unless given."""
+    """Training steps of each configuration. Default: those of the preset."""
     seeds: str = "0"
-    """Each configuration is trained once for each: numbers and ranges, as in 0-2."""
+    """Each configuration is trained once for each seed. Numbers and ranges, as in 0-2."""
     cells: str = ",".join(cell.name for cell in CELLS)
-    """Which configurations."""
+    """Configurations to train, separated by commas."""
     samples: int = 500
-    """Images drawn from each."""
+    """Images drawn from each configuration for the scores, at least 2."""
     timesteps: int | None = None
-    """T; fewer than 1000 are for a trial only, as the schedule is made for those."""
+    """T, the number of diffusion steps. Default: that of the preset.
+    Fewer than 1000 are for trials only, because the schedule is made for 1000."""
     network: str = "digits"
-    """Feature network of the scores; none for the likelihood alone."""
+    """Feature network of the scores, as --features of the evaluate command. none: only the likelihood."""
     bits: BitsOptions = dataclasses.field(default_factory=lambda: BitsOptions(images=200, every=20))
     device: Device = "auto"
 
@@ -50,6 +52,7 @@ class Command:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command on `arguments`, as `cli.run` passes them."""
     command = cli.parse(Command, arguments, program=PROGRAM)
     base, cells, seeds = preset(command.preset), chosen_cells(command.cells), parse_numbers(command.seeds, "seeds")
     runs = [
@@ -72,11 +75,11 @@ def main(arguments: Sequence[str]) -> None:
     described = (
         f"{base.name} network on {dataset.name}, {runs[0][2].train.steps} steps, T = {runs[0][2].diffusion.timesteps}, "
         f"seeds {command.seeds}, {command.samples} samples against {len(trained_on.images)} images, bits/dim of "
-        f"{command.bits.images or len(held_out.images)} held-out images. The paper's numbers are of CIFAR-10 after "
-        "800,000 steps and of the Inception network: their order can be compared, not their size."
+        f"{command.bits.images or len(held_out.images)} held-out images. The paper's numbers are from CIFAR-10 after "
+        "800,000 steps and the Inception network: compare their order, not their size."
     )
     for number, (cell, seed, config) in enumerate(runs, 1):
-        print(f"{number} of {len(runs)}: {cell.predicts}, {cell.objective}, seed {seed}", file=sys.stderr)
+        log(f"{number} of {len(runs)}: {cell.predicts}, {cell.objective}, seed {seed}")
         results.setdefault(cell.name, []).append(runner.result(f"{cell.name}-{seed}", config))
         table = write_tables({cell: results.get(cell.name, []) for cell in cells}, runner, described)
     print(table)

@@ -1,7 +1,6 @@
-"""python -m fastddpm.compress encode|decode: images to a small file by a trained model, and back."""
+"""python -m fastddpm.compress encode|decode: compress images with a trained model, and decompress them."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from fastddpm.config import CodecOptions, EngineConfig
 from fastddpm.errors import UsageError
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Checkpoint, Device, Resize, check_checkpoint, check_positive
+from fastddpm.runtime.progress import Meter, log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,19 +25,19 @@ PROGRAM = "fastddpm.compress"
 
 @dataclass(frozen=True)
 class Encode:
-    """Code images: exactly, or with --lossy. The model that decodes must be the very same."""
+    """Compress images, without loss or with --lossy. Decoding needs exactly the same model."""
 
     checkpoint: Checkpoint
-    images: Annotated[str, tyro.conf.Positional]
-    """An image, an .npz as the sample command writes it, whatever --data of training takes, or the word digits: those
-    embedded (a folder of that name is ./digits)."""
-    out: Annotated[Path, tyro.conf.Positional]
-    """The file to write."""
+    images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+    """An image file, an .npz of the sample command, or a source that training takes as --data.
+    digits: the embedded digits (a folder of that name is ./digits)."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """The file to write, for example images.fdz."""
     count: int | None = None
-    """Only the first images."""
+    """Number of images to compress, the first ones. Default: all."""
     resize: Resize = "none"
     labels: bool = False
-    """Code the images' classes, too, and the images given their class."""
+    """Store the classes too, and condition the model on them. For a model and images with classes."""
     codec: Annotated[CodecOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CodecOptions)
     device: Device = "auto"
     engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
@@ -45,21 +45,21 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """Give back the images of a file that encode made, with the same model, on the same kind of machine."""
+    """Decompress the images of a file that encode wrote, with the same model and on the same kind of machine."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """The model that the images were coded with."""
-    file: Annotated[Path, tyro.conf.Positional]
-    """What encode wrote."""
-    out: Annotated[Path, tyro.conf.Positional]
-    """An .npz to write, or a directory for one PNG of each image."""
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """The model that the file was encoded with: a run directory, a checkpoint, or a diffusers pipeline directory."""
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """The file that encode wrote."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """An .npz file to write, or a directory for one PNG per image."""
     device: Device = "auto"
     engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
 
 @dataclass(frozen=True)
 class Command:
-    """Code images with a trained model's conditionals, at the price of its variational bound."""
+    """Compress images with a trained model, to about as many bits as its variational bound, and decompress them."""
 
     action: Annotated[
         Annotated[Encode, tyro.conf.subcommand("encode")] | Annotated[Decode, tyro.conf.subcommand("decode")],
@@ -69,6 +69,7 @@ class Command:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command on `arguments`, as `cli.run` passes them."""
     action = cli.parse(Command, arguments, program=PROGRAM).action
     check_checkpoint(action.checkpoint)
     if isinstance(action, Encode):
@@ -84,15 +85,14 @@ def _encode(action: Encode) -> None:
     cli.check_out(action.out.parent)
 
     from fastddpm.codec import encode, file_format
-    from fastddpm.runtime.progress import Meter
 
     sampler = _sampler(action)
     images, labels = _images(action, sampler)
     if action.labels and labels is None:
-        raise UsageError(f"--labels: {action.images} has none")
+        raise UsageError(f"--labels needs images with classes; {action.images} has none")
     most = sampler.diffusion.timesteps - action.codec.last(sampler.diffusion.timesteps)
     steps = min(action.codec.steps or most, most)
-    print(f"{len(images)} images, {steps} steps: {len(images) * steps:,} evaluations of the network", file=sys.stderr)
+    log(f"{len(images)} images, {steps} steps: {len(images) * steps:,} evaluations of the network")
     with Meter("coding", len(images) * steps, "image steps") as meter:
 
         def progress(done: int) -> None:
@@ -106,7 +106,6 @@ def _encode(action: Encode) -> None:
 def _decode(action: Decode) -> None:
     from fastddpm.codec import decode, file_format
     from fastddpm.codec.file_format import Header
-    from fastddpm.runtime.progress import Meter
     from fastddpm.sampling.images import grid, save_png
     from fastddpm.storage.files import save_arrays
 
@@ -143,7 +142,7 @@ def _sampler(action: Encode | Decode) -> "Sampler":
 
 
 def _images(action: Encode, sampler: "Sampler") -> tuple["np.ndarray", "np.ndarray | None"]:
-    """uint8 (N, C, H, W) and labels, if there are any."""
+    """Read the images to encode, uint8 (N, C, H, W), and their labels, int64 (N,) or None."""
     import numpy as np
 
     from fastddpm.data.image import Preprocessing
@@ -161,7 +160,7 @@ def _summary(coded: "Encoded", images: "np.ndarray", out: Path) -> str:
     dims = coded.dimensions
     lines = [
         f"{out}: {len(images)} images, {len(coded.data):,} bytes, {coded.gross_bits_per_dim:.3f} bits/dim",
-        f"  of these {coded.bits_per_dim:.3f} for the images, {coded.initial / dims:.3f} to begin with, "
+        f"  of these {coded.bits_per_dim:.3f} for the images, {coded.initial / dims:.3f} for the initial bits, "
         f"{coded.overhead / dims:.3f} for the header",
     ]
     if coded.header.levels < 256:

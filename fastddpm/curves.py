@@ -1,6 +1,5 @@
-"""python -m fastddpm.curves RUN [RUN ...]: loss, gradient norm and loss by timestep of runs in one picture."""
+"""python -m fastddpm.curves RUN [RUN ...]: plot loss, gradient norm and loss by timestep of runs in one picture."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,28 +10,30 @@ import tyro
 from fastddpm.errors import UsageError
 from fastddpm.presets import read_preset
 from fastddpm.runtime import cli
+from fastddpm.runtime.progress import log
 
 PROGRAM = "fastddpm.curves"
 
 
 @dataclass(frozen=True)
 class Command:
-    """Draw the curves of one run, or of several in the same panels."""
+    """Plot the loss, gradient norm and loss by timestep of one run, or of several in the same panels."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run directories, finished or going on."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run directories, of finished runs or of runs that are still training."""
     out: Path | None = None
-    """The picture, a PNG. Without it, curves.png in the first run."""
+    """The PNG file to write. Default: curves.png in the first run directory."""
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command on `arguments`, as `cli.run` passes them."""
     command = cli.parse(Command, arguments, program=PROGRAM)
     if not command.runs:
-        raise UsageError("name one or more run directories")
+        raise UsageError("no run given; name one or more run directories")
     out = command.out or command.runs[0] / "curves.png"
     for run in command.runs:
         if not (run / "log.jsonl").is_file():
-            raise UsageError(f"{run} is no run: it has no log.jsonl")
+            raise UsageError(f"{run} is not a run directory: it has no log.jsonl")
     try:
         from fastddpm.training.plots import curves
     except ImportError as error:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, run in zip(_names(command.runs), command.runs, strict=True):
         records = read_log(run / "log.jsonl")
         if not records:
-            print(f"{run} has no line in its log yet", file=sys.stderr)
+            log(f"{run} has no line in its log yet")
             continue
         logs[name] = records, read_preset(run / "config.json").diffusion.timesteps
     if not logs:
@@ -57,13 +58,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The directories' own names where these differ, and else their paths."""
+    """Return a name for each run: its directory's name if these all differ, otherwise its path."""
     names = [run.resolve().name for run in runs]
     if len(set(names)) == len(names):
         return names
     paths = [str(run) for run in runs]
     if len(set(paths)) < len(paths):
-        raise UsageError("a run is named twice")
+        raise UsageError("a run is named twice; name each one once")
     return paths
 
 

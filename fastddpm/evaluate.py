@@ -1,7 +1,6 @@
-"""python -m fastddpm.evaluate CHECKPOINT: the paper's figures and pictures of a trained model."""
+"""python -m fastddpm.evaluate CHECKPOINT: the paper's scores, bits per dimension and pictures of a trained model."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from fastddpm.errors import UsageError
 from fastddpm.evaluation.options import PICTURE_NAMES, QUALITY_METRICS, BitsOptions, PictureOptions, QualityOptions
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, Resize, SkipBad, check_checkpoint, check_positive
+from fastddpm.runtime.progress import duration, log
 from fastddpm.sampling.options import ChainOptions
 
 if TYPE_CHECKING:
@@ -27,24 +27,29 @@ METRICS = (*QUALITY_METRICS, *BITS_METRICS)
 
 @dataclass(frozen=True)
 class Command:
-    """Measure a checkpoint. What is done stays in --out: the same command goes on, another one adds to it."""
+    """Measure a checkpoint and draw the paper's pictures of it.
+
+    Results are kept in --out. An interrupted command resumes there, and another one adds to them.
+    """
 
     checkpoint: Checkpoint
     metrics: Annotated[str | None, tyro.conf.arg(metavar=",".join(METRICS))] = None
-    """One or more, with commas, or none; all that can be had here unless given."""
+    """What to measure: one or more names, separated by commas, or all or none. Default: all that can run here."""
     pictures: Annotated[str, tyro.conf.arg(metavar="all|none|NAME,..")] = "none"
-    """progressive, shared-latent, interpolation, interpolation-depths, neighbours, strips, classes."""
+    """Pictures to draw: one or more names, separated by commas, or all or none. The names are
+    progressive, shared-latent, interpolation, interpolation-depths, neighbours, strips, classes."""
     data: str | None = None
-    """Images to compare with, as for training. Without it, the embedded digits."""
+    """Images to compare with: any source that training takes as --data. Default: the embedded digits."""
     split: Literal["train", "test"] = "train"
-    """Where the data have splits. The published FID is of train, the published bits/dim of test."""
+    """Split of the data, if they have splits. The published FID is of train, the published bits/dim are of test."""
     resize: Resize = "none"
     skip_bad: SkipBad = False
     features: Annotated[str | None, tyro.conf.arg(metavar="inception|digits|efficientnet-lite0|PATH")] = None
-    """Network of the scores, or a .pth or .safetensors of Inception weights. Without it: inception where its weights
-    are, else digits for the embedded digits. Only scores from the published Inception are called FID."""
+    """Feature network of the scores, or a .pth or .safetensors file of Inception weights.
+    Default: inception if its weights are found, otherwise digits for the embedded digits.
+    Only scores from the published Inception network are called FID."""
     out: Path | None = None
-    """Directory for figures, features and pictures. Without it, evaluation in the run's directory."""
+    """Directory for results, features and pictures. Default: evaluation in the run directory."""
     batch: BatchSize = None
     device: Device = "auto"
     chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
@@ -54,7 +59,10 @@ class Command:
 
 
 def parse_names(text: str, known: Sequence[str], option: str) -> list[str]:
-    """The names in "fid,is", each once, in the order of `known`; `UsageError` names one that is not known."""
+    """Return the names in `text`, as in "fid,is", each once and in the order of `known`.
+
+    "all" gives all names, "none" no name. `option`: its name in messages. Raises `UsageError` for an unknown name.
+    """
     wanted = {name.strip() for name in text.split(",")}
     if wanted == {"all"}:
         return list(known)
@@ -65,6 +73,7 @@ def parse_names(text: str, known: Sequence[str], option: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command on `arguments`, as `cli.run` passes them."""
     command = cli.parse(Command, arguments, program=PROGRAM)
     metrics = parse_names(command.metrics or "all", METRICS, "metrics")
     pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
@@ -72,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     check_checkpoint(command.checkpoint)
     cli.check_out(_out(command))
     group = distributed.group_from_environment()
-    # Scores are computed by the first process alone, for hours perhaps, while the others wait.
+    # Rank 0 computes the scores alone, which may take hours, while the other ranks wait.
     with distributed.process_group(group, timeout_s=7 * 24 * 3600):
         context = _context(command, group)
         network = _network(command, context) if set(metrics).intersection(QUALITY_METRICS) else None
@@ -100,7 +109,10 @@ def _context(command: Command, group: distributed.ProcessGroup) -> "EvaluationCo
 
 
 def _network(command: Command, context: "EvaluationContext") -> "FeatureNetwork | None":
-    """The feature network; None, with a line that says why, where none is here and none was asked for."""
+    """Open the feature network of the scores.
+
+    If none is available, log the reason and return None, or raise `UsageError` if --metrics asked for the scores.
+    """
     from fastddpm.metrics import inception
     from fastddpm.metrics.networks import open_network
 
@@ -110,16 +122,16 @@ def _network(command: Command, context: "EvaluationContext") -> "FeatureNetwork 
     elif name is None and command.data is None:
         name = "digits"
     if name is None:
-        problem = f"{inception.how_to_get_them()}; or take --features efficientnet-lite0, whose scores are no FID"
+        problem = f"{inception.how_to_get_them()}; or use --features efficientnet-lite0, whose scores are not FID"
         if command.metrics is not None:
             raise UsageError(problem)
         if context.group.is_main:
-            print(f"{', '.join(QUALITY_METRICS)} are left out: {problem}", file=sys.stderr)
+            log(f"{', '.join(QUALITY_METRICS)} are left out: {problem}")
         return None
     size, network = context.dataset.images.shape[-1], None
-    for turn in (True, False):  # the first process may have to train it; the others find it in the cache
-        if context.group.is_main == turn:
-            network = open_network(name, image_size=size, device=context.device, report=_say)
+    for main_rank in (True, False):  # rank 0 may have to train the network; the others then find it in the cache
+        if context.group.is_main == main_rank:
+            network = open_network(name, image_size=size, device=context.device, report=log)
         distributed.all_gather_object(None, context.group)
     return network
 
@@ -131,14 +143,14 @@ def _evaluate(
     metrics: Sequence[str],
     pictures: Sequence[str],
 ) -> None:
-    """Every process comes here; the first one estimates, writes and tells."""
+    """Measure and draw on all ranks. Rank 0 also logs the estimates, writes the results and prints the table."""
     from fastddpm.evaluation.report import Report
 
     first = context.group.is_main
     report = Report(context, command.checkpoint) if first else None
     if first:
         for line in _estimates(command, context, network, metrics, pictures):
-            _say(line)
+            log(line)
     if network is not None:
         _add_quality(command, context, network, metrics, report)
     if set(metrics).intersection(BITS_METRICS):
@@ -155,19 +167,18 @@ def _estimates(
     metrics: Sequence[str],
     pictures: Sequence[str],
 ) -> list[str]:
-    """What each part will take, from a batch of each network that is timed now."""
+    """Return one line for each part with its work and the time it will take, from timing a batch of each network."""
     from fastddpm.evaluation.figures.draw import picture_cost
     from fastddpm.evaluation.likelihood import bits_cost
     from fastddpm.evaluation.quality import quality_cost, seconds_per_evaluation
-    from fastddpm.runtime.progress import duration
 
-    each = seconds_per_evaluation(context)
+    seconds = seconds_per_evaluation(context)
     count = context.group.world_size
-    where = f"{context.device}" + (f", {count} processes" if count > 1 else "")
-    lines = [f"{context.model.preset.name} on {where}: {1 / each:,.0f} evaluations of one image per second, each"]
+    where, in_each = (f"{context.device}, {count} processes", " in each") if count > 1 else (f"{context.device}", "")
+    lines = [f"{context.model.preset.name} on {where}: {1 / seconds:,.0f} evaluations of one image per second{in_each}"]
     if network is not None:
         wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
-        cost = quality_cost(context, network, wanted, command.quality, each)
+        cost = quality_cost(context, network, wanted, command.quality, seconds)
         lines.append(
             f"{','.join(wanted)}: {cost.images:,} samples to draw, {cost.evaluations:,} evaluations; {cost.features:,} "
             f"images through {network.name}: about {duration(cost.seconds)}"
@@ -175,12 +186,12 @@ def _estimates(
     if set(metrics).intersection(BITS_METRICS):
         evaluations = bits_cost(context, command.bits)
         lines.append(
-            f"bpd, rate-distortion: {evaluations:,} evaluations (images x timesteps), unless they are there already: "
-            f"about {duration(evaluations * each / count)}"
+            f"bpd, rate-distortion: {evaluations:,} evaluations (images x timesteps), unless they are done already: "
+            f"about {duration(evaluations * seconds / count)}"
         )
     for name in pictures:
         evaluations = picture_cost(name, context, command.picture)
-        lines.append(f"{name}: {evaluations:,} evaluations: about {duration(evaluations * each)}")
+        lines.append(f"{name}: {evaluations:,} evaluations: about {duration(evaluations * seconds)}")
     return lines
 
 
@@ -203,11 +214,12 @@ def _add_bits(command: Command, context: "EvaluationContext", metrics: Sequence[
     from fastddpm.evaluation.likelihood import measure_bits
     from fastddpm.evaluation.rate_distortion import measure_rate_distortion
 
-    own = dataclasses.replace(context, out=context.out / command.split)  # the other split's bits stay
-    own.out.mkdir(exist_ok=True)
+    # A directory for each split, so that the results of one do not replace those of the other.
+    split_context = dataclasses.replace(context, out=context.out / command.split)
+    split_context.out.mkdir(exist_ok=True)
     for name, measure in (("bpd", measure_bits), ("rate-distortion", measure_rate_distortion)):
         if name in metrics:
-            record = measure(own, command.bits)
+            record = measure(split_context, command.bits)
             if report is not None:
                 report.add(command.split, name, record | _data(context))
 
@@ -231,10 +243,6 @@ def _data(context: "EvaluationContext") -> dict[str, dict[str, str]]:
 
 def _out(command: Command) -> Path:
     return command.out or cli.run_of(command.checkpoint) / "evaluation"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

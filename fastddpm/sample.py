@@ -1,7 +1,6 @@
 """python -m fastddpm.sample CHECKPOINT: draw images from a trained model."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import tyro
 from fastddpm.errors import UsageError
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, check_checkpoint, check_positive, parse_numbers
+from fastddpm.runtime.progress import log
 from fastddpm.sampling.options import ChainOptions
 
 if TYPE_CHECKING:
@@ -24,27 +24,28 @@ SHARD_SIZE = 1000
 
 @dataclass(frozen=True)
 class Command:
-    """Draw images from a checkpoint. An image depends on its seed and the options, not on its batch."""
+    """Draw images from a checkpoint. An image depends on its seed and these options, but not on --batch."""
 
     checkpoint: Checkpoint
     seeds: str = "0-63"
-    """One image for each seed: numbers and ranges, as in 0-63 or 1,5,10-19; each in 0..4294967295."""
+    """One image is drawn for each seed. Numbers and ranges, as in 0-63 or 1,5,10-19; each in 0..4294967295."""
     labels: str | None = None
-    """Classes to draw, as in seeds: one for each seed, or one for all. Without it: seed modulo classes."""
+    """Class of each seed, written as --seeds, or one class for all. Default: seed modulo the number of classes."""
     chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
     batch: BatchSize = None
     shard_size: int | None = None
-    """Images of one shard-NNNNN.npz. Without it, up to 1,024 images are one file and more are shards of 1,000."""
+    """Images in each shard-NNNNN.npz. Default: up to 1,024 images are one samples.npz, more are shards of 1,000."""
     out: Path | None = None
-    """Directory for the images. Without it, samples-FIRST-LAST in the run's directory."""
+    """Directory for the images. Default: samples-FIRST-LAST in the run directory, named by the first and last seed."""
     png: bool = False
-    """Also one PNG for each image, named by its seed."""
+    """Also write one PNG for each image, named by its seed."""
     gif: bool = False
-    """Also an animation of the x_0 predictions of the first batch; not of shards."""
+    """Also write an animation of the x_0 predictions of the first batch. Not available with shards."""
     device: Device = "auto"
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command on `arguments`, as `cli.run` passes them."""
     command = cli.parse(Command, arguments, program=PROGRAM)
     seeds = parse_numbers(command.seeds, "seeds")
     labels = _labels(command, len(seeds))
@@ -53,7 +54,10 @@ def main(arguments: Sequence[str]) -> None:
     group = distributed.group_from_environment()
     sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or group.world_size > 1
     if sharded and command.gif:
-        raise UsageError(f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, by one process")
+        raise UsageError(
+            f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, drawn by one process: leave it out, or draw "
+            "fewer seeds without --shard-size"
+        )
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
     cli.check_out(out)
 
@@ -62,10 +66,7 @@ def main(arguments: Sequence[str]) -> None:
 
     device = choose_device(command.device, distributed.local_rank())
     _, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
-    print(
-        f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}",
-        file=sys.stderr,
-    )
+    log(f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}")
     if sharded:
         _sample_shards(command, sampler, seeds, labels, out, batch, group)
         return
@@ -91,7 +92,7 @@ def _sample_shards(
     batch: int,
     group: distributed.ProcessGroup,
 ) -> None:
-    """Draw what is missing in `out` of this process's shards."""
+    """Draw the shards of this process that `out` lacks."""
     from fastddpm.sampling.generate import fill, save_first_grid, save_png_of_shard
     from fastddpm.storage.shards import Shards
 
@@ -105,11 +106,11 @@ def _sample_shards(
         shards.forget_temporaries(rank, count)
         missing, damaged = shards.missing(rank, count)
         for line in damaged:
-            print(line, file=sys.stderr)
+            log(line)
         own = range(rank, len(shards), count)
         mine = len(own)
         if len(missing) < mine:
-            print(f"{mine - len(missing)} of {mine} shards are there already", file=sys.stderr)
+            log(f"{mine - len(missing)} of {mine} shards are there already")
         for index in sorted({*own}.difference(missing)) if command.png else ():
             save_png_of_shard(shards, index)
         rate = fill(shards, missing, sampler, batch, png=command.png)
@@ -127,7 +128,7 @@ def _labels(command: Command, num_seeds: int) -> list[int] | None:
         return labels * num_seeds
     if len(labels) != num_seeds:
         raise UsageError(
-            f"--labels gives {len(labels)} classes for {num_seeds} seeds; give one for each, or one for all"
+            f"--labels gives {len(labels)} classes for {num_seeds} seeds; give one for each seed, or one for all"
         )
     return labels
 

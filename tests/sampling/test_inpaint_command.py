@@ -168,8 +168,8 @@ def test_images_without_labels_are_completed_without_a_class(run: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pick", "5000"], r"--pick: there are images 0\.\.4999; got 5000"),
-        (["--labels", "1,2"], "--labels gives 2 classes for 8 images; give one for each, or for all"),
+        (["--pick", "5000"], r"--pick takes indices of images, 0\.\.4999; got 5000"),
+        (["--labels", "1,2"], "--labels gives 2 classes for 8 images; give one for each image, or one for all"),
         (["--labels", "12"], r"labels must be in 0\.\.9; got 12"),
         (["--mask", "half"], "--mask takes left-half"),
         (["--resamplings", "0"], "jump length and resamplings must be positive; got 10 and 0"),
