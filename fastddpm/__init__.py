@@ -1,6 +1,6 @@
 """fastddpm: Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020), exact and fast.
 
-The public names are imported when first used, so that the commands answer `--help` without loading torch.
+Public names are imported at their first use, so that the commands answer `--help` without loading torch.
 """
 
 import importlib
@@ -26,7 +26,7 @@ _HOMES = {
 }
 __all__ = ["__version__", *_HOMES]
 
-if TYPE_CHECKING:  # the same names for type checkers and editors
+if TYPE_CHECKING:  # the same names, for type checkers and editors
     from . import codec as codec
     from . import data as data
     from . import errors as errors

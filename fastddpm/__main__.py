@@ -1,4 +1,4 @@
-"""python -m fastddpm, or fastddpm: which commands there are; with the name of one, that command."""
+"""python -m fastddpm [COMMAND], or fastddpm [COMMAND]: run a command, or list the commands."""
 
 import runpy
 import sys
@@ -8,22 +8,22 @@ from fastddpm import __version__
 COMMANDS = {
     "train": "train a model; without options, on digits, on this machine",
     "sample": "draw images from a trained model",
-    "evaluate": "FID and other scores, bits/dim, the paper's figures of samples",
-    "inpaint": "fill in the masked part of images (RePaint)",
-    "compress": "images to a file and back by a model, lossless or not",
-    "ablation": "the paper's table of parameterizations and losses, at small scale",
-    "curves": "the logs of runs as one plot",
-    "data": "look at a data set, verify it, pack it into one file",
-    "doctor": "what runs here, how exactly and how fast, and why nothing faster does",
+    "evaluate": "measure FID and other scores and bits/dim, draw the paper's pictures",
+    "inpaint": "draw the masked part of images (RePaint)",
+    "compress": "compress images with a trained model, without loss or lossy, and decompress them",
+    "ablation": "train and compare the paper's parameterizations and losses, at small scale",
+    "curves": "plot the logs of one or more runs",
+    "data": "inspect a data set, verify it, or pack it into one file",
+    "doctor": "show which implementations run here, how exact and how fast they are",
 }
 USAGE = "\n".join(
-    ["usage: python -m fastddpm.COMMAND, or fastddpm COMMAND; --help after it lists its options", ""]
+    ["usage: python -m fastddpm.COMMAND [OPTIONS], or fastddpm COMMAND [OPTIONS]; --help lists the options", ""]
     + [f"  {name:10}{purpose}" for name, purpose in COMMANDS.items()]
 )
 
 
 def main() -> None:
-    """Exits as the command does; 2 for a name that is none."""
+    """Run the command named on the command line and exit as it does. An unknown name exits with 2."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv[:2] = [f"fastddpm.{name}"]

@@ -1,4 +1,4 @@
-"""python -m fastddpm.doctor: what runs here, how exactly and how fast, and what keeps something faster from running."""
+"""python -m fastddpm.doctor: which implementations run here, their errors and speeds, and why no faster one runs."""
 
 import importlib.metadata
 import importlib.util
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastddpm import __version__
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Device, check_positive
+from fastddpm.runtime.progress import log
 
 if TYPE_CHECKING:
     import torch
@@ -24,21 +25,22 @@ EXTRAS = ("datasets", "diffusers", "lmdb", "matplotlib", "pyarrow", "scipy", "te
 
 @dataclass(frozen=True)
 class Command:
-    """Check this installation: device, versions, and for each operation what runs, its error and its speed.
+    """Check this installation: versions, device, and the implementation, error and speed of each operation.
 
-    Exits with 1 if an operation is further from float64 than it may be.
+    Exits with 1 if the error of an operation, against float64, is above its tolerance.
     """
 
     device: Device = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What the operations are tried in: what the sampler takes by itself unless given."""
+    """Precision of the trials. auto: the default of the sampler, bf16 on a GPU and fp32 on a CPU."""
     batch: int | None = None
-    """Images of a trial; 8 on a CPU and 128 on a GPU unless given."""
+    """Images of each trial. Default: 8 on a CPU, 128 on a GPU."""
     json: bool = False
-    """Print JSON, for a report of a fault."""
+    """Print JSON instead of text, for a bug report."""
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command on `arguments`, as `cli.run` passes them."""
     command = cli.parse(Command, arguments, program=PROGRAM)
     check_positive(batch=command.batch)
 
@@ -50,14 +52,14 @@ def main(arguments: Sequence[str]) -> None:
 
     device = choose_device(command.device)
     on_gpu = device.type == "cuda"
-    natural = torch.bfloat16 if on_gpu else torch.float32
-    dtype = natural if command.precision == "auto" else PRECISIONS[command.precision]
+    default = torch.bfloat16 if on_gpu else torch.float32
+    dtype = default if command.precision == "auto" else PRECISIONS[command.precision]
     batch = command.batch or (128 if on_gpu else 8)
     if not command.json:
         print("\n".join(_lines(system(device))))
         if busy():
-            print("note: other programs keep this machine busy, so the speeds below are not to be relied on")
-        print(f"\ntrying each operation on {batch} images in {_name(dtype)} ...", file=sys.stderr, flush=True)
+            print("note: other programs keep this machine busy, so the speeds below are unreliable")
+        log(f"\ntrying each operation on {batch} images in {_name(dtype)} ...")
     findings = selftest.run(device, dtype, batch)
     runs = status(device.type)
     failed = [finding.operation for finding in findings if not finding.passed]
@@ -66,15 +68,15 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(report | {"trials": [asdict(finding) for finding in findings]}, indent=1))
     else:
         print(table(findings))
-        print("\nwhat runs, and why nothing faster does")
+        print("\nthe implementation of each operation, and why no faster one runs")
         print("\n".join(f"  {operation:16} {line}" for operation, line in runs.items()))
     if failed:
-        print(f"further from float64 than they may be: {', '.join(failed)}", file=sys.stderr)
+        log(f"error against float64 above the tolerance: {', '.join(failed)}")
         sys.exit(1)
 
 
 def table(findings: Sequence[Any]) -> str:
-    """The trials (`selftest.Finding`), one a line."""
+    """Return the findings of the trials (`selftest.Finding`) as text, one per line."""
     lines = [f"  {'operation':28} {'error':>8} {'at most':>8}   against PyTorch's operators"]
     for found in findings:
         speed = f"{found.speed:.2f} times as fast" + ("" if found.passed else "   FAILED")
@@ -83,7 +85,7 @@ def table(findings: Sequence[Any]) -> str:
 
 
 def system(device: "torch.device") -> dict[str, Any]:
-    """Versions, the device, and what of the environment changes results or speed."""
+    """Return versions, the device, and the settings of the environment that change results or speed."""
     import torch
 
     from fastddpm.kernels import native, native_cuda
@@ -104,7 +106,7 @@ def system(device: "torch.device") -> dict[str, Any]:
 
 
 def version(library: str) -> str:
-    """The installed version, or that there is none."""
+    """Return the installed version of `library`, or "not installed"."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -112,7 +114,7 @@ def version(library: str) -> str:
 
 
 def busy() -> bool:
-    """Whether more programs want to compute than there are cores; False where the system does not tell."""
+    """Whether more programs are ready to run than there are cores; False if the system does not tell."""
     try:
         return os.getloadavg()[0] > (os.cpu_count() or 1)
     except (AttributeError, OSError):

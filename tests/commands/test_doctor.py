@@ -64,7 +64,7 @@ def test_an_operation_that_is_off_is_named_and_the_exit_code_is_1(
         "attention",
         "attention, gradients",
     ]
-    assert "further from float64 than they may be: attention, attention, gradients" in err
+    assert "error against float64 above the tolerance: attention, attention, gradients" in err
 
 
 def test_the_report_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
