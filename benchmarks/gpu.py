@@ -63,7 +63,7 @@ def stage(name: str, out: Path) -> Stage:
         return suite(name, out)
     return {
         "doctor": Stage((sys.executable, "-m", "fastddpm.doctor")),
-        "operators": Stage((*PYTEST, "tests/ops", "--device", "cuda")),
+        "operators": Stage((*PYTEST, "-m", "", "tests/ops", "--device", "cuda")),
         "tests": Stage((*PYTEST, "-m", "gpu", "--ignore", "tests/ops")),
         "tiles": Stage((sys.executable, "benchmarks/tune.py", "--preset", "cifar10", "--out",
                         str(out / "triton-tiles.json"))),

@@ -78,6 +78,7 @@ class Clock:
         return self.seconds if self.fast in chosen else 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [norm(), norm("group_norm_silu_backward"), attention_backward()], ids=lambda c: c.name)
 def test_every_candidate_computes_the_same(call: shapes.Call) -> None:
     """The kernels may be taken apart in all these ways, so nothing is dropped where nothing is too large."""
@@ -92,6 +93,7 @@ def test_every_candidate_computes_the_same(call: shapes.Call) -> None:
         assert timed.best == timed.rule  # all are equally fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "installed"), [(0.5, 1), (0.96, 1), (0.98, 0)])
 def test_a_faster_tile_is_installed_and_used_on_this_chip_alone(
     seconds: float, installed: int, own_table: Path
@@ -110,6 +112,7 @@ def test_a_faster_tile_is_installed_and_used_on_this_chip_alone(
     assert norm_tiles.choose(*sizes, "sm_80") == rule
 
 
+@pytest.mark.slow
 def test_timed_again_and_no_longer_faster_is_removed(own_table: Path) -> None:
     sizes = ("forward", 20, 40, 4)
     rule = attention_tiles.choose(*sizes, "sm_90")
@@ -147,6 +150,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert list(tmp_path.glob("tiles.json.new")) == []
 
 
+@pytest.mark.slow
 def test_the_timed_tile_is_compiled_for_its_chip(own_table: Path) -> None:
     tile = {"rows": 16, "chunk": 16, "warps": 2, "stages": 3}
     kernel, shape = attention_tiles.key("keys", 20, 40, 4)

@@ -234,6 +234,7 @@ def test_a_file_that_shrinks_afterwards(tmp_path: Path) -> None:
         item.read()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_members(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         path = tar_of(tmp_path / f"{count}.tar", [(f"{i}.png", b"x") for i in range(count)], tarfile.USTAR_FORMAT)

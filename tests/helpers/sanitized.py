@@ -1,4 +1,4 @@
-"""python tests/sanitized.py LIBRARY: the operator tests on a library with sanitizers, or with --overrun, a wrong call.
+"""python tests/helpers/sanitized.py LIBRARY: the operator tests on a library with sanitizers, or with --overrun, a wrong call.
 
 To be run with the sanitizers' run time preloaded: tests/test_native_sanitized.py.
 """
@@ -30,10 +30,10 @@ def main() -> int:
         if "--overrun" in sys.argv:
             overrun()
             return 0
-        tests = str(Path(__file__).parent)
+        tests = str(Path(__file__).parents[1])
         chosen = "numbers or layouts or gradient or precision or batch or nan or dropout"
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"({chosen}) and not emulated"]
-        return int(pytest.main([f"{tests}/ops", f"{tests}/test_native_threads.py", *options]))
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "", "-k", f"({chosen}) and not emulated"]
+        return int(pytest.main([f"{tests}/ops", f"{tests}/kernels/test_native_threads.py", *options]))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ from helpers import fat_binary
 from helpers.native_build import build, find_nvcc
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastddpm.kernels import interface, native_cuda
+from fastddpm.kernels import group_norm_silu, interface, native_cuda, random_normal
 from fastddpm.kernels.group_norm_silu import cuda as group_norm_cuda
 from fastddpm.kernels.q_sample import cuda as q_sample_cuda
 from fastddpm.kernels.random_normal import cuda as random_normal_cuda
 from fastddpm.kernels.reverse_step import cuda as reverse_step_cuda
+
+pytestmark = pytest.mark.slow
 
 # Each kernel for three dtypes, two layouts, with vectors and without; and those of one kind.
 VARIANTS = 3 * 2 * 2
@@ -102,11 +104,9 @@ def test_it_loads_anywhere_and_fails_in_words_without_a_gpu(library: Path) -> No
         assert "does not run here" in str(native_cuda._refusal(opened))
         zero = torch.tensor(0)
         with pytest.raises(RuntimeError, match=r"random_normal on cpu, float32 \(1, 4\): .* \(code \d+\)"):
-            random_normal_cuda.forward([4], torch.tensor([0]), zero, zero, 0)
+            random_normal_cuda.forward(random_normal.Arguments([4], torch.tensor([0]), zero, zero, 0))
         with pytest.raises(RuntimeError, match=r"group_norm_silu on cpu"):
-            group_norm_cuda.forward(
-                x, torch.ones(8), torch.ones(8), 2, 1e-6, None, None, None, None, True, 0.0, None, None, None, 0
-            )
+            group_norm_cuda.forward(group_norm_silu.Arguments(x, torch.ones(8), torch.ones(8), 2))
         assert b"workspace" in opened.fastddpm_cuda_error_text(-2)
 
 

@@ -24,6 +24,7 @@ def _runtime(name: str) -> str | None:
 
 RUNTIMES = [_runtime(name) for name in ("libasan", "libubsan")]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(None in RUNTIMES, reason="needs a C++ compiler with AddressSanitizer and UBSan"),
     pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
 ]
@@ -45,7 +46,7 @@ def run(library: Path, *options: str) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "2",
     }
     return subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sanitized.py")), str(library), *options],
+        [sys.executable, str(Path(__file__).parents[1] / "helpers" / "sanitized.py"), str(library), *options],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -23,6 +23,7 @@ def compiled(jobs: dict[tuple[str, resources.Kernel], str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
 def test_mnist_fits_every_chip(chip: str) -> None:
     """Its few shapes here; benchmarks/resources.py compiles those of every preset for every chip."""

@@ -59,6 +59,7 @@ def step(unet: UNet) -> list[Tensor]:
     return [out.detach(), *(parameter.grad.clone() for parameter in unet.parameters() if parameter.grad is not None)]
 
 
+@pytest.mark.slow
 def test_output_and_gradients_are_those_of_the_reference(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     with use_backend("reference"):
         expected = step(unet)

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 from fastddpm.ops import attention
 
+pytestmark = pytest.mark.slow
+
 WAYS = {"whole": 0, "loop": 1, "split in three": 3}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SLOW = settings(

@@ -135,6 +135,7 @@ def test_the_wheel_holds_everything_and_works_elsewhere(stale_checkout: Path, tm
         assert status == "cpu"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_installs_and_says_what_is_slower(checkout: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     log = pip("install", "-v", "--target", str(site), str(checkout), cwd=tmp_path, **NO_COMPILER)
@@ -147,6 +148,7 @@ def test_without_a_compiler_it_installs_and_says_what_is_slower(checkout: Path, 
     assert NO_NVCC_NOTE in cuda_status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
 def test_an_editable_install_without_a_compiler_says_what_is_slower(
     stale_checkout: Path, tmp_path: Path, mode: str
@@ -159,6 +161,7 @@ def test_an_editable_install_without_a_compiler_says_what_is_slower(
     assert NO_NVCC_NOTE in cuda
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_an_editable_install_builds_once(checkout: Path, tmp_path: Path) -> None:
     """With a C++ compiler alone; the second time nothing is compiled, and the library is the same file's content."""
@@ -181,6 +184,7 @@ def test_an_editable_install_builds_once(checkout: Path, tmp_path: Path) -> None
     assert not (checkout / "build" / "native-serial").exists()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_library_is_replaced_not_overwritten(built_checkout: Path) -> None:
     """A process that has loaded the old one goes on with it."""
@@ -194,6 +198,7 @@ def test_the_library_is_replaced_not_overwritten(built_checkout: Path) -> None:
         assert library.stat().st_ino != inode and os.fstat(old.fileno()).st_nlink == 0
 
 
+@pytest.mark.slow
 def test_a_build_in_place_leaves_the_library_or_the_reason_never_both(built_checkout: Path) -> None:
     def built(**environment: str) -> set[str]:
         run("setup.py", "-q", "build_ext", "--inplace", "--force", cwd=built_checkout, **environment)
@@ -209,6 +214,7 @@ def test_a_build_in_place_leaves_the_library_or_the_reason_never_both(built_chec
     assert built(**NO_COMPILER) == missing
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc; there is none")
 def test_with_nvcc_both_libraries_are_built(built_checkout: Path) -> None:
     home = str(Path(str(find_nvcc())).parent.parent)
@@ -322,6 +328,7 @@ def test_a_folder_that_cannot_be_made_does_not_stop_the_install(checkout: Path) 
     assert "its build could not run" in in_place(checkout)
 
 
+@pytest.mark.slow
 def test_the_source_archive_can_be_installed_from(stale_checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "dist").mkdir()
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path / 'dist')!r})"

@@ -252,6 +252,7 @@ def unknown_pixels(given: np.ndarray, variance: str, resamplings: int, num: int 
     return found.images.reshape(num, 4)[:, UNKNOWN] / 127.5 - 1
 
 
+@pytest.mark.slow
 def test_resampling_brings_the_conditional_mean_and_variance(given_pixels: np.ndarray) -> None:
     """Of a Gaussian: m_u + S_uk S_kk^-1 (x_k - m_k), and S_uu - S_uk S_kk^-1 S_ku.
 

@@ -55,6 +55,7 @@ def test_an_image_does_not_depend_on_its_batch(method: str, groups: str) -> None
     assert_independent_of_batch(Sampler(shaken(UNet(SMALLEST)), diffusion, 25, method), GROUPS[groups])
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch_over_1000_steps() -> None:
     """A batch of three in another order, and one image alone."""
     assert_independent_of_batch(Sampler(shaken(UNet(SMALLEST)), Diffusion()), [[7, 3, 0], [5]])

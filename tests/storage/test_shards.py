@@ -99,6 +99,7 @@ def test_two_processes_draw_the_images_of_one(run: Path, tmp_path: Path) -> None
     assert not list((tmp_path / "two").glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_finished(run: Path, tmp_path: Path) -> None:
     """SIGKILL behind the first shards; those stay as they are, the rest follows, and the union is whole."""
     arguments = ["--seeds", "0-39", "--shard-size", "4", "--batch", "4", "--steps", "60"]

@@ -137,6 +137,7 @@ def resumed(group: ProcessGroup, preset: Preset, run: Path) -> dict[str, Tensor]
     return whole_state(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("fsdp", 3), ("ddp", 2)])
 def test_any_number_of_processes_loads_a_checkpoint(tmp_path: Path, kind: str, count: int) -> None:
     run = tmp_path / "run"
@@ -205,6 +206,7 @@ def described(group: ProcessGroup, kind: str) -> str:
     return describe_run(tiny_preset(parallel=kind), noise_images(), CPU, group)
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_what_each_process_holds() -> None:
     alone = describe_run(tiny_preset(batch=4), noise_images(), CPU).splitlines()
     for kind in ("ddp", "fsdp"):

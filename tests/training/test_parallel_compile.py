@@ -12,6 +12,8 @@ from fastddpm.data import Dataset
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 
