@@ -113,7 +113,9 @@ def test_what_is_no_users_mistake_keeps_its_traceback(error: Exception, monkeypa
 
 
 def printing(text: str, stdout: object, encoding: str) -> subprocess.CompletedProcess[bytes]:
-    program = f"import sys; sys.argv = ['x']; from fastddpm.runtime import cli; cli.run(lambda arguments: print({text!r}))"
+    program = (
+        f"import sys; sys.argv = ['x']; from fastddpm.runtime import cli; cli.run(lambda arguments: print({text!r}))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": ""}
     return subprocess.run([sys.executable, "-c", program], env=environment, stdout=stdout, stderr=subprocess.PIPE)
 

@@ -27,7 +27,7 @@ class FusedUNet:
     value (stride 0) is looked up once. `label`: int64 (N,) if the network takes labels. The network is computed in
     `dtype`. Returns (N, C or 2C, H, W) in `dtype`. `engine` turns each change to the network on or off. A timestep
     outside the table raises IndexError on a CPU and fails a device-side assertion on a GPU. `stale` tells whether the
-    weights have changed since they were copied.
+    weights have changed since.
     """
 
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, dtype: torch.dtype) -> None:
@@ -51,7 +51,7 @@ class FusedUNet:
         self._run = torch.compile(self._forward, dynamic=False) if engine.compile else self._forward
 
     def stale(self) -> bool:
-        """Whether the network's weights have been changed or replaced since their copies were made."""
+        """Whether the network's weights have been changed or replaced since this object was made."""
         return weight_versions(self.unet) != self._versions
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:

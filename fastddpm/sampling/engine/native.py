@@ -45,7 +45,7 @@ class PreparedUNet:
         self._lock = threading.Lock()  # a plan's buffers serve one call at a time
 
     def stale(self) -> bool:
-        """Whether the network's weights have been changed or replaced since their copies were made."""
+        """Whether the network's weights have been changed or replaced since this object was made."""
         return weight_versions(self.unet) != self._versions
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
