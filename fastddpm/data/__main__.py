@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import shlex
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,8 @@ import tyro
 
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime import cli
+from fastddpm.runtime.options import Resize, SkipBad
+from fastddpm.runtime.progress import log
 
 if TYPE_CHECKING:
     from .image import Preprocessing
@@ -33,9 +34,9 @@ class Inspect:
     source: Annotated[str, tyro.conf.Positional]
     """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
-    """Which split of the source. Default: train. Ignored if the source has no splits."""
+    """Which split of the source; ignored if the source has none."""
     duplicates: bool = True
-    """Look for images with equal pixels. Default: yes."""
+    """Look for images with equal pixels."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -47,14 +48,15 @@ class Verify:
     source: Annotated[str, tyro.conf.Positional]
     """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
-    """Which split of the source. Default: train. Ignored if the source has no splits."""
+    """Which split of the source; ignored if the source has none."""
     image_size: int | None = None
     """Also check that the images suit a model of this size, in pixels. Default: any size. Unused for a .fdpack, which
     has a size of its own."""
     image_channels: Literal[1, 3] = 3
-    """With --image-size: channels of the model, 1 for grey or 3 for colour. Default: 3."""
+    """With --image-size: channels of the model, 1 for grey or 3 for colour."""
     resize: Literal["none", "area", "lanczos"] = "none"
-    """With --image-size: how images of another size would be resized. Default: none, which counts them as bad."""
+    """With --image-size: antialiasing filter that images of another size will be resized with. none counts them as
+    bad."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,16 @@ class MakePack:
     image_size: int
     """Width and height of the model's images, in pixels."""
     image_channels: Literal[1, 3] = 3
-    """Channels of the model's images, 1 for grey or 3 for colour. Default: 3."""
-    resize: Literal["none", "area", "lanczos"] = "none"
-    """Antialiasing filter for images of another size, which are cropped to the centre square and resized. Default:
-    none, which counts them as bad."""
+    """Channels of the model's images, 1 for grey or 3 for colour."""
+    resize: Resize = "none"
     store: Literal["fitted", "original"] = "fitted"
     """fitted: images are resized now and stored without loss. original: files are stored unchanged and resized
-    whenever they are read. Default: fitted."""
+    whenever they are read."""
     split: Literal["train", "test"] = "train"
-    """Which split of the source. Default: train. Ignored if the source has no splits."""
-    skip_bad: bool = False
-    """Leave out bad images. Default: stop with a list of them."""
+    """Which split of the source; ignored if the source has none."""
+    skip_bad: SkipBad = False
     overwrite: bool = False
-    """Replace OUT if it exists. Default: refuse."""
+    """Replace OUT if it exists, instead of refusing."""
 
 
 COMMANDS: Any = (
@@ -109,7 +108,7 @@ def _inspect(command: Inspect) -> None:
     image_source = open_image_source(command.source, command.split)
     pack = open_pack(Path(command.source)) if command.source.lower().endswith(ENDING) else None
     with _problem_list() as full_list:
-        found = scan(image_source, duplicates=command.duplicates, full_list=full_list, report=_say)
+        found = scan(image_source, duplicates=command.duplicates, full_list=full_list, report=log)
     if command.json:
         print(json.dumps({**vars(found), "pack": pack and _described(pack)}, indent=1))
     else:
@@ -127,14 +126,14 @@ def _verify(command: Verify) -> None:
     with _problem_list() as full_list:
         if command.source.lower().endswith(ENDING) and Path(command.source).is_file():
             pack = open_pack(Path(command.source))
-            messages = faults(pack, full_list=full_list, report=_say)
+            messages = faults(pack, full_list=full_list, report=log)
             summary = f"{len(pack):,} images, {_preprocessing_text(pack)}, sha256 of the pixels {pack.checksum}"
         else:
             preprocessing = None
             if command.image_size is not None:
                 preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize)
             image_source = open_image_source(command.source, command.split)
-            found = scan(image_source, preprocessing=preprocessing, duplicates=False, full_list=full_list, report=_say)
+            found = scan(image_source, preprocessing=preprocessing, duplicates=False, full_list=full_list, report=log)
             messages = [found.problems] if found.bad else []
             summary = f"{found.good:,} images" + (
                 f", fit for {preprocessing.image_size}x{preprocessing.image_size}" if preprocessing else ""
@@ -159,9 +158,9 @@ def _pack(command: MakePack) -> None:
     preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize)
     image_source = open_image_source(command.source, command.split)
     for note in image_source.notes:
-        _say(note)
+        log(note)
     pack = write_pack(
-        image_source, command.out, preprocessing, store=command.store, skip_bad=command.skip_bad, report=_say
+        image_source, command.out, preprocessing, store=command.store, skip_bad=command.skip_bad, report=log
     )
     size = command.out.stat().st_size
     print(f"{command.out}: {len(pack):,} images, {_preprocessing_text(pack)}, {size:,} bytes")
@@ -238,10 +237,6 @@ def _counts(counts: Counter[str]) -> str:
 def _safe(text: str) -> str:
     """Escape text from a file if it has unprintable characters, since it may go to a terminal."""
     return text if text.isprintable() else repr(text)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fastddpm.errors import DataError, UsageError
+from fastddpm.runtime.progress import log
 
 from . import cache as image_cache
 from .dataset import Dataset
@@ -35,10 +35,6 @@ ACCEPTED = (
     "a folder, .zip or .tar of images, .parquet (or a folder of these or of .tar), LSUN's LMDB, a .fdpack, "
     "hf:NAME, or CIFAR-10 (its folder or .tar.gz)"
 )
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def open_dataset(
@@ -77,7 +73,7 @@ def open_dataset(
     preprocessing = Preprocessing(image_size, channels, resize)
     found = _locate(source, split)
     directory = cache or image_cache.default_directory()
-    report = report or _to_stderr
+    report = report or log
     if isinstance(found, ImageSource):
         large = found.count * math.prod(preprocessing.shape) > DECODED_LIMIT_BYTES
         make = image_cache.packed if keep == "encoded" or (keep == "auto" and large) else image_cache.decoded
