@@ -159,13 +159,15 @@ def test_shared_latents(batch: int) -> None:
 def test_the_same_noise_would_give_the_same_image() -> None:
     ours = sampler()
     kept = trajectories.latents(ours, [3, 5], None, [4])[0]
-    assert np.array_equal(trajectories.draw(ours, [3, 5], start=StartState(kept, 4), batch=1), trajectories.draw(ours, [3, 5]))
+    assert np.array_equal(
+        trajectories.draw(ours, [3, 5], start=StartState(kept, 4), batch=1), trajectories.draw(ours, [3, 5])
+    )
 
 
 def test_shared_latents_refuses() -> None:
-    with pytest.raises(UsageError, match="need a depth and a continuation; got 0 and 3"):
+    with pytest.raises(UsageError, match="need a depth and a continuation or more; got 0 and 3"):
         shared_latents(sampler(), [1], [])
-    with pytest.raises(UsageError, match="need a depth and a continuation; got 1 and 0"):
+    with pytest.raises(UsageError, match="need a depth and a continuation or more; got 1 and 0"):
         shared_latents(sampler(), [1], [10], 0)
     with pytest.raises(UsageError, match=r"1\.\.1000; got 0"):
         shared_latents(sampler(), [1], [0])
@@ -226,7 +228,7 @@ def test_interpolation_takes_a_label_for_each_pair() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pairs": some_pairs()[:2]}, r"pairs must be uint8 \(3, 2, 1, 2, 2\), one for each seed; got uint8 \(2, 2,"),
+        ({"pairs": some_pairs()[:2]}, r"pairs must be uint8 \(3, 2, 1, 2, 2\), one per seed; got uint8 \(2, 2,"),
         ({"pairs": some_pairs().astype(float)}, r"got float64 \(3, 2, 1, 2, 2\)"),
         ({"lambdas": [0.5, 1.5]}, r"lambdas must be in \[0, 1\]; got 0.5, 1.5"),
         ({"depths": [1001]}, r"1\.\.1000; got 1001"),

@@ -239,11 +239,11 @@ def test_pairs_of_a_network_with_classes(tmp_path: Path) -> None:
     unlabelled = dataclasses.replace(ours.dataset, labels=None)
     assert pairs(unlabelled, 2, ours.sampler)[1] == [3, 3]
     assert pairs(unlabelled, 2, context_of(tmp_path, classes=0, label_dropout=0.0).sampler)[1] is None
-    with pytest.raises(UsageError, match="wants a class for every image, and the data set has none"):
+    with pytest.raises(UsageError, match="needs the class of each image, and the data set has no labels"):
         pairs(unlabelled, 2, context_of(tmp_path, label_dropout=0.0).sampler)
-    with pytest.raises(UsageError, match="the picture takes 32 images, the data set has 30"):
+    with pytest.raises(UsageError, match="the picture needs 32 images, the data set has 30"):
         pairs(unlabelled, 16, ours.sampler)
-    with pytest.raises(UsageError, match=r"16 pairs of images of one class are wanted, the data set has 1[345]"):
+    with pytest.raises(UsageError, match=r"needs 16 pairs of images of one class, the data set has 1[345]"):
         pairs(ours.dataset, 16, ours.sampler)
 
 
@@ -255,7 +255,7 @@ def test_pairs_of_a_network_with_classes(tmp_path: Path) -> None:
         ({"lambdas": 1}, "lambdas must be 2 or more"),
         ({"first_seed": -1}, r"first_seed must be in 0\.\.4294967285; got -1"),
         ({"first_seed": 2**32 - 2}, "first_seed must be in"),
-        ({"scales": ()}, "scales must name one scale of guidance or more"),
+        ({"scales": ()}, "scales must hold at least one guidance scale; got none"),
     ],
 )
 def test_options_refused(options: dict[str, Any], message: str) -> None:

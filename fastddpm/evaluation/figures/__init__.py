@@ -1,1 +1,1 @@
-"""The paper's figures of samples: progressive generation, shared latents, interpolation, neighbours."""
+"""The paper's figures of samples: progressive generation, shared latents, interpolation, nearest neighbours."""

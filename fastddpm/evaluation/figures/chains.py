@@ -1,4 +1,8 @@
-"""Interpolation between images in the latents of the forward process: Figures 8 and 9 of the paper, section 4.4."""
+"""Compute the arrays of the paper's figures 6 to 9, of trajectories and of class grids.
+
+A depth counts steps of the forward process, the paper's t: 0 is an image, T is noise. A step counts the sampler's
+steps, 0..S - 1; the state at step S is the finished image. See `fastddpm.sampling.trajectories`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,13 +32,97 @@ from fastddpm.sampling.trajectories import (
     trajectories,
 )
 
+_SEED = 0  # of the order in which images of the data set are chosen
+
+# Progressive generation: figure 6
+
+
+@dataclass(frozen=True, eq=False)
+class Progressive:
+    """The x_0 predictions of N chains from x_t at K steps: `x0`, uint8 (N, K, C, H, W); `depths`, int64 (K,), t + 1."""
+
+    x0: np.ndarray
+    depths: np.ndarray
+
+
+def progressive(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
+    *,
+    steps: Sequence[int] | None = None,
+    batch: int = 64,
+    progress: Progress | None = None,
+) -> Progressive:
+    """Return the x_0 predictions of the chains of `seeds` on their way (figure 6).
+
+    `steps`: 0..S - 1. Default: ten evenly spread steps; the last one shows the images themselves. Raises `UsageError`
+    for other steps.
+    """
+    chosen = evenly(10, sampler.steps - 1) if steps is None else list(steps)
+    x0 = np.empty((len(seeds), len(chosen), *image_shape(sampler)), np.uint8)
+    for part, state in trajectories(sampler, seeds, labels, chosen, batch=batch, progress=progress):
+        x0[part, [i for i, step in enumerate(chosen) if step == state.step]] = to_uint8(state.x0)[:, None]
+    return Progressive(x0, sampler.timesteps[chosen] + 1)
+
+
+# Shared latents: figure 7
+
+
+@dataclass(frozen=True, eq=False)
+class SharedLatents:
+    """The states of N chains at D depths, and K images drawn from each state.
+
+    `latents`: float32 (N, D, C, H, W), the shared x_t, not clipped. `images`: uint8 (N, D, K, C, H, W), samples from
+    p(x_0 | x_t). `depths`: int64 (D,), t + 1.
+    """
+
+    latents: np.ndarray
+    images: np.ndarray
+    depths: np.ndarray
+
+
+def shared_latents(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    depths: Sequence[int],
+    continuations: int = 3,
+    labels: Sequence[int] | None = None,
+    *,
+    batch: int = 64,
+    progress: Progress | None = None,
+) -> SharedLatents:
+    """Run each chain once to each depth, and from there `continuations` times with independent noise (figure 7).
+
+    `depths`: 1..T, see `step_at`. Raises `UsageError` for other depths.
+    """
+    if continuations < 1 or not len(depths):
+        raise UsageError(
+            f"shared latents need a depth and a continuation or more; got {len(depths)} and {continuations}"
+        )
+    steps = [step_at(sampler, depth) for depth in depths]
+    kept = latents(sampler, seeds, labels, steps, batch=batch, progress=progress)
+    others = [relative(seed, k) for seed in seeds for k in range(1, continuations + 1)]
+    classes = repeated(sampler.labels_for(seeds, labels), continuations)
+    images = np.empty((len(seeds), len(depths), continuations, *image_shape(sampler)), np.uint8)
+    for i, step in enumerate(steps):
+        start = StartState(kept[i].repeat_interleave(continuations, dim=0), step)
+        drawn = draw(sampler, others, classes, start=start, batch=batch, progress=progress)
+        images[:, i] = drawn.reshape(len(seeds), continuations, *drawn.shape[1:])
+    return SharedLatents(
+        kept.transpose(0, 1).contiguous().numpy(), images, np.array([depth_of(sampler, step) for step in steps])
+    )
+
+
+# Interpolation: figures 8 and 9, section 4.4
+
 
 @dataclass(frozen=True, eq=False)
 class Interpolation:
-    """P pairs of images, between them at D depths and L places: `images`, uint8 (P, D, L, C, H, W).
+    """Interpolations of P pairs of images at D depths for L lambdas: `images`, uint8 (P, D, L, C, H, W).
 
-    `depths`: int64 (D,), steps of the forward process before mixing. `lambdas`: float64 (L,), 0 the first image of a
-    pair, 1 the second.
+    `depths`: int64 (D,), steps of the forward process before mixing. `lambdas`: float64 (L,), 0 for the first image of
+    a pair, 1 for the second.
     """
 
     images: np.ndarray
@@ -54,17 +142,17 @@ def interpolate(
     batch: int = 64,
     progress: Progress | None = None,
 ) -> Interpolation:
-    """Both images of each pair are diffused to x_t and x'_t, mixed to (1 - lambda) x_t + lambda x'_t, and denoised.
+    """Diffuse both images of each pair to x_t and x'_t, mix (1 - lambda) x_t + lambda x'_t, and denoise the mixture.
 
-    `pairs`: uint8 (P, 2, C, H, W). `depths`: 1..T as `drawing.step_at` takes them, or 0 for a mixture of pixels.
-    `seeds`: one for each pair, naming its noise; `labels` likewise where the network wants them. x_t, x'_t and the
-    noise of the chain are the same for every lambda, and the noise of x_t and x'_t for every depth. With `one_noise`
-    both images get the same noise; otherwise each its own, as in the released code. Raises `UsageError` for values
+    `pairs`: uint8 (P, 2, C, H, W). `depths`: 1..T, see `step_at`, or 0 to mix the pixels. `lambdas`: 0..1. `seeds`: one
+    per pair, which determines its noise. `labels`: one per pair, for a network with classes. x_t, x'_t and the chain's
+    noise are the same for every lambda, and the noise of x_t and x'_t is the same for every depth. `one_noise`: both
+    images get the same noise. Default: independent noise, as in the released code. Raises `UsageError` for values
     outside these ranges.
     """
     if pairs.dtype != np.uint8 or pairs.shape[1:] != (2, *image_shape(sampler)) or len(pairs) != len(seeds):
         raise UsageError(
-            f"pairs must be uint8 ({len(seeds)}, 2, {', '.join(map(str, image_shape(sampler)))}), one for each seed; "
+            f"pairs must be uint8 ({len(seeds)}, 2, {', '.join(map(str, image_shape(sampler)))}), one per seed; "
             f"got {pairs.dtype} {pairs.shape}"
         )
     if not all(0 <= value <= 1 for value in lambdas):
@@ -89,7 +177,7 @@ def interpolate(
 def _ends(
     sampler: Sampler, pairs: np.ndarray, step: int, seeds: Sequence[int], one_noise: bool
 ) -> tuple[Tensor, Tensor]:
-    """x_t and x'_t as `step` takes them, float32 (P, C, H, W) on the CPU; x_0 and x'_0 behind the last step."""
+    """Return x_t and x'_t before `step`, float32 (P, C, H, W) on the CPU; x_0 and x'_0 for step S."""
     images = torch.from_numpy(np.ascontiguousarray(pairs.swapaxes(0, 1)))
     if step == sampler.steps:
         first, second = (scale_images(half, None) for half in images)
@@ -104,26 +192,26 @@ def _ends(
 
 
 def _mixed(first: Tensor, second: Tensor, lambdas: Sequence[float]) -> Tensor:
-    """(1 - lambda) first + lambda second, (P L, C, H, W), the lambdas of a pair side by side."""
+    """Return (1 - lambda) first + lambda second, (P * L, C, H, W), all lambdas of a pair in a row."""
     weight = torch.tensor(lambdas, dtype=torch.float32).reshape(1, -1, 1, 1, 1)
     return ((1 - weight) * first[:, None] + weight * second[:, None]).flatten(0, 1)
 
 
-# Strips: the two processes step by step
+# Trajectories of the forward and reverse process
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """States of N images at K depths: `x`, float32 (N, K, C, H, W), not clipped; `depths`, int64 (K,), 0 is x_0."""
+    """The states of N images at K depths: `x`, float32 (N, K, C, H, W), not clipped; `depths`, int64 (K,), 0 is x_0."""
 
     x: np.ndarray
     depths: np.ndarray
 
 
 def forward_trajectory(sampler: Sampler, images: np.ndarray, steps: Sequence[int], seeds: Sequence[int]) -> Trajectory:
-    """q(x_t | x_0) of `images`, uint8 (N, C, H, W), with one noise for each image, named by its seed, at every t.
+    """Draw x_t from q(x_t | x_0) before each of `steps`, for `images`, uint8 (N, C, H, W).
 
-    `steps`: of the sampler's chain, as `drawing.latents` counts them: S is x_0 itself, 0 what a chain begins with.
+    `steps`: 0..S, see `latents`; step S gives x_0. An image has the same noise, determined by its seed, at every step.
     """
     x0 = torch.from_numpy(np.ascontiguousarray(images))
     key = NoiseKey.of(sampler.seed, 0, list(seeds))
@@ -146,7 +234,7 @@ def reverse_trajectory(
     batch: int = 64,
     progress: Progress | None = None,
 ) -> Trajectory:
-    """x_t of a chain before each of `steps`, 0..S, as `drawing.latents` counts them; S are the images."""
+    """Return x_t of the chains of `seeds` before each of `steps`, 0..S, see `latents`; step S gives the images."""
     kept = latents(sampler, seeds, labels, steps, batch=batch, progress=progress)
     return Trajectory(kept.transpose(0, 1).contiguous().numpy(), _depths(sampler, steps))
 
@@ -155,88 +243,7 @@ def _depths(sampler: Sampler, steps: Sequence[int]) -> np.ndarray:
     return np.array([depth_of(sampler, step) for step in steps])
 
 
-# Shared latents: figure 7
-
-
-@dataclass(frozen=True, eq=False)
-class SharedLatents:
-    """N chains stopped at D depths, and K images from each of these states.
-
-    `latents`: float32 (N, D, C, H, W), the shared x_t, not clipped. `images`: uint8 (N, D, K, C, H, W), draws from
-    p(x_0 | x_t). `depths`: int64 (D,), t + 1.
-    """
-
-    latents: np.ndarray
-    images: np.ndarray
-    depths: np.ndarray
-
-
-def shared_latents(
-    sampler: Sampler,
-    seeds: Sequence[int],
-    depths: Sequence[int],
-    continuations: int = 3,
-    labels: Sequence[int] | None = None,
-    *,
-    batch: int = 64,
-    progress: Progress | None = None,
-) -> SharedLatents:
-    """Figure 7: each chain is run once to each depth and from there on several times, each with noise of its own.
-
-    `depths`: steps of the forward process, 1..T, as `drawing.step_at` takes them. Raises `UsageError` for others.
-    """
-    if continuations < 1 or not len(depths):
-        raise UsageError(f"shared latents need a depth and a continuation; got {len(depths)} and {continuations}")
-    steps = [step_at(sampler, depth) for depth in depths]
-    kept = latents(sampler, seeds, labels, steps, batch=batch, progress=progress)
-    others = [relative(seed, k) for seed in seeds for k in range(1, continuations + 1)]
-    classes = repeated(sampler.labels_for(seeds, labels), continuations)
-    images = np.empty((len(seeds), len(depths), continuations, *image_shape(sampler)), np.uint8)
-    for i, step in enumerate(steps):
-        start = StartState(kept[i].repeat_interleave(continuations, dim=0), step)
-        drawn = draw(sampler, others, classes, start=start, batch=batch, progress=progress)
-        images[:, i] = drawn.reshape(len(seeds), continuations, *drawn.shape[1:])
-    return SharedLatents(
-        kept.transpose(0, 1).contiguous().numpy(), images, np.array([depth_of(sampler, step) for step in steps])
-    )
-
-
-# Progressive generation: figure 6
-
-
-@dataclass(frozen=True, eq=False)
-class Progressive:
-    """x_0 predictions of N chains at K of their steps, from x_t: `x0`, uint8 (N, K, C, H, W).
-
-    `depths`: int64 (K,), steps of the forward process that x_t has behind it, t + 1.
-    """
-
-    x0: np.ndarray
-    depths: np.ndarray
-
-
-def progressive(
-    sampler: Sampler,
-    seeds: Sequence[int],
-    labels: Sequence[int] | None = None,
-    *,
-    steps: Sequence[int] | None = None,
-    batch: int = 64,
-    progress: Progress | None = None,
-) -> Progressive:
-    """Figure 6: what a chain takes for x_0 on its way.
-
-    `steps`: of the chain, 0..steps-1; ten evenly spread, unless given, of which the last shows the images themselves.
-    Raises `UsageError` for others.
-    """
-    chosen = evenly(10, sampler.steps - 1) if steps is None else list(steps)
-    x0 = np.empty((len(seeds), len(chosen), *image_shape(sampler)), np.uint8)
-    for part, state in trajectories(sampler, seeds, labels, chosen, batch=batch, progress=progress):
-        x0[part, [i for i, step in enumerate(chosen) if step == state.step]] = to_uint8(state.x0)[:, None]
-    return Progressive(x0, sampler.timesteps[chosen] + 1)
-
-
-# Classes
+# Class grids
 
 
 def class_grid(
@@ -247,10 +254,10 @@ def class_grid(
     batch: int = 64,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Every class from every seed at every scale of guidance: uint8 (scales, classes, seeds, C, H, W).
+    """Draw every class from every seed at every guidance scale: uint8 (scales, classes, seeds, C, H, W).
 
-    A column shares its noise over all classes and scales. `scales`: the sampler's own unless given. Raises `UsageError`
-    for a network without classes, and for a scale other than 1 where it was never trained without a class.
+    All images of a seed have the same noise. `scales`. Default: the sampler's own. Raises `UsageError` if the network
+    has no classes, and for a scale other than 1 if it was not trained for guidance.
     """
     num_classes = classes_of(sampler)
     labels = [label for label in range(num_classes) for _ in seeds]
@@ -263,41 +270,43 @@ def class_grid(
 
 
 def classes_of(sampler: Sampler) -> int:
-    """How many classes the network knows; `UsageError` for none."""
+    """Return the number of classes of the network. Raises `UsageError` if it has none."""
     if not sampler.unet.config.num_classes:
         raise UsageError("this network was trained without classes: there is no grid of classes to draw")
     return sampler.unet.config.num_classes
 
 
-# Which images of the data set a figure shows
-
-_SEED = 0
+# The images of the data set that a figure shows
 
 
 def picked(dataset: Dataset, count: int) -> np.ndarray:
-    """Indices of `count` images, int64 (count,); `UsageError` where there are fewer."""
+    """Choose `count` images and return their indices, int64 (count,). Raises `UsageError` if there are fewer."""
     num = len(dataset.images)
     if num < count:
-        raise UsageError(f"the picture takes {count} images, the data set has {num}; show fewer rows")
+        raise UsageError(f"the picture needs {count} images, the data set has {num}; take fewer --picture.rows")
     return epoch_order(num, _SEED, 0)[:count]
 
 
 def pairs(dataset: Dataset, count: int, sampler: Sampler) -> tuple[np.ndarray, list[int] | None]:
-    """Indices of images to interpolate between, int64 (count, 2), and the label of each pair where labels are wanted.
+    """Choose pairs of images to interpolate between: their indices, int64 (count, 2), and a label per pair or None.
 
-    For a network with classes both images of a pair are of one class, for it draws what lies between them; where the
-    data set has no labels the network's null label stands for any class. Raises `UsageError` where that cannot be.
+    For a network with classes both images of a pair are of one class, because the mixture is denoised with that class.
+    If the data set has no labels, pairs get the network's null label. Raises `UsageError` if there are too few images,
+    or neither labels nor a null label.
     """
     num_classes, null_label = sampler.unet.config.num_classes, sampler.unet.null_label
     if num_classes and dataset.labels is not None:
         return _of_one_class(dataset.labels, count)
     if num_classes and null_label is None:
-        raise UsageError("this network wants a class for every image, and the data set has none to interpolate within")
+        raise UsageError(
+            "this network needs the class of each image, and the data set has no labels to choose pairs by"
+        )
     found = picked(dataset, 2 * count).reshape(count, 2)
     return found, [null_label] * count if num_classes and null_label is not None else None
 
 
 def _of_one_class(labels: np.ndarray, count: int) -> tuple[np.ndarray, list[int]]:
+    """Return the first `count` pairs of one class in a random order of the images."""
     waiting: dict[int, int] = {}
     found: list[tuple[int, int]] = []
     for index in epoch_order(len(labels), _SEED, 0).tolist():
@@ -308,4 +317,7 @@ def _of_one_class(labels: np.ndarray, count: int) -> tuple[np.ndarray, list[int]
         found.append((waiting.pop(label), index))
         if len(found) == count:
             return np.array(found), [int(labels[first]) for first, _ in found]
-    raise UsageError(f"{count} pairs of images of one class are wanted, the data set has {len(found)}; show fewer rows")
+    raise UsageError(
+        f"the picture needs {count} pairs of images of one class, the data set has {len(found)}; "
+        "take fewer --picture.rows"
+    )

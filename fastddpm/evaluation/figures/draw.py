@@ -1,7 +1,7 @@
-"""The paper's pictures as files: each draws the arrays by its library call and lays them out.
+"""Draw the paper's pictures into files.
 
-A picture is a PNG, with a GIF where it is a process in time, and the arrays beside it as .npz. Numbers above columns
-and beside rows are steps of the forward process, the paper's t: 0 is an image, T noise.
+A picture is a PNG, with its arrays as .npz, and for a process in time a GIF. Labels t=.. count steps of the forward
+process, the paper's t: 0 is an image, T is noise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ from .chains import (
 from .layout import Panel, levels, save_frames, save_panels
 from .neighbours import Features, nearest_features, nearest_pixels
 
-# Where chains are stopped, or images mixed: parts of T, those of the paper's figures.
+# Depths at which chains are stopped or images are mixed, as fractions of T, from the paper's figures.
 _DEPTHS = {
     "shared-latent": (1, 0.75, 0.5, 0.25),
     "interpolation": (0.5,),
@@ -43,7 +43,7 @@ _DEPTHS = {
 
 
 def draw_progressive(context: EvaluationContext, options: PictureOptions) -> list[Path]:
-    """Figure 6: a row an image, its x_0 predictions from the first step to the last."""
+    """Draw figure 6: one row per image, with its x_0 predictions from the first step to the last."""
     shown, frames = (evenly(count, context.sampler.steps - 1) for count in (options.columns, options.frames))
     steps = sorted({*shown, *frames})
     with _progress("progressive", context, options) as progress:
@@ -58,7 +58,7 @@ def draw_progressive(context: EvaluationContext, options: PictureOptions) -> lis
 
 
 def draw_shared_latents(context: EvaluationContext, options: PictureOptions) -> list[Path]:
-    """Figure 7: a row a chain; for each depth x_t and, right of it, images drawn from it."""
+    """Draw figure 7: one row per chain, one panel per depth with x_t and the images drawn from it."""
     depths = _depths("shared-latent", context.sampler, options)
     with _progress("shared-latent", context, options) as progress:
         found = shared_latents(
@@ -66,35 +66,38 @@ def draw_shared_latents(context: EvaluationContext, options: PictureOptions) -> 
         )
     cells = np.concatenate([levels(found.latents)[:, :, None], found.images], axis=2)
     texts = [""] * options.continuations
-    blocks = [Panel(cells[:, i], [f"t={depth}", *texts]) for i, depth in enumerate(found.depths)]
+    panels = [Panel(cells[:, i], [f"t={depth}", *texts]) for i, depth in enumerate(found.depths)]
     arrays = {"latents": found.latents, "images": found.images, "depths": found.depths}
     return [
-        save_panels(blocks, context.out / "shared-latent.png"),
+        save_panels(panels, context.out / "shared-latent.png"),
         _save(context, "shared-latent", **arrays, seeds=np.array(options.seeds)),
     ]
 
 
 def draw_interpolation(context: EvaluationContext, options: PictureOptions) -> list[Path]:
-    """Figure 8: a row a pair of images, which stand at the borders, mixed at one depth."""
+    """Draw figure 8: one row per pair of images, with the pair at the borders, mixed at one depth."""
     images, found, arrays = _interpolated("interpolation", context, options, options.rows)
-    blocks = _between(images[:, :1], found.images[:, 0], images[:, 1:], found.lambdas)
-    return [save_panels(blocks, context.out / "interpolation.png"), _save(context, "interpolation", **arrays)]
+    panels = _interpolation_panels(images[:, :1], found.images[:, 0], images[:, 1:], found.lambdas)
+    return [save_panels(panels, context.out / "interpolation.png"), _save(context, "interpolation", **arrays)]
 
 
 def draw_interpolation_depths(context: EvaluationContext, options: PictureOptions) -> list[Path]:
-    """Figure 9: one pair of images, a row a depth, from coarse to fine."""
+    """Draw figure 9: one pair of images, one row per depth, from coarse to fine."""
     images, found, arrays = _interpolated("interpolation-depths", context, options, 1)
     first, second = (np.repeat(images[:, i : i + 1], len(found.depths), axis=0) for i in (0, 1))
-    blocks = _between(first, found.images[0], second, found.lambdas)
+    panels = _interpolation_panels(first, found.images[0], second, found.lambdas)
     rows = [f"t={depth}" for depth in found.depths]
     return [
-        save_panels(blocks, context.out / "interpolation-depths.png", rows),
+        save_panels(panels, context.out / "interpolation-depths.png", rows),
         _save(context, "interpolation-depths", **arrays),
     ]
 
 
 def draw_neighbours(context: EvaluationContext, options: PictureOptions) -> list[Path]:
-    """The appendix: a row a sample, at the left, and the images nearest to it by pixels; another by features."""
+    """Draw the nearest neighbours of the appendix: one row per sample, with the sample at the left.
+
+    One picture is by pixels; if `options.features` is set, another one is by features.
+    """
     features = None if options.features is None else _features(options.features, context)
     with _progress("neighbours", context, options) as progress:
         samples = draw(context.sampler, options.seeds, batch=context.batch, progress=progress)
@@ -105,14 +108,17 @@ def draw_neighbours(context: EvaluationContext, options: PictureOptions) -> list
     paths = []
     for name, nearest in found.items():
         shown = images[nearest.indices.reshape(-1)].reshape(len(samples), k, *samples.shape[1:])
-        blocks = [Panel(samples[:, None], ["drawn"]), Panel(shown, [f"{i + 1}." for i in range(k)])]
-        paths.append(save_panels(blocks, context.out / f"{name}.png"))
+        panels = [Panel(samples[:, None], ["drawn"]), Panel(shown, [f"{i + 1}." for i in range(k)])]
+        paths.append(save_panels(panels, context.out / f"{name}.png"))
         paths.append(_save(context, name, samples=samples, **vars(nearest), seeds=np.array(options.seeds)))
     return paths
 
 
 def draw_strips(context: EvaluationContext, options: PictureOptions) -> list[Path]:
-    """Images of the data set by q from x_0 to x_T, samples by p from x_T to x_0; the animation shows both in turn."""
+    """Draw trajectories: of data set images by q from x_0 to x_T, and of samples by p from x_T to x_0.
+
+    The animation shows the two in turn.
+    """
     sampler = context.sampler
     shown, frames = (evenly(count, sampler.steps) for count in (options.columns, options.frames))
     steps = sorted({*shown, *frames})
@@ -121,26 +127,26 @@ def draw_strips(context: EvaluationContext, options: PictureOptions) -> list[Pat
     with _progress("strips", context, options) as progress:
         reverse = reverse_trajectory(sampler, options.seeds, steps, batch=context.batch, progress=progress)
     columns, moments = ([steps.index(step) for step in chosen] for chosen in (shown, frames))
-    animated = [levels(strip.x[:, i]) for strip, order in ((forward, moments[::-1]), (reverse, moments)) for i in order]
+    animated = [levels(forward.x[:, i]) for i in reversed(moments)] + [levels(reverse.x[:, i]) for i in moments]
     arrays = {"forward": forward.x, "reverse": reverse.x, "depths": reverse.depths, "sources": indices}
     return [
-        _save_strip(forward, columns[::-1], context.out / "strips-forward.png"),
-        _save_strip(reverse, columns, context.out / "strips-reverse.png"),
+        _save_trajectory(forward, columns[::-1], context.out / "strips-forward.png"),
+        _save_trajectory(reverse, columns, context.out / "strips-reverse.png"),
         save_frames(animated, context.out / "strips.gif"),
         _save(context, "strips", **arrays, seeds=np.array(options.seeds)),
     ]
 
 
 def draw_classes(context: EvaluationContext, options: PictureOptions) -> list[Path]:
-    """A row a class, a column a seed, a block a scale of guidance."""
+    """Draw the classes: one row per class, one column per seed, one panel per guidance scale."""
     scales, seeds = _scales(context.sampler, options), options.column_seeds
     with _progress("classes", context, options) as progress:
         found = class_grid(context.sampler, seeds, scales, batch=context.batch, progress=progress)
     texts = [""] * (len(seeds) - 1)
-    blocks = [Panel(cells, [f"guidance {scale:g}", *texts]) for scale, cells in zip(scales, found, strict=True)]
+    panels = [Panel(cells, [f"guidance {scale:g}", *texts]) for scale, cells in zip(scales, found, strict=True)]
     rows = [str(label) for label in range(found.shape[1])]
     return [
-        save_panels(blocks, context.out / "classes.png", rows),
+        save_panels(panels, context.out / "classes.png", rows),
         _save(context, "classes", images=found, scales=np.array(scales), seeds=np.array(seeds)),
     ]
 
@@ -154,11 +160,17 @@ PICTURES: dict[str, Callable[[EvaluationContext, PictureOptions], list[Path]]] =
     "strips": draw_strips,
     "classes": draw_classes,
 }
-"""Each writes its files into `context.out` and returns their paths; of several processes one calls it."""
+"""The function that draws each picture: it writes files to `context.out` and returns their paths.
+
+Of several processes only one may call it.
+"""
 
 
 def picture_cost(name: str, context: EvaluationContext, options: PictureOptions) -> int:
-    """How often picture `name` evaluates the network for one image; `UsageError` where it cannot be drawn."""
+    """Return the number of network evaluations, each of one image, that picture `name` takes.
+
+    Raises `UsageError` if the picture cannot be drawn for this network.
+    """
     sampler, rows = context.sampler, options.rows
     if name == "classes":
         images = classes_of(sampler) * len(options.column_seeds)
@@ -166,26 +178,27 @@ def picture_cost(name: str, context: EvaluationContext, options: PictureOptions)
     if name not in _DEPTHS:
         return evaluations(sampler, rows, sampler.steps)
     starts = [step_at(sampler, depth) for depth in _depths(name, sampler, options) if depth]
-    behind = sum(sampler.steps - start for start in starts)
+    remaining = sum(sampler.steps - start for start in starts)
     if name == "shared-latent":
-        return evaluations(sampler, rows, max(starts, default=0) + options.continuations * behind)
-    return evaluations(sampler, (rows if name == "interpolation" else 1) * options.lambdas, behind)
+        return evaluations(sampler, rows, max(starts, default=0) + options.continuations * remaining)
+    return evaluations(sampler, (rows if name == "interpolation" else 1) * options.lambdas, remaining)
 
 
 def _depths(name: str, sampler: Sampler, options: PictureOptions) -> list[int]:
+    """Return the depths of a picture; `interpolation` uses only the first one."""
     depths = options.depths or [round(part * sampler.diffusion.timesteps) for part in _DEPTHS[name]]
     return list(depths[:1] if name == "interpolation" else depths)
 
 
 def _scales(sampler: Sampler, options: PictureOptions) -> list[float]:
-    """Those asked for, as far as the network knows guidance."""
+    """Return the guidance scales, only 1 for a network that was not trained for guidance."""
     return [1.0] if sampler.unet.null_label is None else list(options.scales)
 
 
 def _interpolated(
     name: str, context: EvaluationContext, options: PictureOptions, count: int
 ) -> tuple[np.ndarray, Interpolation, dict[str, np.ndarray]]:
-    """The pairs, uint8 (count, 2, C, H, W), what lies between them, and the arrays of it."""
+    """Return `count` pairs of images, uint8 (count, 2, C, H, W), their interpolation, and the arrays to save."""
     indices, labels = pairs(context.dataset, count, context.sampler)
     images = context.dataset.images[indices.reshape(-1)].reshape(count, 2, *context.dataset.images.shape[1:])
     lambdas = np.linspace(0, 1, options.lambdas).tolist()
@@ -197,13 +210,13 @@ def _interpolated(
     return images, found, {**vars(found), "sources": indices}
 
 
-def _between(first: np.ndarray, found: np.ndarray, second: np.ndarray, lambdas: np.ndarray) -> list[Panel]:
+def _interpolation_panels(first: np.ndarray, found: np.ndarray, second: np.ndarray, lambdas: np.ndarray) -> list[Panel]:
     texts = [f"{value:.2g}" for value in lambdas]
     return [Panel(first, ["first"]), Panel(found, texts), Panel(second, ["second"])]
 
 
 def _features(name: str, context: EvaluationContext) -> Features:
-    """The features of a network, as arrays."""
+    """Return a function that computes the features of feature network `name`."""
     from fastddpm.metrics.networks import open_network
 
     network = open_network(name, image_size=context.dataset.images.shape[-1], device=context.device)
@@ -214,8 +227,9 @@ def _features(name: str, context: EvaluationContext) -> Features:
     return features
 
 
-def _save_strip(strip: Trajectory, columns: Sequence[int], path: Path) -> Path:
-    return save_panels([Panel(levels(strip.x[:, columns]), [f"t={strip.depths[i]}" for i in columns])], path)
+def _save_trajectory(trajectory: Trajectory, columns: Sequence[int], path: Path) -> Path:
+    texts = [f"t={trajectory.depths[i]}" for i in columns]
+    return save_panels([Panel(levels(trajectory.x[:, columns]), texts)], path)
 
 
 def _save(context: EvaluationContext, name: str, **arrays: np.ndarray) -> Path:
@@ -226,6 +240,7 @@ def _save(context: EvaluationContext, name: str, **arrays: np.ndarray) -> Path:
 
 @contextmanager
 def _progress(name: str, context: EvaluationContext, options: PictureOptions) -> Iterator[Progress]:
+    """Provide a progress callback that counts the evaluations of picture `name` in a meter."""
     with Meter(name, picture_cost(name, context, options), "evaluations") as meter:
 
         def more(evaluations: int) -> None:

@@ -1,4 +1,4 @@
-"""Which images of a data set are nearest to given ones: are the samples copies? (The paper's appendix.)"""
+"""Find the nearest images of a data set, to check if samples are copies of training images (the paper's appendix)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from fastddpm.errors import UsageError
 from fastddpm.sampling.trajectories import parts
 
 Features = Callable[[np.ndarray], np.ndarray]
-"""Images, uint8 (N, C, H, W), to features, (N, F) floats."""
+"""Returns the features, floats (N, F), of images uint8 (N, C, H, W)."""
 
-_BLOCK_BYTES = 64 * 2**20  # of the data set in float64, at once
+_BLOCK_BYTES = 64 * 2**20  # of the data set's pixels, held in float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """For each of Q images the k nearest: `indices`, int64 (Q, k), and `distances`, float64 (Q, k), both ascending.
+    """The k nearest images of each of Q images, nearest first: `indices`, int64 (Q, k), `distances`, float64 (Q, k).
 
-    A distance is Euclidean: in levels of 255 over all pixels, or in the units of the features. Of equally near images
+    Distances are Euclidean: over all pixels in levels of 255, or in the units of the features. Of equally near images
     the one with the smaller index comes first.
     """
 
@@ -28,11 +28,11 @@ class Neighbours:
 
 
 def nearest_pixels(queries: np.ndarray, images: Images, k: int, *, crop: int | None = None) -> Neighbours:
-    """The `k` of `images`, uint8 (N, C, H, W), nearest to each of `queries`, uint8 (Q, C, H, W), in pixel space.
+    """Return the `k` of `images`, uint8 (N, C, H, W), nearest to each of `queries`, uint8 (Q, C, H, W), by pixels.
 
-    Exact: squared distances are whole numbers below 2^53, which float64 adds up without rounding. `crop`: only the
-    central square of that side counts. 64 MiB of them are held as floats at once. Raises
-    `UsageError` for shapes that do not match and for more neighbours than images.
+    The result is exact, because squared distances are integers below 2^53, which float64 adds without rounding. `crop`:
+    side of the central square that is compared, in pixels. Default: the whole image. At most 64 MiB of `images` are
+    held in float64 at a time. Raises `UsageError` for shapes that do not match, and unless 1 <= k <= N.
     """
     _check(queries, images, k)
     if crop is not None and not 1 <= crop <= min(images.shape[2:]):
@@ -49,26 +49,26 @@ def nearest_pixels(queries: np.ndarray, images: Images, k: int, *, crop: int | N
 
 
 def nearest_features(queries: np.ndarray, images: Images, k: int, features: Features, *, batch: int = 64) -> Neighbours:
-    """The same in the space of `features`, which sees `batch` images at a time.
+    """Return the `k` of `images` nearest to each of `queries` by `features`, which is given `batch` images at a time.
 
-    The nearest are chosen by |a|^2 + |b|^2 - 2 a b in float64; the distances of those chosen come from the differences
-    themselves, so that a copy is at 0. Raises `UsageError` as `nearest_pixels` does.
+    The nearest images are chosen by |a|^2 + |b|^2 - 2 a b in float64. Their distances are then computed from the
+    differences, so that a copy is at distance 0. Raises `UsageError` as `nearest_pixels` does.
     """
     _check(queries, images, k)
 
-    def seen(chosen: np.ndarray) -> np.ndarray:
+    def features_of(chosen: np.ndarray) -> np.ndarray:
         return np.concatenate([np.asarray(features(chosen[part]), np.float64) for part in parts(len(chosen), batch)])
 
-    wanted = seen(queries)
-    indices, _ = _search(wanted, (seen(images[part]) for part in parts(len(images), batch)), k)
-    own = seen(images[indices.reshape(-1)]).reshape(*indices.shape, -1)
+    wanted = features_of(queries)
+    indices, _ = _search(wanted, (features_of(images[part]) for part in parts(len(images), batch)), k)
+    own = features_of(images[indices.reshape(-1)]).reshape(*indices.shape, -1)
     distances = np.sqrt(np.square(own - wanted[:, None]).sum(-1))
     order = np.lexsort((indices, distances))
     return Neighbours(np.take_along_axis(indices, order, 1), np.take_along_axis(distances, order, 1))
 
 
 def _search(wanted: np.ndarray, blocks: Iterator[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and squared distances, (Q, k), of the rows of all blocks, one behind the other, nearest to `wanted`."""
+    """Return indices and squared distances, (Q, k), of the rows nearest to `wanted`, numbered through all blocks."""
     indices = np.empty((len(wanted), 0), np.int64)
     squares = np.empty((len(wanted), 0))
     own, seen = np.square(wanted).sum(1, keepdims=True), 0
@@ -84,6 +84,7 @@ def _search(wanted: np.ndarray, blocks: Iterator[np.ndarray], k: int) -> tuple[n
 
 
 def _central(images: np.ndarray, crop: int | None) -> np.ndarray:
+    """Return the central square with side `crop`."""
     if crop is None:
         return images
     top, left = ((side - crop) // 2 for side in images.shape[2:])
@@ -93,7 +94,7 @@ def _central(images: np.ndarray, crop: int | None) -> np.ndarray:
 def _check(queries: np.ndarray, images: Images, k: int) -> None:
     if queries.dtype != np.uint8 or images[:1].dtype != np.uint8 or queries.shape[1:] != images.shape[1:]:
         raise UsageError(
-            f"neighbours are sought among uint8 images of one shape; "
+            f"nearest neighbours need uint8 images of one shape; "
             f"got {queries.dtype} {queries.shape} and {images[:1].dtype} {images.shape}"
         )
     if not 1 <= k <= len(images):
