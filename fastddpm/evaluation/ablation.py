@@ -1,10 +1,9 @@
-"""Configurations trained and scored one after another, each once: what the paper's table 2 is made of."""
+"""Train and score the configurations of the paper's table 2, each once, and write the table."""
 
 import dataclasses
 import datetime
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.metrics import FeatureNetwork, Moments, frechet_distance, inception_score, open_network
 from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
+from fastddpm.runtime.progress import log
 from fastddpm.sampling import batch_size
 from fastddpm.sampling.generate import sample_batches, save_pictures
 from fastddpm.sampling.sampler import Sampler
@@ -35,14 +35,14 @@ from .table2 import Cell
 
 Result = dict[str, Any]
 
-_HELD_OUT = 10  # every tenth image is not trained on
+_HELD_OUT = 10  # every tenth image is held out
 _RECORD = "result.json"
-_AT_ONCE = 1024  # images given to a feature network
+_AT_ONCE = 1024  # images that are given to the feature network at a time
 _NUMBERS = ("frechet_distance", "score", "bits_per_dim")
 
 
 def split(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """What is trained on, and every tenth image, held out for the likelihood."""
+    """Return the images to train on, and every tenth image, which is held out for the likelihood."""
     held_out = np.arange(len(dataset.images)) % _HELD_OUT == 0
     parts = []
     for chosen, name in ((~held_out, f"{dataset.name}, 9 of 10"), (held_out, f"{dataset.name}, 1 of 10")):
@@ -53,7 +53,7 @@ def split(dataset: Dataset) -> tuple[Dataset, Dataset]:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A feature network, and the moments of the images that samples are compared with: those trained on, as for FID."""
+    """Scores samples by a feature network, against `moments`, the features' moments of the training images."""
 
     network: FeatureNetwork
     moments: Moments
@@ -61,16 +61,17 @@ class Scorer:
 
     @staticmethod
     def of(name: str, dataset: Dataset, device: torch.device) -> "Scorer":
-        """The network called `name`, and what it finds in all of `dataset`."""
-        network = open_network(
-            name, image_size=dataset.images.shape[-1], device=device, report=lambda line: print(line, file=sys.stderr)
-        )
+        """Open the feature network `name` and compute the moments of its features of all images in `dataset`."""
+        network = open_network(name, image_size=dataset.images.shape[-1], device=device, report=log)
         batches = (dataset.images[start : start + _AT_ONCE] for start in range(0, len(dataset.images), _AT_ONCE))
         features = (network(torch.from_numpy(np.array(images)).to(device)).features for images in batches)
         return Scorer(network, Moments.of_batches(features), device)
 
     def scores(self, images: np.ndarray) -> Result:
-        """Of uint8 (N, C, H, W): `frechet_distance`, and `score`, exp of the mean KL divergence of the classes."""
+        """Return the scores of images uint8 (N, C, H, W).
+
+        `frechet_distance`, and `score` if the network has classes: exp(mean KL(p(y|x) || p(y))).
+        """
         features, logits = self.network(torch.from_numpy(images).to(self.device))
         found: Result = {"frechet_distance": frechet_distance(Moments.of(features), self.moments)}
         if logits is not None:
@@ -80,7 +81,11 @@ class Scorer:
 
 @dataclass(frozen=True, eq=False)
 class AblationRunner:
-    """Where each configuration leaves its run, what it is trained on and measured with."""
+    """Trains and measures configurations.
+
+    `out`: directory of the runs. `dataset`: the images to train on. `held_out`: the images for the likelihood.
+    `scorer`: None to measure only the likelihood. `samples`: images to draw from each configuration.
+    """
 
     out: Path
     dataset: Dataset
@@ -91,16 +96,17 @@ class AblationRunner:
     device: torch.device
 
     def result(self, name: str, config: Preset) -> Result:
-        """What `config` comes to, from its directory `name` if it has been measured there, else trained and measured.
+        """Return the result of `config`, read from the directory `name` if it is there, otherwise trained and measured.
 
-        `outcome` is "trained", or what went wrong: a run that diverges, and samples that are not numbers, are results.
-        A run that was stopped goes on from its checkpoint. Raises `UsageError` where the directory holds another one.
+        `outcome` is "trained" or tells what went wrong; divergence and samples that are not finite are results, too. An
+        interrupted run is resumed from its checkpoint. Raises `UsageError` if the directory holds a run with other
+        settings.
         """
         run = self.out / name
         path, settings = run / _RECORD, self._settings(config)
         record = _read(path) if path.exists() else {}
         if record and record["settings"] != settings:
-            raise UsageError(f"{path} is of other settings; choose another --out, or remove {run}")
+            raise UsageError(f"{path} was measured with other settings; choose another --out, or remove {run}")
         if "result" in record:
             found: Result = record["result"]
             return found
@@ -111,6 +117,7 @@ class AblationRunner:
         return found
 
     def _settings(self, config: Preset) -> Result:
+        """Return everything that the result depends on, as it reads back from JSON."""
         settings = {
             "config": to_dict(config),
             "data": self.dataset.checksum,
@@ -122,22 +129,24 @@ class AblationRunner:
         return found
 
     def _measure(self, run: Path, config: Preset) -> Result:
+        """Train in the directory `run`, or finish the training that is there, and score the result."""
         with checkpoint.lock(run):
             trainer = Trainer(config, self.dataset, self.device)
-            saved = checkpoint.load_newest(run, lambda line: print(line, file=sys.stderr))
+            saved = checkpoint.load_newest(run, log)
             if saved is not None:
                 trainer.resume(saved)
-            log = JsonLines(run / "log.jsonl", trainer.step)
+            logger = JsonLines(run / "log.jsonl", trainer.step)
             try:
-                trainer.run(run, log)
+                trainer.run(run, logger)
             except DivergedError:
                 return {"outcome": f"diverged at step {trainer.step}"}
             finally:
-                log.close()
+                logger.close()
             with trainer.averaged_weights() as unet:
                 return self._score(run, Model(unet, trainer.diffusion, config))
 
     def _score(self, run: Path, model: Model) -> Result:
+        """Draw samples, save them in `run`, score them, and measure the likelihood."""
         sampler = Sampler(model.unet, model.diffusion)
         batch = batch_size.choose(sampler.probe, model.unet.config, self.device)
         found: Result = {"outcome": "trained"}
@@ -157,7 +166,10 @@ class AblationRunner:
 
 
 def write_tables(results: Mapping[Cell, Sequence[Result]], runner: AblationRunner, describe: str) -> str:
-    """table.md and table.json in the runner's directory, one row for each cell; the Markdown."""
+    """Write table.md and table.json to the runner's directory, one row per cell, and return the Markdown.
+
+    `describe`: a sentence about the settings, printed below the table.
+    """
     rows = [_row(cell, found) for cell, found in results.items() if found]
     network = (
         None
@@ -175,7 +187,7 @@ def write_tables(results: Mapping[Cell, Sequence[Result]], runner: AblationRunne
 
 
 def _row(cell: Cell, found: Sequence[Result]) -> Result:
-    """Mean and standard deviation over the seeds whose numbers are finite; what went wrong with the others."""
+    """Return mean and standard deviation over the seeds with finite numbers, and the outcomes of the other seeds."""
     row: Result = dataclasses.asdict(cell)
     for name in _NUMBERS:
         values = [each[name] for each in found if each.get(name) is not None and math.isfinite(each[name])]
@@ -186,11 +198,11 @@ def _row(cell: Cell, found: Sequence[Result]) -> Result:
 
 
 def _markdown(rows: Sequence[Result], runner: AblationRunner, describe: str) -> str:
-    """Ours beside the paper's; a dash where the paper's training was unstable."""
+    """Format the table with the paper's numbers beside the measured ones. A dash: the paper has none."""
     fid, score = "Fréchet distance", "classifier score"
     if runner.scorer is not None:
-        of_inception = runner.scorer.network.is_inception
-        fid, score = ("FID", "IS") if of_inception else (f"{fid} ({runner.scorer.network.name})", score)
+        network = runner.scorer.network
+        fid, score = ("FID", "IS") if network.is_inception else (f"{fid} ({network.name})", score)
     lines = [
         f"| predicts | trained on | {fid} | {score} | bits/dim | | paper: FID | paper: IS | paper: bits/dim |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -204,12 +216,14 @@ def _markdown(rows: Sequence[Result], runner: AblationRunner, describe: str) -> 
 
 
 def _number(value: float | None, deviation: float | None) -> str:
+    """Format a number with its standard deviation."""
     if value is None:
         return "-"
     return f"{value:.4g}" if deviation is None else f"{value:.4g} ± {deviation:.2g}"
 
 
 def _read(path: Path) -> Result:
+    """Read a result file. Raises `DataError` if it is damaged."""
     try:
         record: Result = json.loads(path.read_text(encoding="utf-8"))
         record["settings"]

@@ -1,8 +1,8 @@
 """Bits per dimension: the variational bound of a data set, term by term (equation 5 of the paper).
 
-One noise draw for each image and timestep, x_0 predictions clipped to [-1, 1], the decoder's normal CDF by tanh, as the
-published figures were measured. The network is evaluated at (image, timestep) pairs, so its batches are full whatever
-the number of images is; everything behind it is float64.
+As for the published numbers, there is one noise draw per image and timestep, x_0 predictions are clipped to [-1, 1],
+and the decoder's normal CDF is approximated by tanh. The network is evaluated in batches of (image, timestep) pairs,
+which are full whatever the number of images is. Everything after the network is float64.
 """
 
 import math
@@ -27,20 +27,22 @@ from fastddpm.sampling.sampler import Sampler
 from .options import BitsOptions
 
 Progress = Callable[[int, int], None]
+"""Takes the number of evaluated pairs and the total number."""
 
-BLOCK = 32  # images whose sums are taken together: the order of additions is the same for every batch and process
-_BATCHES = 16  # at least, between two rests of pairs that fill no batch
+BLOCK = 32  # images whose terms are summed together, which fixes the order of additions for any batch and process
+_BATCHES = 16  # least number of full batches before one may be only partly filled
 
 
 @dataclass(frozen=True, eq=False)
 class BitsPerDim:
-    """The bound on -log2 p(x_0) for each dimension, a mean over N images; float64 throughout.
+    """The bound on -log2 p(x_0) per dimension, averaged over N images; float64.
 
-    `total` is `prior` (L_T) + the sum of `terms` (T,), of which terms[0] is the decoder's (L_0 in the paper) and
-    terms[t] the KL divergence of timestep t. `mse` (T,): mean squared error of the clipped x_0 prediction from x_t, in
-    units of [-1, 1]. `per_image` (N,): the bound of each image; where only some timesteps were evaluated, an unbiased
-    estimate of it. `indices` (N,): which images. `counts` (T,): images that each timestep was evaluated for. Standard
-    errors, of the noise and of the choice of images and timesteps together, are NaN where one image cannot tell.
+    `total` = `prior` (L_T) + the sum of `terms` (T,); terms[0] is the decoder's term (L_0 in the paper) and terms[t]
+    the KL divergence of timestep t. `mse` (T,): mean squared error of the clipped x_0 prediction from x_t, in units of
+    [-1, 1] squared. `counts` (T,): number of images that each timestep was evaluated for. `indices` (N,): the images.
+    `per_image` (N,): the bound of each image, an unbiased estimate of it if only some timesteps were evaluated.
+    `conditioning`: how the network was told the class. `standard_error`, `term_errors` and `mse_errors`: standard
+    errors, which include the noise and the choice of images and timesteps; NaN if there are too few images.
     """
 
     total: float
@@ -57,7 +59,7 @@ class BitsPerDim:
 
     @property
     def decoder(self) -> float:
-        """L_0: what the last step, to whole pixel values, costs."""
+        """L_0, the term of the last step, which gives integer pixel values."""
         return float(self.terms[0])
 
     @property
@@ -66,11 +68,11 @@ class BitsPerDim:
 
     @property
     def evaluations(self) -> int:
-        """How often the network was evaluated, for one image each."""
+        """The number of network evaluations, each of one image at one timestep."""
         return int(self.counts.sum())
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers and lists, for JSON; NaN is None. Without what is known of each image."""
+        """Return numbers and lists for JSON, with None for NaN, without the arrays over images."""
         numbers = {name: getattr(self, name) for name in ("total", "standard_error", "prior", "decoder")}
         lists = {name: getattr(self, name) for name in ("terms", "term_errors", "mse", "mse_errors", "counts")}
         return {
@@ -84,11 +86,11 @@ class BitsPerDim:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which images, `indices` (N,), and which timesteps of each: 0, and offset + 1, offset + 1 + every, and so on.
+    """The images, `indices` (N,), and the timesteps of each: 0, and offset + 1, offset + 1 + every, and so on.
 
-    In each `every` images one behind the other there are all offsets, in an order drawn by Philox. So every timestep is
-    as likely for an image as another, and the spread of the terms over t, much larger than that over images, stays out
-    of the sum.
+    Each run of `every` consecutive images contains each of the `offsets` (N,) once, in a random (Philox) order. Every
+    timestep is therefore equally likely for an image, and the variance of the terms over t, which is much larger than
+    that over images, does not enter the sum.
     """
 
     indices: np.ndarray
@@ -98,20 +100,23 @@ class Plan:
 
     @staticmethod
     def of(num_images: int, timesteps: int, options: BitsOptions) -> "Plan":
-        """For a data set of `num_images`; `UsageError` for more than it has, or too few for `every`."""
+        """Return the plan for a data set of `num_images`.
+
+        Raises `UsageError` if `options` asks for more images than there are, or too few for `every`.
+        """
         wanted, every = options.images or num_images, options.every
         if wanted > num_images:
-            raise UsageError(f"{wanted} images were asked for; the data set has {num_images}")
+            raise UsageError(f"images must be at most {num_images}, the size of the data set; got {wanted}")
         if every > 1 and (every >= timesteps or wanted < 2 * every):
             raise UsageError(
-                f"every {every} needs {every + 1} timesteps and {2 * every} images (each timestep is seen by two); "
-                f"got {timesteps} and {wanted}"
+                f"every {every} needs at least {every + 1} timesteps and {2 * every} images, two for each timestep; "
+                f"got {timesteps} timesteps and {wanted} images"
             )
         indices = np.arange(num_images)
         if wanted < num_images:
             indices = epoch_order(num_images, options.seed, 0)[:wanted].copy()
-        places = np.arange(-(-wanted // every) * every)
-        keys = philox(np.zeros(1), places, np.array([timesteps]), np.array([STREAM_BOUND]), options.seed)[0]
+        positions = np.arange(-(-wanted // every) * every)
+        keys = philox(np.zeros(1), positions, np.array([timesteps]), np.array([STREAM_BOUND]), options.seed)[0]
         shuffled = keys.reshape(-1, every).argsort(axis=1, kind="stable")
         return Plan(indices, shuffled.reshape(-1)[:wanted], every, timesteps)
 
@@ -119,22 +124,22 @@ class Plan:
         return len(self.indices)
 
     def evaluated(self) -> np.ndarray:
-        """Images that each timestep is evaluated for, int64 (T,)."""
+        """Return the number of images that each timestep is evaluated for, int64 (T,)."""
         by_offset = np.bincount(self.offsets, minlength=self.every)
         return np.append(len(self), by_offset[np.arange(self.timesteps - 1) % self.every])
 
-    def places(self, blocks: Sequence[int]) -> np.ndarray:
-        """Those of the images of some blocks."""
+    def positions(self, blocks: Sequence[int]) -> np.ndarray:
+        """Return the positions in the plan of the images of the blocks with these numbers."""
         return np.concatenate([np.arange(n * BLOCK, min((n + 1) * BLOCK, len(self))) for n in blocks])
 
-    def num_pairs(self, places: np.ndarray) -> int:
-        """How many `pairs` will be."""
-        return int((1 - (1 + self.offsets[places] - self.timesteps) // self.every).sum())
+    def num_pairs(self, positions: np.ndarray) -> int:
+        """Return the number of pairs that `pairs` will return."""
+        return int((1 - (1 + self.offsets[positions] - self.timesteps) // self.every).sum())
 
-    def pairs(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(image, t) of the images at `places`, (P,) each: image as a position in `places`; t ascends."""
-        own = [np.append(0, np.arange(1 + offset, self.timesteps, self.every)) for offset in self.offsets[places]]
-        rows, t = np.repeat(np.arange(len(places)), [len(each) for each in own]), np.concatenate(own)
+    def pairs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (row, t) of all pairs of the images at `positions`, (P,) each; row indexes `positions`, t ascends."""
+        own = [np.append(0, np.arange(1 + offset, self.timesteps, self.every)) for offset in self.offsets[positions]]
+        rows, t = np.repeat(np.arange(len(positions)), [len(each) for each in own]), np.concatenate(own)
         order = np.argsort(t, kind="stable")
         return rows[order], t[order]
 
@@ -151,42 +156,45 @@ def bits_per_dim(
     known: Mapping[int, "ImageSums"] | None = None,
     keep: Callable[[int, "ImageSums"], None] | None = None,
 ) -> BitsPerDim:
-    """The bound of `images`, uint8 (N, C, H, W), under the sampler's network and the whole T-step process.
+    """Return the bound of `images`, uint8 (N, C, H, W), under the sampler's network and all T steps of the process.
 
-    A network with classes is evaluated given `labels`, int64 (N,), without guidance; where there are none, as the
-    network without a class. `batch`: pairs of image and timestep evaluated at once. Several processes (`group`, inside
-    `distributed.process_group`) share the images, and each returns the whole result. `progress` is told how many pairs
-    of this process are on their way, and how many it has to evaluate. `keep` is given each of this process's blocks by
-    its number, and `known` the blocks that were kept: so an interrupted bound goes on, to the same bits. Noise is a
-    function of (options.seed, index, t), and sums are always taken in the same order: the result depends neither on
-    `batch` nor on the number of processes, beyond what the network's output does. Raises `UsageError` for a plan that
-    cannot be, and for a network with classes that was never trained without.
+    `labels`, int64 (N,) or None: a network with classes is given them, without guidance; without labels it gets its
+    null label. `batch`: (image, timestep) pairs evaluated at once. `group`: processes that share the images, inside
+    `distributed.process_group`; each returns the whole result. Default: this process alone. `progress` counts the pairs
+    of this process. `keep` is called with the number and the sums of each block of 32 images that this process
+    finishes; passed back as `known`, they let an interrupted evaluation go on to the same bits.
+
+    Noise is a function of (options.seed, index, t), and sums are always taken in the same order. The result depends on
+    `batch` and on the number of processes only as far as the network's output does. Raises `UsageError` for options
+    that do not fit the data set, and if labels are missing for a network without a null label.
     """
     plan = Plan.of(len(images), sampler.diffusion.timesteps, options)
     evaluator = _Evaluator(sampler, plan, images, labels, options.seed, batch, progress)
-    mine = range(group.rank, -(-len(plan) // BLOCK), group.world_size)
+    own_blocks = range(group.rank, -(-len(plan) // BLOCK), group.world_size)
     at_once = max(1, math.ceil(_BATCHES * batch * len(plan) / (BLOCK * plan.evaluated().sum())))
-    calls = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
-    blocks = {} if known is None else dict(known)
-    # The images of a call are evaluated together or not at all, so the network sees the same batches after an
+    calls = [own_blocks[start : start + at_once] for start in range(0, len(own_blocks), at_once)]
+    sums = {} if known is None else dict(known)
+    # The blocks of a call are evaluated together or not at all, so the network sees the same batches after an
     # interruption.
-    left = [numbers for numbers in calls if not blocks.keys() >= set(numbers)]
+    left = [blocks for blocks in calls if not sums.keys() >= set(blocks)]
     evaluator.expect(left)
-    for numbers in left:
-        for number, block in evaluator.blocks(numbers).items():
-            blocks[number] = block
+    for blocks in left:
+        for number, block_sums in evaluator.evaluate(blocks).items():
+            sums[number] = block_sums
             if keep:
-                keep(number, block)
-    for others in all_gather_object(blocks, group):
-        blocks |= others
-    return _summary(plan, [blocks[number] for number in sorted(blocks)], evaluator.conditioning)
+                keep(number, block_sums)
+    for others in all_gather_object(sums, group):
+        sums |= others
+    return _summary(plan, [sums[number] for number in sorted(sums)], evaluator.conditioning)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSums:
-    """Sums of up to 32 images, float64. `prior`, `decoder`, `rest` (n,): the three parts of each image's bound.
+    """The terms of a block of up to 32 images, summed over timesteps and over images; float64.
 
-    `over_images` (4, T): at each timestep the sums of the terms, of their squares, of the squared errors, of theirs.
+    `prior`, `decoder`, `rest` (n,): L_T, L_0 and the sum of the evaluated terms with t > 0, of each image.
+    `over_images` (4, T): sums over the images, at each timestep, of the terms, of their squares, of the squared x_0
+    errors, and of the squares of these errors.
     """
 
     prior: np.ndarray
@@ -196,7 +204,7 @@ class ImageSums:
 
 
 class _Float64Diffusion(Diffusion):
-    """The process with float64 tables on the device: a thousand small terms are added up."""
+    """The process with float64 tables on the device, because a thousand small terms are added up."""
 
     def _table(self, name: str, values: np.ndarray, device: torch.device) -> Tensor:
         slot = (name, device)
@@ -206,7 +214,7 @@ class _Float64Diffusion(Diffusion):
 
 
 class _Evaluator:
-    """Evaluates whole blocks of a plan's images."""
+    """Evaluates the terms of blocks of a plan's images."""
 
     def __init__(
         self,
@@ -221,34 +229,34 @@ class _Evaluator:
         self.plan, self.images, self.batch = plan, images, batch
         self.labels, self.conditioning = _conditioning(sampler, labels, len(images))
         self.exact = _Float64Diffusion(sampler.diffusion.config)
-        # The given one may take fewer steps, or be guided: the bound is of the trained process itself.
+        # The given sampler may take fewer steps or use guidance; the bound is that of the trained process.
         self.sampler = Sampler(sampler.unet, sampler.diffusion, engine=sampler.engine)
         self.device = next(sampler.unet.parameters()).device
         self.seed = torch.tensor(seed, dtype=torch.int64, device=self.device)
         self.progress, self.done, self.total = progress, 0, 0
 
-    def expect(self, groups: Sequence[Sequence[int]]) -> None:
-        """Begin to tell the progress of these groups of blocks."""
-        self.total = sum(self.plan.num_pairs(self.plan.places(group)) for group in groups)
+    def expect(self, calls: Sequence[Sequence[int]]) -> None:
+        """Set the total of `progress` to the pairs of all blocks in `calls`, and report the start."""
+        self.total = sum(self.plan.num_pairs(self.plan.positions(blocks)) for blocks in calls)
         if self.progress is not None and self.total:
             self.progress(0, self.total)
 
-    def blocks(self, numbers: Sequence[int]) -> dict[int, ImageSums]:
-        """The sums of the blocks called `numbers`, their pairs evaluated together."""
-        places = self.plan.places(numbers)
-        rows, t = self.plan.pairs(places)
-        prior, terms, errors = self._pairs(self.plan.indices[places], rows, t)
-        blocks = {}
-        for i, number in enumerate(numbers):
+    def evaluate(self, blocks: Sequence[int]) -> dict[int, ImageSums]:
+        """Return the sums of the blocks with these numbers, evaluating their pairs together."""
+        positions = self.plan.positions(blocks)
+        rows, t = self.plan.pairs(positions)
+        prior, terms, errors = self._pairs(self.plan.indices[positions], rows, t)
+        sums = {}
+        for i, number in enumerate(blocks):
             own = rows // BLOCK == i
-            blocks[number] = _block(
+            sums[number] = _sums(
                 prior[i * BLOCK : (i + 1) * BLOCK], rows[own] - i * BLOCK, t[own], terms[own], errors[own],
                 self.plan.timesteps,
             )  # fmt: skip
-        return blocks
+        return sums
 
     def _pairs(self, indices: np.ndarray, rows: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, ...]:
-        """L_T of the images at `indices`; the term and the squared x_0 error of each pair of a row and a t."""
+        """Return L_T of the images at `indices`, and the term and squared x_0 error of each pair (row, t)."""
         pixels = torch.from_numpy(np.ascontiguousarray(self.images[indices])).to(self.device)
         labels = None if self.labels is None else torch.from_numpy(self.labels[indices]).to(self.device)
         numbers, image_of, timestep = (torch.from_numpy(values).to(self.device) for values in (indices, rows, t))
@@ -267,7 +275,7 @@ class _Evaluator:
         return prior.cpu().numpy(), terms, errors
 
     def _noise(self, shape: Sequence[int], images: Tensor, timestep: Tensor, t: np.ndarray) -> Tensor:
-        """eps of each pair, float32 (N, *shape); those of one t are drawn at once. `t` is `timestep`, known here."""
+        """Draw eps of each pair, float32 (N, *shape), one call per timestep. `t`: `timestep` on the host."""
         starts = np.flatnonzero(np.diff(t, prepend=-1))
         groups = zip(starts, np.append(starts[1:], len(t)), strict=True)
         return torch.cat([random_normal(shape, images[a:b], self.seed, timestep[a], STREAM_BOUND) for a, b in groups])
@@ -276,11 +284,11 @@ class _Evaluator:
     def _terms(
         self, pixels: Tensor, t: Tensor, eps: Tensor, label: Tensor | None, num_first: int
     ) -> tuple[Tensor, Tensor]:
-        """The bound's terms and the squared x_0 errors, float64 (N,); the first `num_first` have t = 0."""
+        """Return the bound's terms and the squared x_0 errors, float64 (N,); the first `num_first` pairs have t = 0."""
         x0 = pixels.to(torch.float64) / 127.5 - 1
         signal, sigma = (self.exact.at(name, t) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
         x_t = (signal * x0 + sigma * eps).to(torch.float32)
-        out = self.sampler.denoise(x_t, t, label).contiguous()  # so that sums are in one order
+        out = self.sampler.denoise(x_t, t, label).contiguous()  # a fixed layout fixes the order of the sums below
         x_t = x_t.to(torch.float64)
         model, prediction = self.exact.p(out, x_t, t, clip=True)
         terms = kl_bits(self.exact.q_posterior(x0, x_t, t), model)
@@ -291,36 +299,38 @@ class _Evaluator:
 
 
 def _conditioning(sampler: Sampler, labels: np.ndarray | None, num_images: int) -> tuple[np.ndarray | None, str]:
-    """The labels that the network gets, and what the likelihood is one of."""
+    """Return the labels that the network is given, and a description for `BitsPerDim.conditioning`."""
     num_classes, null_label = sampler.unet.config.num_classes, sampler.unet.null_label
     if not num_classes:
         return None, "unconditional"
     if labels is not None:
         if labels.shape != (num_images,) or labels.min() < 0 or labels.max() >= num_classes:
-            raise UsageError(f"labels must be {num_images} numbers in 0..{num_classes - 1}, one for each image")
+            raise UsageError(f"labels must be {num_images} numbers in 0..{num_classes - 1}, one per image")
         return np.ascontiguousarray(labels, dtype=np.int64), "given the class, without guidance"
     if null_label is None:
-        raise UsageError("this network wants the class of each image, and the data set has none")
+        raise UsageError("this network needs the class of each image, and the data set has no labels")
     return np.full(num_images, null_label, dtype=np.int64), "not told the class"
 
 
-def _block(
+def _sums(
     prior: np.ndarray, rows: np.ndarray, t: np.ndarray, terms: np.ndarray, errors: np.ndarray, timesteps: int
 ) -> ImageSums:
+    """Return the sums of a block from the terms and errors of its pairs (row, t)."""
     later = t > 0
     over_images = [np.bincount(t, values, timesteps) for values in (terms, terms**2, errors, errors**2)]
     rest = np.bincount(rows[later], terms[later], len(prior))
     return ImageSums(prior, terms[~later], rest, np.stack(over_images))
 
 
-def _summary(plan: Plan, blocks: Sequence[ImageSums], conditioning: str) -> BitsPerDim:
+def _summary(plan: Plan, sums: Sequence[ImageSums], conditioning: str) -> BitsPerDim:
+    """Return the result from the sums of all blocks, in order."""
     prior, decoder, rest = (
-        np.concatenate([getattr(block, name) for block in blocks]) for name in ("prior", "decoder", "rest")
+        np.concatenate([getattr(block_sums, name) for block_sums in sums]) for name in ("prior", "decoder", "rest")
     )
     counts = plan.evaluated()
-    sums = np.sum([block.over_images for block in blocks], axis=0)
-    terms, term_errors = _mean_and_error(sums[0], sums[1], counts)
-    mse, mse_errors = _mean_and_error(sums[2], sums[3], counts)
+    total = np.sum([block_sums.over_images for block_sums in sums], axis=0)
+    terms, term_errors = _mean_and_error(total[0], total[1], counts)
+    mse, mse_errors = _mean_and_error(total[2], total[3], counts)
     return BitsPerDim(
         total=float(prior.mean() + terms.sum()),
         standard_error=_error_of_total(plan, prior + decoder, rest),
@@ -337,16 +347,17 @@ def _summary(plan: Plan, blocks: Sequence[ImageSums], conditioning: str) -> Bits
 
 
 def _mean_and_error(total: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means and their standard errors from sums over `counts` values."""
+    """Return means and their standard errors, from sums of `counts` values and of their squares."""
     mean = total / counts
     with np.errstate(invalid="ignore", divide="ignore"):
         return mean, np.sqrt(np.maximum(squares / counts - mean**2, 0.0) / (counts - 1))
 
 
 def _error_of_total(plan: Plan, always: np.ndarray, rest: np.ndarray) -> float:
-    """Of mean(always) + the sum, over the offsets, of the mean of `rest` over the images with that offset.
+    """Return the standard error of mean(always) + the sum over offsets of the mean of `rest` over that offset's images.
 
-    That is a sum over offsets of means of rest + share x always, whose images are disjoint: their variances add up.
+    This is a sum over offsets of the means of rest + share * always. The offsets' images are disjoint, so the variances
+    of the means add up.
     """
     variance = 0.0
     for offset in range(plan.every):
@@ -359,5 +370,5 @@ def _error_of_total(plan: Plan, always: np.ndarray, rest: np.ndarray) -> float:
 
 
 def or_none(value: float) -> float | None:
-    """For JSON, which has neither NaN nor infinity."""
+    """Return `value`, or None if it is NaN or infinite, which JSON cannot hold."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What is evaluated, and with what: shared by every metric and picture."""
+"""The context of an evaluation, shared by all metrics and pictures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ from fastddpm.sampling.sampler import Sampler
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """A model with its sampler, the images that it is compared with, and where results go.
+    """The model to evaluate, its sampler, the data set to compare it with, and the directory of the results.
 
-    `dataset`: decoded at the model's size and channels. `batch`: images evaluated at once. `out`: a directory that
-    exists. `group`: this process among those that evaluate together.
+    `dataset`: images of the model's size and channels. `batch`: images evaluated at once. `out`: directory of the
+    results, which exists. `group`: the processes that evaluate together.
     """
 
     model: Model

@@ -1,14 +1,13 @@
-"""Features of many images, in a directory of shards that several processes fill and that a killed run leaves whole.
+"""Features of samples and of data sets, in a directory of shards that several processes fill and that can be resumed.
 
-    sampling.json       what determines the features; another setting is refused
+    sampling.json       the settings that determine the features; other settings are refused
     shard-00000.npz     features float32 (n, d), seeds int64 (n,), labels int64 (n,) and logits float32 (n, K) if any
 
-The images themselves are never on the disk.
+The images themselves are not written to disk.
 """
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +20,26 @@ from fastddpm.data.cache import default_directory
 from fastddpm.errors import StorageError
 from fastddpm.metrics.features import Activations, FeatureNetwork
 from fastddpm.metrics.frechet import Moments
-from fastddpm.runtime.progress import Meter
+from fastddpm.runtime.progress import Meter, log
 from fastddpm.storage.files import save_arrays
 from fastddpm.storage.shards import Shards
 
 from .context import EvaluationContext
 
-SIZE = 512
+SIZE = 512  # images in a shard
+_MOMENTS = "moments.npz"
 
 Draw = Callable[[Sequence[int], Sequence[int] | None], Tensor]
-"""Images uint8 (N, C, H, W) of seeds and, if any, labels."""
+"""Returns the images, uint8 (N, C, H, W), of seeds and labels (None without classes)."""
+
+# Shards of features
 
 
 @dataclass(frozen=True)
 class FeatureShards(Shards):
-    """Shards with `dimension` features, and `classes` logits if any, of each image instead of the images.
+    """Shards that hold features, and logits if `classes` > 0, instead of images.
 
-    `shape`: of the images.
+    `dimension`: features of an image. `classes`: logits of an image, 0 for none. `shape`: (C, H, W) of the images.
     """
 
     dimension: int
@@ -56,33 +58,36 @@ class FeatureShards(Shards):
         return None if np.array_equal(found["seeds"], seeds) else "has other seeds"
 
     def put(self, index: int, found: Activations) -> None:
-        """Write a shard, onto the disk itself, whole or not at all; `StorageError` where that fails."""
+        """Write a shard and sync it to disk, completely or not at all. Raises `StorageError` on failure."""
         arrays = {"features": found.features.cpu().numpy()}
         if found.logits is not None:
             arrays["logits"] = found.logits.cpu().numpy()
         self.put_arrays(index, arrays)
 
     def activations(self, index: int) -> Activations:
-        """The features and, if any, logits of a shard; errors of NumPy and zip for a damaged one."""
+        """Return the features and logits of a shard. Raises errors of NumPy and zipfile if it is damaged."""
         with np.load(self.path(index), allow_pickle=False) as arrays:
             logits = torch.from_numpy(arrays["logits"]) if self.classes else None
             return Activations(torch.from_numpy(arrays["features"]), logits)
 
     def together(self) -> Activations:
-        """All features and, if any, logits, in the order of the seeds."""
+        """Return the features and logits of all shards, in the order of the seeds."""
         parts = [self.activations(index) for index in range(len(self))]
         logits = torch.cat([part.logits for part in parts if part.logits is not None]) if self.classes else None
         return Activations(torch.cat([part.features for part in parts]), logits)
 
     def unfinished(self) -> int:
-        """Images whose shards are not there yet, of all processes."""
+        """Return the number of images whose shards do not exist yet, of all processes."""
         return sum(len(self.part(i)[0]) for i in range(len(self)) if not self.path(i).exists())
 
 
 def fill(
     shards: FeatureShards, indices: Sequence[int], draw: Draw, network: FeatureNetwork, batch: int, title: str
 ) -> None:
-    """Draw the images of `indices`, one shard after another and `batch` images at a time, and keep their features."""
+    """Draw the images of the shards `indices`, `batch` at a time, and write their features shard by shard.
+
+    `title`: of the progress meter.
+    """
     total = sum(len(shards.part(index)[0]) for index in indices)
     done = 0
     with Meter(title, total, "images") as meter:
@@ -100,15 +105,13 @@ def fill(
             )
 
 
-# The features of the data set that samples are compared with
-
-_MOMENTS = "moments.npz"
+# Features of the data set that samples are compared with
 
 
 def reference_shards(context: EvaluationContext, network: FeatureNetwork, cache: Path | None = None) -> FeatureShards:
-    """The shards, perhaps unfinished, of the context's data set: every image once, unmirrored, in its order.
+    """Return the shards of the data set's features, complete or not: every image once, unmirrored, in its order.
 
-    In `cache`, ~/.cache/fastddpm unless given; in the context's directory where that cannot be written.
+    `cache`: their parent directory. Default: ~/.cache/fastddpm, or `context.out` if that cannot be written.
     """
     dataset = context.dataset
     count, *shape = dataset.images.shape
@@ -130,23 +133,23 @@ def reference_shards(context: EvaluationContext, network: FeatureNetwork, cache:
 
 
 def fill_reference(context: EvaluationContext, network: FeatureNetwork, shards: FeatureShards) -> None:
-    """This process's part of the data set's features; what is there already stays."""
+    """Compute this process's missing shards of the data set's features."""
     group = context.group
 
     def images(indices: Sequence[int], _: Sequence[int] | None) -> Tensor:
         chosen = np.array(context.dataset.images[indices[0] : indices[-1] + 1])  # a copy: a memory map is read-only
         return torch.from_numpy(chosen).to(context.device)
 
-    with shards.locked(group.rank, lambda: _say(f"another process is filling {shards.directory}: waiting for it")):
+    with shards.locked(group.rank, lambda: log(f"another process is filling {shards.directory}; waiting for it")):
         missing, damaged = shards.missing(group.rank, group.world_size)
         for line in damaged:
-            _say(line)
+            log(line)
         if missing:
             fill(shards, missing, images, network, context.batch, f"features of {context.dataset.name}")
 
 
 def reference_moments(shards: FeatureShards) -> Moments:
-    """Mean and covariance of finished shards, kept beside them."""
+    """Return the moments of complete shards, which are kept in a file beside them."""
     path = shards.directory / _MOMENTS
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -154,13 +157,9 @@ def reference_moments(shards: FeatureShards) -> Moments:
             return Moments(int(arrays["count"]), mean, product)
     except Exception as error:  # a damaged header can raise nearly anything
         if path.exists():
-            _say(f"{path} is damaged ({type(error).__name__}); gathering it again")
+            log(f"{path} is damaged ({type(error).__name__}); computing it again")
     moments = Moments.of_batches(shards.activations(index).features for index in range(len(shards)))
     save_arrays(
         {"count": np.array(moments.count), "mean": moments.mean.numpy(), "product": moments.product.numpy()}, path
     )
     return moments
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

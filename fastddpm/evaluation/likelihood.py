@@ -1,14 +1,13 @@
-"""Bits per dimension of a context: evaluated once, kept beside the results, and told as numbers and a table.
+"""Bits per dimension of a data set, evaluated once and kept in the directory of the results.
 
-bits.npz     the result, and what it is a function of; another setting is refused
+bits.npz     the result, and the settings that determine it; other settings are refused
 bits.csv     the terms of each timestep
-bits-parts/  until then: a shard of sums for each block of images, so that an interrupted bound goes on
+bits-parts/  during the evaluation: the sums of each block of images, for resuming an interrupted one
 """
 
 import contextlib
 import json
 import shutil
-import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +18,7 @@ import numpy as np
 
 from fastddpm.errors import UsageError
 from fastddpm.runtime.distributed import all_gather_object
-from fastddpm.runtime.progress import Meter
+from fastddpm.runtime.progress import Meter, log
 from fastddpm.storage.files import save_arrays, write_text
 from fastddpm.storage.shards import Shards
 
@@ -36,16 +35,16 @@ _VERSION = 1
 
 
 def bits_cost(context: EvaluationContext, options: BitsOptions) -> int:
-    """How often the network will be evaluated, for one image each, by all processes together."""
+    """Return the number of network evaluations, each of one image, by all processes together."""
     plan = Plan.of(len(context.dataset.images), context.sampler.diffusion.timesteps, options)
     return int(plan.evaluated().sum())
 
 
 def measure_bits(context: EvaluationContext, options: BitsOptions) -> dict[str, Any]:
-    """Bits per dimension of the context's images, for JSON; the terms of each timestep go to bits.csv in its directory.
+    """Measure the bits per dimension of the data set and return them for JSON.
 
-    `bits_per_dim` = `prior` + `terms_sum` + `decoder`, with `standard_error`. Every process returns the same, the
-    first one writes. Raises as `bits_of`.
+    `bits_per_dim` = `prior` + `terms_sum` + `decoder`, with `standard_error`. All processes return the same; the main
+    one writes the terms of each timestep to bits.csv in `context.out`. Raises as `bits_of` does.
     """
     result = bits_of(context, options)
     if context.group.is_main:
@@ -66,13 +65,13 @@ def measure_bits(context: EvaluationContext, options: BitsOptions) -> dict[str, 
 
 
 def bits_of(context: EvaluationContext, options: BitsOptions) -> BitsPerDim:
-    """The bound of the context's images, from bits.npz in its directory when it is there, and put there otherwise.
+    """Return the bound of the data set from bits.npz in `context.out`, evaluating it into that file if needed.
 
-    What an interrupted call has left is not evaluated again. Raises `UsageError` where the directory holds that of
-    another model, other data or other options, and `StorageError` where it cannot be written.
+    Blocks of images that an interrupted call has finished are not evaluated again. Raises `UsageError` if the directory
+    holds a result of another model, data set or options, and `StorageError` if it cannot be written.
     """
     settings, path = _settings(context, options), context.out / _CACHE
-    # The first process looks for all: another one might find what the first has only just written.
+    # The main process reads it for all, because another one might find the file that the main one has just written.
     kept = all_gather_object(_kept(path, settings) if context.group.is_main else None, context.group)[0]
     result = _evaluated(context, options, settings) if kept is None else BitsPerDim(**kept)
     if context.group.is_main:
@@ -83,22 +82,22 @@ def bits_of(context: EvaluationContext, options: BitsOptions) -> BitsPerDim:
 
 
 @dataclass(frozen=True)
-class _Parts(Shards):
-    """Sums of blocks of images instead of the images; `seeds` are the indices of the images."""
+class _SumShards(Shards):
+    """Shards that hold the sums of a block of images instead of images; `seeds` are the images' indices."""
 
     timesteps: int
 
     _holds = "sums"
     _otherwise = "choose another --out, or remove it"
 
-    def block(self, index: int) -> ImageSums:
-        """The sums of a block; errors of NumPy and zip for a damaged file."""
+    def sums(self, index: int) -> ImageSums:
+        """Return the sums of a block. Raises errors of NumPy and zipfile if the file is damaged."""
         with np.load(self.path(index), allow_pickle=False) as arrays:
             return ImageSums(**{f.name: arrays[f.name] for f in fields(ImageSums)})
 
-    def put(self, index: int, block: ImageSums) -> None:
-        """Keep the sums of a block, whole or not at all; `StorageError` where that fails."""
-        self.put_arrays(index, {f.name: getattr(block, f.name) for f in fields(ImageSums)})
+    def put(self, index: int, sums: ImageSums) -> None:
+        """Write the sums of a block, completely or not at all. Raises `StorageError` on failure."""
+        self.put_arrays(index, {f.name: getattr(sums, f.name) for f in fields(ImageSums)})
 
     def _names(self) -> list[str]:
         return [*(f.name for f in fields(ImageSums)), "seeds"]
@@ -109,22 +108,22 @@ class _Parts(Shards):
         shapes, wanted = [value.shape for value in values], [(len(seeds),)] * 3 + [(4, self.timesteps)]
         if shapes != wanted or any(value.dtype != np.float64 for value in values):
             return f"has arrays {shapes}, not {wanted}"
-        return None if np.array_equal(found["seeds"], seeds) else "is of other images"
+        return None if np.array_equal(found["seeds"], seeds) else "holds sums of other images"
 
 
 def _evaluated(context: EvaluationContext, options: BitsOptions, settings: dict[str, Any]) -> BitsPerDim:
-    """The bound, from what an interrupted evaluation has left and the rest of it."""
+    """Evaluate the bound, reusing the blocks that an interrupted evaluation has finished."""
     dataset, group = context.dataset, context.group
     timesteps = context.sampler.diffusion.timesteps
     indices = Plan.of(len(dataset.images), timesteps, options).indices
-    parts = _Parts(context.out / _PARTS, indices, None, BLOCK, dataset.images.shape[1:], timesteps)  # type: ignore[arg-type]
-    parts.claim(settings)
-    with parts.locked(group.rank), contextlib.ExitStack() as stack:
-        parts.forget_temporaries(group.rank, group.world_size)
-        missing, damaged = parts.missing(group.rank, group.world_size)
+    shards = _SumShards(context.out / _PARTS, indices, None, BLOCK, dataset.images.shape[1:], timesteps)  # type: ignore[arg-type]
+    shards.claim(settings)
+    with shards.locked(group.rank), contextlib.ExitStack() as stack:
+        shards.forget_temporaries(group.rank, group.world_size)
+        missing, damaged = shards.missing(group.rank, group.world_size)
         for line in damaged:
-            print(line, file=sys.stderr)
-        known = {i: parts.block(i) for i in range(group.rank, len(parts), group.world_size) if i not in missing}
+            log(line)
+        known = {i: shards.sums(i) for i in range(group.rank, len(shards), group.world_size) if i not in missing}
         meters: list[Meter] = []
 
         def progress(done: int, total: int) -> None:
@@ -134,17 +133,17 @@ def _evaluated(context: EvaluationContext, options: BitsOptions, settings: dict[
 
         return bits_per_dim(
             context.sampler, dataset.images, dataset.labels, options, context.batch, group=group,
-            progress=progress if group.is_main else None, known=known, keep=parts.put,
+            progress=progress if group.is_main else None, known=known, keep=shards.put,
         )  # fmt: skip
 
 
 def _settings(context: EvaluationContext, options: BitsOptions) -> dict[str, Any]:
-    """What the numbers are a function of."""
-    of_sampler = context.sampler.settings()
-    named = ("network", "diffusion", "precision", "fp8", "device")
+    """Return the settings that determine the result."""
+    sampler_settings = context.sampler.settings()
+    relevant = ("network", "diffusion", "precision", "fp8", "device")
     return {
         "version": _VERSION,
-        **{name: of_sampler[name] for name in named},
+        **{name: sampler_settings[name] for name in relevant},
         "data": context.dataset.checksum,
         "labels": context.dataset.labels is not None,
         **asdict(options),
@@ -152,7 +151,10 @@ def _settings(context: EvaluationContext, options: BitsOptions) -> dict[str, Any
 
 
 def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of a result that was kept; None without one, or for one that cannot be read."""
+    """Return the fields of the result in the file; None if there is no file or, after a line to stderr, a damaged one.
+
+    Raises `UsageError` if it was evaluated with other settings.
+    """
     if not path.exists():
         return None
     try:
@@ -160,12 +162,13 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             found = json.loads(str(arrays["settings"]))
             values = {f.name: arrays[f.name] for f in fields(BitsPerDim)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        print(f"{path} cannot be read ({type(error).__name__}): evaluated again", file=sys.stderr)
+        log(f"{path} cannot be read ({type(error).__name__}); evaluating again")
         return None
     for name in dict.fromkeys([*settings, *found]):
         if found.get(name) != settings.get(name):
             raise UsageError(
-                f"{path} is of {name} {found.get(name)}, not {settings.get(name)}; choose another --out, or remove it"
+                f"{path} holds a result with {name} {found.get(name)}, not {settings.get(name)}; choose another --out, "
+                "or remove it"
             )
     return {name: value if value.ndim else value.item() for name, value in values.items()}
 
@@ -176,7 +179,7 @@ def _keep(path: Path, result: BitsPerDim, settings: dict[str, Any]) -> None:
 
 
 def _csv(result: BitsPerDim) -> str:
-    """A line for each timestep, in bits per dimension and in units of [-1, 1] squared; t = 0 is the decoder's term."""
+    """Return one line per timestep: terms in bits per dimension, errors in units of [-1, 1] squared; t = 0: decoder."""
     columns = (result.counts, result.terms, result.term_errors, result.mse, result.mse_errors)
     lines = ["t,images,bits,bits_standard_error,x0_mse,x0_mse_standard_error"]
     for t, (count, *numbers) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):

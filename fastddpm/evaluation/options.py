@@ -1,4 +1,4 @@
-"""How much is evaluated, as frozen dataclasses. Imports no torch, so `--help` is quick."""
+"""Options of the metrics and pictures, as frozen dataclasses. Imports no torch, which keeps `--help` fast."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from fastddpm.errors import UsageError
 
 @dataclass(frozen=True)
 class BitsOptions:
-    """Of the likelihood: bits per dimension and the rate-distortion curve."""
+    """Options of bits per dimension and of the rate-distortion curve."""
 
     images: int | None = None
-    """Images of the data set, picked at random by the seed; all of them unless given."""
+    """Number of images to evaluate, chosen at random by the seed. Default: all images of the data set."""
     every: int = 1
-    """1 evaluates all timesteps for every image; k every k-th, and another k-th for the next image: an estimate, with
-    its standard error."""
+    """Evaluate only every k-th timestep of each image, different ones for consecutive images. The result is an estimate
+    with its standard error. 1: all timesteps."""
     seed: int = 0
-    """64-bit key of the noise, and of what is picked."""
+    """Seed of the noise and of the choice of images and timesteps, a signed 64-bit number."""
 
     def __post_init__(self) -> None:
         if self.images is not None and self.images < 1:
@@ -31,18 +31,19 @@ QUALITY_METRICS = ("fid", "is", "kid", "pr")
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """Of FID, Inception Score, KID, precision and recall, or what they are called with other networks."""
+    """Options of FID, Inception Score, KID, precision and recall, and of their counterparts with other networks."""
 
     samples: int = 50_000
-    """Images drawn, of seeds 0, 1, ..; the published scores are of 50,000, and fewer are not comparable."""
+    """Number of images to draw, of seeds 0, 1, .. Published scores are of 50,000; scores of fewer are not comparable
+    with them."""
     splits: int = 10
-    """Parts of the samples that the Inception Score is the mean and standard deviation of."""
+    """Inception Score: number of parts of the samples, over which mean and standard deviation are taken."""
     kid_subsets: int = 100
-    """Pairs of subsets that the kernel distance is the mean and standard deviation of."""
+    """KID: number of pairs of subsets, over which mean and standard deviation are taken."""
     kid_subset_size: int = 1000
-    """Images of each subset; fewer where there are fewer."""
+    """KID: images in a subset; all images if there are fewer."""
     neighbours: int = 3
-    """k of the nearest neighbours that span the manifolds of precision and recall."""
+    """Precision and recall: the k-th nearest neighbour gives the radius of the manifold around an image."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "splits", "kid_subsets", "neighbours"):
@@ -67,32 +68,33 @@ PICTURE_NAMES = (
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """Of all pictures; each takes what it needs."""
+    """Options of the pictures; each picture uses those that apply to it."""
 
     rows: int = 8
-    """Images, chains or pairs of images, one below the other."""
+    """Rows of a picture: images, chains or pairs of images."""
     columns: int = 11
-    """Times of a chain or of the forward process, or samples of a class, side by side."""
+    """Columns of a picture: steps of a chain or of the forward process, or samples of a class."""
     first_seed: int = 0
-    """The rows' seeds are this one and those behind it; the columns' where rows are classes."""
+    """Seed of the first row; the others follow in order. In the picture of classes: of the first column."""
     depths: tuple[int, ...] = ()
-    """Steps of the forward process, 0..T: where chains are stopped, or images mixed. Without it, as in the paper:
-    T, 3/4 T, T/2 and T/4 for shared latents, T/2 for interpolation, T to 0 by T/8 for its depths."""
+    """Depths at which chains are stopped or images are mixed, in steps of the forward process, 0..T. Default, as in the
+    paper: T, 3/4 T, T/2 and T/4 for shared-latent, T/2 for interpolation, T to 0 in steps of T/8 for
+    interpolation-depths."""
     lambdas: int = 11
-    """Places between the two images of an interpolation, both ends included."""
+    """Interpolation: images per row, from lambda = 0 to 1, both ends included."""
     one_noise: bool = False
-    """Interpolation: the same noise for both images, instead of each its own."""
+    """Interpolation: use the same noise for both images, instead of independent noise."""
     continuations: int = 3
-    """Images drawn from one shared latent."""
+    """Images drawn from each shared latent."""
     neighbours: int = 8
-    """Nearest images of the data set beside each sample."""
+    """Nearest images of the data set to show beside each sample."""
     crop: int | None = None
-    """Nearest neighbours by pixels: only the central square of this side is compared."""
+    """Nearest neighbours by pixels: side of the central square to compare, in pixels. Default: the whole image."""
     features: str | None = None
-    """Nearest neighbours by features of this network, too: inception, digits, efficientnet-lite0, or a .pth or
-    .safetensors of Inception weights."""
+    """Also draw the nearest neighbours by features of this network: inception, digits, efficientnet-lite0, or a .pth or
+    .safetensors file of Inception weights. Default: by pixels only."""
     scales: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """Scales of guidance in the grid of classes, where the network was trained for guidance."""
+    """Guidance scales in the picture of classes; only 1 is drawn if the network was not trained for guidance."""
     frames: int = 40
     """Frames of an animation."""
 
@@ -101,19 +103,19 @@ class PictureOptions:
             if not 1 <= getattr(self, name) <= MOST_IN_GRID:
                 raise UsageError(f"{name} must be in 1..{MOST_IN_GRID}; got {getattr(self, name)}")
         if self.lambdas < 2:
-            raise UsageError(f"lambdas must be 2 or more, for both ends are shown; got {self.lambdas}")
+            raise UsageError(f"lambdas must be 2 or more, because both ends are shown; got {self.lambdas}")
         highest = 2**32 - max(self.rows, self.columns)
         if not 0 <= self.first_seed <= highest:
             raise UsageError(f"first_seed must be in 0..{highest}; got {self.first_seed}")
         if not self.scales:
-            raise UsageError("scales must name one scale of guidance or more")
+            raise UsageError("scales must hold at least one guidance scale; got none")
 
     @property
     def seeds(self) -> range:
-        """A seed for each row."""
+        """The seed of each row."""
         return range(self.first_seed, self.first_seed + self.rows)
 
     @property
     def column_seeds(self) -> range:
-        """A seed for each column, where rows are classes."""
+        """The seed of each column of the picture of classes."""
         return range(self.first_seed, self.first_seed + self.columns)

@@ -1,12 +1,11 @@
-"""How good a model's samples are: drawn, turned into features batch by batch, and compared with the data set.
+"""Measure the quality of a model's samples: draw them, compute features batch by batch, compare with the data set.
 
-Samples go to the feature network as uint8, rounded to the nearest level, as they would from image files. All processes
-draw and look; the first one computes the scores from the shards, in their order, so that the number of processes and
-interruptions change nothing.
+Samples are passed to the feature network as uint8, rounded to the nearest level, as if read from image files. All
+processes draw samples and compute features. The main process computes the scores from the shards, in their order, so
+that neither the number of processes nor an interruption changes a score.
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from fastddpm.metrics.inception_score import inception_score
 from fastddpm.metrics.kid import kernel_distance, kernel_distance_of_subsets
 from fastddpm.metrics.precision_recall import precision_recall
 from fastddpm.runtime.distributed import all_gather_object
-from fastddpm.runtime.progress import Meter
+from fastddpm.runtime.progress import Meter, log
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.trajectories import evaluations as evaluations_of
 
@@ -31,11 +30,14 @@ from .features import SIZE, FeatureShards, fill, fill_reference, reference_momen
 from .options import QUALITY_METRICS, QualityOptions
 
 Record = dict[str, Any]
-_OF_SAMPLES_ALONE = ("is",)
+_WITHOUT_REFERENCE = ("is",)  # metrics that need no features of the data set
 
 
 def score_name(metric: str, network: FeatureNetwork) -> str:
-    """What a metric of `QUALITY_METRICS`, or precision or recall, is called: only with Inception by its usual name."""
+    """Return the name of a score: `metric` is one of `QUALITY_METRICS`, precision or recall.
+
+    The usual name is used only with the published Inception network, because scores of other networks differ.
+    """
     if metric in ("precision", "recall"):
         return f"{metric}[{network.name}]"
     usual, other = {
@@ -48,9 +50,9 @@ def score_name(metric: str, network: FeatureNetwork) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is left to do: images to draw and to look at, evaluations of the network, seconds.
+    """The work that is left: `images` to draw, images to compute `features` of, `evaluations` of the model, `seconds`.
 
-    `evaluations`: of one image each, images x steps; with guidance twice that.
+    `evaluations`: each of one image, images x steps; with guidance twice that.
     """
 
     images: int
@@ -66,10 +68,13 @@ def quality_cost(
     options: QualityOptions,
     per_evaluation: float,
 ) -> Cost:
-    """By all processes together, from a timed batch of `network` and from `seconds_per_evaluation`."""
+    """Estimate the work that is left for all processes together, timing a batch of the feature network.
+
+    `per_evaluation`: the result of `seconds_per_evaluation`.
+    """
     images = sample_shards(context, network, options).unfinished()
     features = images
-    if set(metrics).difference(_OF_SAMPLES_ALONE):
+    if set(metrics).difference(_WITHOUT_REFERENCE):
         features += reference_shards(context, network).unfinished()
     seconds = 0.0
     if features:
@@ -81,7 +86,7 @@ def quality_cost(
 
 
 def seconds_per_evaluation(context: EvaluationContext) -> float:
-    """Of the network, for one image of a batch of this context: two batches are timed, the second one counts."""
+    """Return the seconds that the model takes for one image in a batch of `context.batch`, timed after a warm-up."""
     config = context.model.unet.config
     shape = (context.batch, config.image_channels, config.image_size, config.image_size)
     x = torch.zeros(shape, device=context.device)
@@ -89,7 +94,8 @@ def seconds_per_evaluation(context: EvaluationContext) -> float:
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
-    work()  # the first call prepares and allocates
+    """Return the seconds that the second call of `work` takes."""
+    work()  # the first call compiles and allocates
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -102,20 +108,21 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 def measure_quality(
     context: EvaluationContext, network: FeatureNetwork, metrics: Sequence[str], options: QualityOptions
 ) -> dict[str, Record]:
-    """Scores by `score_name`, each with its value and settings, for JSON; on the first process, nothing on the others.
+    """Measure `metrics`, names in `QUALITY_METRICS`; return scores with their settings, for JSON, by `score_name`.
 
-    `metrics`: of `QUALITY_METRICS`. Features of the samples stay in the context's directory: the same call finishes
-    what a killed one left, and other metrics of the same samples cost no sampling. Raises `UsageError` for metrics or
-    samples that cannot be, and where the directory holds those of another model or other settings.
+    The main process returns the scores, the others an empty dictionary. The samples' features stay in `context.out`: an
+    interrupted call is resumed by the same call, and other metrics of the same samples need no sampling. Raises
+    `UsageError` for unknown metrics and unsuitable options, and if the directory holds samples of another model or
+    other settings.
     """
     _check(context, network, metrics, options)
     samples = sample_shards(context, network, options)
     _fill_samples(context, network, samples)
     reference = None
-    if set(metrics).difference(_OF_SAMPLES_ALONE):
+    if set(metrics).difference(_WITHOUT_REFERENCE):
         reference = reference_shards(context, network)
         fill_reference(context, network, reference)
-    all_gather_object(None, context.group)  # from here on every shard is there
+    all_gather_object(None, context.group)  # wait until all processes have written their shards
     if not context.group.is_main:
         return {}
     common = _common(context, network, options)
@@ -134,16 +141,22 @@ def _check(
     if unknown:
         raise UsageError(f"metrics of samples are {', '.join(QUALITY_METRICS)}; got {unknown[0]!r}")
     if "is" in metrics and not network.classes:
-        raise UsageError(f"network {network.name} tells no classes apart, which metric is needs")
+        raise UsageError(f"metric is needs a network with classes; {network.name} has none")
     if "is" in metrics and options.samples < options.splits:
         raise UsageError(f"{options.samples} samples cannot be split into {options.splits} parts; use --splits 1")
     fewest = min(options.samples, len(context.dataset.images))
     if "pr" in metrics and fewest <= options.neighbours:
-        raise UsageError(f"{options.neighbours} neighbours need more images of each set; got {fewest}")
+        least = options.neighbours + 1
+        raise UsageError(
+            f"{options.neighbours} neighbours need more images of each set, at least {least}; got {fewest}"
+        )
 
 
 def sample_shards(context: EvaluationContext, network: FeatureNetwork, options: QualityOptions) -> FeatureShards:
-    """The shards, perhaps unfinished, of samples of seeds 0, 1, .. in the context's directory; claimed for them."""
+    """Return the shards of features of the samples of seeds 0, 1, .. in `context.out`, complete or not.
+
+    Raises `UsageError` if the directory holds samples of another model or other settings.
+    """
     sampler, config = context.sampler, context.model.unet.config
     seeds = range(options.samples)
     shards = FeatureShards(
@@ -155,6 +168,7 @@ def sample_shards(context: EvaluationContext, network: FeatureNetwork, options: 
 
 
 def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: FeatureShards) -> None:
+    """Draw the samples of this process's missing shards and write their features."""
     group = context.group
 
     def images(seeds: Sequence[int], labels: Sequence[int] | None) -> Tensor:
@@ -164,7 +178,7 @@ def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: F
         shards.forget_temporaries(group.rank, group.world_size)
         missing, damaged = shards.missing(group.rank, group.world_size)
         for line in damaged:
-            print(line, file=sys.stderr)
+            log(line)
         if missing:
             fill(shards, missing, images, network, context.batch, "sampling")
 
@@ -172,6 +186,7 @@ def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: F
 def _scores(
     metric: str, fake: Activations, reference: FeatureShards | None, device: torch.device, options: QualityOptions
 ) -> dict[str, Record]:
+    """Compute the scores of a metric from the features `fake` of the samples; "pr" gives two."""
     if metric == "is":
         assert fake.logits is not None
         mean, std = inception_score(fake.logits, options.splits)
@@ -202,6 +217,7 @@ def _kid(real: Tensor, fake: Tensor, options: QualityOptions) -> Record:
 
 
 def _common(context: EvaluationContext, network: FeatureNetwork, options: QualityOptions) -> Record:
+    """Return the settings that all scores share."""
     return {
         "samples": options.samples,
         "reference_images": len(context.dataset.images),
@@ -213,7 +229,7 @@ def _common(context: EvaluationContext, network: FeatureNetwork, options: Qualit
 
 @contextlib.contextmanager
 def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A meter that learns its total from the first report."""
+    """Provide a progress callback whose first call starts a meter with its total."""
     with contextlib.ExitStack() as stack:
         meter: Meter | None = None
 

@@ -1,13 +1,13 @@
-"""The model as a progressive code: how many bits have arrived at each step, and how good the image is (section 4.3)."""
+"""The rate-distortion curve of the model as a progressive code (section 4.3): bits received and error at each step."""
 
 import datetime
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastddpm.runtime.progress import log
 from fastddpm.storage.files import write_text
 
 from .bits_per_dim import BitsPerDim, or_none
@@ -15,8 +15,9 @@ from .context import EvaluationContext
 from .likelihood import bits_of
 from .options import BitsOptions
 
-# Reverse steps taken, of 1000: bits per dimension, and the root of the mean squared error in levels of 255. CIFAR-10's
-# test set, table 4 of the paper's appendix. Its first row is the lossy part of 3.75 bits; the decoder takes the rest.
+# Number of reverse steps taken, of 1000: bits per dimension and root mean squared error in levels of 255. From table 4
+# of the paper's appendix, for CIFAR-10's test set. Of its 3.75 bits/dim, the row of 1000 steps is the part without the
+# decoder's term.
 PAPER_TABLE = {
     1000: (1.77581, 0.95136),
     900: (0.11994, 12.02),
@@ -31,17 +32,17 @@ PAPER_TABLE = {
 }
 PAPER_SET = "CIFAR-10 test"
 _TABLE = "rate-distortion.csv"
-_Axis = tuple[str, np.ndarray, Sequence[float]]  # its text, our values, the paper's
-_LEVELS = 127.5  # from [-1, 1] to pixel values
+_Axis = tuple[str, np.ndarray, Sequence[float]]  # label, measured values, the paper's values
+_LEVELS = 127.5  # pixel levels per unit of [-1, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class RateDistortion:
-    """The curve, float64 (T,) each, in the order of the reverse process.
+    """The curve, arrays (T,) in the order of the reverse process; float64 but for `steps`.
 
-    `steps`: 1..T, reverse steps of which the first k - 1 have been taken when x_t with t = T - k is known. `rate`: bits
-    per dimension that made it known. `rmse`: of the clipped x_0 prediction made from it, in levels of 255, with its
-    standard error `rmse_errors`.
+    `steps[i]` = i + 1: reverse steps from T down to t = T - 1 - i. `rate`: bits per dimension received when x_t is
+    known. `rmse`: root mean squared error of the clipped x_0 prediction from x_t, in levels of 255. `rmse_errors`: its
+    standard error.
     """
 
     steps: np.ndarray
@@ -51,7 +52,7 @@ class RateDistortion:
 
 
 def rate_distortion(result: BitsPerDim) -> RateDistortion:
-    """rate(t) = L_T + the sum of L_s over s > t; distortion(t) = 127.5 sqrt(mean squared error of x_0 from x_t)."""
+    """Return the curve: rate(t) = L_T + sum of L_s over s > t, rmse(t) = 127.5 sqrt(mean squared x_0 error at t)."""
     rate = result.prior + np.append(0.0, np.cumsum(result.terms[:0:-1]))
     rmse = np.sqrt(result.mse[::-1])
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -60,10 +61,10 @@ def rate_distortion(result: BitsPerDim) -> RateDistortion:
 
 
 def measure_rate_distortion(context: EvaluationContext, options: BitsOptions) -> dict[str, Any]:
-    """The curve of the context's images: for JSON, with the paper's table beside it; rate-distortion.csv and plots.
+    """Measure the curve, write rate-distortion.csv and plots, and return a summary with the paper's table, for JSON.
 
-    Evaluates nothing where the bound is known already (`bits_of`, and what it raises). Plots need matplotlib; without
-    it a line on stderr says so.
+    Nothing is evaluated if the bound is known already; see `bits_of`, also for the errors raised. Without matplotlib
+    there are no plots, and a line on stderr says so.
     """
     result = bits_of(context, options)
     curve = rate_distortion(result)
@@ -85,7 +86,7 @@ def measure_rate_distortion(context: EvaluationContext, options: BitsOptions) ->
 
 
 def table(curve: RateDistortion) -> list[dict[str, float | None]]:
-    """Ten rows, the whole chain first; for a chain of 1000 steps each has the paper's numbers too."""
+    """Return up to ten rows, the whole chain first; if it has 1000 steps, each row has the paper's numbers."""
     total = len(curve.steps)
     wanted = dict.fromkeys(max(1, round(total * tenth / 10)) for tenth in range(10, 0, -1))
     rows: list[dict[str, float | None]] = []
@@ -98,6 +99,7 @@ def table(curve: RateDistortion) -> list[dict[str, float | None]]:
 
 
 def _csv(curve: RateDistortion) -> str:
+    """Return one line per step."""
     total = len(curve.steps)
     lines = ["reverse_steps,t,bits_per_dim,rmse,rmse_standard_error,paper_bits_per_dim,paper_rmse"]
     columns = (curve.steps, curve.rate, curve.rmse, curve.rmse_errors)
@@ -109,12 +111,13 @@ def _csv(curve: RateDistortion) -> str:
 
 
 def _draw(context: EvaluationContext, curve: RateDistortion, num_images: int) -> list[str]:
+    """Draw the paper's figure 5 and return the names of the files; an empty list without matplotlib."""
     try:
         from fastddpm.training.plots import panel, save_figure
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        print(f"no plots: they need matplotlib, pip install 'fastddpm[report]'; {_TABLE} is written", file=sys.stderr)
+        log(f"no plots: they need matplotlib, pip install 'fastddpm[report]'; {_TABLE} is written")
         return []
     caption = (
         f"{context.model.preset.name}, {num_images:,} images of {context.dataset.name}, "

@@ -1,4 +1,4 @@
-"""What was measured: metrics.json, which every run of the command adds to, and the table with the paper's figures."""
+"""The results of an evaluation: metrics.json, which every call adds to, and a table with the paper's numbers."""
 
 import json
 import platform
@@ -18,7 +18,7 @@ from .context import EvaluationContext
 FILE = "metrics.json"
 _VERSION = 1
 
-# Tables 1 to 3 of the paper and section 4.1; by preset, figure and split. A split of None: the same for each.
+# The paper's numbers, tables 1 to 3 and section 4.1, by preset, metric and split. A split of None: any split.
 _PAPER: dict[tuple[str, str, str | None], str] = {
     ("cifar10", "fid", "train"): "3.17",
     ("cifar10", "fid", "test"): "5.24",
@@ -32,10 +32,10 @@ _PAPER: dict[tuple[str, str, str | None], str] = {
 
 
 class Report:
-    """metrics.json of a directory, for one network's weights.
+    """The file metrics.json of a directory, which holds results of one network's weights.
 
-    {"version": 1, "checkpoint": {..}, "train" and "test": {figure: {..}}, "pictures": {name: {..}}}. Raises
-    `UsageError` where the directory holds figures of other weights, and `DataError` for a file that cannot be read.
+    {"version": 1, "checkpoint": {..}, "train" and "test": {metric: {..}}, "pictures": {name: {..}}}. Raises
+    `UsageError` if the file holds results of other weights, and `DataError` if it cannot be read.
     """
 
     def __init__(self, context: EvaluationContext, checkpoint: Path) -> None:
@@ -47,20 +47,25 @@ class Report:
             "checkpoint": {"path": str(checkpoint), "preset": self._preset, "network": network},
         }
         if self._path.exists():
-            self._document |= self._found(network)
+            self._document |= self._read(network)
 
-    def _found(self, network: str) -> dict[str, Any]:
+    def _read(self, network: str) -> dict[str, Any]:
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
-            of = found["checkpoint"]["network"]
+            network_found = found["checkpoint"]["network"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self._path} cannot be read ({type(error).__name__}); choose another --out") from error
-        if of != network:
-            raise UsageError(f"{self._path} is of network {of[:12]}, not {network[:12]}; choose another --out")
+        if network_found != network:
+            raise UsageError(
+                f"{self._path} holds results of network {network_found[:12]}, not {network[:12]}; choose another --out"
+            )
         return dict(found)
 
     def add(self, part: str, name: str, record: dict[str, Any]) -> None:
-        """Put a figure of a split, or a picture, into the file, in place of an older one; it is whole at any moment."""
+        """Add a metric of the split `part`, or a picture, to the file, which is replaced atomically.
+
+        An older result of the same name is overwritten.
+        """
         self._document.setdefault(part, {})[name] = record | {
             "versions": {
                 "fastddpm": __version__,
@@ -73,18 +78,19 @@ class Report:
         write_json(self._path, self._document)
 
     def table(self) -> str:
-        """All figures of the file in Markdown, the paper's beside them where the preset is one of the paper's."""
-        lines = ["| figure | measured | paper | of |", "|---|---|---|---|"]
+        """Return a Markdown table of all metrics in the file, with the paper's numbers if the preset is the paper's."""
+        lines = ["| metric | measured | paper | data |", "|---|---|---|---|"]
         for split in ("train", "test"):
             for name, record in self._document.get(split, {}).items():
                 paper = _PAPER.get((self._preset, name, split)) or _PAPER.get((self._preset, name, None)) or ""
-                lines.append(f"| {name}, {split} | {_measured(name, record)} | {paper} | {_of(record)} |")
+                lines.append(f"| {name}, {split} | {_measured(name, record)} | {paper} | {_data(record)} |")
         return "\n".join(lines)
 
 
 def _measured(name: str, record: dict[str, Any]) -> str:
+    """Format the value of a metric, with its error if it has one."""
     if name == "bpd":
-        error = record["standard_error"]  # one image alone has none
+        error = record["standard_error"]  # None for a single image
         return _number(record["bits_per_dim"]) + (f" ± {error:.4f}" if error is not None else "") + " bits/dim"
     if name == "rate-distortion":
         return f"{_number(record['rate'])} bits/dim at RMSE {_number(record['rmse'])}"
@@ -92,11 +98,12 @@ def _measured(name: str, record: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """With four decimals; None stands in the file for NaN and infinity, which JSON does not have."""
+    """Format with four decimals. None stands for NaN and infinity, which JSON cannot hold."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _of(record: dict[str, Any]) -> str:
+def _data(record: dict[str, Any]) -> str:
+    """Describe the images and samples that were measured."""
     data = record["data"]["name"]
     if "samples" not in record:
         return f"{record['num_images']:,} images of {data}"

@@ -1,4 +1,4 @@
-"""The paper's table 2 as data: what the network predicts, by what it is trained on. Imports no torch."""
+"""The paper's table 2 as data: prediction target by training objective. Imports no torch."""
 
 from dataclasses import dataclass, replace
 
@@ -8,10 +8,10 @@ from fastddpm.errors import UsageError
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of the table: a configuration, and what the paper found for it on CIFAR-10 in 800,000 steps.
+    """A row of the table: a configuration, and the paper's results for it on CIFAR-10 after 800,000 steps.
 
-    `paper_fid`, `paper_score` (Inception Score): None where training was unstable. `paper_bits`: from table 1, of the
-    test set, an upper bound; None where the paper gives none.
+    `paper_fid`, `paper_score` (Inception Score): None if the paper's training was unstable. `paper_bits`: bits/dim of
+    the test set from table 1, an upper bound; None if the paper gives none.
     """
 
     name: str
@@ -38,7 +38,7 @@ CELLS = (
 
 
 def chosen_cells(names: str) -> list[Cell]:
-    """The cells of "NAME,NAME", in the table's order; `UsageError` for a name that is none."""
+    """Return the cells named in "NAME,NAME", in the table's order. Raises `UsageError` for an unknown name."""
     wanted = {name.strip() for name in names.split(",")}
     unknown = wanted - {cell.name for cell in CELLS}
     if unknown:
@@ -47,9 +47,10 @@ def chosen_cells(names: str) -> list[Cell]:
 
 
 def configuration(base: Preset, cell: Cell, seed: int, *, steps: int | None, timesteps: int | None) -> Preset:
-    """`base` with the cell's objective on the paper's process, linear and without classes.
+    """Return `base` with the cell's objective and the paper's process: linear schedule, no classes.
 
-    Sampling takes all T steps: a mean of x_{t-1}, and a variance learned for one step, are of no other chain.
+    `steps`: training steps. Default: those of `base`. `timesteps`: T. Default: that of `base`. Sampling takes all T
+    steps, because a prediction of x_{t-1} and a variance learned for one step fit no shorter chain.
     """
     return Preset(
         f"{base.name}-{cell.name}",

@@ -108,7 +108,7 @@ def test_the_whole_sweep(
     monkeypatch.setattr(sweeping, "Trainer", None)  # nothing is trained again
     ablation.main([*SMALL, "--out", str(tmp_path)])
     assert table_of(tmp_path) == rows
-    with pytest.raises(UsageError, match=r"result.json is of other settings; choose another --out"):
+    with pytest.raises(UsageError, match=r"result.json was measured with other settings; choose another --out"):
         ablation.main([*SMALL, "--samples", "13", "--out", str(tmp_path)])
 
 
@@ -168,7 +168,7 @@ def test_unstable_runs_are_results(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     row = table_of(tmp_path)["eps-bound"]
     assert row["unstable"] == [
         "diverged at step 1",
-        "no samples: images hold NaN; the network's weights are damaged or training diverged",
+        "no samples: images contain NaN: the network's weights are damaged, or training diverged",
     ]
     runs = json.loads((tmp_path / "table.json").read_text())["runs"]["eps-bound"]
     assert runs[1]["bits_per_dim"] is None and row["bits_per_dim"] == runs[2]["bits_per_dim"] > 0

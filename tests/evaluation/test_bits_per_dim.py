@@ -241,9 +241,9 @@ def test_the_estimate_is_unbiased_and_knows_its_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": 9}, "9 images were asked for; the data set has 8"),
-        ({"every": 5}, "every 5 needs 6 timesteps and 10 images"),
-        ({"every": 13, "images": 8}, "got 13 and 8"),
+        ({"images": 9}, "images must be at most 8, the size of the data set; got 9"),
+        ({"every": 5}, "every 5 needs at least 6 timesteps and 10 images"),
+        ({"every": 13, "images": 8}, "got 13 timesteps and 8 images"),
     ],
 )
 def test_plans_that_cannot_be(options: dict[str, int], message: str) -> None:
@@ -321,7 +321,7 @@ def test_the_bound_is_of_the_whole_process_without_guidance(rng: np.random.Gener
     without = bits_per_dim(plain, images, None, BitsOptions(), batch=9)
     assert set(torch.cat(seen).tolist()) == {3} and without.conditioning == "not told the class"
     assert without.total != expected.total
-    with pytest.raises(UsageError, match="wants the class of each image"):
+    with pytest.raises(UsageError, match="needs the class of each image"):
         never_without = Sampler(Formula(formula, num_classes=3), diffusion)  # type: ignore[arg-type]
         bits_per_dim(never_without, images, None, BitsOptions(), batch=9)
     with pytest.raises(UsageError, match=r"labels must be 4 numbers in 0..2"):
@@ -364,7 +364,7 @@ def test_what_is_measured_is_written_and_kept(every: int, tmp_path: Path, rng: n
     evaluated.clear()
     assert measure_bits(context, options) == found and not evaluated
     assert_same(likelihood.bits_of(context, options), expected)
-    with pytest.raises(UsageError, match=r"bits.npz is of seed 0, not 1; choose another --out"):
+    with pytest.raises(UsageError, match=r"bits.npz holds a result with seed 0, not 1; choose another --out"):
         measure_bits(context, BitsOptions(every=every, images=7, seed=1))
     (tmp_path / "bits.npz").write_bytes((tmp_path / "bits.npz").read_bytes()[:100])
     assert measure_bits(context, options) == found and evaluated
@@ -376,7 +376,7 @@ def test_another_network_is_refused(tmp_path: Path, rng: np.random.Generator) ->
     measure_bits(context, BitsOptions())
     with torch.no_grad():
         next(context.sampler.unet.parameters()).add_(1)
-    with pytest.raises(UsageError, match=r"bits.npz is of network .*, not .*; choose another --out"):
+    with pytest.raises(UsageError, match=r"bits.npz holds a result with network .*, not .*; choose another --out"):
         measure_bits(context, BitsOptions())
 
 

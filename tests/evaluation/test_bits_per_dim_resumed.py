@@ -48,7 +48,7 @@ class Evaluated:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, call: int | None = None, block: int | None = None) -> None:
         self.images, self.calls, self.kept = 0, 0, 0
-        terms, put = bits_per_dim._Evaluator._terms, likelihood._Parts.put
+        terms, put = bits_per_dim._Evaluator._terms, likelihood._SumShards.put
 
         def counted(evaluator: Any, pixels: Any, *arguments: Any, **options: Any) -> Any:
             if self.calls == call:
@@ -64,7 +64,7 @@ class Evaluated:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(bits_per_dim._Evaluator, "_terms", counted)
-        monkeypatch.setattr(likelihood._Parts, "put", kept)
+        monkeypatch.setattr(likelihood._SumShards, "put", kept)
 
 
 def cost(blocks_left: int) -> int:
@@ -161,7 +161,7 @@ def test_damaged_sums_are_evaluated_again(
 
 def of_two(group: ProcessGroup, out: Path, killed: bool) -> BitsPerDim:
     context = subject_in(out, group)
-    put = likelihood._Parts.put
+    put = likelihood._SumShards.put
 
     def then_killed(parts: Any, index: int, sums: Any) -> None:
         put(parts, index, sums)
@@ -169,7 +169,7 @@ def of_two(group: ProcessGroup, out: Path, killed: bool) -> BitsPerDim:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if killed:
-        likelihood._Parts.put = then_killed  # type: ignore[method-assign]
+        likelihood._SumShards.put = then_killed  # type: ignore[method-assign]
     return bits_of(context, OPTIONS)
 
 

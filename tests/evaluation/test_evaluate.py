@@ -94,7 +94,7 @@ def test_before_anything_long_it_says_what_that_takes(
 def test_the_table_is_markdown(whole: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main(command(run, whole, "--metrics", "none"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["| figure | measured | paper | of |", "|---|---|---|---|"] and len(lines) == 2 + 7
+    assert lines[:2] == ["| metric | measured | paper | data |", "|---|---|---|---|"] and len(lines) == 2 + 7
     value = document(whole)["train"]["frechet_distance[digits]"]["value"]
     row = next(line for line in lines if line.startswith("| frechet_distance[digits], train |"))
     assert f"| {value:.5g} |" in row and "40 samples, ancestral, 2 steps; 5,000 images of digits" in row
@@ -128,7 +128,7 @@ def test_two_processes_of_torchrun_measure_the_same(whole: Path, run: Path, tmp_
     """To the bit for what the samples are scored by: the first process reads the shards in their order."""
     main = tmp_path / "main.py"  # with the changes of `home`
     main.write_text(
-        "from fastddpm import cli, evaluate\nfrom fastddpm.evaluation import quality\n"
+        "from fastddpm import evaluate\nfrom fastddpm.evaluation import quality\nfrom fastddpm.runtime import cli\n"
         "from fastddpm.metrics import digits\ndigits.EPOCHS, digits.SEEDS, quality.SIZE = 1, (0,), 16\n"
         "cli.run(evaluate.main)\n"
     )
@@ -146,7 +146,7 @@ def test_two_processes_of_torchrun_measure_the_same(whole: Path, run: Path, tmp_
         assert two[name]["value"] == one[name]["value"]
     assert two["bpd"]["bits_per_dim"] == pytest.approx(one["bpd"]["bits_per_dim"], rel=1e-6)
     assert two["rate-distortion"]["rmse"] == pytest.approx(one["rate-distortion"]["rmse"], rel=1e-6)
-    assert done.stdout.count("| figure |") == 1 and "2 processes" in done.stderr
+    assert done.stdout.count("| metric |") == 1 and "2 processes" in done.stderr
 
 
 def test_samples_of_other_settings_are_refused(run: Path, tmp_path: Path, home: Path) -> None:
@@ -165,7 +165,7 @@ def test_samples_of_other_settings_are_refused(run: Path, tmp_path: Path, home: 
 def test_figures_of_other_weights_are_refused(run: Path, tmp_path: Path, home: Path) -> None:
     evaluate.main(command(run, tmp_path / "out", "--metrics", "is"))
     other = trained(tmp_path / "other", "--timesteps", "100", "--seed", "1", "--sample.steps", "2")
-    with pytest.raises(UsageError, match=r"metrics.json is of network [0-9a-f]{12}, not [0-9a-f]{12}"):
+    with pytest.raises(UsageError, match=r"metrics.json holds results of network [0-9a-f]{12}, not [0-9a-f]{12}"):
         evaluate.main(command(other, tmp_path / "out", "--metrics", "none"))
     (tmp_path / "out" / "metrics.json").write_text("{")
     with pytest.raises(DataError, match=r"metrics\.json cannot be read"):
@@ -190,7 +190,7 @@ def test_without_a_feature_network_the_rest_is_measured(
     error = capsys.readouterr().err
     assert "fid, is, kid, pr are left out: the Inception weights are missing: download" in error
     assert set(document(tmp_path)["train"]) == {"bpd", "rate-distortion"}
-    with pytest.raises(UsageError, match="--features efficientnet-lite0, whose scores are no FID"):
+    with pytest.raises(UsageError, match="--features efficientnet-lite0, whose scores are not FID"):
         evaluate.main(command(run, tmp_path, "--data", str(pictures), "--metrics", "fid"))
 
 
@@ -201,7 +201,7 @@ def test_without_a_feature_network_the_rest_is_measured(
         (["--pictures", "strip"], "--pictures takes progressive, .*; got 'strip'"),
         (["--batch", "0"], "--batch must be positive"),
         (["--features", "resnet"], "got 'resnet'"),
-        (["--features", "nowhere.pth"], "no weights at nowhere.pth"),
+        (["--features", "nowhere.pth"], "there is no weights file at nowhere.pth"),
         (["--data", "nowhere"], "nowhere"),
         (["--steps", "101"], "steps must be in 1..100"),
     ],
@@ -213,7 +213,7 @@ def test_mistakes(arguments: list[str], message: str, run: Path, tmp_path: Path,
 
 
 def test_help_answers_without_torch() -> None:
-    program = "import sys, fastddpm.evaluate, fastddpm.metrics; sys.exit('torch' in sys.modules)"
+    program = "import sys, fastddpm.evaluate, fastddpm.evaluation.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

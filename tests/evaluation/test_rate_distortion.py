@@ -13,7 +13,7 @@ from helpers import gaussian_source as source
 from helpers.networks import Formula
 from PIL import Image
 
-import fastddpm.evaluation
+import fastddpm.training
 from fastddpm.config import DiffusionConfig
 from fastddpm.data import Dataset
 from fastddpm.diffusion import Diffusion
@@ -124,8 +124,8 @@ def test_without_matplotlib_the_numbers_are_written(
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "fastddpm.evaluation.rate_distortion", raising=False)
-    monkeypatch.delattr(fastddpm.evaluation, "plots", raising=False)
+    monkeypatch.delitem(sys.modules, "fastddpm.training.plots", raising=False)
+    monkeypatch.delattr(fastddpm.training, "plots", raising=False)
     found = measure_rate_distortion(context_of(tmp_path, timesteps=10), BitsOptions())
     assert found["pictures"] == [] and not list(tmp_path.glob("*.png"))
     assert len((tmp_path / "rate-distortion.csv").read_text().splitlines()) == 11
