@@ -1,1 +1,1 @@
-"""Files that survive crashes, full disks and strangers: checkpoints, shards, JSON documents, tensors."""
+"""Crash-safe files and strict parsers: checkpoints, shards, JSON documents, tensors."""

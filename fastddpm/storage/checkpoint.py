@@ -1,16 +1,16 @@
-"""Checkpoints that survive crashes, full disks and flipped bits; knows nothing of the model.
+"""Checkpoints that survive crashes, full disks and flipped bits. Independent of the model.
 
-    RUN/.lock                              held by the process that trains in RUN
-    RUN/checkpoints/step-00001000/         one checkpoint, moved here whole
+    RUN/.lock                              locked by the process that trains in RUN
+    RUN/checkpoints/step-00001000/         one checkpoint, renamed to this once complete
         <part>.safetensors                 tensors
-        shard-*.safetensors                parts of tensors, if several processes wrote them (sharded.py)
+        shard-*.safetensors                shards of tensors, if several processes wrote them (training/state.py)
         <document>.json                    everything else
         manifest.json, manifest.sha256     checksums of all files (manifest.py)
 
-A name that begins with `.tmp-` is being written or removed, and is never read. `step-N.old` is the earlier checkpoint
-of a step saved twice, from the moment it makes way until its successor stands; it is read if there is no `step-N`.
+A name that begins with `.tmp-` is being written or removed, and is never read. If a step is saved a second time, its
+first checkpoint is named `step-N.old` while the second one takes its place; it is read if there is no `step-N`.
 
-Checksums tell damage, not forgery. The parsers (untrusted.py) are strict besides.
+Checksums detect damage, not tampering; the parsers (documents.py, tensors.py) are strict for that reason.
 """
 
 import contextlib
@@ -47,7 +47,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What `save` was given, on the CPU; JSON has turned tuples into lists, and dictionaries' keys into strings."""
+    """A checkpoint that was read: the arguments of `save`, with tensors on the CPU and documents as JSON returns them.
+
+    Tuples have become lists, and the keys of dictionaries strings.
+    """
 
     path: Path
     step: int
@@ -58,30 +61,34 @@ class Checkpoint:
 def save(
     run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], keep: int
 ) -> Path:
-    """Write the checkpoint of `step`, then remove all but the `keep` newest; the new checkpoint's directory.
+    """Write the checkpoint of `step`, remove all but the `keep` newest, and return the new checkpoint's directory.
 
-    `tensors` maps each part to its tensors by name, of any device and layout, saved bit for bit; dtypes are float16,
-    bfloat16, float32, float64, signed integers, uint8 and bool. `documents` are JSON values, at most 2 MiB each.
-    A checkpoint of the same step is replaced, those of later steps stay. At every moment, after a power cut too, each
-    checkpoint in place is complete, and there is one if there was one before.
+    `tensors` maps the name of a part to its tensors by name. They may be on any device and in any layout, and are saved
+    bit for bit; dtypes are float16, bfloat16, float32, float64, signed integers, uint8 and bool. `documents` are JSON
+    values of at most 2 MiB each. A checkpoint of the same step is replaced; those of later steps stay. At any moment,
+    also after a power cut, every checkpoint in place is complete, and there is one if there was one before.
 
-    One process saves in a run at a time; `lock` sees to that. Raises `StorageError` if the disk refuses, with nothing
-    temporary left and older checkpoints as they were, and `UsageError` for arguments that could not be loaded again.
+    Only one process may save in a run at a time, which `lock` ensures. Raises `StorageError` if the file system fails;
+    then no temporary files are left and older checkpoints are unchanged. Raises `UsageError` or `DataError` for
+    arguments that could not be loaded again.
     """
     _check_arguments(step, [*tensors], [*documents], keep)
-    texts = _texts(documents)
-    with begun(run, step, _size(tensors, texts)) as temporary:
+    texts = _encode(documents)
+    with begin(run, step, _size(tensors, texts)) as temporary:
         return _finish(temporary, step, tensors, texts, keep)
 
 
 @contextlib.contextmanager
-def begun(run: Path, step: int, needed: int) -> Iterator[Path]:
-    """A directory for files of `step` that others write, about `needed` bytes of them; inside the block `finish` makes
-    it a checkpoint. Without that it is gone after the block. Raises `StorageError` if the disk refuses."""
+def begin(run: Path, step: int, num_bytes: int) -> Iterator[Path]:
+    """Yield a temporary directory for a checkpoint of `step` that several processes write; `finish` completes it.
+
+    It is removed after the block unless `finish` was called inside. `num_bytes`: their approximate size, for an error
+    message. Raises `StorageError` if the file system fails.
+    """
     directory = run / "checkpoints"
     temporary = _temporary(directory / f"step-{step:08d}")
     try:
-        with _refusals(step, directory, needed):
+        with _os_errors_as_storage_error(step, directory, num_bytes):
             _make_directory(directory)
             _remove_stale(directory)
             os.mkdir(temporary)
@@ -93,27 +100,27 @@ def begun(run: Path, step: int, needed: int) -> Iterator[Path]:
 def finish(
     temporary: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], keep: int
 ) -> Path:
-    """As `save`, of the directory that `begun` gave and the shards that are in it."""
+    """Complete the checkpoint that `begin` started, with the shards in `temporary`; otherwise as `save`."""
     _check_arguments(step, [*tensors], [*documents], keep)
-    return _finish(temporary, step, tensors, _texts(documents), keep)
+    return _finish(temporary, step, tensors, _encode(documents), keep)
 
 
 def load(path: Path, parts: Collection[str] | None = None) -> Checkpoint:
-    """The checkpoint in `path`, or the newest one if `path` is a run directory.
+    """Read the checkpoint in `path`, or the newest one if `path` is a run directory.
 
-    With `parts` only those tensor files are read and verified, beside the manifest and the documents; without, all are,
-    and shards verified. What is read is verified before any of it is parsed, and parsed from the very bytes that were
-    verified.
+    `parts`: names of the tensor files to read. Default: all of them; shards are then verified, too. The manifest and
+    the documents are always read. All bytes are verified before any are parsed, and the verified bytes are those that
+    are parsed.
 
-    Raises `UsageError` if there is no checkpoint or no such part, and `DataError` for a damaged one: it names the file
-    and the previous checkpoint, if there is one.
+    Raises `UsageError` if there is no checkpoint or no such part, and `DataError` if a file is damaged; the message
+    names the file and the previous checkpoint, if there is one.
     """
     given = path = Path(path)
     if not os.path.isdir(path):
         what = "is a file" if os.path.exists(path) else "does not exist"
         raise UsageError(f"{path} {what}; expected the directory of a run or of a checkpoint")
     if not _CHECKPOINT.fullmatch(path.name) and not any(os.path.exists(path / name) for name in manifest.NAMES):
-        # A listing is no snapshot: while a run goes on, one alone may miss both the newest and its predecessor.
+        # List twice: a listing made while a run saves may miss both the newest checkpoint and its predecessor.
         found = _checkpoints(path / "checkpoints") or _checkpoints(path / "checkpoints")
         if not found:
             raise UsageError(f"{path} holds no checkpoint: neither checkpoints/step-*/ of a run nor manifest.json")
@@ -122,16 +129,16 @@ def load(path: Path, parts: Collection[str] | None = None) -> Checkpoint:
     try:
         return _load(path, parts)
     except DataError as error:
-        if path != given and (identity is None or _identity(path) != identity):  # removed or replaced meanwhile
+        if path != given and (identity is None or _identity(path) != identity):  # it was removed or replaced meanwhile
             return load(given, parts)
         raise DataError(f"{error}; {_advice(path)}") from error
 
 
 def load_newest(run: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest undamaged checkpoint of a run, or None if it has no checkpoint at all.
+    """Read the newest undamaged checkpoint of a run; None if it has no checkpoint at all.
 
-    `report` is called with one message for each damaged checkpoint passed over. If all are damaged, raises `DataError`
-    rather than let a run begin anew over them.
+    `report` is called with one message for each damaged checkpoint that is skipped. Raises `DataError` if all are
+    damaged, so that no run starts again from the beginning over them.
     """
     found = _checkpoints(Path(run) / "checkpoints")
     for path in reversed(found):
@@ -146,10 +153,10 @@ def load_newest(run: Path, report: Callable[[str], None]) -> Checkpoint | None:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Keep other processes from training in `run`, which is made if missing, until the block or the process ends.
+    """Create `run` if missing, and lock it against training by other processes until the block or the process ends.
 
-    Raises `UsageError` naming the process that holds the lock. Where the system has no flock (Windows, some network
-    disks) nothing is locked.
+    Raises `UsageError`, naming the process that holds the lock, if it is taken, and `StorageError` if the lock file
+    cannot be written. On systems without flock (Windows, some network file systems) nothing is locked.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -171,9 +178,13 @@ def _check_arguments(step: int, parts: list[str], documents: list[str], keep: in
         raise UsageError(f"keep must be at least 1 checkpoint; got {keep}")
     for name in parts + documents:
         if not _NAME.fullmatch(name):
-            raise UsageError(f"a part or document is named with 1 to 64 of A-Z a-z 0-9 _ . -; got {name!r}")
+            raise UsageError(
+                f"names of parts and documents must be 1 to 64 characters of A-Z a-z 0-9 _ . -; got {name!r}"
+            )
     if "manifest" in documents:
-        raise UsageError("no document may be called 'manifest'; the checkpoint's own is")
+        raise UsageError(
+            "a document cannot be named 'manifest', because manifest.json holds the checksums; choose another name"
+        )
 
 
 def _finish(
@@ -181,14 +192,14 @@ def _finish(
 ) -> Path:
     directory = temporary.parent
     final = directory / f"step-{step:08d}"
-    with _refusals(step, directory, _size(tensors, texts)):
+    with _os_errors_as_storage_error(step, directory, _size(tensors, texts)):
         _write_all(temporary, step, tensors, texts)
         _move_into_place(temporary, final)
     _prune(directory, step, keep)
     return final
 
 
-def _texts(documents: dict[str, Any]) -> dict[str, bytes]:
+def _encode(documents: dict[str, Any]) -> dict[str, bytes]:
     return {f"{name}.json": _to_json(name, value) for name, value in documents.items()}
 
 
@@ -252,8 +263,8 @@ def _move_into_place(temporary: Path, final: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refusals(step: int, directory: Path, needed: int) -> Iterator[None]:
-    """Turns the disk's refusals inside the block into `StorageError`."""
+def _os_errors_as_storage_error(step: int, directory: Path, num_bytes: int) -> Iterator[None]:
+    """Turn an `OSError` inside the block into `StorageError` with the space needed and available."""
     try:
         yield
     except OSError as error:
@@ -261,8 +272,8 @@ def _refusals(step: int, directory: Path, needed: int) -> Iterator[None]:
         with contextlib.suppress(OSError):
             free = f" and {shutil.disk_usage(directory).free:,} are free"
         raise StorageError(
-            f"cannot save step {step} in {directory}: {error.strerror or error}; it needs {needed:,} bytes{free}. "
-            "Make room or mend the disk; older checkpoints are as they were"
+            f"cannot save step {step} in {directory}: {error.strerror or error}; it needs {num_bytes:,} bytes{free}. "
+            "Free some space or repair the disk; older checkpoints are unchanged"
         ) from error
 
 
@@ -274,7 +285,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint, which at no moment stands half removed under its name."""
+    """Remove a checkpoint; it is renamed first, so that no half-removed checkpoint bears its name."""
     temporary = _temporary(path)
     os.rename(path, temporary)
     if temporary.is_symlink():
@@ -284,7 +295,7 @@ def _discard(path: Path) -> None:
 
 
 def _prune(directory: Path, step: int, keep: int) -> None:
-    # Later steps are left alone: a run begun anew by mistake must not remove what the first one reached.
+    # Later steps stay: a run that was started again by mistake must not remove the checkpoints of the first one.
     standing = [path for path in _checkpoints(directory) if _order(path)[0] <= step]
     replaced = [path for path in standing if path.suffix == ".old" and path.with_suffix("") in standing]
     standing = [path for path in standing if path not in replaced]
@@ -298,7 +309,7 @@ def _prune(directory: Path, step: int, keep: int) -> None:
 
 
 def _remove_stale(directory: Path) -> None:
-    """Remove what killed processes left behind; of this process too, whose number a container may give again."""
+    """Remove temporary directories of killed processes, and of this process id, which a container may reuse."""
     for path in list(directory.iterdir()):
         match = _TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
@@ -306,7 +317,7 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    if os.name == "nt":  # where signal 0 would end the process
+    if os.name == "nt":  # there, signal 0 would end the process
         return True
     try:
         os.kill(pid, 0)
@@ -343,7 +354,7 @@ def _order(path: Path) -> tuple[int, bool]:
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, oldest first."""
+    """Return the checkpoints in a directory, oldest first."""
     try:
         return sorted((p for p in directory.iterdir() if _CHECKPOINT.fullmatch(p.name) and p.is_dir()), key=_order)
     except (FileNotFoundError, NotADirectoryError):
@@ -357,17 +368,19 @@ def _load(path: Path, parts: Collection[str] | None) -> Checkpoint:
     if _CHECKPOINT.fullmatch(path.name) and _order(path)[0] != step:
         raise DataError(f"{path} holds step {step}, not the step that it is named after")
     shards = [name for name in files if _SHARD.fullmatch(name)]
-    held = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors") and name not in shards]
+    stored = [
+        name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors") and name not in shards
+    ]
     for part in parts or ():
-        if part not in held:
-            raise UsageError(f"{path} has no part {part!r}; it has {', '.join(held)}")
-    chosen = [f"{part}.safetensors" for part in (held if parts is None else dict.fromkeys(parts))]
+        if part not in stored:
+            raise UsageError(f"{path} has no part {part!r}; it has {', '.join(stored)}")
+    chosen = [f"{part}.safetensors" for part in (stored if parts is None else dict.fromkeys(parts))]
     texts = [name for name in files if name.endswith(".json")]
     for name in shards if parts is None else ():
         manifest.check(path / name, files[name])
     contents = {name: manifest.read_file(path / name, files[name]) for name in texts + chosen}
     documents = {name.removesuffix(".json"): parse_json(contents.pop(name), path / name) for name in texts}
-    # popped one by one: the bytes of a part are dropped when its tensors stand
+    # popped one by one, so that the bytes of a part are freed once its tensors are made
     tensors = {name.removesuffix(".safetensors"): parse_tensors(contents.pop(name), path / name) for name in chosen}
     return Checkpoint(path, step, tensors, documents)
 
@@ -389,7 +402,7 @@ def _acquire(file: TextIO, run: Path) -> None:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return
         raise StorageError(f"cannot lock {run}: {error.strerror or error}") from error
-    try:  # past the file's buffer, which would be written once more as it is closed
+    try:  # not through the file object, whose buffer would be written again when it is closed
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"{os.getpid()} {socket.gethostname()}\n".encode())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""TODO"""
+"""JSON documents: configurations as plain data and back, their differences, and a strict parser. Imports no torch."""
 
 import dataclasses
 import json
@@ -11,14 +11,18 @@ from fastddpm.errors import DataError, UsageError
 
 
 def to_dict(value: Any) -> Any:
-    """A configuration as plain dictionaries and lists, for JSON."""
+    """Return a configuration dataclass as plain dictionaries and lists, for JSON."""
     if dataclasses.is_dataclass(value):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
 
 
 def from_dict(cls: type, data: Any, where: str = "configuration") -> Any:
-    """The inverse of `to_dict`; `UsageError` names any field that is unknown, or of the wrong type."""
+    """Return the `cls` that `to_dict` made `data` from; missing fields take their defaults.
+
+    `where`: the name of the source in messages. Raises `UsageError`, naming the field, if one is unknown, lacks a value
+    and has no default, or has the wrong type.
+    """
     if not isinstance(data, dict):
         raise UsageError(f"{where} must be an object; got {type(data).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -34,7 +38,7 @@ def from_dict(cls: type, data: Any, where: str = "configuration") -> Any:
 
 
 def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lines "field: old -> new" for each field in which two configurations of one type differ."""
+    """Return a line "field: old -> new" for each field in which two configurations of one type differ."""
     lines = []
     for f in dataclasses.fields(old):
         a, b = getattr(old, f.name), getattr(new, f.name)
@@ -69,15 +73,16 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-# JSON grows up to 50-fold when parsed: these bounds keep the worst of it near 100 MB.
+# Parsed JSON takes up to 50 times its size in memory: these limits keep the worst case near 100 MB.
 MAX_JSON_BYTES = 2**21
-
-
 _JSON_DEPTH = 64
 
 
 def parse_json(data: bytes, where: str | Path) -> Any:
-    """JSON from an untrusted source; `DataError` beyond 2 MiB or 64 levels, for a repeated key or malformed text."""
+    """Parse JSON from an untrusted source. `where`: the name of the source in messages.
+
+    Raises `DataError` for more than 2 MiB or 64 levels, a key given twice, or malformed text.
+    """
     if len(data) > MAX_JSON_BYTES:
         raise DataError(f"{where}: {len(data):,} bytes of JSON; at most {MAX_JSON_BYTES:,} are read")
     try:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all. Imports no torch, and NumPy where arrays are written."""
+"""Atomic writes: a file is written completely or not at all. Imports no torch, and NumPy only to write arrays."""
 
 import contextlib
 import json
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, then give it that name: a reader finds the old file or the new one.
+    """Write a file atomically: `write` creates a temporary file beside `path`, which is then renamed to `path`.
 
-    Raises `StorageError`.
+    Readers find either the old file or the new one. Raises `StorageError` if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,17 +30,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """In UTF-8, as `write_whole` does."""
+    """Write text as UTF-8, with `write_whole`."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Indented by one, with a newline at the end, as `write_whole` does."""
+    """Write JSON, indented by one space and ending in a newline, with `write_whole`."""
     write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def save_arrays(arrays: "Mapping[str, np.ndarray]", path: Path) -> None:
-    """A compressed .npz, as `write_whole` does."""
+    """Write a compressed .npz, with `write_whole`."""
     import numpy as np
 
     def write(temporary: Path) -> None:

@@ -1,9 +1,9 @@
-"""The seal of a directory of files: a manifest that tells any damage to any of them.
+"""The manifest of a checkpoint directory: sizes and checksums by which damage to any file is detected.
 
-    manifest.json      {"version": 1, "step": ..., "files": {"ema.safetensors": {"size": ..., "sha256": "..."}, ...}}
-    manifest.sha256    of manifest.json, in the format of `sha256sum -c`
+    manifest.json      {"version": 1, "step": ..., "files": {"model.safetensors": {"size": ..., "sha256": "..."}, ...}}
+    manifest.sha256    checksum of manifest.json, in the format of `sha256sum -c`
 
-Checksums tell damage, not forgery.
+Checksums detect damage, not tampering.
 """
 
 import errno
@@ -27,30 +27,30 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\.(safetensors|json)")
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest holds of a file: its size in bytes, and its SHA-256 in hexadecimal."""
+    """An entry of the manifest: the size of a file in bytes, and its SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
 
 
 def write_file(path: Path, data: bytes) -> Entry:
-    """Write a new file, onto the disk itself; its entry for `seal`."""
+    """Write a new file, sync it to disk, and return its entry for `seal`."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # out of the page cache, so that `seal` reads the disk
+        if hasattr(os, "posix_fadvise"):  # drop it from the page cache, so that `seal` reads it from disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return Entry(len(data), hashlib.sha256(data).hexdigest())
 
 
 def entry_of(path: Path) -> Entry:
-    """The entry of a file that somebody else wrote."""
+    """Return the entry of an existing file, for `seal`."""
     return Entry(path.stat().st_size, _digest(path))
 
 
 def seal(directory: Path, step: int, files: dict[str, Entry]) -> None:
-    """Write the manifest of `files`, then read everything back; `OSError` if anything is not as it was written."""
+    """Write the manifest of `files`, then read every file back. Raises `OSError` if one is not as it was written."""
     data = json.dumps(
         {"version": _VERSION, "step": step, "files": {name: asdict(entry) for name, entry in files.items()}}, indent=1
     ).encode()
@@ -61,12 +61,12 @@ def seal(directory: Path, step: int, files: dict[str, Entry]) -> None:
     sync(directory)
     for name, entry in files.items():
         if _digest(directory / name) != entry.sha256:
-            raise OSError(errno.EIO, f"{name} reads back other than it was written")
+            raise OSError(errno.EIO, f"{name} reads back differently from what was written")
 
 
 def sync(directory: Path) -> None:
-    """Bring the names in a directory onto the disk."""
-    if os.name == "nt":  # cannot open a directory
+    """Sync a directory, which makes creations and renames in it durable."""
+    if os.name == "nt":  # Windows cannot open a directory
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -76,14 +76,14 @@ def sync(directory: Path) -> None:
 
 
 def read(directory: Path) -> tuple[int, dict[str, Entry]]:
-    """The step and the files of a sealed directory; `DataError` if the manifest is damaged or a file is not in it."""
+    """Return the step and the entries of a directory. Raises `DataError` if the manifest is damaged or lacks a file."""
     path = directory / "manifest.json"
     data = _read(path, MAX_JSON_BYTES)
     if _read(directory / "manifest.sha256", 1024) != _sum_line(data):
         raise DataError(f"{path} is damaged: it does not match manifest.sha256")
     content = parse_json(data, path)
     if not isinstance(content, dict) or content.get("version") != _VERSION:
-        raise DataError(f"{path} is not of format version {_VERSION}, the one this fastddpm reads")
+        raise DataError(f"{path} is not of format version {_VERSION}, the only one that this version of fastddpm reads")
     step, entries = content.get("step"), content.get("files")
     if type(step) is not int or step < 0 or not isinstance(entries, dict):
         raise DataError(f"{path} has no valid step and files")
@@ -98,7 +98,7 @@ def read(directory: Path) -> tuple[int, dict[str, Entry]]:
 
 
 def read_file(path: Path, entry: Entry) -> bytes:
-    """A file's content, verified; `DataError` if it is missing or damaged."""
+    """Return the content of a file, verified. Raises `DataError` if it is missing or damaged."""
     data = _read(path, entry.size)
     if len(data) != entry.size:
         raise DataError(f"{path} is damaged: it has {len(data):,} bytes, and {entry.size:,} were written")
@@ -108,7 +108,7 @@ def read_file(path: Path, entry: Entry) -> bytes:
 
 
 def check(path: Path, entry: Entry) -> None:
-    """Verify a file without holding it in memory; `DataError` if it is missing or damaged."""
+    """Verify a file block by block, without loading it. Raises `DataError` if it is missing or damaged."""
     try:
         found = entry_of(path)
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def check(path: Path, entry: Entry) -> None:
 
 def _entry(path: Path, name: str, entry: Any) -> Entry:
     if not _FILE.fullmatch(name):
-        raise DataError(f"{path} lists {name[:100]!r}, which is no name for a file")
+        raise DataError(f"{path} lists {name[:100]!r}, which is not a valid file name")
     size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or size < 0 or not isinstance(digest, str):
         raise DataError(f"{path} has no valid size and SHA-256 for {name}")
@@ -133,9 +133,9 @@ def _entry(path: Path, name: str, entry: Any) -> Entry:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    """At most `limit` bytes, and little memory if the file has fewer."""
+    """Return the content of a file. Raises `DataError` if it is missing, not a regular file, or longer than `limit`."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait forever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would block
             raise DataError(f"{path} is not a file")
         with open(path, "rb") as file:
             data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)

@@ -1,10 +1,10 @@
-"""Many images: a directory of shards that several processes fill, and that a killed one finishes when it runs again.
+"""Shards of many images in a directory, filled by several processes and completed when the command is run again.
 
-    sampling.json       what determines the images; another setting is refused
+    sampling.json       the settings that determine the images; other settings are refused
     shard-00000.npz     images uint8 (n, C, H, W), seeds int64 (n,), and labels int64 (n,) if any
 
-A shard is written whole or not at all. Shard i belongs to process i modulo their number: no process waits for another,
-and the images are the same whatever their number is.
+A shard is written completely or not at all. Shard i belongs to rank i modulo the world size, so no process waits for
+another, and the images do not depend on the world size.
 """
 
 import contextlib
@@ -30,7 +30,11 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Shards:
-    """`seeds`, with the class of each in `labels` or None, in shards of `size`; images uint8 of `shape` (C, H, W)."""
+    """A directory of shards with the images of `seeds`.
+
+    `labels`: the class of each seed, or None. `size`: images per shard; the last one may have fewer. `shape`: (C, H, W)
+    of the images, which are uint8.
+    """
 
     directory: Path
     seeds: Sequence[int]
@@ -38,25 +42,28 @@ class Shards:
     size: int
     shape: tuple[int, int, int]
 
-    # Where shards of something else say so.
+    # Words for messages; subclasses that store something else override them.
     _holds = "images"
     _otherwise = "sample into another --out"
 
     def __len__(self) -> int:
+        """Return the number of shards."""
         return -(-len(self.seeds) // self.size)
 
     def part(self, index: int) -> tuple[Sequence[int], Sequence[int] | None]:
-        """Seeds and labels of a shard."""
+        """Return the seeds and labels of a shard."""
         chosen = slice(index * self.size, (index + 1) * self.size)
         return self.seeds[chosen], None if self.labels is None else self.labels[chosen]
 
     def path(self, index: int) -> Path:
+        """Return the path of a shard, whether or not it exists."""
         return self.directory / f"shard-{index:05d}.npz"
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write what determines the images, or compare it with what is there.
+        """Write the settings that determine the images, or compare them with those in the directory.
 
-        `UsageError`, naming the first difference that can be read, for another; then nothing is written.
+        Raises `UsageError`, naming the first setting that differs (checksums last), and changes nothing. Raises
+        `DataError` if the settings in the directory are damaged, and `StorageError` if they cannot be written.
         """
         described = json.loads(json.dumps({"version": _VERSION, **settings, **self._described()}))
         path = self.directory / SETTINGS
@@ -64,7 +71,7 @@ class Shards:
             self.directory.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{SETTINGS}.{os.getpid()}.tmp")
             temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-            with contextlib.suppress(FileExistsError):  # another process, or an earlier run: it must say the same
+            with contextlib.suppress(FileExistsError):  # by another process or an earlier run; compared below
                 os.link(temporary, path)
             temporary.unlink()
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +81,9 @@ class Shards:
             raise StorageError(f"{path} cannot be written ({error.strerror}); {self._otherwise}") from error
         differing = [name for name in dict.fromkeys([*described, *found]) if described.get(name) != found.get(name)]
         if differing:
-            named = [name for name in differing if not _DIGEST.fullmatch(str(found.get(name)))]  # steps, not its digest
+            named = [
+                name for name in differing if not _DIGEST.fullmatch(str(found.get(name)))
+            ]  # checksums say little to a reader
             name = (named or differing)[0]
             raise UsageError(
                 f"{self.directory} holds {self._holds} with {name} {found.get(name)}, not {described.get(name)}; "
@@ -82,7 +91,7 @@ class Shards:
             )
 
     def _described(self) -> dict[str, Any]:
-        """In a few words: the seeds may be millions."""
+        """Return the settings of these shards; seeds and labels as ranges, as there may be millions."""
         return {
             "seeds": ranges(self.seeds),
             "labels": None if self.labels is None else ranges(self.labels),
@@ -91,30 +100,32 @@ class Shards:
         }
 
     @contextlib.contextmanager
-    def locked(self, rank: int, waits: Callable[[], object] | None = None) -> Iterator[None]:
-        """Nobody else draws the shards of this process; where somebody does, `UsageError`.
+    def locked(self, rank: int, on_wait: Callable[[], object] | None = None) -> Iterator[None]:
+        """Lock the shards of `rank` inside the block.
 
-        Or, with `waits`, call that and wait until it is done.
+        If another process holds the lock, raises `UsageError`, or with `on_wait` calls that and waits for the lock.
         """
         try:
             import fcntl
-        except ModuleNotFoundError:  # not on Windows: there two processes would draw the same images twice
+        except ModuleNotFoundError:  # Windows: without a lock two processes may draw the same images
             yield
             return
         with open(self.directory / f".rank-{rank}.lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                if waits is None:
-                    raise UsageError(f"another process is sampling into {self.directory} as rank {rank}") from None
-                waits()
+                if on_wait is None:
+                    raise UsageError(
+                        f"another process is sampling into {self.directory} as rank {rank}; wait for it or stop it"
+                    ) from None
+                on_wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def missing(self, rank: int, processes: int) -> tuple[list[int], list[str]]:
-        """The shards that process `rank` still has to draw, and a line about each that is there but cannot be used."""
+    def missing(self, rank: int, world_size: int) -> tuple[list[int], list[str]]:
+        """Return the shards that `rank` still has to draw, and a message about each existing one that is unusable."""
         wanted, damaged = [], []
-        for index in range(rank, len(self), processes):
+        for index in range(rank, len(self), world_size):
             path = self.path(index)
             problem = None if path.exists() else ""
             if problem is None:
@@ -126,20 +137,20 @@ class Shards:
         return wanted, damaged
 
     def _problem(self, index: int) -> str | None:
-        """What is wrong with a shard, or None."""
+        """Return why the file of a shard cannot be used, or None if it can."""
         try:
             with np.load(self.path(index), allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in self._names()}  # reads them whole: the archive has checksums
+                found = {name: arrays[name] for name in self._names()}  # this verifies the archive's checksums
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             return f"cannot be read ({type(error).__name__})"
         return self._mismatch(index, found)
 
     def _names(self) -> list[str]:
-        """The arrays that a shard must have."""
+        """Return the names of the arrays that a shard must have."""
         return ["images", "seeds"] if self.labels is None else ["images", "seeds", "labels"]
 
     def _mismatch(self, index: int, found: Mapping[str, np.ndarray]) -> str | None:
-        """In what these arrays are not those of the shard, or None."""
+        """Return how the arrays `found` differ from those expected in the shard, or None."""
         seeds, labels = self.part(index)
         images = found["images"]
         if images.shape != (len(seeds), *self.shape) or images.dtype != np.uint8:
@@ -151,13 +162,13 @@ class Shards:
         return None
 
     def write(self, index: int, images: np.ndarray) -> None:
-        """The images of a shard; as `put_arrays`."""
+        """Write the images of a shard, as `put_arrays` does."""
         self.put_arrays(index, {"images": images})
 
     def put_arrays(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """The file of a shard, with its seeds and labels, onto the disk itself, whole or not at all.
+        """Write the file of a shard, with its seeds and labels, atomically, and sync it to disk.
 
-        `StorageError` where that fails.
+        Raises `StorageError` if it cannot be written.
         """
         seeds, labels = self.part(index)
         named = {**arrays, "seeds": np.asarray(seeds, dtype=np.int64)}
@@ -176,25 +187,25 @@ class Shards:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise StorageError(
-                f"{path} cannot be written ({error.strerror}); the shards before it are whole: make room and run the "
-                "same command again"
+                f"{path} cannot be written ({error.strerror}); the shards before it are complete: free some space and "
+                "run the same command again"
             ) from error
 
     def read(self, index: int) -> np.ndarray:
-        """The images of a shard."""
+        """Return the images of a shard."""
         with np.load(self.path(index), allow_pickle=False) as arrays:
             images: np.ndarray = arrays["images"]
         return images
 
-    def forget_temporaries(self, rank: int, processes: int) -> None:
-        """Remove what a killed process of this rank had begun to write."""
-        for index in range(rank, len(self), processes):
+    def forget_temporaries(self, rank: int, world_size: int) -> None:
+        """Remove the temporary files of a killed process of this rank."""
+        for index in range(rank, len(self), world_size):
             for left in self.directory.glob(f".{self.path(index).name}.*.tmp"):
                 left.unlink(missing_ok=True)
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """As the commands take them: 0-63, or 1,5,10-19."""
+    """Return numbers as text, as options take them: 0-63, or 1,5,10-19."""
     if isinstance(numbers, range) and numbers.step == 1:
         return f"{numbers[0]}-{numbers[-1]}"
     values = np.asarray(numbers, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Parsers for files from strangers: strict, bounded in time and memory, and never running what they read."""
+"""A strict parser for safetensors from untrusted sources, with bounds on time and memory."""
 
 from pathlib import Path
 
@@ -25,10 +25,11 @@ DTYPES = {
 
 
 def parse_tensors(data: bytes, where: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from safetensors of an untrusted source, each with memory of its own, on the CPU.
+    """Parse safetensors from an untrusted source: tensors by name, on the CPU, that share no memory.
 
-    Raises `DataError` for a header beyond 2 MiB, names given twice, more than 8 dimensions, a dtype that `save` does
-    not write, or offsets that overlap, leave gaps or disagree with the shapes.
+    `where`: the name of the source in messages. Raises `DataError` for a header beyond 2 MiB, names given twice, more
+    than 8 dimensions, a dtype that `checkpoint.save` does not write, or offsets that overlap, leave gaps or disagree
+    with the shapes.
     """
     check_header(data, where)
     try:
@@ -38,7 +39,7 @@ def parse_tensors(data: bytes, where: str | Path) -> dict[str, torch.Tensor]:
 
 
 def check_header(data: bytes, where: str | Path) -> None:
-    """Refuse a header that `parse_tensors` does not read; the library lets some of it pass."""
+    """Raise `DataError` for a header that `parse_tensors` refuses. The library itself checks less."""
     length = int.from_bytes(data[:8], "little")
     if length > min(MAX_JSON_BYTES, len(data) - 8):
         raise DataError(f"{where}: a safetensors header of {length:,} bytes in a file of {len(data):,} is not read")

@@ -41,7 +41,7 @@ def save(
         return on_main(lambda: checkpoint.save(run, step, parts, documents, keep), strategy.group)
     needed = sum(t.nbytes for t in state.values()) * strategy.group.world_size
     with contextlib.ExitStack() as stack:
-        temporary = on_main(lambda: stack.enter_context(checkpoint.begun(run, step, needed)), strategy.group)
+        temporary = on_main(lambda: stack.enter_context(checkpoint.begin(run, step, needed)), strategy.group)
         _write_shards(temporary, {name: _to_dtensor(name, value, strategy) for name, value in state.items()})
         return on_main(lambda: checkpoint.finish(temporary, step, averages, documents, keep), strategy.group)
 

@@ -269,7 +269,9 @@ def test_data_that_reads_back_wrong_replaces_nothing(tmp_path: Path, monkeypatch
         pytest.skip("reopens a file through /proc")
     monkeypatch.setattr(os, "fsync", corrupting_fsync)
     for step in (1, 2):
-        with pytest.raises(checkpoint.StorageError, match=r"adam\.safetensors reads back other than it was written"):
+        with pytest.raises(
+            checkpoint.StorageError, match=r"adam\.safetensors reads back differently from what was written"
+        ):
             save(tmp_path, step, seed=2, keep=1)
         assert newest_intact(tmp_path) == (1, 1)
         assert temporary(tmp_path) == []
