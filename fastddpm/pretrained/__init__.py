@@ -1,4 +1,4 @@
-"""Models of runs and of other libraries, one module for each format; none of those libraries is imported."""
+"""Trained models, read from runs and from other libraries' files, one module per format. Imports no such library."""
 
 from . import diffusers
 from .model import Model

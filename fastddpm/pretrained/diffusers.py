@@ -1,13 +1,13 @@
-"""diffusers' `DDPMPipeline` directories, read and written without diffusers.
+"""Reader and writer of diffusers' `DDPMPipeline` directories, without importing diffusers.
 
     model_index.json                                 optional when reading
     unet/config.json                                 or config.json at the root
     unet/diffusion_pytorch_model.safetensors         or at the root
     scheduler/scheduler_config.json                  or scheduler_config.json at the root
-    fastddpm.json                                    ours: training, sampling and label settings that diffusers lacks
+    fastddpm.json                                    fastddpm's own: training, sampling and label settings
 
-Nothing that a file names is imported. diffusers' choice of timesteps for short chains (`timestep_spacing`) is not
-taken over: `fastddpm.Sampler` spreads its own, or takes them one by one.
+No module that a file names is imported. diffusers' timesteps for short chains (`timestep_spacing`) are not adopted:
+`fastddpm.Sampler` spreads its own, or takes a list of timesteps.
 """
 
 import json
@@ -37,7 +37,7 @@ OUR_FILE = "fastddpm.json"
 _MAX_CONFIG_BYTES = 2**20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# Ours to theirs, applied from the left to a parameter's name.
+# (pattern, replacement): our parameter names to those of diffusers, applied in this order.
 _RENAMES = [
     (r"^time([12])\.", r"time_embedding.linear_\1."),
     (r"^label\.", "class_embedding."),
@@ -59,10 +59,11 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def load(path: str | os.PathLike[str]) -> Parts:
-    """The model of a pipeline directory, float32, in evaluation mode.
+    """Read the model of a pipeline directory, as float32, in evaluation mode, on the CPU.
 
-    Weights may be float32, float16 or bfloat16, with the old attention names or the new. Raises UsageError when
-    there is no such directory, DataError when a file is missing, damaged, or describes what ours cannot represent.
+    The file's weights may be float32, float16 or bfloat16, with diffusers' old or new names of attention layers. Raises
+    `UsageError` if there is no such directory, and `DataError` if a file is missing, damaged, or describes a model that
+    fastddpm cannot represent.
     """
     root = Path(path)
     if not root.is_dir():
@@ -90,10 +91,10 @@ def load(path: str | os.PathLike[str]) -> Parts:
 
 
 def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write `model` as a `DDPMPipeline` directory, whole or not at all.
+    """Write `model` as a `DDPMPipeline` directory, atomically.
 
-    Raises UsageError when diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
-    learned), or when `path` holds something, unless that is a pipeline and `overwrite` is true; StorageError when it
+    Raises `UsageError` if diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
+    learned), or if `path` is not empty, unless it is a pipeline and `overwrite` is true. Raises `StorageError` if it
     cannot be written.
     """
     target = Path(path)
@@ -110,9 +111,11 @@ def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False)
     }
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not overwrite:
-            raise UsageError(f"{target} exists and is not empty; choose another path or overwrite=True")
+            raise UsageError(f"{target} exists and is not empty; choose another path, or set overwrite=True")
         if not (target / "model_index.json").exists():
-            raise UsageError(f"{target} is no pipeline, and only one is overwritten; choose another path")
+            raise UsageError(
+                f"{target} is not a diffusers pipeline, and nothing else is overwritten; choose another path"
+            )
     try:
         _write_whole(model, documents, target)
     except OSError as error:
@@ -137,7 +140,7 @@ def _write_whole(model: Parts, documents: dict[str, Any], target: Path) -> None:
 
 
 def _put(directory: Path, target: Path) -> None:
-    """Give `directory` the name `target`; what had it before is removed afterwards, and comes back where that fails."""
+    """Rename `directory` to `target`. An existing `target` is removed afterwards, or restored if the rename fails."""
     if not target.is_dir():
         os.rename(directory, target)
         return
@@ -154,7 +157,7 @@ def _put(directory: Path, target: Path) -> None:
 
 
 def their_name(name: str) -> str:
-    """diffusers' name of one of our parameters."""
+    """Return diffusers' name of one of our parameters."""
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -177,17 +180,19 @@ def _find(root: Path, folder: str, name: str) -> Path:
     for path in (root / folder / name, root / name):
         if path.is_file():
             return path
-    raise DataError(f"{root} lacks {folder}/{name}, and {name} beside it")
+    raise DataError(f"{root} lacks {folder}/{name} (or {name} in the directory itself)")
 
 
 def _read_json(path: Path) -> Any:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise DataError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most {_MAX_CONFIG_BYTES:,}")
+        raise DataError(
+            f"{path}: {path.stat().st_size:,} bytes; at most {_MAX_CONFIG_BYTES:,} bytes of configuration are read"
+        )
     return parse_json(path.read_bytes(), path)
 
 
 def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
-    """Our names to float32 tensors of the shapes that `unet` (on the meta device) has."""
+    """Return float32 weights by our names, with the shapes of `unet` (a network on the meta device)."""
     for folder in (root / "unet", root):
         if (folder / WEIGHTS).is_file():
             path = folder / WEIGHTS
@@ -196,14 +201,14 @@ def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
         pickled = [p for p in (*root.glob("*.bin"), *root.glob("unet/*.bin"), *root.glob("*.ckpt")) if p.is_file()]
         if pickled:
             raise DataError(
-                f"{pickled[0]} is a pickle, which can run code, and is not read; load it with diffusers where it is "
-                f"trusted and save_pretrained(..., safe_serialization=True)"
+                f"{pickled[0]} is a pickle, which can run code, and is not read; if you trust it, load it with "
+                "diffusers and save it with save_pretrained(..., safe_serialization=True)"
             )
-        raise DataError(f"{root} lacks unet/{WEIGHTS}, and {WEIGHTS} beside it")
+        raise DataError(f"{root} lacks unet/{WEIGHTS} (or {WEIGHTS} in the directory itself)")
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.state_dict().items()}
     expected_bytes = sum(4 * parameter.numel() for parameter in unet.state_dict().values())
     if path.stat().st_size > 2 * expected_bytes + 2**20:
-        raise DataError(f"{path}: {path.stat().st_size:,} bytes; the network it should fill has {expected_bytes:,}")
+        raise DataError(f"{path}: {path.stat().st_size:,} bytes; the weights of this network take {expected_bytes:,}")
     theirs = {_new_attention_name(name): tensor for name, tensor in parse_tensors(path.read_bytes(), path).items()}
     names = {name: their_name(name) for name in shapes}
     problems = [f"{theirs_name} is missing" for theirs_name in names.values() if theirs_name not in theirs]

@@ -1,4 +1,4 @@
-"""UNet2DModel's and DDPMScheduler's configurations as ours, and back; what ours cannot express is refused by name."""
+"""Configurations of diffusers' UNet2DModel and DDPMScheduler to and from ours; errors name unsupported fields."""
 
 import warnings
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 from fastddpm.config import DiffusionConfig, Preset, UNetConfig
 from fastddpm.errors import DataError, UsageError
 
-VERSION = "0.42.1"  # of diffusers, whose fields and defaults these are
+VERSION = "0.42.1"  # the version of diffusers that these fields and defaults are from
 
 
 @dataclass(frozen=True)
 class Needed:
-    """A field that must have one of `values`; `default` is what diffusers assumes when the file leaves it out."""
+    """A field that must have one of `values`. `default`: the value that diffusers assumes if the field is missing."""
 
     default: Any
     values: tuple[Any, ...]
@@ -48,7 +48,7 @@ _UNET_READ = {
     "norm_num_groups": 32,
     "attention_head_dim": 8,
     "num_class_embeds": None,
-    "num_train_timesteps": None,  # only a learned time embedding reads it
+    "num_train_timesteps": None,  # used only by a learned time embedding
 }
 _SCHEDULER_NEEDED = {
     "clip_sample_range": Needed(1.0, (1.0,)),
@@ -64,7 +64,7 @@ _SCHEDULER_READ = {
     "variance_type": "fixed_small",
     "clip_sample": True,
     "prediction_type": "epsilon",
-    # These choose timesteps of short chains, or matter to thresholding only; `fastddpm.Sampler` has its own spacing.
+    # These only affect the timesteps of short chains, which `fastddpm.Sampler` spaces itself, and thresholding.
     "timestep_spacing": "leading",
     "steps_offset": 0,
     "dynamic_thresholding_ratio": 0.995,
@@ -82,7 +82,7 @@ _VARIANCES = {
 
 
 def read_unet(data: Any, where: str) -> UNetConfig:
-    """A UNet2DModel configuration as ours. Raises DataError naming each field that ours cannot follow."""
+    """Convert a UNet2DModel configuration to ours. Raises `DataError`, naming each field that is not supported."""
     values = _fields(data, _UNET_NEEDED, _UNET_READ, where)
     widths = _positive_list(values["block_out_channels"], f"{where}: block_out_channels")
     down, up = values["down_block_types"], values["up_block_types"]
@@ -103,7 +103,7 @@ def read_unet(data: Any, where: str) -> UNetConfig:
     if head_dim is not None and attending != {head_dim}:
         raise DataError(
             f"{where}: attention_head_dim must be null, one head of the full width; got {head_dim} "
-            f"(8 is what diffusers assumes when it is left out)"
+            "(diffusers assumes 8 if the field is missing)"
         )
     channels, out_channels = values["in_channels"], values["out_channels"]
     if out_channels not in (channels, 2 * channels):
@@ -125,7 +125,7 @@ def read_unet(data: Any, where: str) -> UNetConfig:
 
 
 def read_scheduler(data: Any, where: str) -> DiffusionConfig:
-    """A DDPMScheduler configuration as ours. Raises DataError naming each field that ours cannot follow."""
+    """Convert a DDPMScheduler configuration to ours. Raises `DataError`, naming each field that is not supported."""
     values = _fields(data, _SCHEDULER_NEEDED, _SCHEDULER_READ, where)
     variance = _choice(values, "variance_type", _VARIANCES, where)
     return _build(
@@ -143,7 +143,7 @@ def read_scheduler(data: Any, where: str) -> DiffusionConfig:
 
 
 def write_unet(config: UNetConfig) -> dict[str, Any]:
-    """Our network as a UNet2DModel configuration, every field of it."""
+    """Convert our network's configuration to a complete UNet2DModel configuration."""
     attends = [config.image_size >> i in config.attention_resolutions for i in range(len(config.multipliers))]
     values = {name: needed.values[0] for name, needed in _UNET_NEEDED.items()} | {
         "sample_size": config.image_size,
@@ -163,7 +163,7 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
 
 
 def write_scheduler(config: DiffusionConfig) -> dict[str, Any]:
-    """Our process as a DDPMScheduler configuration; UsageError for what diffusers has no word for."""
+    """Convert our process to a DDPMScheduler configuration. Raises `UsageError` if diffusers cannot express it."""
     values = {name: needed.values[0] for name, needed in _SCHEDULER_NEEDED.items()} | _SCHEDULER_READ
     values |= {
         "num_train_timesteps": config.timesteps,
@@ -178,7 +178,7 @@ def write_scheduler(config: DiffusionConfig) -> dict[str, Any]:
 
 
 def check_agreement(preset: Preset, unet: UNetConfig, diffusion: DiffusionConfig, where: str) -> None:
-    """DataError unless our own file beside the others describes the same model as they do."""
+    """Raise `DataError` if fastddpm.json (`preset`) describes another model than diffusers' files (the other two)."""
     pairs = (
         (write_unet(preset.unet), write_unet(unet)),
         (write_scheduler(preset.diffusion), write_scheduler(diffusion)),
@@ -186,7 +186,7 @@ def check_agreement(preset: Preset, unet: UNetConfig, diffusion: DiffusionConfig
     for ours, theirs in pairs:
         for name, value in ours.items():
             if theirs[name] != value:
-                raise DataError(f"{where} says {name} = {value!r}, but the diffusers configuration {theirs[name]!r}")
+                raise DataError(f"{where} has {name} = {value!r}, but the diffusers configuration has {theirs[name]!r}")
 
 
 def _fields(data: Any, needed: dict[str, Needed], read: dict[str, Any], where: str) -> dict[str, Any]:
@@ -198,10 +198,10 @@ def _fields(data: Any, needed: dict[str, Needed], read: dict[str, Any], where: s
         if not any(
             value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in need.values
         ):
-            came = repr(value) if name in data else f"nothing, which diffusers takes as {value!r}"
+            came = repr(value) if name in data else f"nothing, for which diffusers assumes {value!r}"
             refused.append(f"{name} must be {' or '.join(map(repr, need.values))}; got {came}")
     if refused:
-        raise DataError(f"{where} describes a network or process that is not the paper's: {'; '.join(refused)}")
+        raise DataError(f"{where} describes a network or process that fastddpm does not support: {'; '.join(refused)}")
     unknown = [name for name in data if name not in needed and name not in read and not name.startswith("_")]
     if unknown:
         warnings.warn(f"{where}: unknown fields are ignored: {', '.join(unknown)}", stacklevel=4)

@@ -1,4 +1,4 @@
-"""A trained model, read from any of the formats and written as a pipeline of diffusers."""
+"""A trained model, read from any format and written as a diffusers pipeline."""
 
 import os
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Model(Parts):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Model":
-        """Read the model of a run, of one of its checkpoints, or of a pipeline directory of diffusers.
+        """Read the model of a run directory, of one of its checkpoints, or of a diffusers pipeline directory.
 
-        Weights are the EMA's if the source has some; the network is in evaluation mode, on `device` (default: the CPU).
-        Raises `UsageError` if there is nothing at `path`, `DataError` if a file is damaged or describes a network that
-        ours cannot represent.
+        From a run the EMA weights are read. The network is in evaluation mode, on `device` (default: the CPU). Raises
+        `UsageError` if there is nothing at `path`, and `DataError` if a file is damaged or describes a network that
+        fastddpm cannot represent.
         """
         source = Path(path)
         is_pipeline = (source / "model_index.json").exists() or (source / "unet" / "config.json").exists()
@@ -28,10 +28,10 @@ class Model(Parts):
         return cls(parts.unet.to(device), parts.diffusion, parts.preset)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a `DDPMPipeline` directory of diffusers, whole or not at all.
+        """Write the model as a `DDPMPipeline` directory of diffusers, atomically.
 
         Raises `UsageError` if diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
-        learned) or if `path` holds something, unless that is a pipeline and `overwrite` is true; `StorageError` if it
-        cannot be written.
+        learned), or if `path` is not empty, unless it is a pipeline and `overwrite` is true. Raises `StorageError` if
+        it cannot be written.
         """
         diffusers.save(self, path, overwrite=overwrite)

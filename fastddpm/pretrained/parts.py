@@ -1,4 +1,4 @@
-"""What a reader of a format returns."""
+"""The parts of a model, which the reader of each format returns."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from fastddpm.unet import UNet
 
 @dataclass(frozen=True)
 class Parts:
-    """A network with its weights, the diffusion it was trained for, and the configuration of both."""
+    """A network with its weights, the diffusion that it was trained for, and the configuration of both."""
 
     unet: UNet
     diffusion: Diffusion

@@ -1,4 +1,4 @@
-"""The model of a training run: the EMA weights of one of its checkpoints."""
+"""Reader of fastddpm's own checkpoints: the EMA weights of a training run."""
 
 import os
 from pathlib import Path
@@ -16,9 +16,9 @@ from .parts import Parts
 def load(path: str | os.PathLike[str]) -> Parts:
     """Read the EMA weights of a checkpoint, in evaluation mode, on the CPU.
 
-    `path`: a checkpoint directory, or a run directory, of which the newest checkpoint is taken. Its checksums are
-    verified first. Raises `UsageError` if there is nothing at `path`, `DataError` if a file is damaged or does not fit
-    the network that the configuration describes.
+    `path`: a checkpoint, or a run directory, whose newest checkpoint is read. Checksums are verified first. Raises
+    `UsageError` if there is nothing at `path`, and `DataError` if a file is damaged or does not fit the network of its
+    configuration.
     """
     saved = checkpoint.load(Path(path), parts={"model"})
     preset: Preset = from_dict(Preset, saved.documents["config"], f"{saved.path / 'config.json'}")

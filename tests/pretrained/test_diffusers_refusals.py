@@ -30,7 +30,7 @@ def test_only_a_pipeline_is_overwritten(tmp_path: Path) -> None:
     for foreign in (tmp_path / "file", tmp_path / "home" / "letter"):
         foreign.write_text("kept")
     for target in (tmp_path / "file", tmp_path / "home"):
-        with pytest.raises(UsageError, match="is no pipeline, and only one is overwritten"):
+        with pytest.raises(UsageError, match="is not a diffusers pipeline, and nothing else is overwritten"):
             pipelines.save(random_model(SMALL), target, overwrite=True)
     assert (tmp_path / "file").read_text() == (tmp_path / "home" / "letter").read_text() == "kept"
 
