@@ -137,9 +137,9 @@ def save_animation(frames: Sequence[Image.Image], path: Path, *, duration_ms: in
 def _shared_palette(frames: Sequence[Image.Image]) -> Image.Image:
     """Return an image whose palette of 256 colours covers the colours of the frames.
 
-    It is computed from at most 8 frames, reduced to 128 pixels, for speed. Dithering reaches only colours between those of the
-    palette, so coverage is better than Pillow's default, median cut: averaged over 4 x 4 pixels, the error of 40 frames
-    of 64 images is 2.3 levels (root mean square) instead of 10.
+    It is computed from at most 8 frames, reduced to 128 pixels, for speed. Dithering reaches only colours between those
+    of the palette, so coverage is better than Pillow's default, median cut: averaged over 4 x 4 pixels, the error of 40
+    frames of 64 images is 2.3 levels (root mean square) instead of 10.
     """
     chosen = frames[:: -math.ceil(len(frames) / 8)]
     width, height = (min(side, 128) for side in chosen[0].size)
