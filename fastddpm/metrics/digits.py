@@ -7,9 +7,6 @@ each training batch is random fields whose target is the uniform distribution ov
 import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from fastddpm.data.cache import default_directory
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.device import one_thread
 from fastddpm.storage import manifest
+from fastddpm.storage.files import whole_directory
 from fastddpm.storage.tensors import parse_tensors
 
 from .features import Pretrained
@@ -206,12 +204,5 @@ def _read(entry: Path) -> bytes:
 
 def _keep(entry: Path, data: bytes) -> None:
     """Write an entry under a temporary name and rename it. A failure is ignored, since the cache is only a shortcut."""
-    with contextlib.suppress(OSError):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
-        try:
-            manifest.seal(temporary, 0, {_WEIGHTS: manifest.write_file(temporary / _WEIGHTS, data)})
-            shutil.rmtree(entry, ignore_errors=True)  # a damaged entry
-            os.rename(temporary, entry)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError), whole_directory(entry) as temporary:  # in place of a damaged entry
+        manifest.seal(temporary, 0, {_WEIGHTS: manifest.write_file(temporary / _WEIGHTS, data)})

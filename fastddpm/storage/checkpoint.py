@@ -32,6 +32,7 @@ from fastddpm.errors import DataError, StorageError, UsageError
 
 from . import manifest
 from .documents import parse_json
+from .files import alive, sync
 from .tensors import DTYPES, check_header, parse_tensors
 
 try:
@@ -244,7 +245,7 @@ def _write_all(
 def _make_directory(directory: Path) -> None:
     if not directory.is_dir():
         directory.mkdir(parents=True)
-        manifest.sync(directory.parent)
+        sync(directory.parent)
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
@@ -259,7 +260,7 @@ def _move_into_place(temporary: Path, final: Path) -> None:
         if aside.exists():
             os.rename(aside, final)
         raise
-    manifest.sync(final.parent)
+    sync(final.parent)
 
 
 @contextlib.contextmanager
@@ -312,20 +313,8 @@ def _remove_stale(directory: Path) -> None:
     """Remove temporary directories of killed processes, and of this process id, which a container may reuse."""
     for path in list(directory.iterdir()):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+        if match and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":  # there, signal 0 would end the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 # Reading

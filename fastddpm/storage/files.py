@@ -1,9 +1,12 @@
-"""Atomic writes: a file is written completely or not at all. Imports no torch, and NumPy only to write arrays."""
+"""Atomic writes: a file or directory is written completely or not at all. Imports no torch, NumPy only for arrays."""
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +15,23 @@ from fastddpm.errors import StorageError
 if TYPE_CHECKING:
     import numpy as np
 
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>[0-9]{1,9})\.tmp")
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+
+def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
     """Write a file atomically: `write` creates a temporary file beside `path`, which is then renamed to `path`.
 
-    Readers find either the old file or the new one. Raises `StorageError` if it cannot be written.
+    Readers find either the old file or the new one. With `durable` file and name are synced to disk. Raises
+    `StorageError` if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         write(temporary)
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -39,12 +49,84 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=1) + "\n")
 
 
-def save_arrays(arrays: "Mapping[str, np.ndarray]", path: Path) -> None:
-    """Write a compressed .npz, with `write_whole`."""
+def save_arrays(
+    arrays: "Mapping[str, np.ndarray]", path: Path, *, compress: bool = True, durable: bool = False
+) -> None:
+    """Write an .npz, with `write_whole`."""
     import numpy as np
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            (np.savez_compressed if compress else np.savez)(file, **arrays)  # type: ignore[arg-type]
 
-    write_whole(path, write)
+    write_whole(path, write, durable=durable)
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `target`, which takes its name when the block ends without an error.
+
+    A directory that has the name makes way, and comes back if the rename fails. Raises `OSError`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, aside = temporary_beside(target), temporary_beside(target.with_name(f"{target.name}.old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target, aside)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if aside.exists():
+                os.rename(aside, target)
+            raise
+    finally:
+        for path in (temporary, aside):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return the hidden name beside `path` under which this process writes it; it names host and process."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed processes of this host left half written in `directory`; a failure is ignored."""
+    with contextlib.suppress(OSError):
+        for path in list(directory.iterdir()):
+            match = _TEMPORARY.fullmatch(path.name)
+            if match is None or match["host"] != _host() or alive(int(match["pid"])):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this host has the number `pid`, as far as the system tells."""
+    if os.name == "nt":  # where signal 0 would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Sync a file's content, or a directory's names, to disk. Raises `OSError`."""
+    if os.name == "nt" and path.is_dir():  # cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", socket.gethostname()) or "localhost"

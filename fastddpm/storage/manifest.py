@@ -19,6 +19,7 @@ from typing import Any
 from fastddpm.errors import DataError
 
 from .documents import MAX_JSON_BYTES, parse_json
+from .files import sync
 
 NAMES = ("manifest.json", "manifest.sha256")
 _VERSION = 1
@@ -62,17 +63,6 @@ def seal(directory: Path, step: int, files: dict[str, Entry]) -> None:
     for name, entry in files.items():
         if _digest(directory / name) != entry.sha256:
             raise OSError(errno.EIO, f"{name} reads back differently from what was written")
-
-
-def sync(directory: Path) -> None:
-    """Sync a directory, which makes creations and renames in it durable."""
-    if os.name == "nt":  # Windows cannot open a directory
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(directory: Path) -> tuple[int, dict[str, Entry]]:

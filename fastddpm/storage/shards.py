@@ -21,7 +21,7 @@ import numpy as np
 
 from fastddpm.errors import DataError, StorageError, UsageError
 
-from . import manifest
+from .files import save_arrays, temporary_beside
 
 SETTINGS = "sampling.json"
 _VERSION = 1
@@ -69,11 +69,13 @@ class Shards:
         path = self.directory / SETTINGS
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{SETTINGS}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-            with contextlib.suppress(FileExistsError):  # by another process or an earlier run; compared below
-                os.link(temporary, path)
-            temporary.unlink()
+            temporary = temporary_beside(path)
+            try:
+                temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+                with contextlib.suppress(FileExistsError):  # by another process or an earlier run; compared below
+                    os.link(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             raise DataError(f"{path} is damaged; {self._otherwise}") from None
@@ -81,9 +83,8 @@ class Shards:
             raise StorageError(f"{path} cannot be written ({error.strerror}); {self._otherwise}") from error
         differing = [name for name in dict.fromkeys([*described, *found]) if described.get(name) != found.get(name)]
         if differing:
-            named = [
-                name for name in differing if not _DIGEST.fullmatch(str(found.get(name)))
-            ]  # checksums say little to a reader
+            # Checksums say little to a reader.
+            named = [name for name in differing if not _DIGEST.fullmatch(str(found.get(name)))]
             name = (named or differing)[0]
             raise UsageError(
                 f"{self.directory} holds {self._holds} with {name} {found.get(name)}, not {described.get(name)}; "
@@ -174,21 +175,11 @@ class Shards:
         named = {**arrays, "seeds": np.asarray(seeds, dtype=np.int64)}
         if labels is not None:
             named["labels"] = np.asarray(labels, dtype=np.int64)
-        path = self.path(index)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **named)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            manifest.sync(self.directory)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            save_arrays(named, self.path(index), compress=False, durable=True)
+        except StorageError as error:
             raise StorageError(
-                f"{path} cannot be written ({error.strerror}); the shards before it are complete: free some space and "
-                "run the same command again"
+                f"{error}; the shards before it are complete: free some space and run the same command again"
             ) from error
 
     def read(self, index: int) -> np.ndarray:

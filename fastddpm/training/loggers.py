@@ -90,7 +90,7 @@ def _identity(run: Path) -> str:
     """Return the run id at Weights & Biases, kept in `run`/wandb-id, so that a resumed run finds it again."""
     path = run / "wandb-id"
     if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        write_text(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()
 
 

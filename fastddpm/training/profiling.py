@@ -1,6 +1,5 @@
 """Traces of training steps by torch.profiler, for chrome://tracing or Perfetto."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fastddpm.runtime.progress import log
+from fastddpm.storage.files import write_text, write_whole
 
 WARM_UP = 5  # steps before the trace; the first ones allocate, choose algorithms and compile
 _ROWS = 15  # operations in the table
@@ -67,17 +67,22 @@ class Profile:
 
     def _write(self, profiler: profile) -> None:
         table = profiler.key_averages().table(sort_by=self._sort, row_limit=_ROWS, max_name_column_width=50)
-        temporary = self.directory / f".{os.getpid()}.tmp.json.gz"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            try:
-                profiler.export_chrome_trace(str(temporary))
-                os.replace(temporary, self.directory / "trace.json.gz")
-            finally:
-                temporary.unlink(missing_ok=True)
-            (self.directory / "operations.txt").write_text(table, encoding="utf-8")
-        except OSError as error:
+            write_whole(self.directory / "trace.json.gz", lambda path: _export(profiler, path))
+            write_text(self.directory / "operations.txt", table)
+        except OSError as error:  # StorageError is one
             self._report(f"no profile in {self.directory}: {error.strerror or error}")
             return
         steps = min(self.steps, self._done - self._warm_up)
         self._report(f"{table}\nprofile of {steps} steps: {self.directory / 'trace.json.gz'}")
+
+
+def _export(profiler: profile, path: Path) -> None:
+    """Write the trace to `path`; torch compresses it only under a name that ends in .gz."""
+    compressed = path.with_name(f"{path.name}.json.gz")
+    try:
+        profiler.export_chrome_trace(str(compressed))
+        compressed.replace(path)
+    finally:
+        compressed.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from fastddpm.ops.noise import NoiseKey
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import to_dict
+from fastddpm.storage.files import write_json
 from fastddpm.unet import UNet, network_with
 
 from . import parallel, state
@@ -197,7 +197,7 @@ class Trainer:
         steps = range(self.step - bad_in_a_row, self.step)
         path = run / "diverged.json"
         if self.group.is_main:
-            path.write_text(json.dumps({"examples_of_step": {s: self._examples(s) for s in steps}}, indent=1))
+            write_json(path, {"examples_of_step": {s: self._examples(s) for s in steps}})
         damaged = first_not_finite(self.optimizer.state_dict())
         advice = (
             "Weights, EMA and checkpoints hold the last finite step: lower --lr with --override or look at those images"

@@ -269,7 +269,7 @@ def test_a_full_disk_is_one_message(network: Pretrained, tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"shard-00000.npz cannot be written .No space left.*run the same command"):
+    with pytest.raises(StorageError, match=r"cannot write .*shard-00000.npz: No space left.*run the same command"):
         measure_quality(subject_in(tmp_path / "out"), network, ["is"], OPTIONS)
     assert not list((tmp_path / "out").rglob("*.tmp")) and not files(tmp_path / "out")
 
