@@ -8,19 +8,19 @@ The images themselves are not written to disk.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastddpm.data.cache import default_directory
 from fastddpm.errors import StorageError
 from fastddpm.metrics.features import Activations, FeatureNetwork
 from fastddpm.metrics.frechet import Moments
 from fastddpm.runtime.progress import Meter, log
+from fastddpm.sampling.trajectories import parts
 from fastddpm.storage.files import save_arrays
 from fastddpm.storage.shards import Shards
 
@@ -29,8 +29,8 @@ from .context import EvaluationContext
 SIZE = 512  # images in a shard
 _MOMENTS = "moments.npz"
 
-Draw = Callable[[Sequence[int], Sequence[int] | None], Tensor]
-"""Returns the images, uint8 (N, C, H, W), of seeds and labels (None without classes)."""
+ImagesOf = Callable[[Sequence[int], Sequence[int] | None], Iterable[np.ndarray]]
+"""Returns the images, uint8 (n, C, H, W), of seeds and labels (None without classes), batch by batch."""
 
 # Shards of features
 
@@ -82,27 +82,27 @@ class FeatureShards(Shards):
 
 
 def fill(
-    shards: FeatureShards, indices: Sequence[int], draw: Draw, network: FeatureNetwork, batch: int, title: str
+    shards: FeatureShards,
+    indices: Sequence[int],
+    images_of: ImagesOf,
+    network: FeatureNetwork,
+    device: torch.device,
+    title: str,
 ) -> None:
-    """Draw the images of the shards `indices`, `batch` at a time, and write their features shard by shard.
+    """Write the features of the shards `indices`, one shard after another; no more than a batch of images is in memory.
 
     `title`: of the progress meter.
     """
     total = sum(len(shards.part(index)[0]) for index in indices)
-    done = 0
     with Meter(title, total, "images") as meter:
         for index in indices:
-            seeds, labels = shards.part(index)
-            parts = []
-            for start in range(0, len(seeds), batch):
-                chosen = slice(start, start + batch)
-                parts.append(network(draw(seeds[chosen], None if labels is None else labels[chosen])))
-                done += len(parts[-1].features)
-                meter.update(done, lambda rate: f"{rate:.2f} images/s")
-            logits = [part.logits for part in parts if part.logits is not None]
-            shards.put(
-                index, Activations(torch.cat([p.features for p in parts]), torch.cat(logits) if logits else None)
-            )
+            found = []
+            for images in images_of(*shards.part(index)):
+                found.append(network(torch.from_numpy(images).to(device)))
+                meter.update(meter.done + len(images), lambda rate: f"{rate:.2f} images/s")
+            logits = [part.logits for part in found if part.logits is not None]
+            features = torch.cat([part.features for part in found])
+            shards.put(index, Activations(features, torch.cat(logits) if logits else None))
 
 
 # Features of the data set that samples are compared with
@@ -136,16 +136,17 @@ def fill_reference(context: EvaluationContext, network: FeatureNetwork, shards: 
     """Compute this process's missing shards of the data set's features."""
     group = context.group
 
-    def images(indices: Sequence[int], _: Sequence[int] | None) -> Tensor:
-        chosen = np.array(context.dataset.images[indices[0] : indices[-1] + 1])  # a copy: a memory map is read-only
-        return torch.from_numpy(chosen).to(context.device)
+    def images_of(indices: Sequence[int], _: Sequence[int] | None) -> Iterator[np.ndarray]:
+        for part in parts(len(indices), context.batch):
+            # A copy, because a memory map is read-only.
+            yield np.array(context.dataset.images[indices[part][0] : indices[part][-1] + 1])
 
     with shards.locked(group.rank, lambda: log(f"another process is filling {shards.directory}; waiting for it")):
         missing, damaged = shards.missing(group.rank, group.world_size)
         for line in damaged:
             log(line)
         if missing:
-            fill(shards, missing, images, network, context.batch, f"features of {context.dataset.name}")
+            fill(shards, missing, images_of, network, context.device, f"features of {context.dataset.name}")
 
 
 def reference_moments(shards: FeatureShards) -> Moments:

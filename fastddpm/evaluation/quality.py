@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from fastddpm.runtime.distributed import all_gather_object
 from fastddpm.runtime.progress import Meter, log
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.trajectories import evaluations as evaluations_of
+from fastddpm.sampling.trajectories import trajectories
 
 from .context import EvaluationContext
 from .features import SIZE, FeatureShards, fill, fill_reference, reference_moments, reference_shards
@@ -171,8 +173,9 @@ def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: F
     """Draw the samples of this process's missing shards and write their features."""
     group = context.group
 
-    def images(seeds: Sequence[int], labels: Sequence[int] | None) -> Tensor:
-        return torch.from_numpy(to_uint8(context.sampler.sample(seeds, labels))).to(context.device)
+    def images_of(seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[np.ndarray]:
+        for _, state in trajectories(context.sampler, seeds, labels, batch=context.batch):
+            yield to_uint8(state.x)
 
     with shards.locked(group.rank):
         shards.forget_temporaries(group.rank, group.world_size)
@@ -180,7 +183,7 @@ def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: F
         for line in damaged:
             log(line)
         if missing:
-            fill(shards, missing, images, network, context.batch, "sampling")
+            fill(shards, missing, images_of, network, context.device, "sampling")
 
 
 def _scores(
