@@ -1,4 +1,4 @@
-"""What a run is, as frozen dataclasses. Imports no torch, so `--help` is quick."""
+"""Configuration of a run as frozen dataclasses, whose field docstrings are the help texts. Imports no torch."""
 
 import math
 import typing
@@ -16,17 +16,17 @@ Loss = Literal["simple", "vlb", "hybrid", "min_snr"]
 Method = Literal["ancestral", "ddim"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MOST_IN_GRID = 10_000
-MAX_GUIDANCE = 1e6  # far above any that is of use, far below what overflows float32
+MAX_GUIDANCE = 1e6  # far above any useful scale, far below an overflow of float32
 
 
 def check_seed(seed: int) -> None:
-    """`UsageError` for a key that has more than 64 bits."""
+    """Raise `UsageError` for a seed of more than 64 bits."""
     if not -(2**63) <= seed < 2**63:
         raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
 
 
 def check_chain(method: str, eta: float, guidance: float) -> None:
-    """`UsageError` for noise of DDIM in another method, and for a scale of guidance that is out of range."""
+    """Raise `UsageError` for a positive `eta` without DDIM, and for a guidance scale out of range."""
     if eta and method != "ddim":
         raise UsageError(f"eta is of method ddim, ancestral sampling has none; got {eta}")
     if not 0 <= guidance <= MAX_GUIDANCE:
@@ -55,30 +55,30 @@ def _require_choice(config: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The network. Defaults are the paper's CIFAR-10 model."""
+    """The U-Net. Defaults are the paper's CIFAR-10 model."""
 
     image_size: int = 32
-    """Height and width of the images, pixels; divisible by 2^(levels - 1)."""
+    """Height and width of the images in pixels; must be divisible by 2^(levels - 1)."""
     image_channels: int = 3
-    """1 for grey, 3 for colour."""
+    """Channels of the images: 1 for grey, 3 for colour."""
     width: int = 128
-    """Channels of the first level."""
+    """Channels of the first level; even, at least 4."""
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """Channels of each level, in widths; every level but the last ends in a downsampling by 2."""
+    """Channels of each level, as multiples of width. Every level but the last ends with a downsampling by 2."""
     blocks: int = 2
-    """Residual blocks of a level on the way down; one more on the way up."""
+    """Residual blocks per level of the downsampling path; the upsampling path has one more."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Image sizes at which every residual block is followed by attention; the middle always has it."""
+    """Feature map sizes, in pixels, at which attention follows every residual block. The middle always has it."""
     dropout: float = 0.1
-    """Dropout probability between the second SiLU and the second convolution of a residual block."""
+    """Dropout probability, between the second SiLU and the second convolution of each residual block."""
     groups: int = 32
-    """Groups of each GroupNorm; divides the width and every level's channels."""
+    """Groups of each GroupNorm; must divide the width and every level's channels."""
     num_classes: int = 0
-    """Class-conditioning: number of labels, 0 for none."""
+    """Number of classes of a class-conditional model. 0: no labels."""
     label_dropout: float = 0.0
-    """Fraction of training labels replaced by "no label", which classifier-free guidance needs."""
+    """Fraction of training labels that are replaced by "no label". Classifier-free guidance needs more than 0."""
     learned_variance: Annotated[bool, Suppress] = False
-    """A second half of output channels for the variance; follows the diffusion's variance."""
+    """Whether the output has C more channels, for the variance. Set from the diffusion's variance."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "image_size", "image_channels", "width", "blocks", "groups")
@@ -123,23 +123,24 @@ class DiffusionConfig:
     timesteps: int = 1000
     """T, the number of diffusion steps."""
     schedule: Schedule = "linear"
-    """How beta_t grows with t."""
+    """Schedule of beta_t over t = 0..T-1."""
     beta_start: float = 1e-4
-    """beta of the first step (linear and quad)."""
+    """beta of the first timestep (schedules linear and quad)."""
     beta_end: float = 0.02
-    """beta of the last step (linear, quad and const)."""
+    """beta of the last timestep (schedules linear, quad and const)."""
     prediction: Prediction = "eps"
-    """The network's output: the noise, x_0, the posterior mean of x_{t-1}, or v."""
+    """What the network predicts: the noise (eps), x_0, the posterior mean of x_{t-1} (xprev), or v."""
     variance: Variance = "fixedlarge"
-    """Variance of p(x_{t-1} | x_t): beta_t, the posterior's, or learned (directly or between the two)."""
+    """Variance of p(x_{t-1} | x_t): beta_t (fixedlarge), the posterior's (fixedsmall), learned, or learned between the
+    two (learned_range)."""
     loss: Loss = "simple"
-    """L_simple, the variational bound, hybrid (simple + hybrid_weight * T * bound) or min-SNR weighting."""
+    """Training loss: L_simple, the variational bound, hybrid (simple + hybrid_weight T bound), or min-SNR weighting."""
     hybrid_weight: float = 1e-3
-    """Weight of the bound, summed over T steps, in the hybrid loss."""
+    """Weight of the bound, summed over T timesteps, in the hybrid loss."""
     min_snr_gamma: float = 5.0
-    """Largest signal-to-noise ratio that min-SNR weighting counts."""
+    """Upper limit of the signal-to-noise ratio in min-SNR weighting."""
     clip_x0: bool = True
-    """Clip the x_0 prediction to [-1, 1] when sampling."""
+    """Clip the prediction of x_0 to [-1, 1] when sampling."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.timesteps <= 100_000:
@@ -150,69 +151,73 @@ class DiffusionConfig:
             _require_choice(self, name)
         _require_positive(self, "hybrid_weight", "min_snr_gamma")
         if self.loss == "hybrid" and not self.variance.startswith("learned"):
-            raise UsageError(f"loss hybrid trains a learned variance; variance is {self.variance}")
+            raise UsageError(
+                f"loss hybrid trains a learned variance; variance is {self.variance}, use learned or learned_range"
+            )
         if self.variance.startswith("learned") and self.loss in ("simple", "min_snr"):
             raise UsageError(f"variance {self.variance} gets no gradient from loss {self.loss}; use hybrid or vlb")
         if self.loss == "min_snr" and self.prediction == "xprev":
-            raise UsageError("min_snr weighting is defined for predictions eps, x0 and v, not xprev")
+            raise UsageError(
+                "min_snr weighting is defined for predictions eps, x0 and v, not xprev; choose another prediction"
+            )
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network has 2C output channels."""
+        """Whether the variance is learned, which gives the network 2C output channels."""
         return self.variance.startswith("learned")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation. Defaults are the paper's for CIFAR-10."""
+    """Training. Defaults are the paper's for CIFAR-10."""
 
     steps: int = 800_000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, including those before a resume."""
     batch: int = 128
-    """Images per optimizer step."""
+    """Images per optimizer step, over all processes."""
     accumulate: int = 1
-    """Micro-batches that a batch is split into, to fit memory; the result is that of the whole batch."""
+    """Micro-batches that each batch is split into, to save memory. The gradient is that of the whole batch."""
     lr: float = 2e-4
-    """Adam's learning rate after warm-up."""
+    """Learning rate of Adam after warm-up."""
     warmup: int = 5000
-    """Steps of linear warm-up."""
+    """Steps of linear learning rate warm-up."""
     decay: Literal["none", "cosine"] = "none"
-    """Learning rate after warm-up: constant, or a cosine to zero at the last step."""
+    """Learning rate after warm-up: constant (none), or a cosine to zero at the last step."""
     clip_gradient: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     ema: float | tuple[float, ...] = 0.9999
-    """Decay of the exponential moving average of the weights. Given several decays, an average of each is kept; samples
-    are drawn from the first."""
+    """Decay of the exponential moving average (EMA) of the weights. With several decays, an average is kept for each;
+    samples are drawn from the first."""
     ema_ramp: bool = False
-    """Average over few steps at first: at step n = 0, 1, .. the decay is at most (1 + n) / (10 + n). For runs that are
-    short beside 1 / (1 - ema); the paper has none."""
+    """Limit the decay at step n = 0, 1, .. to (1 + n) / (10 + n), for runs that are short compared with 1 / (1 - ema).
+    The paper does not do this."""
     flip: bool = True
-    """Mirror half of the images, at random."""
+    """Flip images horizontally, with probability 1/2."""
     mode: Literal["standard", "paper"] = "standard"
-    """paper: details of the released code where today's habits differ (docs/paper.md)."""
+    """paper: follow the released code where it differs from common practice today (docs/paper.md)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the network under autocast; weights, diffusion and loss stay float32."""
+    """bf16: run the network under autocast. Weights, diffusion and loss stay float32."""
     compile: bool = False
     """Compile network, noise and loss with torch.compile."""
     checkpoint_blocks: bool = False
-    """Keep no activations inside residual blocks but compute them again for the backward pass: a batch takes less
-    memory and more time."""
+    """Activation checkpointing: recompute residual blocks in the backward pass, which takes less memory and more
+    time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes: ddp has the whole state in each; fsdp (FSDP2) divides it among them."""
+    """Strategy of several processes: ddp replicates the state in each, fsdp (FSDP2) shards it among them."""
     seed: int = 0
-    """Names the run's randomness: weights, data order, t, noise, dropout. A 64-bit key, -2^63..2^63-1."""
+    """Seed of initial weights, data order, t, noise and dropout: 64 bits, -2^63..2^63-1."""
     log_every: int = 50
-    """Steps between lines in the log."""
+    """Steps between lines of the log."""
     save_every: int = 5000
     """Steps between checkpoints."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of checkpoints to keep; older ones are removed."""
     preview_every: int = 5000
-    """Steps between previews: a grid of fixed seeds drawn from the averaged weights. 0 for none."""
+    """Steps between previews, grids of samples with fixed seeds drawn from the EMA weights. 0: no previews."""
     preview_steps: int = 20
-    """Steps of a preview's chain, by DDIM."""
+    """DDIM steps of the reverse chain of a preview."""
     patience: int = 3
-    """Steps in a row with a NaN or infinite loss after which the run stops."""
+    """Steps in a row with a loss or gradient that is not finite after which the run stops."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience")
@@ -249,24 +254,24 @@ class TrainConfig:
 
     @property
     def decays(self) -> tuple[float, ...]:
-        """Those of `ema`, one or several."""
+        """The decays in `ema` as a tuple, also if it is a single number."""
         return self.ema if isinstance(self.ema, tuple) else (self.ema,)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How a run draws its samples, and what `python -m fastddpm.sample` does unless told otherwise."""
+    """Sampling at the end of a run, and the defaults of `python -m fastddpm.sample`."""
 
     method: Method = "ancestral"
-    """Ancestral sampling (Algorithm 2 of the paper) or DDIM."""
+    """Sampling method: ancestral (Algorithm 2 of the paper) or ddim."""
     steps: int | None = None
-    """Steps of the chain: all T unless given; fewer are spread evenly, both ends included."""
+    """Steps of the reverse chain. Default: T. Fewer are spread evenly over the timesteps, both ends included."""
     eta: float = 0.0
-    """DDIM's noise: 0 deterministic, 1 that of ancestral sampling."""
+    """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling)."""
     guidance: float = 1.0
-    """Classifier-free guidance: 1 none, more for samples closer to their class."""
+    """Scale of classifier-free guidance. 1: none. More: samples closer to their class."""
     count: int = 64
-    """Images in the sample grid, 0 for none."""
+    """Images in the grid of final samples. 0: no samples."""
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -280,29 +285,29 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the sampler evaluates the network. The images stay, up to rounding, whatever is switched but fp8."""
+    """Evaluation of the network when sampling. Except fp8, options change the images only by rounding."""
 
     precision: Precision = "auto"
-    """Of the network: auto is bf16 on a GPU and fp32 on a CPU. The chain itself is float32."""
+    """Precision of the network. auto: bf16 on a GPU, fp32 on a CPU. The reverse chain itself is float32."""
     native: bool = True
-    """On a CPU in fp32: the compiled library's network; then the switches below do not matter."""
+    """On a CPU in fp32: evaluate the network in the compiled library. Then the options below have no effect."""
     channels_last: bool = True
-    """Weights and images with the channels of a pixel side by side."""
+    """Store weights and activations in torch.channels_last."""
     time_table: bool = True
-    """All time embeddings and their projections computed once, before the chain."""
+    """Compute all time embeddings and their projections once, before the reverse chain."""
     fused_qkv: bool = True
-    """One projection for queries, keys and values."""
+    """Compute queries, keys and values by one projection."""
     phase_convolutions: bool = True
-    """Doubling and the convolution behind it as 2x2 convolutions with summed weights."""
+    """Compute upsampling and the convolution after it as 2x2 convolutions with summed weights."""
     accumulate: bool = True
-    """Shortcuts added by the matrix product that computes them."""
+    """Add shortcuts inside the matrix products that compute them."""
     graph: bool = True
-    """On a CUDA device: a step captured once and replayed."""
+    """On a CUDA device: capture a step of the chain as a CUDA graph and replay it."""
     compile: bool = False
-    """The network through torch.compile (minutes, once)."""
+    """Compile the network with torch.compile, which takes minutes once."""
     fp8: bool = False
-    """Convolutions of residual blocks in 8-bit floating point, on a GPU that has it. This changes the images: how far
-    the network's output is from what it was is said when it is prepared."""
+    """Compute the convolutions of residual blocks in 8-bit floating point, on a GPU of sm_89 or later. This changes the
+    images; a warning says how far the network's output is from that without."""
 
     def __post_init__(self) -> None:
         _require_choice(self, "precision")
@@ -310,7 +315,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A complete, consistent configuration."""
+    """A complete configuration whose parts fit together."""
 
     name: str
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -332,19 +337,17 @@ class Preset:
             raise UsageError("guidance needs a network trained with label_dropout > 0")
 
 
-# How images are coded, as a frozen dataclass. Imports no torch, so `--help` is quick.
-
-
 @dataclass(frozen=True)
 class CodecOptions:
-    """Of the encoder; who decodes reads them in the file."""
+    """Options of the encoder. The decoder reads them from the file."""
 
     steps: int | None = 100
-    """Timesteps of the chain, picked for the images at hand; all of them where there are no more. None: all."""
+    """Timesteps of the chain, chosen for these images; at most all of them. None: all."""
     lossy: int | None = None
-    """Timestep that the chain stops at, 0..T-2: pixels as coarse as the noise there. None: every pixel exactly."""
+    """Timestep, 0..T-2, at which the chain stops, for lossy coding: pixels are as coarse as the noise there. None:
+    lossless."""
     batch: int = 64
-    """Most images coded side by side; the first ones are coded alone."""
+    """Largest number of images coded side by side, 1..4096. Coding begins with one image and doubles up to this."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 2:
@@ -355,7 +358,7 @@ class CodecOptions:
             raise UsageError(f"batch must be in 1..4096; got {self.batch}")
 
     def last(self, timesteps: int) -> int:
-        """The timestep that the chain stops at; `UsageError` for one that T, `timesteps`, does not have."""
+        """Return the timestep at which the chain stops. Raises `UsageError` if it is not in 0..`timesteps` - 2."""
         if self.lossy is not None and self.lossy > timesteps - 2:
             raise UsageError(f"lossy must be a timestep in 0..{timesteps - 2}; got {self.lossy}")
         return self.lossy or 0

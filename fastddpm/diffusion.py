@@ -1,8 +1,8 @@
-"""The diffusion process: its schedule, q, p, the training losses and the bound. Equation numbers are the paper's.
+"""The diffusion process: schedules, q, p, training losses and the variational bound. Equation numbers are the paper's.
 
-Timesteps are those of the released code, t = 0..T-1: t = 0 has been diffused once (the paper's t is one
-more). Constants are computed in float64 and rounded once; x_t, predictions and losses are float32 whatever
-the network computes in, because a bfloat16 alpha_bar adds no noise at all for t = 0..9.
+Timesteps are those of the released code, t = 0..T-1: x_t at t = 0 has been diffused once (the paper's t is
+one more). Constants are computed in float64 and rounded once. x_t, predictions and losses are float32 in
+any precision of the network, because with a bfloat16 alpha_bar t = 0..9 would add no noise at all.
 """
 
 import math
@@ -31,10 +31,10 @@ _LOG_2 = math.log(2.0)
 
 
 def betas(config: DiffusionConfig) -> np.ndarray:
-    """beta_t for t = 0..T-1 (the paper's t = 1..T): float64 (T,), each in (0, 1].
+    """Return beta_t for t = 0..T-1 (the paper's t = 1..T): float64 (T,), each in (0, 1].
 
-    linear: equally spaced from beta_start to beta_end. quad: their square roots are. const: beta_end.
-    jsd: 1/T, 1/(T-1), .., 1. These are the released code's, which does not rescale them with T.
+    linear: equally spaced from beta_start to beta_end. quad: with equally spaced square roots. const: beta_end.
+    jsd: 1/T, 1/(T-1), .., 1. These four are the released code's, which does not rescale them with T.
     cosine: alpha_bar(t) = cos^2((t/T + s)/(1 + s) pi/2), beta at most 0.999 (Nichol and Dhariwal 2021).
     """
     num = config.timesteps
@@ -63,9 +63,9 @@ class Gaussian:
 
 
 class Posterior(NamedTuple):
-    """q(x_s | x_t, x_0) between pairs of timesteps s < t: equations 6 and 7 with beta = 1 - alpha_bar_t / alpha_bar_s.
+    """q(x_s | x_t, x_0) for pairs of timesteps s < t: equations 6 and 7 with beta = 1 - alpha_bar_t / alpha_bar_s.
 
-    float64 arrays of one shape. The mean is `from_x0` x_0 + `from_xt` x_t.
+    All arrays are float64 and have the same shape. The mean is `from_x0` x_0 + `from_xt` x_t.
     """
 
     alpha_bar: np.ndarray
@@ -77,7 +77,7 @@ class Posterior(NamedTuple):
 
     @staticmethod
     def between(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray, beta: np.ndarray | None = None) -> "Posterior":
-        """From alpha_bar at t and at s; `beta`, where it is known, is not computed again from their ratio."""
+        """Return the posterior from alpha_bar at t and at s. `beta`: default 1 - alpha_bar / alpha_bar_prev."""
         beta = 1 - alpha_bar / alpha_bar_prev if beta is None else beta
         return Posterior(
             alpha_bar,
@@ -91,7 +91,7 @@ class Posterior(NamedTuple):
 
 @dataclass(frozen=True)
 class ExampleDraws:
-    """What each training example draws: `t` int64 (N,) in 0..T-1, `flip` bool (N,), `drop_label` bool (N,)."""
+    """Random draws of training examples: `t` int64 (N,) in 0..T-1, `flip` bool (N,), `drop_label` bool (N,)."""
 
     t: Tensor
     flip: Tensor
@@ -99,7 +99,7 @@ class ExampleDraws:
 
 
 def draw_examples(key: NoiseKey, timesteps: int, label_dropout: float = 0.0) -> ExampleDraws:
-    """Independent draws: t uniform, flip with probability 1/2, drop_label with probability `label_dropout`."""
+    """Draw t uniformly, flip with probability 1/2, and drop_label with probability `label_dropout`, from `key`."""
     for_t, for_flip, for_label, _ = per_image_words(1, key.images, key.seed, key.step, STREAM_EXAMPLE)
     return ExampleDraws(
         t=((for_t * timesteps) >> 32)[:, 0],
@@ -109,13 +109,13 @@ def draw_examples(key: NoiseKey, timesteps: int, label_dropout: float = 0.0) -> 
 
 
 class Diffusion:
-    """The forward process, the reverse process's parameterization, and the losses of one configuration.
+    """The forward process, the parameterization of the reverse process, and the losses of one configuration.
 
-    The float64 tables (T,), index t: `betas`, `alpha_bar` (the product of 1 - beta, eq. 4),
-    `alpha_bar_prev`, `posterior_variance` (eq. 7), `posterior_log_variance` (its t = 0 entry, log 0, is
-    replaced by that of t = 1), `posterior_x0` and `posterior_xt` (the mean's coefficients, eq. 7),
-    `model_log_variance` (the fixed one of p; for learned_range the upper end, log beta). Raises `UsageError` where a
-    timestep leaves too little signal in x_t for the prediction to give x_0 in float32.
+    `config` defaults to `DiffusionConfig()`, the paper's. Tables, float64 (T,), indexed by t: `betas`, `alpha_bar` (the
+    product of 1 - beta, eq. 4), `alpha_bar_prev`, `posterior_variance` (eq. 7), `posterior_log_variance` (its entry at
+    t = 0, log 0, is replaced by that at t = 1), `posterior_x0` and `posterior_xt` (coefficients of the mean, eq. 7),
+    `model_log_variance` (of p with a fixed variance; for learned_range the upper end, log beta). Raises `UsageError` if
+    a timestep leaves too little signal in x_t to compute x_0 from the prediction in float32.
     """
 
     def __init__(self, config: DiffusionConfig | None = None) -> None:
@@ -131,35 +131,35 @@ class Diffusion:
         if self.config.variance == "fixedsmall":
             self.model_log_variance = self.posterior_log_variance
         elif self.config.variance == "learned_range":
-            self.model_log_variance = np.log(self.betas)  # equation 15 of Nichol and Dhariwal 2021, at t = 0, too
+            self.model_log_variance = np.log(self.betas)  # equation 15 of Nichol and Dhariwal 2021, also at t = 0
         else:
-            # t = 0 takes the posterior's first value: beta_0 would cost bits in the decoder's likelihood.
+            # At t = 0 the posterior's value at t = 1, because beta_0 would cost bits in the decoder's likelihood.
             self.model_log_variance = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
         self._check_signal()
 
     def _check_signal(self) -> None:
-        """`UsageError` where x_0 is an infinity times the network's output: a chain would be NaN from there on."""
+        """Raise `UsageError` if a coefficient of x_0 overflows float32 at some t, where a chain would become NaN."""
         with np.errstate(all="ignore"):
             largest = np.abs(self.x0_coefficients()).max(0)
         lost = np.flatnonzero(~(largest <= np.finfo(np.float32).max))
         if len(lost):
             raise UsageError(
                 f"schedule {self.config.schedule} with {self.timesteps} timesteps leaves no signal in x_t at t = "
-                f"{lost[0]}, where prediction {self.config.prediction} gives no x_0; predict v or x0, or choose "
-                "another schedule, fewer timesteps or smaller betas"
+                f"{lost[0]}, from which prediction {self.config.prediction} cannot give x_0; predict v or x0, or "
+                "choose another schedule, fewer timesteps or smaller betas"
             )
 
     @cached_property
     def snr(self) -> np.ndarray:
-        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64 (T,)."""
+        """The signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64 (T,)."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
     def respaced(self, timesteps: np.ndarray) -> Posterior:
-        """The process that visits `timesteps` alone, int (S,) descending: float64 (S,) each.
+        """Return the posterior of the process that visits only `timesteps`, int (S,) descending: float64 (S,) each.
 
         Between t and the next timestep s it is the original process with beta = 1 - alpha_bar_t / alpha_bar_s;
-        alpha_bar is 1 behind the last.
+        after the last timestep alpha_bar_s is 1.
         """
         return Posterior.between(self.alpha_bar[timesteps], np.append(self.alpha_bar[timesteps[1:]], 1.0))
 
@@ -174,9 +174,10 @@ class Diffusion:
         flip: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x_t and eps (eq. 4), float32: `fastddpm.ops.q_sample` with this process's table.
+        """Return x_t and eps (eq. 4), float32 (N, C, H, W), by `fastddpm.ops.q_sample` with this process's table.
 
-        `x0`: uint8 or floats in [-1, 1], (N, C, H, W). `t`: int64 (N,). eps comes from `key`, or is `noise`.
+        `x0`: uint8 or floats in [-1, 1], (N, C, H, W). `t`: int64 (N,). `flip`: bool (N,), images to mirror; default
+        none. eps is `noise` if given, otherwise drawn from `key`. Default key: drawn from torch's default generator.
         """
         if key is None:
             key = NoiseKey.draw(len(x0), x0.device)
@@ -184,21 +185,21 @@ class Diffusion:
         return q_sample(x0, t, table, key.images, key.seed, key.step, flip=flip, noise=noise)
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
-        """q(x_{t-1} | x_t, x_0), equations 6 and 7."""
+        """Return q(x_{t-1} | x_t, x_0), equations 6 and 7."""
         mean = self.at("posterior_x0", t) * x0 + self.at("posterior_xt", t) * x_t
         return Gaussian(mean, self.at("posterior_log_variance", t))
 
     # p: the reverse process
 
     def predict_x0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that the network's first C output channels imply; not clipped."""
+        """Return the x_0 that the network's first C output channels predict, float32 (N, C, H, W), not clipped."""
         from_x, from_out = self.x0_coefficients()
         a = self._table("x0_from_x", from_x, x_t.device)[t].reshape(-1, 1, 1, 1)
         b = self._table("x0_from_out", from_out, x_t.device)[t].reshape(-1, 1, 1, 1)
         return a * x_t + b * self._prediction(out, x_t)
 
     def x0_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
-        """(a, b), float64 (T,) each, with x_0 = a x_t + b out for the configured prediction."""
+        """Return (a, b), float64 (T,) each, with x_0 = a x_t + b out for the configured prediction."""
         signal, sigma = np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)
         if self.config.prediction == "eps":
             return 1 / signal, -sigma / signal
@@ -209,10 +210,10 @@ class Diffusion:
         return np.zeros_like(signal), np.ones_like(signal)
 
     def p(self, out: Tensor, x_t: Tensor, t: Tensor, *, clip: bool | None = None) -> tuple[Gaussian, Tensor]:
-        """p(x_{t-1} | x_t) from the network's output, and the x_0 prediction behind it.
+        """Return p(x_{t-1} | x_t) from the network's output, and the prediction of x_0 that it is made from.
 
-        `clip`: bound the x_0 prediction to [-1, 1] first; the configuration's choice unless given. A network
-        that predicts x_{t-1} gives the mean directly, clipped or not, as in the released code.
+        `clip`: clamp the prediction of x_0 to [-1, 1] first. Default: the configuration's clip_x0. The output of
+        a network that predicts x_{t-1} is the mean itself, not affected by `clip`, as in the released code.
         """
         x0 = self.predict_x0(out, x_t, t)
         if self.config.clip_x0 if clip is None else clip:
@@ -245,13 +246,14 @@ class Diffusion:
         null_label: int | None = None,
         label_dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """The training loss of each image, float32 (N,), and its t (N,); everything drawn from `key`.
+        """Return the training loss of each image, float32 (N,), and its t, int64 (N,). All is drawn from `key`.
 
-        `images`: uint8 or floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,),
-        replaced by `null_label` for a fraction `label_dropout`. simple: equation 14, a mean over C, H, W.
-        vlb: the bound's term at t in bits per dimension, not times T (the released code's scale).
-        hybrid: simple + hybrid_weight T vlb, the bound seeing a detached mean (Nichol and Dhariwal 2021).
-        min_snr: simple weighted by min(SNR, gamma) in terms of the x_0 error (Hang et al. 2023).
+        `images`: uint8 or floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,);
+        a fraction `label_dropout` of them is replaced by `null_label`. Losses:
+        simple: equation 14, a mean over C, H, W.
+        vlb: the bound's term at t in bits per dimension, not multiplied by T (the released code's scale).
+        hybrid: simple + hybrid_weight T vlb, with the mean detached in vlb (Nichol and Dhariwal 2021).
+        min_snr: simple, weighted so that the error of x_0 has weight min(SNR, gamma) (Hang et al. 2023).
         """
         draws = draw_examples(key, self.timesteps, label_dropout)
         flips = draws.flip if flip else None
@@ -267,7 +269,7 @@ class Diffusion:
         return self.loss_terms(out, x_t, draws.t, eps, x0), draws.t
 
     def loss_terms(self, out: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, x0: Tensor | None) -> Tensor:
-        """The configured loss of each image, (N,), for a network output; x0 may be None where eps suffices."""
+        """Return the configured loss of each image, (N,), for a network output. `x0` may be None if eps suffices."""
         config = self.config
         if config.loss == "vlb":
             assert x0 is not None
@@ -296,34 +298,34 @@ class Diffusion:
 
     @cached_property
     def sqrt_alpha_bar(self) -> np.ndarray:
-        """The signal's scale in x_t, float64 (T,)."""
+        """The scale of the signal in x_t, float64 (T,)."""
         return np.sqrt(self.alpha_bar)
 
     @cached_property
     def sqrt_one_minus_alpha_bar(self) -> np.ndarray:
-        """The noise's scale in x_t, float64 (T,)."""
+        """The scale of the noise in x_t, float64 (T,)."""
         return np.sqrt(1 - self.alpha_bar)
 
     @cached_property
     def min_snr_weight(self) -> np.ndarray:
-        """min(SNR, gamma), the weight of the x_0 error, divided by what turns that into the prediction's error."""
+        """The weight of the prediction's squared error that gives the x_0 error the weight min(SNR, gamma), (T,)."""
         weight = np.minimum(self.snr, self.config.min_snr_gamma)
         return {"eps": weight / self.snr, "x0": weight, "v": weight / (self.snr + 1)}[self.config.prediction]
 
     # the bound
 
     def bound_term(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, *, clip: bool = True) -> Tensor:
-        """L_t of equation 5 for each image, float32 (N,), bits per dimension.
+        """Return the bound's term at t (eq. 5) for each image, float32 (N,), in bits per dimension.
 
-        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, the decoder's -log p(x_0 | x_1) at t = 0.
-        `clip`: bound the x_0 prediction; evaluation does, training with this loss does not.
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and the decoder's -log p(x_0 | x_1) at t = 0.
+        `clip`: clamp the prediction of x_0 to [-1, 1]; true in evaluation, false in training.
         """
         posterior = self.q_posterior(x0, x_t, t)
         model, _ = self.p(out, x_t, t, clip=clip)
         return torch.where(t == 0, decoder_bits(x0, model), kl_bits(posterior, model))
 
     def prior_term(self, x0: Tensor) -> Tensor:
-        """L_T = KL(q(x_T | x_0) || N(0, I)) for each image, float32 (N,), bits per dimension."""
+        """Return L_T = KL(q(x_T | x_0) || N(0, I)) for each image, float32 (N,), in bits per dimension."""
         alpha_bar = float(self.alpha_bar[-1])
         log_variance = torch.full_like(x0, math.log1p(-alpha_bar))
         kl = gaussian_kl(math.sqrt(alpha_bar) * x0, log_variance, torch.zeros_like(x0), torch.zeros_like(x0))
@@ -332,7 +334,7 @@ class Diffusion:
     # tables on the device
 
     def at(self, name: str, t: Tensor) -> Tensor:
-        """The float64 table `name` at each t, rounded to float32, (N, 1, 1, 1) on t's device."""
+        """Return the table `name` at each t, rounded to float32, (N, 1, 1, 1), on the device of `t`."""
         return self._table(name, getattr(self, name), t.device)[t].reshape(-1, 1, 1, 1)
 
     def _table(self, name: str, values: np.ndarray, device: torch.device) -> Tensor:
@@ -350,18 +352,18 @@ class Diffusion:
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats."""
-    # exp(d) - 1 - d is 1e-10 and less at late t, where exp(d) - 1 in float32 would be an error of 1e-7.
+    """Return KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats."""
+    # exp(d) - 1 - d is at most 1e-10 at late t, where exp(d) - 1 in float32 would have an error of 1e-7.
     difference = log_variance1 - log_variance2
     mean_term = (mean1 - mean2).square() * torch.exp(-log_variance2)
     return 0.5 * (torch.expm1(difference) - difference + mean_term)
 
 
 def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log of the mass N(mean, var) puts on each pixel's bin of width 2/255 (eq. 13), in nats.
+    """Return the log of the mass that N(mean, var) puts on each pixel's bin of width 2/255 (eq. 13), in nats.
 
-    `x0`: floats on the grid v / 127.5 - 1. The outer bins reach to infinity. The normal CDF is the paper's
-    code's: 0.5 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))); the published bits/dim are of this decoder.
+    `x0`: floats on the grid v / 127.5 - 1. The outer bins extend to infinity. The normal CDF is the released code's
+    approximation 0.5 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))), with which the published bits/dim were computed.
     """
 
     def cdf(z: Tensor) -> Tensor:
@@ -375,11 +377,11 @@ def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -
 
 
 def kl_bits(posterior: Gaussian, model: Gaussian) -> Tensor:
-    """KL(posterior || model), (N,), bits per dimension: the term of a timestep t > 0."""
+    """Return KL(posterior || model), (N,), in bits per dimension: the bound's term at t > 0."""
     kl = gaussian_kl(posterior.mean, posterior.log_variance, model.mean, model.log_variance)
     return kl.mean((1, 2, 3)) / _LOG_2
 
 
 def decoder_bits(x0: Tensor, model: Gaussian) -> Tensor:
-    """-log2 of the mass that p(x_0 | x_1) puts on the pixels' bins, (N,), per dimension: the term of t = 0."""
+    """Return -log2 of the mass that p(x_0 | x_1) puts on the pixels' bins, (N,), per dimension: the term at t = 0."""
     return -discretized_log_likelihood(x0, model.mean, model.log_variance).mean((1, 2, 3)) / _LOG_2

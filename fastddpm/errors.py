@@ -1,8 +1,8 @@
-"""Errors that are the user's to mend: one clear message, and an exit code that scripts can rely on."""
+"""Errors that the user can fix, each with a clear message and an exit code for scripts."""
 
 
 class FastddpmError(Exception):
-    """A fault with a message for the user; the commands print it in one line and exit with `exit_code`."""
+    """An error with a message for the user. Commands print it as one line and exit with `exit_code`."""
 
     exit_code = 1
 
@@ -14,13 +14,13 @@ class UsageError(FastddpmError, ValueError):
 
 
 class DataError(FastddpmError, ValueError):
-    """Images, a data set or a checkpoint that cannot be read: exit code 3."""
+    """Images, a data set or a checkpoint that cannot be used: exit code 3."""
 
     exit_code = 3
 
 
 class DivergedError(FastddpmError, ArithmeticError):
-    """Training produced NaN or infinity several times in a row: exit code 4."""
+    """Training produced NaN or infinity in several steps in a row, or memory is damaged: exit code 4."""
 
     exit_code = 4
 

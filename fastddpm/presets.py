@@ -1,4 +1,4 @@
-"""The paper's configurations, and one for two CPU cores."""
+"""Presets: the paper's configurations, and one for two CPU cores. Imports no torch."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.storage.documents import difference, from_dict, to_dict
 from fastddpm.storage.files import write_json
 
-# Section 4 and appendix B of the paper, and its released code, for everything but mnist.
+# All but mnist are from section 4 and appendix B of the paper, and from its released code.
 _256: dict[str, Any] = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
 _TRAIN_256: dict[str, Any] = dict(batch=64, lr=2e-5)
 PRESETS: dict[str, Preset] = {
@@ -35,10 +35,10 @@ PRESETS: dict[str, Preset] = {
             DiffusionConfig(variance="fixedsmall"),
             TrainConfig(**_TRAIN_256, steps=1_150_000, flip=False),
         ),
-        # Small enough for two CPU cores: the same network and process, on 16x16 digits. What differs from the
-        # paper is what a thousand small steps need: v instead of eps and a cosine schedule, which learn faster at
-        # this size, classes with guidance, a learning rate that falls to zero instead of a long average, and the
-        # smaller variance, which suits a chain of fewer steps.
+        # Small enough for two CPU cores: the same network and process, on 16x16 digits. Changes for a run of 1000 small
+        # steps: v instead of eps and a cosine schedule, which learn faster at this size; classes with guidance; a
+        # learning rate that falls to zero instead of a long average; the smaller variance, which suits a chain of fewer
+        # steps.
         Preset(
             "mnist",
             UNetConfig(
@@ -72,14 +72,14 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`; `UsageError` lists the names when there is none."""
+    """Return the preset called `name`. Raises `UsageError`, listing the names, if there is none."""
     if name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def read_preset(path: Path) -> Preset:
-    """The configuration that a run saved."""
+    """Read the configuration that a run saved. Raises `UsageError` if there is none, `DataError` if it is not JSON."""
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -90,7 +90,7 @@ def read_preset(path: Path) -> Preset:
 
 
 def describe(preset: Preset, base: Preset) -> str:
-    """The resolved configuration, a line for each part, and what differs from `base`."""
+    """Return the configuration as text: a line for each part, and the differences from `base`."""
     lines = [f"configuration {preset.name}"]
     for part in ("unet", "diffusion", "train", "sample"):
         values = dataclasses.asdict(getattr(preset, part))
@@ -106,6 +106,6 @@ def _plain(value: object) -> str:
 
 
 def write_preset(preset: Preset, path: Path) -> None:
-    """Save a configuration as JSON, whole or not at all. Raises `StorageError`."""
+    """Write a configuration as JSON, atomically. Raises `StorageError` if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, to_dict(preset))

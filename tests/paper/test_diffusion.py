@@ -82,7 +82,7 @@ def test_learned_range_ends_at_beta() -> None:
         # alpha_bar is 2^-(t+1), and 1 / sqrt(2^-256) = 2^128 is no float32.
         ({"schedule": "const", "beta_end": 0.5}, "const with 1000 timesteps leaves no signal in x_t at t = 255"),
         ({"timesteps": 20_000}, "linear with 20000 timesteps leaves no signal in x_t"),
-        ({"timesteps": 20_000, "prediction": "xprev"}, "prediction xprev gives no x_0; predict v or x0"),
+        ({"timesteps": 20_000, "prediction": "xprev"}, "prediction xprev cannot give x_0; predict v or x0"),
     ],
 )
 def test_a_process_that_forgets_everything_is_refused(options: dict[str, Any], first: str) -> None:
