@@ -1,9 +1,9 @@
 """The paper's U-Net: residual blocks with time embedding, attention at chosen resolutions.
 
-Follows the released code in every constant: GroupNorm eps 1e-6, convolutions padded as TensorFlow's SAME
-(downsampling pads right and bottom only), sinusoids sin before cos with divisor half - 1, one attention
-head of the full width, skips concatenated behind the features, biases zero, weights Xavier-uniform with
-gain 1e-5 where a residual branch or the network ends.
+All constants are those of the released code: GroupNorm eps 1e-6; convolutions padded as TensorFlow's SAME
+(downsampling pads right and bottom only); sinusoids with sin before cos and divisor half - 1; one attention
+head of the full width; skips concatenated after the features; biases zero; weights Xavier-uniform, with gain
+1e-5 in the last layer of a residual branch and of the network.
 """
 
 import math
@@ -19,13 +19,13 @@ from fastddpm.ops import attention, conv3x3, group_norm_silu
 from fastddpm.ops.noise import NoiseKey
 
 GROUP_NORM_EPS = 1e-6
-NEAR_ZERO_GAIN = 1e-5  # variance scale 1e-10 in the released code, where it says 0
+NEAR_ZERO_GAIN = 1e-5  # the released code replaces a scale of 0 by a variance scale of 1e-10
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """[sin(t f_i), cos(t f_i)], float32 (N, width), f_i = 10000^(-i / (half - 1)), i = 0..half - 1."""
+    """Return [sin(t f_i), cos(t f_i)], float32 (N, width), with f_i = 10000^(-i / (half - 1)), i = 0..half - 1."""
     half = width // 2
-    # In float64 and rounded once: at t = 999 a float32 frequency would move the phase by 1e-4.
+    # Computed in float64 and rounded once: at t = 999 a float32 frequency would change the phase by 1e-4.
     exponent = torch.arange(half, dtype=torch.float64, device=t.device) * (-math.log(10000.0) / (half - 1))
     angle = t.to(torch.float64).unsqueeze(1) * torch.exp(exponent)
     return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1).to(torch.float32)
@@ -38,7 +38,7 @@ def _initialise(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution with stride 1, zeros around the image; of the image doubled before when `doubled`."""
+    """3x3 convolution with stride 1 and zero padding; with `doubled`, of the image upsampled by 2 (nearest) first."""
 
     def __init__(self, in_channels: int, out_channels: int, gain: float = 1.0, *, doubled: bool = False) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -46,7 +46,7 @@ class Conv3x3(nn.Conv2d):
         _initialise(self, gain)
 
     def forward(self, input: Tensor) -> Tensor:
-        # On a GPU the library's convolution is the fastest there is, and torch.compile may choose layouts around it.
+        # On a GPU PyTorch's own convolution is the fastest, and torch.compile can choose layouts around it.
         if input.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return conv3x3(input, self.weight, self.bias, doubled=self.doubled)
         return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest") if self.doubled else input)
@@ -65,7 +65,7 @@ def _linear(in_features: int, out_features: int, gain: float = 1.0) -> nn.Linear
 
 
 class GroupNormSiLU(nn.Module):
-    """dropout(silu(group_norm(concat(x, skip) + temb))); each part but the norm is optional."""
+    """Compute dropout(silu(group_norm(concat(x, skip) + temb))); all but the norm is optional."""
 
     def __init__(self, channels: int, groups: int, *, silu: bool = True, dropout: float = 0.0, layer: int = 0) -> None:
         super().__init__()
@@ -89,9 +89,9 @@ class GroupNormSiLU(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb)))) + shortcut(x), x = concat(h, skip).
+    """Compute conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb)))) + shortcut(x) with x = concat(h, skip).
 
-    The concatenation is never made here: the norm reads both inputs, and the 1x1 shortcut is split in two.
+    x is never formed: the norm reads both inputs, and the 1x1 shortcut is split in two.
     """
 
     def __init__(
@@ -106,18 +106,18 @@ class ResBlock(nn.Module):
         self.shortcut = _conv(in_channels + skip, out_channels, 1) if in_channels + skip != out_channels else None
 
     def forward(self, h: Tensor, activated_temb: Tensor, skip: Tensor | None, key: NoiseKey | None) -> Tensor:
-        """`h` (N, C1, H, W), `activated_temb` silu of the time embedding (N, 4 width), `skip` (N, C2, H, W)."""
+        """Return (N, C, H, W). `h`: (N, C1, H, W). `activated_temb`: silu(temb) (N, 4 width). `skip`: (N, C2, H, W)."""
         residual = self.conv1(self.norm1(h, skip=skip))
         residual = self.conv2(self.norm2(residual, temb=self.temb_proj(activated_temb), key=key))
         if skip is None:
             return residual + (h if self.shortcut is None else self.shortcut(h))
-        assert self.shortcut is not None  # a concatenation is always wider than its block
+        assert self.shortcut is not None  # x has more channels than the output whenever there is a skip
         weight_h, weight_skip = self.shortcut.weight.split([h.shape[1], skip.shape[1]], dim=1)
         return residual + F.conv2d(h, weight_h, self.shortcut.bias) + F.conv2d(skip, weight_skip)
 
 
 class AttnBlock(nn.Module):
-    """x + proj(attention(q, k, v)), q, k, v linear in group_norm(x); one head over all pixels."""
+    """Compute x + proj(attention(q, k, v)), with q, k, v linear in group_norm(x); one head over all pixels."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class AttnBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """3x3 convolution with stride 2, padded by one at the right and bottom: TensorFlow's SAME for even sizes."""
+    """3x3 convolution with stride 2, padded by one at the right and bottom, as TensorFlow's SAME for even sizes."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Up(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of one path: residual blocks, each followed by attention where the level has it."""
+    """One resolution of the down or up path: residual blocks, each followed by attention if configured."""
 
     def __init__(self, blocks: list[ResBlock], attentions: list[AttnBlock], resample: Down | Up | None) -> None:
         super().__init__()
@@ -164,6 +164,7 @@ class Level(nn.Module):
         self.resample = resample
 
     def attend(self, index: int, h: Tensor) -> Tensor:
+        """Apply the attention that follows residual block `index`; return `h` itself if the level has none."""
         return self.attentions[index](h) if len(self.attentions) else h
 
 
@@ -181,13 +182,13 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t), or whatever the diffusion lets the network predict.
+    """The network eps_theta(x_t, t); depending on the diffusion it predicts eps, x_0, x_{t-1} or v.
 
-    `unet(x_t, t)` or `unet(x_t, t, label)`: x_t floating (N, C, H, W) of the configured size, t int64 (N,)
-    in 0..T-1, label int64 (N,) in 0..num_classes-1, or num_classes for "no label" when the network was
-    configured with label_dropout. In training mode dropout masks are a function of `noise_key`, or of a key
-    drawn from torch's default generator. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance.
-    Raises ValueError for other shapes, and for a label that is missing or not wanted.
+    `unet(x_t, t)` or `unet(x_t, t, label)`: x_t floating (N, C, H, W) of the configured size; t int64 (N,)
+    in 0..T-1; label int64 (N,) in 0..num_classes-1, or num_classes for "no label" if the network is
+    configured with label_dropout. In training mode dropout masks are a function of `noise_key`. Default: a
+    key drawn from torch's default generator. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance.
+    Raises ValueError for other shapes, a missing label, and a label for a network without labels.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -239,11 +240,11 @@ class UNet(nn.Module):
 
     @property
     def null_label(self) -> int | None:
-        """The label that means "no label", or None when the network has none."""
+        """The label that means "no label", or None if the network has none."""
         return self.config.num_classes if self.config.label_dropout > 0 else None
 
     def channels_last(self) -> "UNet":
-        """This network with its weights in channels_last, in which convolutions run fastest."""
+        """Convert the weights to torch.channels_last, in which convolutions are fastest, and return the network."""
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, noise_key: NoiseKey | None = None) -> Tensor:
@@ -270,18 +271,18 @@ class UNet(nn.Module):
         return self.conv_out(self.norm_out(h))
 
     def embed(self, t: Tensor, label: Tensor | None) -> Tensor:
-        """The activated embedding of timestep and label that every residual block takes, (N, 4 width)."""
+        """Return the activated embedding of timestep and label, the input of every residual block, (N, 4 width)."""
         temb = self.embed_time(t)
         if self.label is not None:
             temb = temb + self.label(label)
         return F.silu(temb)
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """The embedding of the timestep alone, before the label's is added and before the activation, (N, 4 width)."""
+        """Return the embedding of the timestep, before the label's is added and before the activation, (N, 4 width)."""
         return self.time2(F.silu(self.time1(timestep_embedding(t, self.config.width).to(self.time1.weight.dtype))))
 
     def check(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> None:
-        """Raise ValueError, saying what is expected, for arguments that `forward` does not take."""
+        """Raise ValueError, with the expected shape, for arguments that `forward` does not accept."""
         config = self.config
         expected = (config.image_channels, config.image_size, config.image_size)
         if x_t.ndim != 4 or x_t.shape[1:] != expected:
@@ -296,18 +297,18 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: label must be integer ({x_t.shape[0]},); got {label.dtype} {tuple(label.shape)}")
 
 
-# Whether a network's weights are still those that something was prepared from.
+# Networks that share weights, and detection of changed weights
 
 
 def weight_versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Where each parameter lies and how often it was written to; another list after any change."""
+    """Return the address and version counter of each parameter; any write or replacement changes the list."""
     return [(p.data_ptr(), p._version) for p in module.parameters()]
 
 
 def network_with(config: UNetConfig, weights: Mapping[str, Tensor]) -> UNet:
-    """A network whose parameters are the tensors `weights`, by name: no copies, so it changes as they do.
+    """Return a network in evaluation mode whose parameters are the tensors `weights`, by name, without copying.
 
-    In evaluation mode. What is prepared from it for inference notices when they have changed.
+    It changes whenever they do; networks prepared from it for inference notice that by `weight_versions`.
     """
     with torch.device("meta"):
         unet = UNet(config)
