@@ -240,8 +240,8 @@ class TrainConfig:
         if self.mode == "paper" and self.accumulate != 1:
             raise UsageError("mode paper takes its batch in 8 shards already; leave accumulate at 1")
         if self.parallel == "fsdp" and (self.mode == "paper" or self.compile):
-            what = "mode paper, which clips gradients before they are summed" if self.mode == "paper" else "compile"
-            raise UsageError(f"parallel fsdp does not go with {what}; use parallel ddp")
+            conflict = "mode paper, which clips gradients before they are summed" if self.mode == "paper" else "compile"
+            raise UsageError(f"parallel fsdp does not go with {conflict}; use parallel ddp")
 
     def _check_decays(self) -> None:
         if isinstance(self.ema, tuple) and len(self.ema) == 1:

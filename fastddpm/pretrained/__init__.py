@@ -1,4 +1,4 @@
-"""Trained models, read from runs and from other libraries' files, one module per format. Imports no such library."""
+"""Trained models, read from runs and from other libraries' files, one module per format, without importing those."""
 
 from . import diffusers
 from .model import Model

@@ -118,8 +118,8 @@ def load(path: Path, parts: Collection[str] | None = None) -> Checkpoint:
     """
     given = path = Path(path)
     if not os.path.isdir(path):
-        what = "is a file" if os.path.exists(path) else "does not exist"
-        raise UsageError(f"{path} {what}; expected the directory of a run or of a checkpoint")
+        problem = "is a file" if os.path.exists(path) else "does not exist"
+        raise UsageError(f"{path} {problem}; expected the directory of a run or of a checkpoint")
     if not _CHECKPOINT.fullmatch(path.name) and not any(os.path.exists(path / name) for name in manifest.NAMES):
         # List twice: a listing made while a run saves may miss both the newest checkpoint and its predecessor.
         found = _checkpoints(path / "checkpoints") or _checkpoints(path / "checkpoints")

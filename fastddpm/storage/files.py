@@ -52,7 +52,7 @@ def write_json(path: Path, document: Any) -> None:
 def save_arrays(
     arrays: "Mapping[str, np.ndarray]", path: Path, *, compress: bool = True, durable: bool = False
 ) -> None:
-    """Write an .npz, with `write_whole`."""
+    """Write an .npz, compressed by default, with `write_whole`."""
     import numpy as np
 
     def write(temporary: Path) -> None:
@@ -64,9 +64,9 @@ def save_arrays(
 
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `target`, which takes its name when the block ends without an error.
+    """Yield a temporary directory beside `target`, which is renamed to `target` if the block ends without an error.
 
-    A directory that has the name makes way, and comes back if the rename fails. Raises `OSError`.
+    An existing `target` is removed, or restored if the rename fails. Raises `OSError` if the file system fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, aside = temporary_beside(target), temporary_beside(target.with_name(f"{target.name}.old"))
@@ -87,12 +87,12 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return the hidden name beside `path` under which this process writes it; it names host and process."""
+    """Return a hidden path beside `path`, with host and process id, for this process to write and then rename."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed processes of this host left half written in `directory`; a failure is ignored."""
+    """Remove temporary files and directories of killed processes of this host from `directory`; ignore failures."""
     with contextlib.suppress(OSError):
         for path in list(directory.iterdir()):
             match = _TEMPORARY.fullmatch(path.name)
@@ -105,8 +105,8 @@ def sweep(directory: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this host has the number `pid`, as far as the system tells."""
-    if os.name == "nt":  # where signal 0 would end the process
+    """Return whether a process with the id `pid` runs on this host; True if the system cannot tell."""
+    if os.name == "nt":  # there, signal 0 would end the process
         return True
     try:
         os.kill(pid, 0)
@@ -119,7 +119,7 @@ def alive(pid: int) -> bool:
 
 def sync(path: Path) -> None:
     """Sync a file's content, or a directory's names, to disk. Raises `OSError`."""
-    if os.name == "nt" and path.is_dir():  # cannot be opened
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -56,7 +56,7 @@ def restore(optimizer: Optimizer, saved: checkpoint.Checkpoint, strategy: Single
     for decay in decays:
         part = average_part(decay, decays)
         if part not in saved.tensors:
-            raise UsageError(f"{saved.path} holds no average of decay {decay}; leave --ema as it was")
+            raise UsageError(f"{saved.path} holds no average of decay {decay}; keep --ema as it was when the run began")
         averaged = optimizer.averaged(decay)
         copy_tensors(averaged, _local(saved.tensors[part], averaged, strategy), saved.path)
     state = optimizer.state_dict()
