@@ -34,7 +34,7 @@ class Inspect:
     source: Annotated[str, tyro.conf.Positional]
     """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
-    """Which split of the source; ignored if the source has none."""
+    """Which split of the source. test is refused if the source has no splits and its name does not say test."""
     duplicates: bool = True
     """Look for images with equal pixels."""
     json: bool = False
@@ -48,7 +48,7 @@ class Verify:
     source: Annotated[str, tyro.conf.Positional]
     """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
-    """Which split of the source; ignored if the source has none."""
+    """Which split of the source. test is refused if the source has no splits and its name does not say test."""
     image_size: int | None = None
     """Also check that the images suit a model of this size, in pixels. Default: any size. Unused for a .fdpack, which
     has a size of its own."""
@@ -76,7 +76,7 @@ class MakePack:
     """fitted: images are resized now and stored without loss. original: files are stored unchanged and resized
     whenever they are read."""
     split: Literal["train", "test"] = "train"
-    """Which split of the source; ignored if the source has none."""
+    """Which split of the source. test is refused if the source has no splits and its name does not say test."""
     skip_bad: SkipBad = False
     overwrite: bool = False
     """Replace OUT if it exists, instead of refusing."""
@@ -194,15 +194,15 @@ def _size(image_size: int) -> int:
 
 def _lines(found: "Findings", pack: "Pack | None") -> list[str]:
     """Format the findings as text."""
+    names = found.class_names[:_SHOWN] + ([".."] if len(found.class_names) > _SHOWN else [])
     lines = [
         f"{found.source}: {found.images:,} images, {found.good:,} of them good, {found.bad:,} bad",
         f"kinds      {_counts(found.kinds)}",
         f"sizes      {_counts(found.sizes)}; shorter side {found.smallest} to {found.largest}",
         f"bytes      {found.encoded_bytes:,} encoded",
         f"classes    {len(found.classes) or 'none'}"
-        + (
-            f", {min(found.classes.values()):,} to {max(found.classes.values()):,} images each" if found.classes else ""
-        ),
+        + (f", {min(found.classes.values()):,} to {max(found.classes.values()):,} images each" if found.classes else "")
+        + (f": {', '.join(map(_safe, names))}" if names else ""),
     ]
     if found.duplicates is not None:
         lines.append(f"duplicates {found.duplicates:,} images equal an earlier one in every pixel")

@@ -3,32 +3,47 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from fastddpm.errors import DataError, StorageError
+from fastddpm.errors import DataError, StorageError, UsageError
+from fastddpm.storage.documents import parse_json
+from fastddpm.storage.files import alive, temporary_beside
 
-from .dataset import Dataset, checksum
+from .dataset import Dataset, checksum, class_names
 from .image import Preprocessing
 from .ingest import Report, decode_all
 from .pack.format import ENDING, open_pack
 from .pack.writer import write_pack
-from .readers.source import ImageSource
+from .readers.source import ImageSource, check_regular, read_file
 
-_VERSION = 2
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
+_VERSION = 3
 _VERIFY_ALL_BYTES = 2**30
+_MAX_META_BYTES = 2**21
 _SAMPLE = 1024  # images that are verified of an entry larger than _VERIFY_ALL_BYTES
 
 
 def default_directory() -> Path:
-    """Return $XDG_CACHE_HOME/fastddpm. Without that variable: ~/.cache/fastddpm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"
+    """Return $XDG_CACHE_HOME/fastddpm. Without that variable: ~/.cache/fastddpm.
+
+    Raises UsageError if the user has no home directory either, as in a container with an unknown user id.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"
+    except RuntimeError as error:
+        raise UsageError("this user has no home directory for the cache; set XDG_CACHE_HOME to a directory") from error
 
 
 def decoded(
@@ -39,13 +54,14 @@ def decoded(
     An entry is `<key>/images.npy`, `labels.npy` and `meta.json`. The key covers the source's path, file sizes and
     times, and `preprocessing`. An entry appears whole, by a rename, even if several processes write it. Opening one
     verifies its checksum, over all images up to 1 GiB and over 1,024 images of a larger entry. A damaged entry is made
-    again, and if the cache cannot be written the images are decoded in memory; `report` gets a line about either.
-    Raises DataError as `decode_all` does.
+    again, and if the cache cannot be written the images are decoded in memory; `report` gets a line about either. What
+    killed processes left unfinished in `directory` is removed first. Raises DataError as `decode_all` does.
     """
     for note in image_source.notes:
         report(f"{image_source.name}: {note}")
+    _sweep(directory)
     entry = directory / _key(image_source, preprocessing, skip_bad)
-    dataset = _open(entry, image_source.name, preprocessing, report)
+    dataset = _open(entry, image_source, preprocessing, report)
     if dataset is not None:
         return dataset
     full_list = directory / f"{entry.name}.problems.txt"
@@ -57,10 +73,12 @@ def decoded(
         report(
             f"cache {directory} cannot be written ({error.strerror or error}); decoding in memory for this process only"
         )
-    labels, _ = decode_all(
+    labels, _, advice = decode_all(
         image_source, preprocessing, images.append, skip_bad=skip_bad, report=report, full_list=full_list
     )
-    return Dataset.of(np.stack(images), labels, image_source.name)
+    if advice:
+        report(f"{image_source.name}: {advice}")
+    return Dataset.of(np.stack(images), labels, image_source.name, class_names(labels, image_source.classes))
 
 
 def packed(
@@ -73,10 +91,11 @@ def packed(
     """
     for note in image_source.notes:
         report(f"{image_source.name}: {note}")
+    _sweep(directory)
     path = directory / f"{_key(image_source, preprocessing, skip_bad)}{ENDING}"
     if path.exists():
         try:
-            return replace(open_pack(path).dataset(), name=image_source.name)
+            return _named(open_pack(path).dataset(), image_source)
         except DataError as error:
             report(f"{error}; packing again")
     try:
@@ -84,7 +103,13 @@ def packed(
     except OSError as error:
         raise StorageError(f"cache {directory} cannot be made: {error.strerror or error}") from error
     pack = write_pack(image_source, path, preprocessing, skip_bad=skip_bad, report=report)
-    return replace(pack.dataset(), name=image_source.name)
+    return _named(pack.dataset(), image_source)
+
+
+def _named(dataset: Dataset, image_source: ImageSource) -> Dataset:
+    """Return a pack's data set with the name and the class names of its source."""
+    classes = class_names(dataset.labels, image_source.classes)
+    return replace(dataset, name=image_source.name, classes=classes)
 
 
 class _Rows:
@@ -134,10 +159,9 @@ def _make(
 
     Raises OSError if it cannot be written or read back.
     """
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
-    try:
+    with _temporary(entry.parent) as temporary:
         with _Rows(temporary / "images.npy", preprocessing.shape) as rows:
-            labels, num_bad = decode_all(
+            labels, num_bad, advice = decode_all(
                 image_source, preprocessing, rows.append, skip_bad=skip_bad, report=report, full_list=full_list
             )
         if labels is not None:
@@ -147,32 +171,69 @@ def _make(
             "source": image_source.name,
             "rule": asdict(preprocessing),
             "left_out": num_bad,
+            "advice": advice,
+            "classes": class_names(labels, image_source.classes),
             "checksum": checksum(images, labels),
             "sample": _sample_checksum(images, labels),
         }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        dataset = _open(temporary, image_source.name, preprocessing, lambda _: None)
+        dataset = _open(temporary, image_source, preprocessing, lambda _: None)
         if dataset is None:
             raise OSError("the entry just written cannot be read back")
+        if advice:
+            report(f"{image_source.name}: {advice}")
         try:
             os.rename(temporary, entry)
         except OSError:  # an entry exists: another process has just made it, or it is damaged
-            if _open(entry, image_source.name, preprocessing, lambda _: None) is None:
+            if _open(entry, image_source, preprocessing, lambda _: None) is None:
                 _replace(entry, temporary)
         return dataset  # its memory map stays valid after the file is renamed or removed
+
+
+@contextmanager
+def _temporary(directory: Path) -> Iterator[Path]:
+    """Provide a new directory in `directory`, named by host and process and locked while it is used; then remove it."""
+    path = temporary_beside(directory / f"entry-{secrets.token_hex(4)}")
+    path.mkdir()
+    descriptor = None
+    try:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks: the process number has to do
+                descriptor = os.open(path, os.O_RDONLY)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield path
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the temporary directories of this host's processes that are dead and hold no lock; ignore failures."""
+    if fcntl is None:
+        return
+    host = temporary_beside(directory).name.split(".")[-3]
+    with suppress(OSError):
+        for path in list(directory.glob(".entry-*.tmp")):
+            *_, owner, number, _ = path.name.split(".")
+            if owner != host or not number.isdigit() or alive(int(number[:9])):
+                continue
+            with suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    # Held by a process in another container of this host name, whose process number is not visible.
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
 
 
 def _replace(entry: Path, temporary: Path) -> None:
     """Move a damaged entry aside, put the new one in its place, and remove the damaged one."""
-    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=entry.parent))
-    try:
-        with suppress(OSError):  # another process is replacing it at the same time; its entry is equivalent
-            os.rename(entry, aside / "damaged")
-            os.rename(temporary, entry)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    # Another process may be replacing it at the same time; its entry is equivalent.
+    with _temporary(entry.parent) as aside, suppress(OSError):
+        os.rename(entry, aside / "damaged")
+        os.rename(temporary, entry)
 
 
 def _key(image_source: ImageSource, preprocessing: Preprocessing, skip_bad: bool) -> str:
@@ -185,15 +246,17 @@ def _sample_checksum(images: np.ndarray, labels: np.ndarray | None) -> str:
     return checksum(images[:: max(1, len(images) // _SAMPLE)], labels)
 
 
-def _open(entry: Path, name: str, preprocessing: Preprocessing, report: Report) -> Dataset | None:
+def _open(entry: Path, image_source: ImageSource, preprocessing: Preprocessing, report: Report) -> Dataset | None:
     """Open and verify an entry; None if it does not exist or, after a line to `report`, if it is damaged."""
     if not os.path.exists(entry):
         return None
     try:
-        meta = json.loads((entry / "meta.json").read_text())
+        meta = parse_json(read_file(entry / "meta.json", _MAX_META_BYTES), "meta.json")
+        check_regular(entry / "images.npy")
         images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
         labels = None
         if (entry / "labels.npy").exists():
+            check_regular(entry / "labels.npy")
             labels = np.load(entry / "labels.npy", allow_pickle=False)
         if images.dtype != np.uint8 or images.shape[1:] != preprocessing.shape or not len(images):
             raise ValueError(f"it holds {images.dtype} {images.shape}")
@@ -202,9 +265,14 @@ def _open(entry: Path, name: str, preprocessing: Preprocessing, report: Report) 
         whole = images.nbytes <= _VERIFY_ALL_BYTES
         if (checksum if whole else _sample_checksum)(images, labels) != meta["checksum" if whole else "sample"]:
             raise ValueError("its checksum differs")
+        classes = class_names(labels, image_source.classes)
+        if meta["classes"] != (None if classes is None else list(classes)):
+            raise ValueError("its class names differ")
         if meta["left_out"]:
-            report(f"{meta['left_out']} images of {name} are left out, as --skip-bad asks")
-        return Dataset(images, labels, name, meta["checksum"])
+            report(f"{meta['left_out']} images of {image_source.name} are left out, as --skip-bad asks")
+        if meta["advice"]:
+            report(f"{image_source.name}: {meta['advice']}")
+        return Dataset(images, labels, image_source.name, meta["checksum"], classes)
     except Exception as error:  # a damaged header can raise nearly anything
         report(f"cache entry {entry} is damaged ({error or type(error).__name__}); decoding again")
         return None

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 _CHUNK_BYTES = 64 * 2**20
+_MAX_NUMBERED = 65_536
 
 
 class Images(Protocol):
@@ -28,18 +29,35 @@ class Dataset:
     """Images with labels, a name and a checksum.
 
     `images`: uint8 (N, C, H, W), an array, a read-only memory map, or decoded when indexed. `labels`: int64 (N,) or
-    None. `name`: shown to people. `checksum`: sha256 over shape, pixels and labels, stored in checkpoints.
+    None. `name`: shown to people. `checksum`: sha256 over shape, pixels and labels, stored in checkpoints. `classes`:
+    the names of the classes, in the order of their labels; None without labels.
     """
 
     images: Images
     labels: np.ndarray | None
     name: str
     checksum: str
+    classes: tuple[str, ...] | None = None
 
     @staticmethod
-    def of(images: Images, labels: np.ndarray | None, name: str) -> "Dataset":
+    def of(images: Images, labels: np.ndarray | None, name: str, classes: tuple[str, ...] | None = None) -> "Dataset":
         """Return a data set, computing its checksum."""
-        return Dataset(images, labels, name, checksum(images, labels))
+        return Dataset(images, labels, name, checksum(images, labels), classes)
+
+
+def class_names(labels: np.ndarray | None, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return the names of the classes, None without labels.
+
+    Labels without names, or beyond the names, are named by their numbers. With numbers of 65,536 and more the result is
+    None, because they are no classes.
+    """
+    if labels is None:
+        return None
+    count = int(labels.max()) + 1
+    if count > _MAX_NUMBERED:
+        return None
+    names = names or ()
+    return names + tuple(map(str, range(len(names), count)))
 
 
 class Checksum:

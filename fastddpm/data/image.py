@@ -7,11 +7,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 Resize = Literal["none", "area", "lanczos"]
 RESIZES = ("none", "area", "lanczos")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+SUFFIXES = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    **({"TIFF": (".tif", ".tiff")} if features.check("libtiff") else {}),
+    **({"AVIF": (".avif",)} if features.check("avif") else {}),
+}
+"""File name extensions by format; TIFF and AVIF only if the installed Pillow reads them."""
+FORMATS = tuple(SUFFIXES)
 MAX_PIXELS = 64_000_000
 _FILTERS = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
 _SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -42,11 +52,16 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image file: `format` and `mode` as stored, and `image` in mode L or RGB with EXIF rotation applied."""
+    """A decoded image file: `format` and `mode` as stored, and `image` in mode L or RGB with EXIF rotation applied.
+
+    `peak`: the largest value of an image with 16 bits per channel, in 0..65535 (of colour at most 255 too high, as
+    Pillow keeps the high byte); None for 8 bits.
+    """
 
     format: str
     mode: str
     image: Image.Image
+    peak: int | None = None
 
 
 def decode(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
@@ -57,6 +72,30 @@ def decode(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     transparency, CMYK, and colour when C is 1, because how to convert them is its owner's choice.
     """
     return as_planes(fitted(open_picture(data), preprocessing), preprocessing)
+
+
+class Brightness:
+    """The largest value of all 16-bit images of a set, from which a scale of fewer bits is recognised."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.peak = 0
+
+    def add(self, peak: int | None) -> None:
+        """Add an image by its `Picture.peak`; without effect if it has 8 bits."""
+        if peak is not None:
+            self.count += 1
+            self.peak = max(self.peak, peak)
+
+    def note(self) -> str | None:
+        """Return a line of advice if the images use less than half of the range of 16 bits, else None."""
+        if not self.count or self.peak > 65535 // 2:
+            return None
+        bits = max(1, self.peak.bit_length())
+        return (
+            f"{self.count:,} images have 16 bits, but their largest value is {self.peak:,} of 65,535, so they will be "
+            f"dark. If they hold {bits}-bit data, multiply their values by {65535 // (2**bits - 1)} first"
+        )
 
 
 def open_picture(data: bytes) -> Picture:
@@ -104,8 +143,10 @@ def _opened(data: bytes) -> Picture:
         if image.width * image.height > MAX_PIXELS:
             raise BadImageError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
         stored = image.format or "", image.mode
+        deep_colour = any(";16" in str(tile.args) for tile in image.tile) and image.mode not in _SIXTEEN_BITS
         image.load()
-        return Picture(*stored, _eight_bits(ImageOps.exif_transpose(image)))
+        peak = _largest(image, deep_colour)
+        return Picture(*stored, _eight_bits(ImageOps.exif_transpose(image)), peak)
 
 
 @contextmanager
@@ -138,9 +179,20 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("L" if mode in ("1", "L") else "RGB")
 
 
+def _largest(image: Image.Image, deep_colour: bool) -> int | None:
+    """Return the largest value of an image with 16 bits per channel, None for another."""
+    if image.mode in _SIXTEEN_BITS:
+        return int(np.asarray(image).max())
+    if deep_colour:
+        return 255 + 256 * max(int(band.getextrema()[1]) for band in image.split()[:3])  # type: ignore[arg-type]
+    return None
+
+
 def _scaled(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey by 255/65535, rounded to nearest. Pillow's own conversion would clip it to 255."""
     values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImageError(f"its values are {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
     if (values == image.info.get("transparency", -1)).any():
         raise BadImageError("it has transparent pixels; flatten it onto a background")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import warnings
 from array import array
 from collections import deque
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,7 @@ from PIL import Image
 from fastddpm.errors import DataError
 from fastddpm.runtime.progress import Meter
 
-from .image import BadImageError, Preprocessing, decode
+from .image import BadImageError, Brightness, Preprocessing, as_planes, fitted, open_picture
 from .readers.source import EncodedImage, ImageSource
 
 T = TypeVar("T")
@@ -26,7 +27,9 @@ T = TypeVar("T")
 Report = Callable[[str], None]
 """Takes one line of text for the user."""
 
-SHOWN = 20  # bad images that a message names
+REASONS = 20  # reasons that a message names
+EXAMPLES = 5  # bad images that it names for each
+_VARIABLE = re.compile(r"\d|\w\.\w")  # in a word of a reason that is a number or a file's name
 _SHOWN_FROM = 10_000  # images: progress is shown from this number on, since fewer take only seconds
 _TASK = 8  # images per task of a thread; with one each, small images would spend more time in the queue
 _TASKS_AHEAD = 2  # for each thread
@@ -34,25 +37,61 @@ _TASKS_AHEAD = 2  # for each thread
 # Images that cannot be used
 
 
-class Problems:
-    """The list of images that cannot be used; the first 20 are kept in memory.
+class _Group:
+    """The images that cannot be used for one reason: their number, the first five, and the words that all share."""
 
-    If there are more, all are written to the file `full_list`, or line by line to `report` if that file cannot be
-    written.
+    def __init__(self, words: list[str]) -> None:
+        self.count = 0
+        self._words: list[str | None] = list(words)
+        self._examples: list[tuple[str, str]] = []
+
+    def add(self, name: str, reason: str) -> None:
+        self.count += 1
+        pairs = zip(self._words, reason.split(" "), strict=True)
+        self._words = [word if word == other else None for word, other in pairs]
+        if len(self._examples) < EXAMPLES:
+            self._examples.append((name, reason))
+
+    def lines(self) -> list[str]:
+        """Return "name: reason" of a single image, else the number and the reason, and the names below."""
+        if self.count == 1:
+            return ["  {}: {}".format(*self._examples[0])]
+        reason = " ".join(".." if word is None else word for word in self._words)
+        lines = [f"  {self.count} images: {reason}"]
+        differ = None in self._words
+        lines += [f"    {name}: {own}" if differ else f"    {name}" for name, own in self._examples]
+        return lines + (
+            [f"    and {self.count - len(self._examples)} more"] if self.count > len(self._examples) else []
+        )
+
+
+class Problems:
+    """The images that cannot be used, grouped by reason, with up to five examples of each of 20 reasons in memory.
+
+    Reasons that differ in numbers or file names are one. If not all images are examples, all are written to the file
+    `full_list`, or line by line to `report` if that file cannot be written.
     """
 
     def __init__(self, image_source: ImageSource, full_list: Path, report: Report) -> None:
         self.count = 0
         self.image_source, self._path, self._report = image_source, full_list, report
+        self._groups: dict[tuple[str, ...], _Group] = {}
         self._shown: list[str] = []
         self._file: IO[str] | None = None
         self._spilled: Callable[[str], object] | None = None
 
     def add(self, name: str, reason: str) -> None:
         """Add one image; a name with unprintable characters is escaped, since it may go to a terminal."""
-        line = f"{name if name.isprintable() else repr(name)}: {reason}"
+        name = name if name.isprintable() else repr(name)
+        line = f"{name}: {reason}"
         self.count += 1
-        if self.count <= SHOWN:
+        key = tuple("" if _VARIABLE.search(word) else word for word in reason.split(" "))
+        group = self._groups.get(key)
+        if group is None and len(self._groups) < REASONS:
+            group = self._groups[key] = _Group(reason.split(" "))
+        if group is not None:
+            group.add(name, reason)
+        if self._spilled is None and group is not None and group.count <= EXAMPLES:
             self._shown.append(line)
             return
         if self._spilled is None:
@@ -62,19 +101,23 @@ class Problems:
         self._spilled(line)
 
     def message(self) -> str:
-        """Return the number of bad images, the first 20 of them, and where the others are listed; close the file."""
+        """Return the number of bad images, each reason with examples, and where all are listed; close the file."""
         lines = [f"{self.count} of {self.image_source.count} images in {self.image_source.name} cannot be used:"]
-        lines += [f"  {line}" for line in self._shown]
-        if self.count > SHOWN:
-            where = "listed above" if self._file is None else f"the whole list is in {self._path}"
-            lines.append(f"  and {self.count - SHOWN} more; {where}")
+        for group in self._groups.values():
+            lines += group.lines()
+        others = self.count - sum(group.count for group in self._groups.values())
+        if others:
+            lines.append(f"  {others} for other reasons")
+        if self._spilled is not None:
+            where = "listed above" if self._file is None else f"in {self._path}"
+            lines.append(f"  the whole list is {where}")
         self.close()
         return "\n".join(lines)
 
     def close(self) -> None:
         """Close the file `full_list` if it was opened."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk: the message still has the first 20
+            with contextlib.suppress(OSError):  # a full disk: the message still has examples
                 self._file.close()
 
     def _opened(self) -> Callable[[str], object]:
@@ -102,6 +145,14 @@ def raise_or_report(problems: Problems, num_good: int, *, skip_bad: bool, report
 # Decoding by threads
 
 
+class Decoded(NamedTuple):
+    """Labels, int64 (N,) or None, the number of bad images, and advice about 16-bit images or None."""
+
+    labels: np.ndarray | None
+    num_bad: int
+    advice: str | None
+
+
 def decode_all(
     image_source: ImageSource,
     preprocessing: Preprocessing,
@@ -110,20 +161,27 @@ def decode_all(
     skip_bad: bool,
     report: Report,
     full_list: Path,
-) -> tuple[np.ndarray | None, int]:
-    """Pass each decoded image, uint8 (C, S, S), to `append` in order; return the labels and the number of bad images.
+) -> Decoded:
+    """Pass each decoded image, uint8 (C, S, S), to `append` in order; return what else was found.
 
-    Labels are int64 (N,) or None. Raises DataError that lists the bad images unless `skip_bad` is set, and always if
-    no image is good. If more than 20 are bad, the complete list is written to the file `full_list`, or line by line to
-    `report` if that file cannot be written.
+    Raises DataError that lists the bad images by reason unless `skip_bad` is set, and always if no image is good. If
+    the message does not name all, the complete list is written to the file `full_list`, or line by line to `report` if
+    that file cannot be written.
     """
     labels = Labels(image_source.name)
     problems = Problems(image_source, full_list, report)
-    for _, item, image in map_images(image_source, lambda item: decode(item.read(), preprocessing), problems):
+    brightness = Brightness()
+
+    def work(item: EncodedImage) -> tuple[np.ndarray, int | None]:
+        picture = open_picture(item.read())
+        return as_planes(fitted(picture, preprocessing), preprocessing), picture.peak
+
+    for _, item, (image, peak) in map_images(image_source, work, problems):
         append(image)
         labels.append(item.label)
+        brightness.add(peak)
     raise_or_report(problems, len(labels), skip_bad=skip_bad, report=report)
-    return labels.array(), problems.count
+    return Decoded(labels.array(), problems.count, brightness.note())
 
 
 def map_images(

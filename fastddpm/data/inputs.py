@@ -11,7 +11,7 @@ from fastddpm.errors import DataError, UsageError
 from . import open_dataset
 from .dataset import Images
 from .image import BadImageError, Preprocessing, decode
-from .readers.source import is_image
+from .readers.source import is_image, read_file
 
 DIGITS = "digits"
 _WHITE = 128  # a mask's pixels of this level and above are white
@@ -66,8 +66,8 @@ def read_hole(mask: str, preprocessing: Preprocessing) -> np.ndarray:
 
 def _decoded(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     try:
-        return decode(path.read_bytes(), preprocessing)
-    except (BadImageError, OSError) as error:
+        return decode(read_file(path), preprocessing)
+    except (BadImageError, OSError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
 
 
@@ -81,7 +81,7 @@ def _read_arrays(path: Path, preprocessing: Preprocessing) -> tuple[np.ndarray, 
             return arrays["images"], None if label_header is None else arrays["labels"].astype(np.int64)
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged directory or header can raise nearly anything
         raise DataError(
             f"{path} holds no images that can be read: {error}; expected an .npz with uint8 images"
         ) from error

@@ -21,7 +21,7 @@ from PIL import __version__ as pillow_version
 from fastddpm.errors import DataError, StorageError
 
 from .dataset import Checksum
-from .image import Preprocessing, decode, fitted, open_picture
+from .image import Brightness, Preprocessing, decode, fitted, open_picture
 from .ingest import Problems, Report, map_images
 from .pack.format import TRAILER, Pack
 from .readers.source import EncodedImage, ImageSource
@@ -99,9 +99,9 @@ class Findings:
     """The result of `scan`.
 
     Counts of good images: `kinds` by "FORMAT MODE", `sizes` by "WIDTHxHEIGHT" (beyond 1,000 sizes by "other"),
-    `classes` by label. `smallest` and `largest`: pixels of the shorter side. `problems`: the message about bad images.
-    `duplicates`: number of images that equal an earlier one, None if they were not compared; `equal`: up to 20 of
-    them as (first, later) names.
+    `classes` by label. `class_names`: in the order of labels, empty if there are none. `smallest` and `largest`: pixels
+    of the shorter side. `problems`: the message about bad images. `duplicates`: number of images that equal an earlier
+    one, None if they were not compared; `equal`: up to 20 of them as (first, later) names.
     """
 
     source: str
@@ -113,6 +113,7 @@ class Findings:
     smallest: int = 0
     largest: int = 0
     classes: Counter[int] = field(default_factory=Counter)
+    class_names: list[str] = field(default_factory=list)
     bad: int = 0
     problems: str = ""
     duplicates: int | None = None
@@ -128,6 +129,7 @@ class _Seen:
     size: tuple[int, int]
     num_bytes: int
     digest: bytes
+    peak: int | None
 
 
 def scan(
@@ -142,10 +144,12 @@ def scan(
 
     Images are decoded at their own size; with `preprocessing` they must also be usable by it. Equality is that of
     size and pixels, by a 128-bit digest. Memory, beside the source's own list of images: 16 encoded images and one
-    decoded image per processor, the counts of 1,000 sizes and of the classes, 20 problems (if there are more, all are
+    decoded image per processor, the counts of 1,000 sizes and of the classes, 100 problems (if there are more, all are
     written to `full_list`), and at most 100 MB for comparing.
     """
     found = Findings(image_source.name, image_source.count, notes=image_source.notes)
+    found.class_names = list(image_source.classes or ())
+    brightness = Brightness()
     problems = Problems(image_source, full_list, report)
 
     def look(item: EncodedImage) -> _Seen:
@@ -154,14 +158,17 @@ def scan(
         if preprocessing is not None:
             fitted(picture, preprocessing)
         pixels = digest(picture.image) if duplicates else b""
-        return _Seen(f"{picture.format} {picture.mode}", picture.image.size, len(data), pixels)
+        return _Seen(f"{picture.format} {picture.mode}", picture.image.size, len(data), pixels, picture.peak)
 
     with Duplicates() as digests:
         for number, item, seen in map_images(image_source, look, problems, title="reading"):
             _count(found, item, seen)
+            brightness.add(seen.peak)
             if duplicates:
                 digests.add(number, seen.digest)
         found.bad = problems.count
+        advice = brightness.note()
+        found.notes += (advice,) if advice else ()
         found.problems = problems.message() if problems.count else ""
         if duplicates:
             _compare(found, digests, image_source)

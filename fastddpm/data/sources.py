@@ -4,6 +4,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.progress import log
 
 from . import cache as image_cache
-from .dataset import Dataset
+from .dataset import Dataset, class_names
 from .image import Preprocessing, Resize, fit
 from .ingest import Report
 from .pack.format import ENDING, Pack, open_pack
@@ -24,13 +25,17 @@ from .readers.folder import folder_source
 from .readers.hub import PREFIX, hub_source
 from .readers.lmdb import lmdb_file, lmdb_source
 from .readers.parquet import parquet_files, parquet_source
-from .readers.source import EncodedImage, ImageSource, split_files
+from .readers.source import EncodedImage, ImageSource, check_regular
+from .readers.splits import require_split, split_files
 from .readers.tar import tar_source
 from .readers.zip import zip_source
 
 Split = Literal["train", "test"]
 Keep = Literal["auto", "decoded", "encoded"]
 DECODED_LIMIT_BYTES = 32 * 2**30
+DIGITS_CLASSES = tuple("0123456789")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_SHOWN_CLASSES = 10
 ACCEPTED = (
     "a folder, .zip or .tar of images, .parquet (or a folder of these or of .tar), LSUN's LMDB, a .fdpack, "
     "hf:NAME, or CIFAR-10 (its folder or .tar.gz)"
@@ -52,16 +57,17 @@ def open_dataset(
     """Open the images at `source`, uint8 (N, channels, image_size, image_size).
 
     `source`: None for the embedded digits; CIFAR-10's Python or binary directory or its tar.gz; a folder, zip or tar
-    of images, whose first-level folders are their classes; a directory of tar shards; a parquet file or a directory of
-    them (`train-*`, `test-*`); LSUN's LMDB; hf:NAME[:SPLIT]; a pack.
+    of images, whose splits and classes are its folders (docs/data.md); a directory of tar shards; a parquet file or a
+    directory of them (`train-*`, `test-*`); LSUN's LMDB; hf:NAME[:SPLIT]; a pack.
     `resize`: see `Preprocessing`. Unused for the digits, which have their own resizing, and for a pack, whose images
     are resized as chosen when it was made.
     `skip_bad`: leave out bad images after a report to `report`. Default: raise DataError with their list.
-    `split`: the split to open. A source without splits gives all its images.
+    `split`: the split to open. A source without splits gives all its images for "train"; "test" is refused unless the
+    source's own name says it.
     `keep`: "decoded" decodes once into an array. "encoded" keeps a pack, whose images the worker processes of
     `batches.Batches` decode in every epoch. Default "auto": encoded if the array would be larger than 32 GiB.
-    `cache`: directory of the array or pack. Default: ~/.cache/fastddpm. `report`: takes one line of text at a time.
-    Default: print it to stderr.
+    `cache`: directory of the array or pack. Default: ~/.cache/fastddpm. `report`: takes one line of text at a time,
+    among them what is left out and the names of the classes. Default: print it to stderr.
 
     Raises UsageError for a source or an option that does not fit, DataError for data that cannot be read, and
     StorageError for a pack that cannot be written.
@@ -69,18 +75,37 @@ def open_dataset(
     if channels not in (1, 3) or image_size < 1:
         raise UsageError(f"images have 1 or 3 channels and a positive size; got {channels} channels, size {image_size}")
     if source is None:
-        return Dataset.of(*load_digits(image_size, channels), "digits")
+        digits = Dataset.of(*load_digits(image_size, channels), "digits", DIGITS_CLASSES)
+        if report is not None:
+            _report_classes(digits, report)
+        return digits
     preprocessing = Preprocessing(image_size, channels, resize)
+    report = report or log
     found = _locate(source, split)
     directory = cache or image_cache.default_directory()
-    report = report or log
     if isinstance(found, ImageSource):
         large = found.count * math.prod(preprocessing.shape) > DECODED_LIMIT_BYTES
         make = image_cache.packed if keep == "encoded" or (keep == "auto" and large) else image_cache.decoded
-        return make(found, preprocessing, skip_bad=skip_bad, directory=directory, report=report)
-    if isinstance(found, Pack):
-        return _pack_dataset(found, preprocessing, keep, directory, report)
-    return _cifar_dataset(Path(source), found, preprocessing, split)
+        dataset = make(found, preprocessing, skip_bad=skip_bad, directory=directory, report=report)
+    elif isinstance(found, Pack):
+        dataset = _pack_dataset(found, preprocessing, keep, directory, report)
+    else:
+        dataset = _cifar_dataset(Path(source), found, preprocessing, split)
+    _report_classes(dataset, report)
+    return dataset
+
+
+def _report_classes(dataset: Dataset, report: Report) -> None:
+    """Report the number and the names of the classes: all up to ten, else the first nine and the last."""
+    classes = dataset.classes
+    if classes is not None:
+        names = [name if name.isprintable() else repr(name) for name in classes]
+        shown = names if len(names) <= _SHOWN_CLASSES else [*names[: _SHOWN_CLASSES - 1], "..", names[-1]]
+        report(f"{len(names):,} class{'es' * (len(names) != 1)}: {', '.join(shown)}")
+    elif dataset.labels is None:
+        report("no classes: the images have no labels")
+    else:
+        report(f"labels are the numbers {dataset.labels.min()} to {dataset.labels.max()}")
 
 
 def open_image_source(source: str | os.PathLike[str], split: Split = "train") -> ImageSource:
@@ -99,7 +124,7 @@ def open_image_source(source: str | os.PathLike[str], split: Split = "train") ->
         for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             yield EncodedImage(f"image {number}", label, _as_png(image))
 
-    return ImageSource(str(source), len(images), [], items)
+    return ImageSource(str(source), len(images), [], items, classes=CIFAR10_CLASSES)
 
 
 def _locate(source: str | os.PathLike[str], split: Split) -> ImageSource | Pack | Batches:
@@ -110,6 +135,7 @@ def _locate(source: str | os.PathLike[str], split: Split) -> ImageSource | Pack 
     path = _existing(name)
     try:
         if path.is_file() and path.suffix.lower() == ENDING:
+            require_split(split, path, "one set of images")
             return open_pack(path)
         batches = find_batches(path)
         return _image_source(path, split) if batches is None else batches
@@ -131,14 +157,21 @@ def _image_source(path: Path, split: Split) -> ImageSource:
     """Choose the reader by file name or folder content."""
     database = lmdb_file(path)
     if database:
+        require_split(split, path, "one LMDB")
         return lmdb_source(database)
     if path.is_dir():
-        tables = parquet_files(path, split)
+        tables, notes = parquet_files(path, split)
         if tables:
-            return parquet_source(tables)
-        shards = split_files(sorted(path.glob("*.tar")), split, path, "tar")
-        return tar_source(shards, split) if shards else folder_source(path, split)
+            return replace(parquet_source(tables), notes=notes)
+        shards, notes = split_files(sorted(path.glob("*.tar")), split, path, "tar")
+        for shard in shards:
+            check_regular(shard)
+        if not shards:
+            return folder_source(path, split)
+        found = tar_source(shards, split)
+        return replace(found, notes=(*notes, *found.notes))
     if path.suffix.lower() == ".parquet":
+        require_split(split, path, "one table")
         return parquet_source([path])
     if path.suffix.lower() == ".zip":
         return zip_source(path, split)
@@ -161,6 +194,7 @@ def _pack_dataset(pack: Pack, preprocessing: Preprocessing, keep: Keep, director
             f"{preprocessing.channels}: pack the images for it"
         )
     dataset = pack.dataset()
+    dataset = replace(dataset, classes=class_names(dataset.labels, dataset.classes))
     if keep == "encoded" or (keep == "auto" and dataset.images.nbytes > DECODED_LIMIT_BYTES):
         return dataset
     decoded_by = pack.images().preprocessing
@@ -186,7 +220,7 @@ def _cifar_dataset(path: Path, batches: Batches, preprocessing: Preprocessing, s
             0, 3, 1, 2
         )
         images = np.ascontiguousarray(images)
-    return Dataset.of(images, labels, str(path))
+    return Dataset.of(images, labels, str(path), CIFAR10_CLASSES)
 
 
 def _as_png(image: np.ndarray) -> Callable[[], bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.bad_images import huge_header, spoil
+from helpers.bad_images import huge_header, listed, spoil
 from helpers.image_folder import PLANES, png, source
 from helpers.packs import collection_of, encoded
 from PIL import Image
@@ -95,9 +95,9 @@ def test_inspect_names_every_bad_image_and_exits_3(source: Path, capsys: pytest.
         del reasons[name]
     with pytest.raises(DataError) as error:
         main(["inspect", str(source)])
-    first, *listed = str(error.value).splitlines()
+    first = str(error.value).splitlines()[0]
     assert first == f"{len(reasons)} of 44 images in {source} cannot be used:" and error.value.exit_code == 3
-    named = dict(line.strip().split(": ", 1) for line in listed)
+    named = listed(str(error.value))
     assert named.keys() == reasons.keys()
     assert all(reason in named[name] for name, reason in reasons.items())
     assert "44 images, 33 of them good, 11 bad" in capsys.readouterr().out
@@ -242,7 +242,7 @@ def test_hostile_files_are_refused_in_little_memory(tmp_path: Path) -> None:
     (folder / "huge.bmp").write_bytes(b"BM" + bytes(16) + (40).to_bytes(4, "little") + b"\xff\xff\0\0" * 2 + bytes(40))
     (folder / "huge.gif").write_bytes(b"GIF89a" + b"\xff" * 4 + bytes(20))
     bodies = {
-        "TIFF": png(RNG.integers(0, 256, (9, 9, 3), dtype=np.uint8), "TIFF"),
+        "PPM": png(RNG.integers(0, 256, (9, 9, 3), dtype=np.uint8), "PPM"),
         "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60000 60000\n",
         "FITS": b"SIMPLE  =                    T".ljust(2880),
         "PSD": b"8BPS\x00\x01".ljust(100, b"\0"),
@@ -258,7 +258,7 @@ def test_hostile_files_are_refused_in_little_memory(tmp_path: Path) -> None:
         "peak = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
         "main(['inspect', sys.argv[1]]); before = peak()\n"
         "try: main(['inspect', sys.argv[2]])\n"
-        "except DataError as error: print(str(error).count('\\n'), peak() - before)\n"
+        "except DataError as error: print(str(error).split()[0], peak() - before)\n"
     )
     small = tmp_path / "g"
     small.mkdir()

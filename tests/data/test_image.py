@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from fastddpm.data.image import BadImageError, Preprocessing, decode
+from fastddpm.data.image import FORMATS, BadImageError, Brightness, Preprocessing, decode, open_picture
 
 RNG = np.random.default_rng(3)
 COLOUR = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)  # (H, W, C)
@@ -118,6 +118,46 @@ def test_sixteen_bits_are_scaled_and_rounded_not_clipped() -> None:
     assert decode(grey16(values), L)[0, -1, -1] == 255 and decode(grey16(values), L)[0, 16, 0] == 128
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "AVIF"])
+def test_formats_that_pillow_may_lack(kind: str) -> None:
+    if kind not in FORMATS:
+        pytest.skip(f"this Pillow does not read {kind}")
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    if kind == "AVIF":
+        data = encoded(np.full((32, 32, 3), 90, np.uint8), kind)
+        assert np.abs(decode(data, RGB).astype(int) - 90).max() <= 2
+        return
+    for options in ({}, {"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}):
+        np.testing.assert_array_equal(decode(encoded(COLOUR, kind, **options), RGB), planes(COLOUR))
+    turned = decode(encoded(COLOUR, kind, exif=exif), RGB)
+    np.testing.assert_array_equal(turned, planes(np.rot90(COLOUR, -1)))
+    values = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    np.testing.assert_array_equal(decode(encoded(values, kind), L)[0], (values.astype(int) * 255 + 32767) // 65535)
+    for wrong in (values.astype(np.int32) * 2, -values.astype(np.int32)):
+        assert "expected 16 bits, 0 to 65535" in reason(encoded(wrong, kind), L)
+    assert "its colour mode is F" in reason(encoded(values.astype(np.float32), kind), L)
+
+
+def test_the_largest_of_16_bit_values_is_noticed() -> None:
+    values = np.zeros((32, 32), np.int64)
+    values[3, 5] = 4095
+    colour = np.zeros((32, 32, 3), np.int64)
+    colour[3, 5, 1] = 4095
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    brightness = Brightness()
+    brightness.add(open_picture(encoded(COLOUR)).peak)
+    assert brightness.note() is None
+    for data in (grey16(values), grey16(values // 2), png(32, 32, 16, 2, rows)):
+        brightness.add(open_picture(data).peak)
+    assert brightness.note() == (
+        "3 images have 16 bits, but their largest value is 4,095 of 65,535, so they will be dark. If they hold 12-bit "
+        "data, multiply their values by 16 first"
+    )
+    brightness.add(open_picture(grey16(values * 9)).peak)  # 36,855
+    assert brightness.note() is None
+
+
 def test_sixteen_bit_colour_keeps_the_high_byte() -> None:
     values = RNG.integers(0, 65536, (32, 32, 3))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -158,7 +198,6 @@ def test_real_transparency_is_reported() -> None:
 
 
 RENAMED = {
-    "TIFF": encoded(COLOUR, "TIFF"),
     "EPS": encoded(COLOUR, "EPS"),
     "FITS": b"SIMPLE  =                    T".ljust(2880),
     "PSD": b"8BPS\x00\x01".ljust(100, b"\0"),
@@ -169,7 +208,7 @@ RENAMED = {
 
 @pytest.mark.parametrize("kind", RENAMED)
 def test_other_formats_are_refused_by_content(kind: str) -> None:
-    assert reason(RENAMED[kind]) == "not an image of a known format (JPEG, PNG, WEBP, BMP, GIF)"
+    assert reason(RENAMED[kind]) == f"not an image of a known format ({', '.join(FORMATS)})"
 
 
 def test_an_empty_file_cmyk_and_wrong_sizes_have_their_reasons() -> None:

@@ -4,10 +4,14 @@ import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers.bad_images import spoil
-from helpers.image_folder import Load, check, load, source
+from helpers.bad_images import listed, spoil
+from helpers.image_folder import Load, check, load, png, source, without_classes
+from helpers.packs import collection_of
 
+from fastddpm.data.image import FORMATS
+from fastddpm.data.ingest import Problems
 from fastddpm.errors import DataError
 
 __all__ = ["load", "source"]
@@ -33,10 +37,10 @@ def test_every_bad_image_is_listed_at_once(
     reasons = spoil(source)
     with pytest.raises(DataError) as error:
         load()
-    first, *listed, advice = str(error.value).splitlines()
+    first, *_, advice = str(error.value).splitlines()
     assert first == f"14 of 44 images in {source} cannot be used:"
     assert advice == "mend or remove them, or use --skip-bad to go on without them"
-    found = dict(line.strip().split(": ", 1) for line in listed)
+    found = listed(str(error.value))
     assert found.keys() == reasons.keys()
     for name, reason in reasons.items():
         assert reason in found[name], name
@@ -49,10 +53,11 @@ def test_skip_bad_reports_them_and_goes_on(load: Load, source: Path) -> None:
     reasons = spoil(source)
     lines: list[str] = []
     check(load(skip_bad=True, report=lines.append))
-    (text,) = lines
+    text, classes = lines
+    assert classes == "3 classes: 0, 1, 2"
     assert all(name in text for name in reasons) and text.endswith("left out, as --skip-bad asks")
     check(load(skip_bad=True, report=lines.append))
-    assert lines[1:] == [f"14 images of {source} are left out, as --skip-bad asks"]
+    assert without_classes(lines[2:]) == [f"14 images of {source} are left out, as --skip-bad asks"]
 
 
 def test_no_usable_image_is_always_an_error(tmp_path: Path, load: Load) -> None:
@@ -63,22 +68,43 @@ def test_no_usable_image_is_always_an_error(tmp_path: Path, load: Load) -> None:
             load(source=tmp_path / "bad", skip_bad=skip_bad)
 
 
-def test_a_long_list_is_cut_and_kept_in_a_file(load: Load, source: Path, tmp_path: Path) -> None:
+def test_a_long_list_is_grouped_and_kept_in_a_file(load: Load, source: Path, tmp_path: Path) -> None:
     for i in range(25):
         (source / "1" / f"bad{i:02}.png").write_bytes(b"text")
+    for i in range(1, 7):
+        (source / "2" / f"size{i}.png").write_bytes(png(np.zeros((i, 9, 3), np.uint8)))
+    (source / "2" / "alone.png").write_bytes(b"")
+    unknown = f"not an image of a known format ({', '.join(FORMATS)})"
     with pytest.raises(DataError) as error:
         load()
-    lines = str(error.value).splitlines()
-    assert len(lines) == 1 + 20 + 1 + 1
-    assert lines[-2].startswith("  and 5 more; the whole list is in ")
-    kept = Path(lines[-2].split(" is in ")[1]).read_text().splitlines()
-    assert kept == [f"1/bad{i:02}.png: not an image of a known format (JPEG, PNG, WEBP, BMP, GIF)" for i in range(25)]
+    first, *lines, last, advice = str(error.value).splitlines()
+    assert first == f"32 of 62 images in {source} cannot be used:" and advice.startswith("mend or remove them")
+    sizes = [f"    2/size{i}.png: 9x{i}, expected 8x8; --resize area crops and resizes" for i in range(1, 6)]
+    assert lines == [
+        f"  25 images: {unknown}", *(f"    1/bad{i:02}.png" for i in range(5)), "    and 20 more",
+        "  2/alone.png: the file is empty",
+        "  6 images: .. expected 8x8; --resize area crops and resizes", *sizes, "    and 1 more",
+    ]  # fmt: skip
+    assert last.startswith("  the whole list is in ")
+    kept = Path(last.split(" is in ")[1]).read_text().splitlines()
+    assert kept[:25] == [f"1/bad{i:02}.png: {unknown}" for i in range(25)]
+    assert kept[25:26] == ["2/alone.png: the file is empty"] and len(kept) == 32
+    assert kept[31] == "2/size6.png: 9x6, expected 8x8; --resize area crops and resizes"
     # Where no file can be written, each is reported.
     (tmp_path / "file").write_bytes(b"")
     reported: list[str] = []
-    with pytest.raises(DataError, match="and 5 more; listed above"):
+    with pytest.raises(DataError, match="the whole list is listed above"):
         load(cache=tmp_path / "file", report=reported.append)
-    assert [line for line in reported if "bad" in line] == kept
+    assert [line for line in reported if ".png: " in line] == kept
+
+
+def test_very_many_reasons_are_counted(tmp_path: Path) -> None:
+    problems = Problems(collection_of([b""] * 100), tmp_path / "list.txt", print)
+    for i in range(30):
+        problems.add(f"{i}.png", "reason " + "x" * i)
+    text = problems.message()
+    assert text.count(".png: ") == 20 and "\n  10 for other reasons\n" in text
+    assert len((tmp_path / "list.txt").read_text().splitlines()) == 30
 
 
 def test_a_file_larger_than_any_image_is_not_read(load: Load, source: Path) -> None:

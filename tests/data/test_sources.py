@@ -169,7 +169,7 @@ def test_files_read_by_the_ending_in_either_case(tmp_path: Path, load: Load) -> 
     ("names", "labels"),
     [
         (["dog/1.png", "cat/2.png", "emu/x/3.png", "cat/4.png"], [0, 0, 1, 2]),
-        (["dog/1.png", "cat/2.png", "3.png"], None),
+        (["dog/1.png", "cat/2.png", "3.png", "4.png", "5.png"], None),  # more pictures outside than inside
         (["all/1.png", "all/2.png"], None),  # one class is none
         (["1.png", "2.png"], None),
     ],
@@ -202,7 +202,7 @@ def test_folders_named_as_splits(packed: bool, tmp_path: Path, load: Load) -> No
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_not_an_image_is_left_alone_and_said(packed: bool, tmp_path: Path, load: Load) -> None:
     files = {"a/1.png": png(PIXELS[0]), "b/2.png": png(PIXELS[1])}
-    other = {"readme.txt": b"x", "a/x.tif": b"x", "b/y.TIF": b"x", "b/LICENSE": b"x"}
+    other = {"readme.txt": b"x", "a/x.svg": b"x", "b/y.SVG": b"x", "b/LICENSE": b"x"}
     hidden = {".git/z.png": b"x", "a/._1.png": b"x", ".DS_Store": b"x", "__MACOSX/a/1.png": b"x"}
     everything = files | other | hidden
     lines: list[str] = []
@@ -210,9 +210,9 @@ def test_what_is_not_an_image_is_left_alone_and_said(packed: bool, tmp_path: Pat
     dataset = load(source, report=lines.append)
     np.testing.assert_array_equal(dataset.images, PIXELS[:2].transpose(0, 3, 1, 2))
     assert dataset.labels is not None and dataset.labels.tolist() == [0, 1]
-    assert len(lines) == 1
+    assert len(lines) == 2 and lines[1] == "2 classes: a, b"
     assert "4 files are not read" in lines[0]
-    assert "2 .tif" in lines[0] and "1 .txt" in lines[0] and "1 without extension" in lines[0]
+    assert "2 .svg" in lines[0] and "1 .txt" in lines[0] and "1 without extension" in lines[0]
 
 
 def test_links_and_odd_entries_of_a_folder(tmp_path: Path, load: Load) -> None:
@@ -223,11 +223,28 @@ def test_links_and_odd_entries_of_a_folder(tmp_path: Path, load: Load) -> None:
     (root / "folder.png" / "up").symlink_to("..")
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "z.png").symlink_to(tmp_path / "elsewhere" / "3.png")
+    (root / "0.png").write_bytes(png(PIXELS[0]))
     lines: list[str] = []
     dataset = load(root, report=lines.append)
-    np.testing.assert_array_equal(dataset.images, PIXELS[:3].transpose(0, 3, 1, 2))
-    assert len(lines) == 1 and "3 links to folders are not followed: " in lines[0]
-    assert "folder.png/up" in lines[0] and "linked" in lines[0]
+    expected = PIXELS[[0, 0, 1, 2, 2]]  # 0, 1, folder.png/2, linked/3, z
+    np.testing.assert_array_equal(dataset.images, expected.transpose(0, 3, 1, 2))
+    assert dataset.labels is None and len(lines) == 3
+    assert "3 images lie beside the folders folder.png, linked, which thus are no classes" in lines[0]
+    assert lines[1].endswith("2 links lead back to a folder that holds them and are not followed: folder.png/up, loop")
+    assert lines[2] == "no classes: the images have no labels"
+
+
+def test_links_to_links_are_followed_so_many_times(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two links in each of n folders lead to the next: 2^n paths to the images of the last."""
+    for i in range(6):
+        folder_of(tmp_path / f"{i}", {"x.png": png(PIXELS[i])} if i == 5 else {})
+        (tmp_path / f"{i}").mkdir(exist_ok=True)
+        for name in "ab" if i < 5 else "":
+            (tmp_path / f"{i}" / name).symlink_to(tmp_path / f"{i + 1}")
+    assert len(load(tmp_path / "0").images) == 32
+    monkeypatch.setattr("fastddpm.data.readers.folder._MAX_LINKS", 61)
+    with pytest.raises(DataError, match="has more than 61 links to folders"):
+        load(tmp_path / "0")
 
 
 def test_walking_a_folder_keeps_the_names_of_one_folder_at_a_time(tmp_path: Path) -> None:

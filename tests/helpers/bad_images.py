@@ -1,6 +1,8 @@
 """Images that cannot be used, each with the reason."""
 
+import itertools
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -17,6 +19,22 @@ def huge_header() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
+def listed(message: str) -> dict[str, str]:
+    """The reason by image that a message about bad images gives, grouped or not; every group must count its images."""
+    found: dict[str, str] = {}
+    lines = message.splitlines()
+    for i, line in enumerate(lines):
+        group = re.fullmatch(r"  (\d+) images: (.*)", line)
+        if group:
+            inside = list(itertools.takewhile(lambda other: other.startswith("    "), lines[i + 1 :]))
+            assert len(inside) == int(group[1])
+            found |= {name: reason or group[2] for name, _, reason in (other[4:].partition(": ") for other in inside)}
+        elif line.startswith("  ") and line[2] != " ":
+            name, reason = line[2:].split(": ", 1)
+            found[name] = reason
+    return found
+
+
 def spoil(root: Path) -> dict[str, str]:
     """Put every kind of bad image into `root`; returns a part of the reason for each."""
     transparent = Image.fromarray(PIXELS[0]).convert("RGBA")
@@ -31,7 +49,7 @@ def spoil(root: Path) -> dict[str, str]:
         "1/long.png": (png(np.zeros((10000, 1, 3), np.uint8)), "1x10000, expected 8x8"),
         "1/transparent.png": (png(transparent), "transparent"),
         "2/huge.png": (huge_header(), "64,000,000"),
-        "2/tiff.png": (png(PIXELS[0], "TIFF"), "not an image of a known format"),
+        "2/pixmap.png": (png(PIXELS[0], "PPM"), "not an image of a known format"),
     }
     for name, (data, _) in bad.items():
         (root / name).write_bytes(data)

@@ -16,6 +16,11 @@ PLANES = PIXELS.transpose(0, 3, 1, 2)
 Load = Callable[..., Dataset]
 
 
+def without_classes(lines: list[str]) -> list[str]:
+    """The lines that were reported, but for the one that names the classes whenever data are opened."""
+    return [line for line in lines if "classes: " not in line]
+
+
 def png(image: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)

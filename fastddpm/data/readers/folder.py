@@ -5,51 +5,69 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from .source import EncodedImage, ImageSource, SplitSelection, choose, is_hidden, is_image, left_alone, read_file
+from fastddpm.errors import DataError
+
+from .labels import LABEL_FILES, MAX_LISTS, with_listed_labels
+from .layout import SplitSelection, choose
+from .source import EncodedImage, ImageSource, is_hidden, is_image, left_alone, read_file
 
 _NAMED_LINKS = 5
+_MAX_LINKS = 10_000  # links to folders that are followed; links to links could lead to any number
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file, a link to a folder, or a folder that cannot be listed (`failure`); `path` is relative to the root."""
+    """A file, a folder to enter, a link that leads back (`is_loop`), or a folder that cannot be listed (`failure`).
+
+    `path` is relative to the root.
+    """
 
     path: PurePosixPath
-    is_link: bool = False
+    is_folder: bool = False
+    is_loop: bool = False
     failure: OSError | None = None
 
 
 def folder_source(folder: Path, split: str) -> ImageSource:
-    """Return the images below `folder`, sorted by path, with the split and labels of `source.choose`.
+    """Return the images below `folder`, sorted by path, with the split and labels of `layout.choose`.
 
-    Links to files are read; links to folders are not followed, and a note says so. A folder that cannot be listed
-    counts as an image that cannot be read. The folder is walked again for each purpose, so memory holds the names in
-    one folder and its parents at a time. Raises DataError if there is no image.
+    Links to files and folders are followed, except those that lead back into a folder that holds them, which a note
+    names. A list of labels (`labels.py`) replaces class folders. A folder that cannot be listed counts as an image that
+    cannot be read. The folder is walked again for each purpose, so memory holds the names in one folder and its parents
+    at a time. Raises DataError if there is no image.
     """
     others: Counter[str] = Counter()
-    links: list[str] = []
-    num_links = num_failures = 0
+    loops: list[str] = []
+    lists: list[PurePosixPath] = []
+    num_loops = num_failures = 0
 
     def images() -> Iterator[PurePosixPath]:
-        nonlocal num_links, num_failures
+        nonlocal num_loops, num_failures
         for entry in _walk(folder):
             if entry.failure:
                 num_failures += 1
-            elif entry.is_link:
-                num_links += 1
-                if num_links <= _NAMED_LINKS:
-                    links.append(str(entry.path))
+            elif entry.is_loop:
+                num_loops += 1
+                if num_loops <= _NAMED_LINKS:
+                    loops.append(str(entry.path))
             elif is_image(entry.path):
                 yield entry.path
+            elif entry.path.name in LABEL_FILES and len(lists) < MAX_LISTS:
+                lists.append(entry.path)
             else:
                 others[entry.path.suffix.lower()] += 1
 
-    choice = choose(images(), split, folder)
-    notes = left_alone(others)
-    if num_links:
-        notes += (f"{num_links} links to folders are not followed: {', '.join(links)}",)
+    def all_images() -> Iterator[PurePosixPath]:
+        return (entry.path for entry in _walk(folder) if _is_image(entry))
+
+    choice = choose(images(), split, folder, others=others)
+    choice = with_listed_labels(choice, lists, lambda path, limit: read_file(folder / path, limit), all_images, folder)
+    notes = tuple(note.text for note in choice.notes) + left_alone(others)
+    if num_loops:
+        notes += (f"{num_loops} links lead back to a folder that holds them and are not followed: {', '.join(loops)}",)
 
     def items() -> Iterator[EncodedImage]:
         for entry in _chosen(folder, choice):
@@ -58,28 +76,51 @@ def folder_source(folder: Path, split: str) -> ImageSource:
             else:
                 yield EncodedImage(str(entry.path), choice.label(entry.path), _reader(folder / entry.path))
 
-    listing = [choice.count, num_failures, _digest(folder, choice)]
-    return ImageSource(str(folder), choice.count + num_failures, listing, items, notes)
+    listing = [choice.count, num_failures, choice.classes, _digest(folder, choice, lists)]
+    return ImageSource(str(folder), choice.count + num_failures, listing, items, notes, choice.classes)
 
 
 def _walk(folder: Path) -> Iterator[_Entry]:
-    """Yield everything below `folder` that is not hidden, in the order of sorted paths."""
+    """Yield everything below `folder` that is not hidden, in the order of sorted paths, following links to folders.
+
+    Raises DataError for more than 10,000 links to folders.
+    """
     stack = [_listed(folder, PurePosixPath())]
+    above = [_identity(folder)]  # the folders that are being listed
+    num_links = 0
     while stack:
         entry = next(stack[-1], None)
         if entry is None:
             stack.pop()
-        elif isinstance(entry, PurePosixPath):
-            stack.append(_listed(folder, entry))
+            above.pop()
+        elif entry.is_folder:
+            identity = _identity(folder / entry.path)
+            if identity is not None and identity in above:
+                yield _Entry(entry.path, is_loop=True)
+                continue
+            if os.path.islink(folder / entry.path):
+                num_links += 1
+                if num_links > _MAX_LINKS:
+                    raise DataError(f"{folder} has more than {_MAX_LINKS:,} links to folders; replace links by folders")
+            stack.append(_listed(folder, entry.path))
+            above.append(identity)
         else:
             yield entry
 
 
-def _listed(folder: Path, here: PurePosixPath) -> Iterator[_Entry | PurePosixPath]:
-    """Yield the content of a folder, sorted by name: entries, and the paths of folders to enter."""
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return the device and inode of a folder, which are the same by every link; None if they cannot be read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _listed(folder: Path, here: PurePosixPath) -> Iterator[_Entry]:
+    """Yield the content of a folder, sorted by name."""
     names: list[str] = []
     folders: set[str] = set()
-    links: set[str] = set()
     try:
         with os.scandir(folder / here) as found:
             for entry in found:
@@ -87,13 +128,13 @@ def _listed(folder: Path, here: PurePosixPath) -> Iterator[_Entry | PurePosixPat
                     continue
                 names.append(entry.name)
                 if _is_folder(entry):
-                    (links if entry.is_symlink() else folders).add(entry.name)
+                    folders.add(entry.name)
     except OSError as error:
         yield _Entry(here, failure=error)
         return
     names.sort()
     for name in names:
-        yield here / name if name in folders else _Entry(here / name, is_link=name in links)
+        yield _Entry(here / name, is_folder=name in folders)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -103,17 +144,21 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
+def _is_image(entry: _Entry) -> bool:
+    return not (entry.failure or entry.is_loop) and is_image(entry.path)
+
+
 def _chosen(folder: Path, choice: SplitSelection) -> Iterator[_Entry]:
     """Yield the images of the split, and the folders that cannot be listed."""
     for entry in _walk(folder):
-        if entry.failure or (not entry.is_link and is_image(entry.path) and choice.takes(entry.path)):
+        if entry.failure or (_is_image(entry) and choice.takes(entry.path)):
             yield entry
 
 
-def _digest(folder: Path, choice: SplitSelection) -> str:
-    """Return the sha256 over the names, sizes and modification times of the images."""
+def _digest(folder: Path, choice: SplitSelection, lists: list[PurePosixPath]) -> str:
+    """Return the sha256 over the names, sizes and modification times of the images and the lists of labels."""
     digest = hashlib.sha256()
-    for entry in _chosen(folder, choice):
+    for entry in chain(map(_Entry, lists), _chosen(folder, choice)):
         try:
             if entry.failure:
                 raise entry.failure

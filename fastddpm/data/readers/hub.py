@@ -1,5 +1,6 @@
 """Read data sets of the Hugging Face hub by name. The `datasets` library is imported only when it is used."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from fastddpm.errors import DataError, UsageError
 
 from .source import EncodedImage, ImageSource, check_size, read_file
+from .splits import any_split_kind
 
 PREFIX = "hf:"
 _IMAGES = ("image", "img")
@@ -20,6 +22,8 @@ def hub_source(source: str, split: str) -> ImageSource:
     the library or the name is missing, and DataError if the data set cannot be loaded or has no image column.
     """
     name, _, named = source.removeprefix(PREFIX).partition(":")
+    if split == "test" and named and any_split_kind(re.split(r"[^\w]", named)[0]) not in ("test", "val"):
+        raise UsageError(f"{source} names the split {named}, which is not test; leave out :{named} or --split test")
     split = named or split
     if not name:
         raise UsageError(f"{source!r} names no data set: hf:NAME or hf:NAME:SPLIT, as in hf:uoft-cs/cifar10:train")
@@ -44,7 +48,13 @@ def hub_source(source: str, split: str) -> ImageSource:
         for number, row in enumerate(table):
             yield EncodedImage(f"row {number}", _class(row.get(label)), _reader(row[image]))
 
-    return ImageSource(source, len(table), [str(table._fingerprint), split], items)
+    return ImageSource(source, len(table), [str(table._fingerprint), split], items, classes=_names(table, label))
+
+
+def _names(table: Any, label: str | None) -> tuple[str, ...] | None:
+    """Return the names of the classes, None if the data set has none."""
+    names = getattr((getattr(table, "features", None) or {}).get(label), "names", None)
+    return tuple(map(str, names)) if names else None
 
 
 def _class(value: Any) -> int | None:

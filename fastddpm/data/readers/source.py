@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastddpm.data.image import SUFFIXES
 from fastddpm.errors import DataError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+EXTENSIONS = tuple(extension for extensions in SUFFIXES.values() for extension in extensions)
 MAX_ENCODED_BYTES = 256 * 2**20
 _SPLITS = frozenset({"train", "test", "val", "valid", "validation"})
 _SPLIT = re.compile(r"(train|test|validation|valid|val)[-._]")
@@ -30,7 +31,8 @@ class ImageSource:
     """The encoded images of a source: `items()` yields `count` of them, in a fixed order.
 
     `listing`: JSON values that change when the files do, for the cache's key. `notes`: lines about files that were
-    seen but are not read.
+    seen but are not read. `classes`: names of the classes, in the order of their labels; None if there are none, or if
+    labels are numbers without names.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ImageSource:
     listing: list[Any]
     items: Callable[[], Iterator[EncodedImage]]
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,16 @@ def left_alone(endings: Counter[str]) -> tuple[str, ...]:
     """Return a note about the files that are not read because of their extensions; empty without any."""
     if not endings:
         return ()
-    kinds = ", ".join(f"{count} {ending or 'without extension'}" for ending, count in endings.most_common(5))
-    return (f"{endings.total()} files are not read, because only {', '.join(EXTENSIONS)} are: {kinds}",)
+    return (f"{endings.total()} files are not read, because only {', '.join(EXTENSIONS)} are: {counted(endings)}",)
+
+
+def counted(endings: Counter[str]) -> str:
+    """Return the five most frequent extensions with their numbers, as in "4 .txt, 1 without extension"."""
+    shown = ", ".join(
+        f"{count} {ending if ending.isprintable() else repr(ending)}" if ending else f"{count} without extension"
+        for ending, count in endings.most_common(5)
+    )
+    return shown + (", .." if len(endings) > 5 else "")
 
 
 def split_files(files: list[Path], split: str, folder: Path, ending: str) -> list[Path]:
@@ -135,6 +146,16 @@ def read_file(path: Path, limit: int = MAX_ENCODED_BYTES) -> bytes:
         raise ValueError("not a regular file")
     check_size(status.st_size, limit)
     return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    """Raise DataError if `path` is not a regular file, because opening a pipe or a device could block or never end."""
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not regular:
+        raise DataError(f"{path} is not a regular file; remove it, or replace it by the file that belongs there")
 
 
 def check_size(num_bytes: int, limit: int = MAX_ENCODED_BYTES) -> None:

@@ -1,0 +1,246 @@
+"""Labels from a list beside the images: dataset.json of EDM and StyleGAN, metadata.jsonl and .csv of Hugging Face."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fastddpm.errors import DataError
+from fastddpm.storage.documents import MAX_JSON_BYTES, parse_json
+
+from .layout import Note, SplitSelection
+
+LABEL_FILES = ("dataset.json", "metadata.jsonl", "metadata.csv")
+MAX_LIST_BYTES = 256 * 2**20
+MAX_LISTS = 64  # label files that are remembered
+_MAX_LINE_BYTES = 2**16
+_COLUMNS = ("label", "labels", "class")
+_FILE_COLUMNS = ("file_name", "image")
+_MAX_CLASSES = 2**31
+_ENTRIES = re.compile(r'\s*\{\s*"labels"\s*:\s*\[\s*')
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class _List:
+    """Labels by file name, numbers or names of classes; `labels` is None if the list has none."""
+
+    labels: dict[str, int | str] | None
+
+
+def with_listed_labels(
+    choice: SplitSelection,
+    lists: Iterable[PurePosixPath],
+    read: Callable[[PurePosixPath, int], bytes],
+    paths: Callable[[], Iterable[PurePosixPath]],
+    where: Path,
+) -> SplitSelection:
+    """Return the selection with the labels of a list in the split's folder or above; unchanged if there is no list.
+
+    `lists`: paths of the files named like lists. `read`: returns a file of at most so many bytes, or raises ValueError
+    or OSError. `paths`: iterates over all images. Raises DataError for two lists, a list that is damaged or too large,
+    and if images or entries lack their counterpart.
+    """
+    base = choice.base
+    lists = list(lists)
+    above = [path for path in lists if path.parent.parts == base[: len(path.parent.parts)]]
+    if not above:
+        if not lists:
+            return choice
+        note = Note(0, f"{lists[0]} is not read, because lists of labels are expected above the class folders")
+        return replace(choice, notes=(*choice.notes, note))
+    if len(above) > 1:
+        raise DataError(f"{where} has several lists of labels: {', '.join(map(str, above))}; keep one of them")
+    (file,) = above
+    try:
+        data = read(file, MAX_LIST_BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where / file} cannot be read: {error}") from error
+    found = _parsed(data, file.name, where / file)
+    if found is None:
+        column = ", ".join(_COLUMNS)
+        note = Note(0, f"{file} has no column {column}, so it gives no labels")
+        return replace(choice, notes=(*choice.notes, note))
+    if found.labels is None:
+        listed: dict[str, int] = {}
+        classes = None
+    else:
+        listed, classes = _numbered(found.labels, file.parent, where / file)
+    split_base = max(choice.split_base, file.parent.parts, key=len)
+    notes = [note for note in choice.notes if note.depth < max(1, len(split_base))]
+    notes.append(Note(0, f"labels are those of {file}" if found.labels else f"{file} has no labels: read without"))
+    chosen = SplitSelection(split_base, split_base, classes, 0, tuple(notes), listed)
+    count = _checked(chosen, file.parent, paths(), where / file, labelled=found.labels is not None)
+    return replace(chosen, count=count)
+
+
+def _checked(
+    choice: SplitSelection, folder: PurePosixPath, paths: Iterable[PurePosixPath], where: Path, *, labelled: bool
+) -> int:
+    """Return the number of images of the split. Raises DataError for images or entries without counterpart."""
+    assert choice.listed is not None
+    count = matched = 0
+    unlisted: list[str] = []
+    num_unlisted = 0
+    seen: set[str] = set()
+    for path in paths:
+        taken = choice.takes(path)
+        count += taken
+        if str(path) in choice.listed:
+            matched += 1
+            seen.add(str(path))
+        elif taken and labelled:
+            num_unlisted += 1
+            if len(unlisted) < _SHOWN:
+                unlisted.append(str(path))
+    problems = []
+    if num_unlisted:
+        problems.append(f"{num_unlisted:,} images are not in it ({_examples(unlisted, num_unlisted)})")
+    num_missing = len(choice.listed) - len(seen)
+    if num_missing:
+        missing = [name for name in choice.listed if name not in seen][:_SHOWN]
+        problems.append(f"{num_missing:,} of its entries have no image ({_examples(missing, num_missing)})")
+    if problems:
+        raise DataError(f"{where} does not fit the images: {' and '.join(problems)}; mend the list or the images")
+    return count
+
+
+def _examples(names: list[str], count: int) -> str:
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names)
+    return shown + (", .." if count > len(names) else "")
+
+
+def _numbered(
+    labels: dict[str, int | str], folder: PurePosixPath, where: Path
+) -> tuple[dict[str, int], tuple[str, ...] | None]:
+    """Return labels by path below the data, and the names of the classes if the list gives names."""
+    numbers = {type(label) for label in labels.values()}
+    if len(numbers) > 1:
+        raise DataError(f"{where} has numbers and names as labels; use one of them")
+    names: tuple[str, ...] | None = None
+    order: dict[Any, int] = {}
+    if str in numbers:
+        names = tuple(sorted({str(label) for label in labels.values()}))
+        order = {name: i for i, name in enumerate(names)}
+    listed: dict[str, int] = {}
+    for name, label in labels.items():
+        path = str(folder / name)
+        if path in listed:
+            raise DataError(f"{where} lists {name} twice")
+        listed[path] = order[label] if names is not None else int(label)
+    return listed, names
+
+
+def _parsed(data: bytes, name: str, where: Path) -> _List | None:
+    """Parse a list; None if it has no column of labels. Raises DataError if it is damaged."""
+    if name == "dataset.json":
+        return _dataset_json(data, where)
+    rows = _json_rows(data, where) if name.endswith(".jsonl") else _csv_rows(data, where)
+    labels: dict[str, int | str] = {}
+    column: str | None = None
+    for number, row in enumerate(rows, 1):
+        file = next((row[key] for key in _FILE_COLUMNS if key in row), None)
+        if not isinstance(file, str) or not file:
+            raise DataError(f"{where}: row {number} has no file_name")
+        if number == 1:
+            column = next((key for key in _COLUMNS if key in row), None)
+        if column is None:
+            return None
+        _add(labels, file, row.get(column), where)
+    if name.endswith(".csv") and labels and all(re.fullmatch(r"\d{1,10}", str(label)) for label in labels.values()):
+        labels = {file: int(label) for file, label in labels.items()}
+    return _List(labels) if labels else None
+
+
+def _add(labels: dict[str, int | str], file: str, label: Any, where: Path) -> None:
+    if type(label) not in (int, str) or label == "" or (type(label) is int and not 0 <= label < _MAX_CLASSES):
+        raise DataError(
+            f"{where}: the label of {file[:200]!r} is {str(label)[:50]!r}; expected a number below 2^31, or the "
+            "name of a class"
+        )
+    if file in labels:
+        raise DataError(f"{where} lists {file[:200]!r} twice")
+    labels[file] = label
+
+
+def _dataset_json(data: bytes, where: Path) -> _List:
+    """Read {"labels": [[name, label], ..]}, {"labels": {name: label, ..}} or {"labels": null}."""
+    labels: dict[str, int | str] = {}
+    if len(data) > MAX_JSON_BYTES:
+        entries: Iterable[Any] = _streamed(data, where)
+    else:
+        document = parse_json(data, where)
+        if not isinstance(document, dict):
+            raise DataError(f"{where}: expected an object with labels")
+        found = document.get("labels") if "labels" in document or not _by_name(document) else document
+        if found is None:
+            return _List(None)
+        entries = found.items() if isinstance(found, dict) else found
+        if isinstance(found, str) or not isinstance(found, (dict, list)):
+            raise DataError(f"{where}: labels must be a list of [name, label]")
+    for entry in entries:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise DataError(f"{where}: expected [name, label]; got {str(entry)[:100]}")
+        _add(labels, str(PurePosixPath(entry[0])), entry[1], where)
+    return _List(labels)
+
+
+def _by_name(document: dict[str, Any]) -> bool:
+    """Return whether a document is a table of labels by file name itself."""
+    return bool(document) and all(type(label) is int for label in document.values())
+
+
+def _streamed(data: bytes, where: Path) -> Iterator[Any]:
+    """Yield the entries of {"labels": [[name, label], ..]}, one at a time, since parsed JSON is many times larger."""
+    try:
+        text = data.decode("utf-8")
+        start = _ENTRIES.match(text)
+        if start is None:
+            raise ValueError(f'a file of more than {MAX_JSON_BYTES:,} bytes must begin with {{"labels": [')
+        decoder, place = json.JSONDecoder(), start.end()
+        separator = re.compile(r"\s*([,\]])\s*")
+        while True:
+            end = text.find("]", place, place + _MAX_LINE_BYTES)
+            entry, _ = decoder.raw_decode(text[place : end + 1])
+            yield entry
+            after = separator.match(text, end + 1)
+            if after is None:
+                raise ValueError(f"no , or ] after entry at character {end}")
+            place = after.end()
+            if after[1] == "]":
+                break
+        if not re.fullmatch(r"\s*\}\s*", text[place : place + 1000]):
+            raise ValueError("labels must be its only key")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid: {error}") from error
+
+
+def _json_rows(data: bytes, where: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if line.strip():
+            if len(line) > _MAX_LINE_BYTES:
+                raise DataError(f"{where}: line {number} has {len(line):,} bytes; at most {_MAX_LINE_BYTES:,} are read")
+            row = parse_json(line, f"{where}, line {number}")
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: line {number} is not an object")
+            yield row
+
+
+def _csv_rows(data: bytes, where: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV file; the csv module itself refuses fields of more than 128 KiB."""
+    try:
+        reader = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True)
+        header = next(reader, [])
+        if len(set(header)) != len(header):
+            raise ValueError("a column is given twice")
+        for row in reader:
+            if row:
+                if len(row) != len(header):
+                    raise ValueError(f"line {reader.line_num} has {len(row)} fields; expected {len(header)}")
+                yield dict(zip(header, row, strict=True))
+    except (csv.Error, ValueError) as error:
+        raise DataError(f"{where}: not valid CSV: {error}") from error

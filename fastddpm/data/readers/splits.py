@@ -1,0 +1,92 @@
+"""Recognise splits by the names of folders and files."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastddpm.errors import DataError, UsageError
+
+_PREFIX, _SUFFIX = r"(?:(?:images?|imgs?|data)[-_ .])?", r"(?:[-_ .]?(?:set|data|images?|imgs?|split|\d+(?:x\d+)?))*"
+_CERTAIN = re.compile(
+    rf"{_PREFIX}(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)){_SUFFIX}"
+)
+_LIKELY = re.compile(
+    r"(?P<train>tr|trn)|(?P<test>te|ts|tst)|(?P<val>dev|eval|evaluation|hold[-_]?out)"
+    rf"|(?P<extra>extra{_SUFFIX})|(?P<unlabeled>(?:unlabell?ed|unsupervised){_SUFFIX})"
+)
+SHOWN = 5  # names that a message gives
+
+
+def require_split(split: str, where: Path, found: str) -> None:
+    """Raise UsageError if the split is "test" and the name of `where`, which has no splits, does not say so."""
+    if split == "test" and split_in_name(where.name) not in ("test", "val"):
+        raise UsageError(
+            f"{where} has no splits, so none of it is known to be test data: found {found}. Name a source with train "
+            "and test, or use --split train for all of it"
+        )
+
+
+def split_files(files: list[Path], split: str, folder: Path, ending: str) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the files of the split if any file is named by a split (train-00000.tar, Test.parquet), else all files.
+
+    Files may also lie in folders named by splits. The second value are notes about what is left out. Raises DataError
+    if only other splits are there, if some files are named by a split and others not, or if the files lie in several
+    other folders, and UsageError for "test" of files without splits.
+    """
+    if not files:
+        return [], ()
+    folders = sorted({path.parent for path in files})
+    kinds = [any_split_kind(parent.name) for parent in folders]
+    by_folder = folder not in folders and None not in kinds and len(set(kinds)) == len(folders)
+    if len(folders) > 1 and not by_folder:
+        below = ", ".join(str(parent.relative_to(folder)) for parent in folders)
+        raise DataError(f"{folder} has {ending} files in several folders; name one of {below}")
+    names = [path.parent.name if by_folder else re.split(r"[-_.]", path.name, maxsplit=1)[0] for path in files]
+    kinds = list(map(any_split_kind, names))
+    found = set(kinds) - {None}
+    if not any(map(split_kind, names)):
+        require_split(split, folder, f"{len(files)} {ending} files, {listed(path.name for path in files)}")
+        return files, ()
+    if None in kinds:
+        rest = listed(path.name for path, kind in zip(files, kinds, strict=True) if kind is None)
+        raise DataError(
+            f"{folder} can be read in two ways: some {ending} files are named like splits, but {rest} are not. Name "
+            "all of them by their split, or move the others elsewhere"
+        )
+    wanted = "val" if split == "test" and "test" not in found and "val" in found else split
+    if wanted not in found:
+        shown = ", ".join(str(path.relative_to(folder)) if by_folder else path.name for path in files[:10])
+        raise DataError(f"{folder} has no {split}-*.{ending}; it has {shown}")
+    notes = [] if wanted == split else [f"there is no test split: the {ending} files of validation serve as test"]
+    others = sorted(str(kind) for kind in found - {"train", "test", wanted} if kind != "val" or "test" in found)
+    if others:
+        notes.append(f"other splits are left out: {', '.join(others)}")
+    return [path for path, kind in zip(files, kinds, strict=True) if kind == wanted], tuple(notes)
+
+
+def split_kind(name: str) -> str | None:
+    """Return the split ("train", "test", "val") that a folder's name certainly means, in any case; None if none."""
+    return _kind(_CERTAIN, name)
+
+
+def any_split_kind(name: str) -> str | None:
+    """Return the split that a folder's name may mean, "extra" and "unlabeled" included; None if none."""
+    return split_kind(name) or _kind(_LIKELY, name)
+
+
+def split_in_name(name: str) -> str | None:
+    """Return the split that is a word of a file's or folder's own name (church_val_lmdb: "val"); None without one."""
+    kinds = {split_kind(word) for word in re.split(r"[-_. ]+", name)} - {None}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _kind(pattern: re.Pattern[str], name: str) -> str | None:
+    match = pattern.fullmatch(name.lower())
+    return next((kind for kind, text in match.groupdict().items() if text), None) if match else None
+
+
+def listed(names: Iterable[str], count: int | None = None) -> str:
+    """Return up to five names, escaped if they are unprintable, and how many more there are."""
+    shown: Sequence[str] = [name if name.isprintable() else repr(name) for name in names]
+    more = (len(shown) if count is None else count) - len(shown[:SHOWN])
+    return ", ".join(shown[:SHOWN]) + (f" and {more:,} more" if more else "")
