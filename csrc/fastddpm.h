@@ -21,7 +21,7 @@ enum { FASTDDPM_FLOAT32 = 0, FASTDDPM_BFLOAT16 = 1, FASTDDPM_FLOAT16 = 2, FASTDD
 enum { FASTDDPM_NCHW = 0, FASTDDPM_NHWC = 1 };                                               /* layout codes */
 enum { FASTDDPM_OK = 0, FASTDDPM_UNSUPPORTED = -1, FASTDDPM_NO_MEMORY = -2 };                /* return codes */
 
-/* Where random numbers come from: kernels/philox. image n draws from (images[n], *seed, *step). */
+/* The key of an operation's random numbers (kernels/philox): image n draws from (images[n], *seed, *step). */
 typedef struct {
     const int64_t *images; /* (N,) */
     const int64_t *seed, *step;
@@ -96,7 +96,7 @@ typedef struct {
     int32_t dtype;
 } fastddpm_reverse_step_args;
 
-/* A convolution or, with kernel 1, a linear layer over pixels, fp32, with what stands before and after it:
+/* A convolution or, with kernel 1, a linear layer over pixels, in float32, with the operations before and after it:
  * out = conv(silu(gain * concat(x, skip) + offset)) + bias + temb + residual. NHWC throughout; null for what is absent.
  * The weights are transformed inside, block by block in cache. */
 typedef struct {
@@ -125,7 +125,7 @@ typedef struct {
     float *grad_bias;           /* (K,) or null */
 } fastddpm_conv_args;
 
-/* GroupNorm as a gain and an offset of each image's channels: group_norm(x) = gain x + offset. fp32, NHWC. */
+/* GroupNorm as a gain and an offset per image and channel: group_norm(x) = gain x + offset. float32, NHWC. */
 typedef struct {
     const float *x, *skip;      /* (N, H W, C1), (N, H W, C2) or null */
     const float *weight, *bias; /* (C,) */
@@ -136,9 +136,17 @@ typedef struct {
     float eps;
 } fastddpm_norm_affine_args;
 
+/* A 64-bit digest of the bytes of `num` parts of memory, in order; not cryptographic. */
+typedef struct {
+    const void *const *parts;
+    const int64_t *bytes; /* of each part */
+    uint64_t *out;
+    int64_t num;
+} fastddpm_digest_args;
+
 FASTDDPM_API const char *fastddpm_error_text(int32_t code);
 
-/* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512; choosing one that the machine lacks gives the best it has. */
+/* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512. If the machine lacks `wanted`, the best that it has. */
 FASTDDPM_API int32_t fastddpm_cpu_isa(int32_t wanted /* or -1: only ask */);
 
 FASTDDPM_API int32_t fastddpm_cpu_random_normal(const fastddpm_random_normal_args *args, int32_t threads);
@@ -152,14 +160,15 @@ FASTDDPM_API int32_t fastddpm_cpu_q_sample(const fastddpm_q_sample_args *args, i
 FASTDDPM_API int32_t fastddpm_cpu_reverse_step(const fastddpm_reverse_step_args *args, int32_t threads);
 FASTDDPM_API int32_t fastddpm_cpu_conv(const fastddpm_conv_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args, int32_t threads);
-/* The gradients of weight and bias; of these, out, temb and residual nothing is read. Its workspace is another. */
+/* The gradients of weight and bias. weight, bias, out, temb and residual are not read. Needs its own workspace. */
 FASTDDPM_API int32_t fastddpm_cpu_conv_weight_gradient(const fastddpm_conv_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_conv_weight_gradient_workspace(const fastddpm_conv_args *args, int32_t threads);
-/* The weights in the order in which args->algorithm reads them, for use again and again: floats, 64-byte aligned. */
+/* Writes the weights in the order in which args->algorithm reads them, to be reused: floats, 64-byte aligned. */
 FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, float *packed);
 FASTDDPM_API int64_t fastddpm_cpu_conv_packed_bytes(const fastddpm_conv_args *args);
 FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args);
+FASTDDPM_API int32_t fastddpm_cpu_digest(const fastddpm_digest_args *args, int32_t threads);
 
 /* The CUDA library. `stream` is a cudaStream_t; nothing waits for it, allocates, or reads device memory on the host, so
  * all of it can be captured in a graph. The workspace, of the size that the query gives for the same arguments, is

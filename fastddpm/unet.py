@@ -297,20 +297,30 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: label must be integer ({x_t.shape[0]},); got {label.dtype} {tuple(label.shape)}")
 
 
-# Networks that share weights, and detection of changed weights
-
-
-def weight_versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Return the address and version counter of each parameter; any write or replacement changes the list."""
-    return [(p.data_ptr(), p._version) for p in module.parameters()]
+# Networks without weights of their own
 
 
 def network_with(config: UNetConfig, weights: Mapping[str, Tensor]) -> UNet:
     """Return a network in evaluation mode whose parameters are the tensors `weights`, by name, without copying.
 
-    It changes whenever they do; networks prepared from it for inference notice that by `weight_versions`.
+    It changes whenever they do.
     """
-    with torch.device("meta"):
-        unet = UNet(config)
+    unet = meta_network(config)
     unet.load_state_dict(dict(weights), assign=True)
     return unet.requires_grad_(False).eval()
+
+
+def meta_network(config: UNetConfig) -> UNet:
+    """Return a network on the meta device: names, shapes and types, without memory."""
+    with torch.device("meta"):
+        return UNet(config)
+
+
+# The forward of each kind of module of a UNet, to tell whether one was replaced.
+FORWARDS: dict[type[nn.Module], object] = {
+    kind: kind.forward
+    for kind in (
+        UNet, Middle, Level, ResBlock, AttnBlock, Down, Up, GroupNormSiLU, Conv3x3,
+        nn.Conv2d, nn.Linear, nn.Embedding, nn.ModuleList,
+    )
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The structures of csrc/fastddpm.h, field for field, for ctypes."""
+"""The structures of csrc/fastddpm.h for ctypes, field by field."""
 
 import ctypes
 from typing import Any
@@ -82,3 +82,7 @@ class NormAffine(ctypes.Structure):
         *_all(_INT64, "workspace_bytes n pixels c1 c2 groups"),
         *_all(_FLOAT, "eps"),
     ]
+
+
+class Digest(ctypes.Structure):
+    _fields_ = [*_all(_POINTER, "parts bytes out"), *_all(_INT64, "num")]

@@ -1,10 +1,11 @@
-"""The compiled CPU library beside this file: finds it, loads it, calls it, says why not."""
+"""Finds, loads and calls the compiled CPU library beside this file, or says why there is none."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-# torch first: its OpenMP library is then the one that the compiled library uses, with its threads.
+# torch is imported first: the compiled library then uses torch's OpenMP library and its threads.
 import torch
 from torch import Tensor
 
@@ -12,8 +13,8 @@ from . import interface
 
 _FOLDER = Path(__file__).parent
 _NOT_BUILT = (
-    "no compiled library beside kernels/native.py, so what the CPU runs is several times slower; "
-    "`pip install -e .` compiles it where there is a C++ compiler"
+    "no compiled library beside kernels/native.py, so operations on the CPU are several times slower; "
+    "`pip install -e .` compiles it if there is a C++ compiler"
 )
 _DTYPES = {
     torch.float32: interface.FLOAT32,
@@ -26,7 +27,7 @@ ISAS = ("baseline", "avx2", "avx512")
 
 @lru_cache(maxsize=1)
 def _loaded() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """Return the library, or why there is none."""
     files = sorted(_FOLDER.glob("_native.*so"))
     if not files:
         return _why_missing()
@@ -36,13 +37,14 @@ def _loaded() -> ctypes.CDLL | str:
         for name in ("conv_workspace", "conv_weight_gradient_workspace", "conv_packed_bytes", "norm_affine_workspace"):
             getattr(library, f"fastddpm_cpu_{name}").restype = ctypes.c_int64
         library.fastddpm_cpu_isa.argtypes = [ctypes.c_int32]
+        library.fastddpm_cpu_digest.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     except (OSError, AttributeError) as error:
         return f"{files[0].name} cannot be loaded ({error}); install fastddpm again"
     return library
 
 
 def _why_missing() -> str:
-    """What the build wrote when it failed; a checkout that was never installed has no such file."""
+    """Return the message of the build that failed, or a general one for a checkout that was never installed."""
     try:
         return (_FOLDER / "_native_missing.txt").read_text(encoding="utf-8").strip() or _NOT_BUILT
     except (OSError, UnicodeDecodeError):
@@ -50,13 +52,13 @@ def _why_missing() -> str:
 
 
 def unavailable() -> str | None:
-    """Why the compiled library cannot be used, or None when it can."""
+    """Return why the compiled library cannot be used, or None if it can."""
     library = _loaded()
     return library if isinstance(library, str) else None
 
 
 def library() -> ctypes.CDLL:
-    """The library; RuntimeError, saying why, when there is none."""
+    """Return the library. Raises RuntimeError, with the reason, if there is none."""
     loaded = _loaded()
     if isinstance(loaded, str):
         raise RuntimeError(loaded)
@@ -64,7 +66,10 @@ def library() -> ctypes.CDLL:
 
 
 def isa(wanted: str | None = None) -> str:
-    """The instruction set in use; choosing one that the machine lacks gives the best that it has."""
+    """Return the instruction set in use, one of ISAS.
+
+    `wanted`: switch to this one first, or to the best that the machine has if it lacks that. Default: do not switch.
+    """
     return ISAS[library().fastddpm_cpu_isa(-1 if wanted is None else ISAS.index(wanted))]
 
 
@@ -73,14 +78,14 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def unsupported_dtype(x: Tensor) -> str | None:
-    """Why the library does not compute on images of x's dtype, or None."""
+    """Return why the library does not compute on images of x's dtype, or None."""
     if x.dtype in (torch.float32, torch.bfloat16):
         return None
     return f"the compiled CPU library computes on float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a CPU tensor's first element; ValueError for a tensor elsewhere."""
+    """Return the address of a CPU tensor's first element. Raises ValueError for a tensor on another device."""
     if tensor is None:
         return None
     if tensor.device.type != "cpu":
@@ -89,26 +94,41 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def key(images: Tensor, seed: Tensor, step: Tensor) -> interface.Key:
-    """Where an operation's random numbers come from: int64 tensors, images (N,), dense."""
+    """Return the structure that names an operation's random numbers: int64, images dense (N,), seed and step 0-d."""
     return interface.Key(images=pointer(images), seed=pointer(seed), step=pointer(step))
 
 
 def call(operation: str, args: ctypes.Structure) -> None:
-    """Run an operation of csrc/fastddpm.h with torch's number of threads; RuntimeError when it reports one."""
+    """Run an operation of csrc/fastddpm.h with torch's number of threads. Raises RuntimeError if it fails."""
     check(operation, getattr(library(), f"fastddpm_cpu_{operation}")(ctypes.byref(args), torch.get_num_threads()))
 
 
 def check(operation: str, code: int) -> None:
-    """RuntimeError, in words, for a code that the library returned, unless it is 0."""
+    """Raise RuntimeError, with the library's message, unless its return code is 0."""
     if code:
         raise RuntimeError(f"{operation}: {library().fastddpm_error_text(code).decode()}")
 
 
-def random_normal(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """`num` standard normals per image, float32 (N, num): the same bits on every machine.
+def digest(memory: Sequence[Tensor]) -> int:
+    """Return a 64-bit digest of the bytes of 1-D dense tensors on the CPU; not cryptographic, any number of threads.
 
-    `images`: int64 (N,) on the CPU. `seed` and `step`: 0-d int64. Raises ValueError for other images and
-    RuntimeError without a library.
+    Raises RuntimeError without a library.
+    """
+    out = ctypes.c_uint64()
+    parts = (ctypes.c_void_p * len(memory))(*(pointer(part) for part in memory))
+    sizes = (ctypes.c_int64 * len(memory))(*(part.nbytes for part in memory))
+    args = interface.Digest(
+        parts=ctypes.addressof(parts), bytes=ctypes.addressof(sizes), out=ctypes.addressof(out), num=len(memory)
+    )
+    call("digest", args)
+    return out.value
+
+
+def random_normal(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    """Return `num` standard normals per image, float32 (N, num), the same bits on every machine.
+
+    `images`: int64 (N,) on the CPU. `seed`, `step`: 0-d int64. Raises ValueError for other images, and RuntimeError
+    without a library.
     """
     out = torch.empty(len(images), num, dtype=torch.float32, device="cpu")
     args, _keep = _random_args(out, num, images, seed, step, stream)
@@ -117,7 +137,7 @@ def random_normal(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: 
 
 
 def philox_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """The raw output words, uint32 (N, num_blocks, 4); arguments and errors as `random_normal`."""
+    """Return the raw Philox words, uint32 (N, num_blocks, 4). Arguments and errors are those of `random_normal`."""
     out = torch.empty(len(images), num_blocks, 4, dtype=torch.uint32, device="cpu")
     args, _keep = _random_args(None, num_blocks, images, seed, step, stream)
     library().fastddpm_cpu_philox(ctypes.byref(args), ctypes.c_void_p(out.data_ptr()), torch.get_num_threads())
@@ -127,7 +147,7 @@ def philox_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, st
 def _random_args(
     out: Tensor | None, num: int, images: Tensor, seed: Tensor, step: Tensor, stream: int
 ) -> tuple[interface.RandomNormal, tuple[Tensor, ...]]:
-    """The structure, and the tensors that must live as long as it is read."""
+    """Return the structure, and the tensors that must live as long as it is in use."""
     if images.dtype != torch.int64 or images.device.type != "cpu":
         # The library gets addresses, not tensors.
         raise ValueError(f"random_normal: images must be int64 on the CPU; got {images.dtype} on {images.device}")

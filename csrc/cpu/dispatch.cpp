@@ -32,7 +32,7 @@ Isa best_isa() {
 const Isa best = best_isa();
 Isa chosen = best;
 
-// A child of fork() has none of its parent's OpenMP threads, and waiting for them would be forever.
+// A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
 bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -113,4 +113,7 @@ FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *a
 }
 FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args) {
     FASTDDPM_RUN(norm_affine_workspace, *args)
+}
+FASTDDPM_API int32_t fastddpm_cpu_digest(const fastddpm_digest_args *args, int32_t threads) {
+    FASTDDPM_RUN(digest, *args, usable(threads))
 }

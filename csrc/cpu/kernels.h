@@ -1,9 +1,9 @@
-// What one build of the sources of this folder offers. Each source is compiled once per instruction set, with
-// FASTDDPM_ISA naming it (baseline, avx2, avx512), into a namespace of that name; dispatch.cpp chooses when the library
-// is loaded. No guard: dispatch.cpp includes it once for each set.
+// The functions of one build of this folder's sources. Each source is compiled once per instruction set, FASTDDPM_ISA
+// (baseline, avx2, avx512), into a namespace of that name; dispatch.cpp chooses one when the library is loaded. There
+// is no include guard, because dispatch.cpp includes this file once per set.
 //
-// Nothing here uses the C++ standard library: an inline function of it, compiled for AVX-512, could be the copy that
-// the linker keeps for everyone.
+// Nothing in this folder uses the C++ standard library: the linker keeps one copy of an inline function for all sets,
+// and that could be the one compiled for AVX-512.
 #include "../fastddpm.h"
 
 namespace fastddpm {
@@ -25,6 +25,7 @@ int32_t conv_pack(const fastddpm_conv_args &args, float *packed);
 int64_t conv_packed_bytes(const fastddpm_conv_args &args);
 int32_t norm_affine(const fastddpm_norm_affine_args &args, int32_t threads);
 int64_t norm_affine_workspace(const fastddpm_norm_affine_args &args);
+int32_t digest(const fastddpm_digest_args &args, int32_t threads);
 
 }  // namespace FASTDDPM_ISA
 }  // namespace fastddpm

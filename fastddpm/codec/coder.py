@@ -96,8 +96,9 @@ def encode(
         decoder = max(error, pixel_cells(levels).width / 16)
     coder = _Coder.of(sampler, timesteps, levels, decoder, conditioning)
     encoder = _Encoder(coder, images, classes, options.batch, progress or _silent)
-    encoder.run()
-    return encoder.finish()
+    with coder.sampler.unchanging():
+        encoder.run()
+        return encoder.finish()
 
 
 def decode(sampler: Sampler, data: bytes, where: str = "the file", *, progress: Progress | None = None) -> Decoded:
@@ -122,7 +123,8 @@ def decode(sampler: Sampler, data: bytes, where: str = "the file", *, progress: 
         raise DataError(f"{where} claims larger chunks of images than its {2 * len(words):,} bytes can hold")
     coder = _Coder.of(sampler, list(header.timesteps), header.levels, header.decoder, header.conditioning)
     _check_machine(coder, header, where)
-    return _decoded(coder, header, AnsStack(words, head), where, progress or _silent)
+    with coder.sampler.unchanging():
+        return _decoded(coder, header, AnsStack(words, head), where, progress or _silent)
 
 
 @dataclass(frozen=True, eq=False)

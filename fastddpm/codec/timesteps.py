@@ -93,13 +93,16 @@ def _errors(sampler: Sampler, images: np.ndarray, labels: np.ndarray | None, tim
     label = None if labels is None else torch.from_numpy(labels).to(device)
     blocks = np.arange(-(-x0.size // 4))
     errors = []
-    for t in timesteps.tolist():
-        words = philox(blocks, np.zeros(1), np.array(t), np.array(STREAM_PAD), 1)
-        eps = normals(words).reshape(-1)[: x0.size].reshape(x0.shape)
-        alpha_bar = sampler.diffusion.alpha_bar[t]
-        x_t = torch.from_numpy((np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * eps).astype(np.float32)).to(device)
-        out = sampler.denoise(x_t, t, label)
-        at = torch.full((len(x0),), t, dtype=torch.int64, device=device)
-        prediction = sampler.diffusion.predict_x0(out, x_t, at).clamp(-1, 1).double().cpu().numpy()
-        errors.append(float(np.square(prediction - x0).mean()))
+    with sampler.unchanging():
+        for t in timesteps.tolist():
+            words = philox(blocks, np.zeros(1), np.array(t), np.array(STREAM_PAD), 1)
+            eps = normals(words).reshape(-1)[: x0.size].reshape(x0.shape)
+            alpha_bar = sampler.diffusion.alpha_bar[t]
+            x_t = torch.from_numpy((np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * eps).astype(np.float32)).to(
+                device
+            )
+            out = sampler.denoise(x_t, t, label)
+            at = torch.full((len(x0),), t, dtype=torch.int64, device=device)
+            prediction = sampler.diffusion.predict_x0(out, x_t, at).clamp(-1, 1).double().cpu().numpy()
+            errors.append(float(np.square(prediction - x0).mean()))
     return np.maximum(errors, 1e-12)

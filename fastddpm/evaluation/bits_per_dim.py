@@ -178,11 +178,12 @@ def bits_per_dim(
     # interruption.
     left = [blocks for blocks in calls if not sums.keys() >= set(blocks)]
     evaluator.expect(left)
-    for blocks in left:
-        for number, block_sums in evaluator.evaluate(blocks).items():
-            sums[number] = block_sums
-            if keep:
-                keep(number, block_sums)
+    with evaluator.sampler.unchanging():
+        for blocks in left:
+            for number, block_sums in evaluator.evaluate(blocks).items():
+                sums[number] = block_sums
+                if keep:
+                    keep(number, block_sums)
     for others in all_gather_object(sums, group):
         sums |= others
     return _summary(plan, [sums[number] for number in sorted(sums)], evaluator.conditioning)

@@ -29,8 +29,10 @@ MAX_IMAGE = 2**32 - 1
 def image_seeds(seeds: Sequence[int]) -> list[int]:
     """Return `seeds` as a list of image numbers, each a 32-bit word of the Philox counter.
 
-    Raises `UsageError` for a seed outside 0..2^32-1 or an empty list, and TypeError for a seed that is no integer.
+    Raises `UsageError` for anything but one or more seeds in 0..2^32-1, and TypeError for a seed that is no integer.
     """
+    if isinstance(seeds, int):
+        raise UsageError(f"seeds must be a sequence, such as range({max(seeds, 1)}) or [{seeds}]; got {seeds}")
     values = [operator.index(seed) for seed in seeds]
     if not values:
         raise UsageError("at least one seed is needed")
@@ -96,7 +98,10 @@ class Sampler:
         if timesteps is None:
             self.timesteps = spread_timesteps(diffusion.timesteps, diffusion.timesteps if steps is None else steps)
         else:
-            self.timesteps = np.asarray(timesteps, dtype=np.int64)
+            given = np.asarray(timesteps)
+            if given.size and given.dtype.kind not in "iu":
+                raise UsageError(f"timesteps must be integers; got {given.tolist()}")
+            self.timesteps = given.astype(np.int64)
             if len(self.timesteps) == 0 or (np.diff(self.timesteps) >= 0).any():
                 raise UsageError(f"timesteps must be one or more, descending; got {self.timesteps.tolist()}")
             if self.timesteps[0] >= diffusion.timesteps or self.timesteps[-1] < 0:
@@ -107,6 +112,7 @@ class Sampler:
         if guidance != 1 and getattr(unet, "null_label", None) is None:
             raise UsageError("guidance needs a network trained with label_dropout > 0")
         self._prepared: Network | None = None
+        self._held = False
         self._chains: dict[int, ReverseChain] = {}
 
     @property
@@ -188,7 +194,7 @@ class Sampler:
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
         classes = self.labels_for(seeds, labels)
         label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
-        with torch.no_grad():
+        with _isolated(device):
             network = self._network()  # drops the kept chains if the network is new
             graph = self.engine.graph and device.type == "cuda"
             batch = padded(len(seeds)) if graph else len(seeds)
@@ -228,7 +234,7 @@ class Sampler:
 
     def _states(self, chain: ReverseChain, num_images: int, first: int, watched: Collection[int]) -> Iterator[State]:
         for i, t in enumerate(self.timesteps[first:].tolist(), first):
-            with torch.no_grad():
+            with _isolated(chain.x.device):
                 chain.advance(i in watched)
             if i in watched:
                 yield State(i, t, chain.x[:num_images], chain.x0[:num_images])
@@ -242,7 +248,7 @@ class Sampler:
         """
         if isinstance(t, int):
             t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        with torch.no_grad():
+        with _isolated(x_t.device):
             return self._predict(self._network(), x_t, t, label)
 
     def probe(self, x_t: Tensor) -> Tensor:
@@ -274,8 +280,24 @@ class Sampler:
             "device": next(self.unet.parameters()).device.type,
         }
 
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Promise that the network does not change inside the block: it is compared once, not at every `denoise`."""
+        self._network()
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle a sampler without what it has prepared; a copy prepares its own."""
+        return self.__dict__ | {"_prepared": None, "_chains": {}, "_held": False}
+
     def _network(self) -> Network:
-        """Return `unet` prepared for inference; prepare it again if its weights or the chosen backend have changed."""
+        """Return `unet` prepared for inference; prepare it again if it or the chosen backend has changed."""
+        if self._held and self._prepared is not None:
+            return self._prepared
         if self._prepared is None or not is_current(self._prepared, self.unet, self.engine):
             self._prepared = prepare(self.unet, self.timesteps.tolist(), self.engine)
             self._chains.clear()
@@ -327,6 +349,17 @@ def _watched(first: int, steps: int, watch: Collection[int] | None) -> set[int]:
     if wrong:
         raise UsageError(f"watch must name steps in {first}..{steps - 1}; got {wrong[0]}")
     return set(watch)
+
+
+@contextmanager
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Compute as the engine says: without gradients, whatever autocast or inference mode surrounds the call."""
+    if not torch.is_autocast_enabled(device.type) and not torch.is_inference_mode_enabled():
+        with torch.no_grad():
+            yield
+        return
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from fastddpm.kernels import native as library
 from fastddpm.ops.backend import chosen_backend, obstacles
 from fastddpm.unet import UNet
 
+from .current import departure
 from .fused import FusedUNet
 from .native import PreparedUNet
 
@@ -38,6 +39,7 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
     engine = EngineConfig() if engine is None else engine
     kind = _kind(unet, engine)
     if kind is None:
+        _report_departure(unet, engine)
         return unet
     assert isinstance(unet, UNet)
     if engine.fp8:
@@ -62,17 +64,21 @@ def is_current(network: Network, unet: nn.Module, engine: EngineConfig | None = 
 def precision_of(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
     """Return the precision that the network is computed in.
 
-    `engine.precision` "auto": bfloat16 for float32 weights on a GPU, otherwise the weights' own.
+    `engine.precision` "auto": bfloat16 for float32 weights on a GPU, otherwise the weights' own. A network that is run
+    as it is (`departure`) is computed in that of its weights.
     """
     weight = next(unet.parameters())
+    if departure(unet) is not None:
+        return weight.dtype
     if engine.precision != "auto":
         return PRECISIONS[engine.precision]
     return torch.bfloat16 if weight.device.type == "cuda" and weight.dtype == torch.float32 else weight.dtype
 
 
 def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[FusedUNet] | None:
-    if not isinstance(unet, UNet):
+    if departure(unet) is not None:
         return None
+    assert isinstance(unet, UNet)
     on_cpu = all(p.device.type == "cpu" for p in unet.parameters())
     wanted = precision_of(unet, engine)
     cast = any(p.dtype != wanted for p in unet.parameters())
@@ -81,6 +87,27 @@ def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[Fu
     if chosen_backend() not in ("auto", "cpu") or library.unavailable() is not None:
         return None
     return PreparedUNet if next(unet.parameters()).dtype == torch.float32 else None
+
+
+def _report_departure(unet: nn.Module, engine: EngineConfig) -> None:
+    """Warn that a network with code of its own is run as it is. Raises `UsageError` for what only an engine can do."""
+    reason = departure(unet)
+    if reason is None:
+        return
+    own = next(unet.parameters()).dtype
+    other = engine.precision != "auto" and PRECISIONS[engine.precision] != own
+    asked = {"fp8": engine.fp8, "compile": engine.compile, "precision": other}
+    for name, given in asked.items():
+        if given:
+            raise UsageError(
+                f"engine option {name} is for a UNet as it is configured, and this network is run as it is, since "
+                f"{reason}; leave the option out, or convert the network yourself"
+            )
+    warnings.warn(
+        f"the network is run as it is, without the prepared engine, since {reason}; on a CPU that takes "
+        "about 2.3 times as long",
+        stacklevel=5,
+    )
 
 
 def _check_fp8(device: torch.device) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from fastddpm.config import EngineConfig
 from fastddpm.ops import attention, conv3x3_fp8, group_norm_silu
 from fastddpm.ops.conv3x3_fp8 import quantised, to_e4m3
-from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up, weight_versions
+from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up
+
+from .current import Weights
 
 _Layer = Callable[[Tensor], Tensor]
 
@@ -32,7 +34,7 @@ class FusedUNet:
 
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, dtype: torch.dtype) -> None:
         self.unet, self.engine, self.dtype = unet, engine, dtype
-        self._versions = weight_versions(unet)
+        self._weights = Weights(unet)
         cast_to = _Cast(dtype, torch.channels_last if engine.channels_last else torch.contiguous_format)
         self._layout = cast_to.layout
         with torch.no_grad():
@@ -52,7 +54,7 @@ class FusedUNet:
 
     def stale(self) -> bool:
         """Whether the network's weights have been changed or replaced since this object was made."""
-        return weight_versions(self.unet) != self._versions
+        return self._weights.changed()
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.unet.check(x_t, t, label)

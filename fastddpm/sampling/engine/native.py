@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from fastddpm.kernels import interface, native
 from fastddpm.kernels.conv3x3 import algorithm_for
 from fastddpm.runtime.device import one_thread
-from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBlock, UNet, weight_versions
+from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
+
+from .current import Weights
 
 
 class PreparedUNet:
@@ -36,7 +38,7 @@ class PreparedUNet:
     def __init__(self, unet: UNet, timesteps: Sequence[int] = ()) -> None:
         native.library()
         self.unet = unet
-        self._versions = weight_versions(unet)
+        self._weights = Weights(unet)
         self._blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         with torch.no_grad():
             self._rows = {} if unet.label is not None or not len(timesteps) else self._rows_for(timesteps)
@@ -46,7 +48,7 @@ class PreparedUNet:
 
     def stale(self) -> bool:
         """Whether the network's weights have been changed or replaced since this object was made."""
-        return weight_versions(self.unet) != self._versions
+        return self._weights.changed()
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.unet.check(x_t, t, label)
