@@ -30,6 +30,7 @@ import triton
 from shapes import Call, describe, distinct, network_calls, step_calls
 from torch import Tensor
 
+from fastddpm.ops import registry
 from fastddpm.presets import PRESETS
 
 # Chip: the backend, its name there, threads of a warp, bytes of shared memory a program may have.
@@ -112,7 +113,7 @@ def kernels_of(call: Call, chip: str = "sm_90") -> list[Kernel]:
         _replaced(torch.version, "hip", rocm),
         _replaced(module, "chip", lambda device: chip) if hasattr(module, "chip") else contextlib.nullcontext(),
     ):
-        getattr(module, "backward" if call.name.endswith("_backward") else "forward")(*call.args)
+        registry.call(module, call.name, call.args)
     return recorded
 
 

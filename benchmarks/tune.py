@@ -32,6 +32,7 @@ from triton.runtime.errors import TritonError
 from fastddpm.kernels import triton_tiles
 from fastddpm.kernels.attention import tiles as attention_tiles
 from fastddpm.kernels.group_norm_silu import tiles as norm_tiles
+from fastddpm.ops import registry
 from fastddpm.presets import PRESETS
 from fastddpm.storage.files import write_json
 
@@ -86,12 +87,6 @@ def materialise(call: Call, device: torch.device) -> tuple[Any, ...]:
         return empty.normal_(generator=generator) if argument.is_floating_point() else empty.zero_()
 
     return tuple(map(real, call.args))
-
-
-def implementation(call: Call) -> Callable[..., Any]:
-    module = importlib.import_module(f"fastddpm.kernels.{call.name.removesuffix('_backward')}.triton")
-    function: Callable[..., Any] = getattr(module, "backward" if call.name.endswith("_backward") else "forward")
-    return function
 
 
 @contextlib.contextmanager
@@ -207,10 +202,11 @@ def tune(
     call: Call, device: torch.device, timer: Timer, rounds: int, done: Collection[tuple[str, str]] = ()
 ) -> list[Timed]:
     """The best tile of every decision of the call whose key is not `done`, one after another."""
-    arguments, function = materialise(call, device), implementation(call)
+    arguments = materialise(call, device)
+    module = importlib.import_module(f"fastddpm.kernels.{call.name.removesuffix('_backward')}.triton")
 
     def run() -> Any:
-        return function(*arguments)
+        return registry.call(module, call.name, arguments)
 
     expected, results = run(), []
     for decision in decisions(call, run):

@@ -1,6 +1,6 @@
-"""How the Triton kernels are launched, and why they cannot be: on a GPU, or on the CPU in Triton's interpreter.
+"""Launches the Triton kernels, on a GPU or in Triton's interpreter on the CPU, and says why they cannot run.
 
-Imported by kernels/<op>/triton.py, so only where triton is installed.
+Only kernels/<op>/triton.py imports it, because it needs triton to be installed.
 """
 
 import contextlib
@@ -14,22 +14,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
-    """Whether the kernels run on the CPU, one program after another in NumPy: TRITON_INTERPRET=1 before their import.
+    """Return whether the kernels run in the interpreter: on the CPU, one program after another, in NumPy.
 
-    For tests. It shows neither races nor what the compiler does with registers, and is thousands of times slower.
+    TRITON_INTERPRET=1, set before their import, chooses it. For tests: it shows neither races nor what the compiler
+    does with registers, and is thousands of times slower.
     """
     return triton.knobs.runtime.interpret
 
 
 def unavailable() -> str | None:
-    """Why no Triton kernel runs here, or None."""
+    """Return why no Triton kernel runs here, or None."""
     if not (torch.cuda.is_available() or interpreted()):
         return "Triton kernels need a GPU, and torch sees none; TRITON_INTERPRET=1 runs them on the CPU for tests"
     return None
 
 
 def elsewhere(**arguments: object) -> str | None:
-    """Why these arguments, by name, lie where the kernels do not run, or None."""
+    """Return why the kernels cannot run on the device of these arguments, or None."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.device.type == "cpu" and not interpreted():
             return f"Triton kernels run on a GPU and {name} is on the CPU; TRITON_INTERPRET=1 runs them there for tests"
@@ -37,7 +38,7 @@ def elsewhere(**arguments: object) -> str | None:
 
 
 def unsupported(**arguments: object) -> str | None:
-    """As `elsewhere`; or which floating-point type the kernels do not take."""
+    """Return which floating-point dtype among these arguments the kernels do not take; otherwise as `elsewhere`."""
     for value in arguments.values():
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in DTYPES:
             return f"the Triton kernels take float32, bfloat16 and float16, not {str(value.dtype).partition('.')[2]}"
@@ -47,7 +48,7 @@ def unsupported(**arguments: object) -> str | None:
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """Run `kernel` on the current stream of `device`, which need not be the current device.
 
-    `options`: its constexpr parameters by name, and num_warps, num_stages, enable_fp_fusion.
+    `options`: the kernel's constexpr parameters by name, and num_warps, num_stages, enable_fp_fusion.
     """
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here:
@@ -55,7 +56,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n > 0: the sides of a Triton tile are such."""
+    """Return the smallest power of two >= n, for n > 0. The sides of a Triton tile must be powers of two."""
     return 1 << (n - 1).bit_length()
 
 

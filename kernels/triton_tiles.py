@@ -1,7 +1,7 @@
-"""Tiles that were timed on a GPU and found faster than those of the rules: kernels/triton_tiles.json.
+"""Reads kernels/triton_tiles.json: tiles that were measured on a GPU to be faster than those of the rules.
 
-The file has an object for each chip, in it one for each kernel, in it a tile for each shape. `benchmarks/tune.py`
-writes it; nothing is timed in a user's process.
+The file has an object for each chip, which has one for each kernel, which has a tile for each shape.
+`benchmarks/tune.py` writes it; nothing is timed in a user's process.
 """
 
 import functools
@@ -17,14 +17,14 @@ Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 @functools.cache
 def table() -> Table:
-    """By chip, kernel and shape: the sides of a tile, by name."""
+    """Return the tiles by chip, kernel and shape; a tile is the arguments of its `Tile` by name."""
     tiles: Table = json.loads(FILE.read_text(encoding="utf-8"))
     return tiles
 
 
 @functools.cache
 def chip(device: torch.device) -> str:
-    """sm_90 (H100, H200), gfx942 (MI300) ... of a GPU; otherwise the device's type, for which nothing is timed."""
+    """Return a GPU's architecture, such as sm_90 (H100, H200) or gfx942 (MI300); for other devices their type."""
     if device.type != "cuda":
         return device.type
     if torch.version.hip:
@@ -34,5 +34,5 @@ def chip(device: torch.device) -> str:
 
 
 def timed(chip: str, kernel: str, shape: str) -> dict[str, int] | None:
-    """The timed tile of `kernel` for `shape`, as the kernel's own table words it, or None."""
+    """Return the measured tile of `kernel` for `shape`, or None. An operation's tiles.py words both in `key`."""
     return table().get(chip, {}).get(kernel, {}).get(shape)

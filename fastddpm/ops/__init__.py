@@ -1,8 +1,9 @@
-"""The operations of a diffusion model's hot paths, each with several implementations behind one contract.
+"""The operations of a diffusion model's hot paths, each with several implementations behind one interface.
 
 `group_norm_silu`, `attention`, `conv3x3`, `conv3x3_fp8`, `q_sample`, `reverse_step` and `random_normal` are also
-registered as `torch.ops.fastddpm.*`. The reference implementation in `fastddpm/kernels/<op>/reference.py` is the
-specification. FASTDDPM_BACKEND or `use_backend` chooses another; `status` says which one runs.
+registered as `torch.ops.fastddpm.*`. The reference implementation, `fastddpm/kernels/<op>/reference.py`, is the
+specification. By default the fastest implementation runs; FASTDDPM_BACKEND or `use_backend` chooses another, and
+`status` tells which one runs.
 """
 
 from .attention import attention

@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddpm.kernels.attention import Arguments
+
 from .registry import register, register_gradient
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Attention with one head: q, k, v and the result are (N, L, C) of one floating dtype.
+    """Return softmax(scale q k^T) v, attention with one head. q, k, v and the result: (N, L, C) of one floating dtype.
 
-    Scores and softmax are float32 (float64 for float64 inputs). `scale` is C**-0.5 unless given.
-    Under torch.autocast q, k and v are brought to its dtype.
-    Raises ValueError for other shapes or mixed dtypes.
+    Scores and softmax are float32 (float64 for float64 inputs). `scale`: default C**-0.5. Under torch.autocast q, k and
+    v are cast to its dtype. Raises ValueError for other shapes or mixed dtypes.
     """
     if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
@@ -27,18 +28,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return torch.ops.fastddpm.attention(q, k, v, scale)[0]
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    return a.q.new_empty(a.q.shape), a.q.new_empty(a.q.shape[:2], dtype=a.statistics_dtype)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_statistics_dtype(q))
-
-
-def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_backward(a: Arguments, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape), a.v.new_empty(a.v.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -53,10 +48,15 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 register(
-    "attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", _fake, autocast=("q", "k", "v")
+    "attention",
+    Arguments,
+    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    _fake,
+    autocast=("q", "k", "v"),
 )
 register(
     "attention_backward",
+    Arguments,
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     operation="attention",

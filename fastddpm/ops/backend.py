@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the fastest one that exists for the device, or the one asked for."""
+"""Chooses the implementation of an operation: the fastest one that runs on the device, or the one asked for."""
 
 import contextlib
 import importlib
@@ -11,24 +11,25 @@ from types import ModuleType
 from fastddpm.errors import UsageError
 
 OPERATIONS = ("group_norm_silu", "attention", "conv3x3", "conv3x3_fp8", "q_sample", "reverse_step", "random_normal")
-# ROCm devices are called cuda too; sdpa is the library's attention, behind the shapes that our kernel takes.
+# By device type, fastest first. ROCm devices have type cuda too. sdpa is PyTorch's attention, for shapes that our
+# kernel does not take.
 LADDERS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "sdpa", "reference")}
-# What runs there when it is asked for and never by itself: Triton in its interpreter.
+# Implementations that only run if asked for by name: on the CPU, Triton in its interpreter.
 BY_NAME_ONLY = {"cpu": ("triton",)}
 CHOICES = ("auto", "triton", "cuda", "cpu", "reference")
 
-# Of the process, not of a thread: autograd runs backward passes of a GPU in threads of its own.
+# Global to the process, not to a thread: autograd runs the backward passes of a GPU in threads of its own.
 _forced: list[str] = []
 
 
 def chosen_backend() -> str:
-    """What `use_backend` or, outside it, the environment variable FASTDDPM_BACKEND asks for; "auto" by default."""
+    """Return the backend named by `use_backend`, or else by FASTDDPM_BACKEND. Default: "auto"."""
     return _checked(_forced[-1] if _forced else os.environ.get("FASTDDPM_BACKEND", "auto"))
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the operations of the `with` block, in every thread, on one backend; `UsageError` for an unknown name."""
+    """Run the operations of the `with` block on backend `name`, in every thread. Raises UsageError if it is unknown."""
     _forced.append(_checked(name))
     try:
         yield
@@ -37,9 +38,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def implementation(operation: str, device_type: str, arguments: Mapping[str, object] | None = None) -> ModuleType:
-    """The module whose `forward` and `backward` run `operation`; `UsageError` if the forced backend cannot.
+    """Return the module whose `forward` and `backward` run `operation`. Raises UsageError if the forced backend cannot.
 
-    Which `arguments`, by name, it leaves to the next one a backend's module says by `unsupported(**arguments)`.
+    `arguments`: those of the call, by name. A module whose `unsupported(**arguments)` gives a reason leaves the call to
+    the next slower one. Default: the module that is asked first.
     """
     backend = chosen_backend()
     module = _resolve(operation, device_type, backend)
@@ -59,7 +61,7 @@ def _refusal(module: ModuleType, arguments: Mapping[str, object]) -> str | None:
 
 @cache
 def _next(operation: str, device_type: str, module: ModuleType) -> ModuleType:
-    """The next slower implementation; the last, the reference, takes everything."""
+    """Return the next slower implementation. The slowest, the reference, takes everything."""
     ladder = LADDERS[device_type]
     slower = ladder[ladder.index(_rung(module)) + 1 :]
     backend = next(rung for rung in slower if _problem(operation, rung) is None)
@@ -81,7 +83,7 @@ def _resolve(operation: str, device_type: str, backend: str) -> ModuleType:
 
 
 def status(device_type: str = "cpu") -> dict[str, str]:
-    """What each operation runs on, on this kind of device, up to which shapes, and why nothing faster does."""
+    """Return, for each operation, its implementation on a type of device, with its limits and why none faster runs."""
     lines = {}
     for operation in OPERATIONS:
         module = implementation(operation, device_type)
@@ -91,7 +93,7 @@ def status(device_type: str = "cpu") -> dict[str, str]:
 
 
 def obstacles(operation: str, device_type: str) -> list[str]:
-    """Why the implementations of `operation` that would be faster than the one in use do not run here."""
+    """Return why the implementations of `operation` that are faster than the one in use do not run here."""
     ladder, active = _ladder(device_type), _rung(implementation(operation, device_type))
     faster = ladder[: ladder.index(active)] if active in ladder else ()
     problems = [_problem(operation, rung) for rung in faster if _exists(operation, rung)]
@@ -121,7 +123,7 @@ def _exists(operation: str, backend: str) -> bool:
 
 
 def _problem(operation: str, backend: str) -> str | None:
-    """Why an operation has no such backend here, or None; a backend's module may say so by `unavailable()`."""
+    """Return why `backend` does not run `operation` here, or None. Its module may have a function `unavailable()`."""
     if not _exists(operation, backend):
         return f"{operation} has no {backend} implementation"
     try:

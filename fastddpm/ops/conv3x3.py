@@ -1,15 +1,17 @@
-"""conv3x3: the network's 3x3 convolutions with stride 1, optionally of an image doubled before."""
+"""conv3x3: 3x3 convolution with stride 1, optionally of an image upsampled by 2."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastddpm.kernels.conv3x3 import Arguments
+
 from .registry import register, register_gradient
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, doubled: bool = False) -> Tensor:
-    """3x3 convolution with stride 1 and one zero on every side; of x doubled by nearest neighbours when `doubled`.
+    """Convolve x with 3x3 weights, stride 1 and one zero on every side. `doubled`: upsample x by 2 (nearest) first.
 
     `x`: floating (N, C, H, W), any memory format. `weight`: (K, C, 3, 3), `bias`: (K,), in x's dtype.
     Returns (N, K, H, W), or (N, K, 2H, 2W), in channels_last.
@@ -26,20 +28,18 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, doubled: b
     return torch.ops.fastddpm.conv3x3(x, weight, bias, doubled)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
-    n, _, height, width = x.shape
-    factor = 2 if doubled else 1
-    shape = (n, weight.shape[0], factor * height, factor * width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _fake(a: Arguments) -> Tensor:
+    n, _, height, width = a.x.shape
+    factor = 2 if a.doubled else 1
+    shape = (n, a.weight.shape[0], factor * height, factor * width)
+    return torch.empty(shape, dtype=a.x.dtype, device=a.x.device, memory_format=torch.channels_last)
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, doubled: bool, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(a: Arguments, grad: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(x, memory_format=torch.channels_last) if wanted[0] else x.new_empty(0),
-        torch.empty_like(weight) if wanted[1] else x.new_empty(0),
-        weight.new_empty(weight.shape[0]) if wanted[2] else x.new_empty(0),
+        torch.empty_like(a.x, memory_format=torch.channels_last) if wanted[0] else a.x.new_empty(0),
+        torch.empty_like(a.weight) if wanted[1] else a.x.new_empty(0),
+        a.weight.new_empty(a.weight.shape[0]) if wanted[2] else a.x.new_empty(0),
     )
 
 
@@ -54,9 +54,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(gradient if want else None for gradient, want in zip(grads, wanted, strict=True)), None
 
 
-register("conv3x3", "(Tensor x, Tensor weight, Tensor? bias, bool doubled) -> Tensor", _fake)
+register("conv3x3", Arguments, "(Tensor x, Tensor weight, Tensor? bias, bool doubled) -> Tensor", _fake)
 register(
     "conv3x3_backward",
+    Arguments,
     "(Tensor grad, Tensor x, Tensor weight, bool doubled, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     operation="conv3x3",

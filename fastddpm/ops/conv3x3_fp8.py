@@ -1,7 +1,9 @@
-"""conv3x3_fp8: a 3x3 convolution of 8-bit floating-point numbers, for sampling; and how its operands are made."""
+"""conv3x3_fp8: a 3x3 convolution of 8-bit floating-point numbers, for sampling; and the rounding of its operands."""
 
 import torch
 from torch import Tensor
+
+from fastddpm.kernels.conv3x3_fp8 import Arguments
 
 from .registry import register, register_without_gradient
 
@@ -12,12 +14,12 @@ LARGEST = 448.0
 def conv3x3_fp8(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """scale conv3x3(x, weight) + bias with stride 1 and one zero on every side, summed in float32.
+    """Return scale conv3x3(x, weight) + bias, with stride 1 and one zero on every side, summed in float32.
 
-    The matrix units of sm_89 and sm_90 keep 14 bits of sums: 0.1 % to 0.4 % in the 2-norm by a model of them, where
-    rounding to e4m3 costs some 3 %. `x`: float8_e4m3fn (N, C, H, W), any memory format. `weight`: float8_e4m3fn
-    (K, C, 3, 3) and `scale`: float32 (K,), as `quantised` gives them. `bias`: floating (K,). Returns `dtype`
-    (N, K, H, W) in channels_last. Never differentiable. Raises ValueError for other shapes or dtypes.
+    `x`: float8_e4m3fn (N, C, H, W), any memory format. `weight`: float8_e4m3fn (K, C, 3, 3) and `scale`: float32 (K,),
+    as `quantised` returns them. `bias`: floating (K,). Returns `dtype` (N, K, H, W) in channels_last. Never
+    differentiable. Raises ValueError for other shapes or dtypes. The matrix units of sm_89 and sm_90 keep 14 bits of
+    sums: an error of 0.1 % to 0.4 % in the 2-norm, by a model of them; rounding to e4m3 costs about 3 %.
     """
     if x.ndim != 4 or x.dtype != E4M3:
         raise ValueError(f"conv3x3_fp8: x must be {E4M3} (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
@@ -34,9 +36,9 @@ def conv3x3_fp8(
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` (K, ...) as float8_e4m3fn in channels_last and the float32 scale of each output channel, (K,).
+    """Return `weight` (K, ...) as float8_e4m3fn in channels_last, and the float32 scale of each output channel, (K,).
 
-    scale = largest magnitude / 448, so that weight is scale times its e4m3, rounded to nearest: by 1/16 at most.
+    scale = largest magnitude / 448. weight / scale is rounded to the nearest e4m3 number, by 1/16 of it at most.
     """
     largest = weight.detach().float().abs().flatten(1).amax(1)
     scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
@@ -45,15 +47,20 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """`x` rounded to float8_e4m3fn, what lies beyond 448 brought there. NaN stays."""
+    """Return `x` clamped to [-448, 448] and rounded to float8_e4m3fn. NaN stays NaN."""
     return x.clamp(-LARGEST, LARGEST).to(E4M3)
 
 
-def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    n, _, height, width = x.shape
-    shape = (n, weight.shape[0], height, width)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+def _fake(a: Arguments) -> Tensor:
+    n, _, height, width = a.x.shape
+    shape = (n, a.weight.shape[0], height, width)
+    return torch.empty(shape, dtype=a.dtype, device=a.x.device, memory_format=torch.channels_last)
 
 
-register("conv3x3_fp8", "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor", _fake)
+register(
+    "conv3x3_fp8",
+    Arguments,
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor",
+    _fake,
+)
 register_without_gradient("conv3x3_fp8")

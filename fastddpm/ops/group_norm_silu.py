@@ -1,9 +1,11 @@
-"""group_norm_silu: GroupNorm with what surrounds it in a residual block, as one operation."""
+"""group_norm_silu: GroupNorm and its neighbours in a residual block, as one operation."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastddpm.kernels.group_norm_silu import Arguments
 
 from .random_normal import check_counter
 from .registry import register, register_gradient
@@ -27,39 +29,22 @@ def group_norm_silu(
     step: Tensor | None = None,
     layer: int = 0,
 ) -> Tensor:
-    """dropout(silu(scale_shift(group_norm(concat(x, skip) + temb)))) in one operation.
+    """Return dropout(silu(scale_shift(group_norm(concat(x, skip) + temb)))): (N, C, H, W) in x's dtype.
 
-    `x`: floating (N, C1, H, W), any memory format. `skip`: (N, C2, H, W), read as further channels behind
-    those of x; C = C1 + C2. `weight`, `bias`: (C,). `temb`: (N, C), added before the norm.
-    `scale`, `shift`: (N, C), given together: y (1 + scale) + shift after the norm. `dropout`: probability
-    in [0, 1), its mask a function of (seed, images, step, layer). Statistics are float32 (float64 for
-    float64), the variance is the biased one of two passes. Under torch.autocast x and skip are brought to its dtype,
-    and nothing else. Returns (N, C, H, W) in x's dtype.
-    Raises ValueError for other shapes, or for dropout without images, seed and step.
+    `x`: floating (N, C1, H, W), any memory format. `skip`: (N, C2, H, W), further channels after those of x;
+    C = C1 + C2. `weight`, `bias`: (C,). `temb`: (N, C), added before the norm. `scale`, `shift`: (N, C), given
+    together: y (1 + scale) + shift after the norm. `dropout`: probability in [0, 1); the mask is a function of
+    `seed` (0-d int64), `images` (int64 (N,)), `step` (0-d int64) and `layer`. Statistics are float32 (float64 for
+    float64 x); the variance is biased and takes two passes. Under torch.autocast only x and skip are cast to its
+    dtype. Raises ValueError for other shapes, and for dropout without images, seed and step.
     """
-    _check(x, weight, bias, groups, skip, temb, scale, shift, dropout)
-    if dropout > 0:
-        if images is None or seed is None or step is None:
-            raise ValueError("group_norm_silu: dropout needs images, seed and step, from which its mask is drawn")
-        check_counter("group_norm_silu", images, seed, step)
-        if images.shape != x.shape[:1]:
-            raise ValueError(f"group_norm_silu: images must be ({x.shape[0]},); got {tuple(images.shape)}")
-    return torch.ops.fastddpm.group_norm_silu(
-        x, weight, bias, groups, eps, skip, temb, scale, shift, silu, dropout, images, seed, step, layer
-    )[0]
+    a = Arguments(x, weight, bias, groups, eps, skip, temb, scale, shift, silu, dropout, images, seed, step, layer)
+    _check(a)
+    return torch.ops.fastddpm.group_norm_silu(*a)[0]
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    skip: Tensor | None,
-    temb: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    dropout: float,
-) -> None:
+def _check(a: Arguments) -> None:
+    x, skip = a.x, a.skip
     if x.ndim != 4 or not x.dtype.is_floating_point:
         raise ValueError(f"group_norm_silu: x must be floating (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
     n, channels = x.shape[:2]
@@ -71,69 +56,49 @@ def _check(
                 f"skip is {skip.dtype} {tuple(skip.shape)}"
             )
         channels = channels + skip.shape[1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"group_norm_silu: {channels} channels do not split into {groups} groups")
-    for name, value in (("weight", weight), ("bias", bias)):
+    if a.groups < 1 or channels % a.groups:
+        raise ValueError(f"group_norm_silu: {channels} channels do not split into {a.groups} groups")
+    for name, value in (("weight", a.weight), ("bias", a.bias)):
         if value.shape != (channels,):
             raise ValueError(f"group_norm_silu: {name} must be ({channels},); got {tuple(value.shape)}")
-    for name, optional in (("temb", temb), ("scale", scale), ("shift", shift)):
+    for name, optional in (("temb", a.temb), ("scale", a.scale), ("shift", a.shift)):
         if optional is not None and optional.shape != (n, channels):
             raise ValueError(f"group_norm_silu: {name} must be ({n}, {channels}); got {tuple(optional.shape)}")
-    if (scale is None) != (shift is None):
+    if (a.scale is None) != (a.shift is None):
         raise ValueError("group_norm_silu: scale and shift go together; only one was given")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"group_norm_silu: dropout must be in [0, 1); got {dropout}")
+    if not 0 <= a.dropout < 1:
+        raise ValueError(f"group_norm_silu: dropout must be in [0, 1); got {a.dropout}")
+    if a.dropout > 0:
+        if a.images is None or a.seed is None or a.step is None:
+            raise ValueError("group_norm_silu: dropout needs images, seed and step, from which its mask is drawn")
+        check_counter("group_norm_silu", a.images, a.seed, a.step)
+        if a.images.shape != x.shape[:1]:
+            raise ValueError(f"group_norm_silu: images must be ({n},); got {tuple(a.images.shape)}")
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-
-
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, skip: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, c, h, w = x.shape
-    channels = c if skip is None else c + skip.shape[1]
-    y = torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
-    mean = x.new_empty((n, groups), dtype=_statistics_dtype(x))
+def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, height, width = a.x.shape
+    shape = (n, a.channels, height, width)
+    y = torch.empty(shape, dtype=a.x.dtype, device=a.x.device, memory_format=a.memory_format)
+    mean = a.x.new_empty((n, a.groups), dtype=a.statistics_dtype)
     return y, mean, torch.empty_like(mean)
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    skip: Tensor | None,
-    temb: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    def like(tensor: Tensor | None) -> Tensor:
-        return x.new_empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device)
-
-    def image_like(tensor: Tensor | None) -> Tensor:
+def _fake_backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+    def like(tensor: Tensor | None, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         if tensor is None:
-            return x.new_empty(0)
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device, memory_format=_memory_format(x))
+            return a.x.new_empty(0)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=a.x.device, memory_format=memory_format)
 
-    return image_like(x), image_like(skip), like(weight), like(bias), like(temb), like(scale), like(shift)
+    return like(a.x, a.memory_format), like(a.skip, a.memory_format), *map(like, a.parameters.values())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.groups, _, skip, temb, scale, shift, ctx.silu, ctx.dropout, images, seed, step, ctx.layer = (
-        inputs
-    )
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, mean, rstd, skip, temb, scale, shift, images, seed, step)
+    a, (_, mean, rstd) = Arguments(*inputs), output
+    ctx.groups, ctx.silu, ctx.dropout, ctx.layer = a.groups, a.silu, a.dropout, a.layer
+    ctx.save_for_backward(
+        a.x, a.weight, a.bias, mean, rstd, a.skip, a.temb, a.scale, a.shift, a.images, a.seed, a.step
+    )  # fmt: skip
     ctx.mark_non_differentiable(mean, rstd)
 
 
@@ -158,6 +123,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 register(
     "group_norm_silu",
+    Arguments,
     "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? skip, Tensor? temb, Tensor? scale,"
     " Tensor? shift, bool silu, float dropout, Tensor? images, Tensor? seed, Tensor? step, int layer)"
     " -> (Tensor, Tensor, Tensor)",
@@ -166,6 +132,7 @@ register(
 )
 register(
     "group_norm_silu_backward",
+    Arguments,
     "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups, Tensor? skip,"
     " Tensor? temb, Tensor? scale, Tensor? shift, bool silu, float dropout, Tensor? images, Tensor? seed,"
     " Tensor? step, int layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

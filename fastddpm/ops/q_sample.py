@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastddpm.kernels.q_sample import Arguments
+
 from .random_normal import check_counter
 from .registry import register, register_without_gradient
 
@@ -18,11 +20,11 @@ def q_sample(
     flip: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (equation 4), and eps; both float32 (N, C, H, W).
+    """Return x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (equation 4), and eps: float32 (N, C, H, W).
 
-    `x0`: uint8, scaled to v / 127.5 - 1 here, or floats in [-1, 1] already. `t`: int64 (N,) in 0..T-1.
-    `table`: float32 (T, 2), the two square roots. `flip`: bool (N,), mirror left to right. eps is drawn
-    from (seed, images, step), as in `random_normal`, unless `noise` (N, C, H, W) is given.
+    `x0`: (N, C, H, W), uint8, of which v becomes v / 127.5 - 1, or floating in [-1, 1]. `t`: int64 (N,) in 0..T-1.
+    `table`: float32 (T, 2), the two square roots. `flip`: bool (N,), images to mirror left to right. Default: none.
+    `noise`: floating (N, C, H, W), eps. Default: drawn from (seed, images, step), as by `random_normal`.
     Never differentiable. Raises ValueError for other shapes or dtypes.
     """
     if x0.ndim != 4 or not (x0.dtype == torch.uint8 or x0.dtype.is_floating_point):
@@ -41,21 +43,13 @@ def q_sample(
     return torch.ops.fastddpm.q_sample(x0, t, table, flip, noise, images, seed, step)
 
 
-def _fake(
-    x0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    flip: Tensor | None,
-    noise: Tensor | None,
-    images: Tensor,
-    seed: Tensor,
-    step: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return x0.new_empty(x0.shape, dtype=torch.float32), x0.new_empty(x0.shape, dtype=torch.float32)
+def _fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    return a.x0.new_empty(a.x0.shape, dtype=torch.float32), a.x0.new_empty(a.x0.shape, dtype=torch.float32)
 
 
 register(
     "q_sample",
+    Arguments,
     "(Tensor x0, Tensor t, Tensor table, Tensor? flip, Tensor? noise, Tensor images, Tensor seed, Tensor step)"
     " -> (Tensor, Tensor)",
     _fake,

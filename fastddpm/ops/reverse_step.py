@@ -1,9 +1,9 @@
-"""reverse_step: one step of the reverse process, in place."""
+"""reverse_step: one step of the reverse chain, in place."""
 
 import torch
 from torch import Tensor
 
-from fastddpm.kernels.reverse_step import COLUMNS, FIXED, LEARNED, LEARNED_RANGE
+from fastddpm.kernels.reverse_step import COLUMNS, FIXED, LEARNED, LEARNED_RANGE, Arguments
 
 from .random_normal import check_counter
 from .registry import register, register_without_gradient
@@ -25,14 +25,14 @@ def reverse_step(
     noise: Tensor | None = None,
     x0: Tensor | None = None,
 ) -> Tensor:
-    """Replace x_t by x_{t-1} in `x` and return it; nothing is read back to the host.
+    """Replace x_t by x_{t-1} in `x` and return it. On a GPU nothing is read back to the host.
 
-    `x`: float32 (N, C, H, W). `out`: the network's output, (N, C, H, W), or (N, 2C, H, W) with a learned
-    variance. `table`: float32 (S, 8), one row a step (columns: `fastddpm.kernels.reverse_step`).
-    `timesteps`: int64 (S,); `index`: 0-d int64, the row to apply. The noise is drawn from
-    (seed, images, timesteps[index]) unless `noise` is given. `clip` > 0 bounds the x_0 prediction to
-    [-clip, clip]. `variance`: "fixed", "learned" or "learned_range". `x0`, when given, receives the
-    x_0 prediction. Never differentiable. Raises ValueError for other shapes or dtypes.
+    `x`: float32 (N, C, H, W). `out`: the network's output, (N, C, H, W), or (N, 2C, H, W) with a learned variance.
+    `table`: float32 (S, 8), one row per step, with the columns of `fastddpm.kernels.reverse_step.StepTable`.
+    `timesteps`: int64 (S,). `index`: 0-d int64, the row to apply. `images`: int64 (N,). `seed`: 0-d int64.
+    `clip`: if > 0, the x_0 prediction is clipped to [-clip, clip]. `variance`: "fixed", "learned" or "learned_range".
+    `noise`: float32 like x. Default: drawn from (seed, images, timesteps[index]). `x0`: float32 like x, receives the
+    clipped x_0 prediction. Default: not written. Never differentiable. Raises ValueError for other shapes or dtypes.
     """
     if x.ndim != 4 or x.dtype != torch.float32:
         raise ValueError(f"reverse_step: x must be float32 (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
@@ -60,24 +60,13 @@ def reverse_step(
     return x
 
 
-def _fake(
-    x: Tensor,
-    out: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    index: Tensor,
-    images: Tensor,
-    seed: Tensor,
-    clip: float,
-    variance: int,
-    noise: Tensor | None,
-    x0: Tensor | None,
-) -> None:
+def _fake(a: Arguments) -> None:
     return None
 
 
 register(
     "reverse_step",
+    Arguments,
     "(Tensor(a!) x, Tensor out, Tensor table, Tensor timesteps, Tensor index, Tensor images, Tensor seed,"
     " float clip, int variance, Tensor? noise, Tensor(b!)? x0) -> ()",
     _fake,

@@ -1,4 +1,4 @@
-"""Every operation tried out where it runs: how far from float64 it is, and how fast beside PyTorch's own operators."""
+"""Tries every operation on a device: its error against float64, and its speed against PyTorch's own operators."""
 
 import time
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from fastddpm.kernels.reverse_step import COLUMNS
 from .conv3x3_fp8 import quantised, to_e4m3
 
 GROUPS, SEED, STEP = 32, 5, 1
-# Relative to the 2-norm of the result. bfloat16 rounds to 2^-9; Winograd's transforms cost float32 some digits.
+# Of the error's 2-norm over the result's. bfloat16 rounds to 2^-9; Winograd's transforms cost float32 some digits.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-_ROUNDS, _SECONDS = 5, 0.1  # of timing: rounds in turn, and how long one lasts
+_ROUNDS, _SECONDS = 5, 0.1  # of timing: rounds, in which the sides take turns, and the length of one side's turn
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a trial of one operation gave.
+    """The result of one trial.
 
-    `error`: 2-norm of the difference from float64 over the 2-norm of that; `tolerance`: what it may be.
-    `speed`: how many times as fast as PyTorch's operators, medians of rounds in turn.
+    `error`: 2-norm of the difference from the float64 result, over the latter's 2-norm; at most `tolerance`.
+    `speed`: PyTorch's time divided by ours, from medians of rounds in which both take turns.
     """
 
     operation: str
@@ -37,12 +37,12 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.tolerance
+        return self.error <= self.tolerance  # false for NaN
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One operation on some inputs: `ours`, `torch` (PyTorch's operators for the same result), `exact` in float64."""
+    """One operation on some inputs: by our kernels, by PyTorch's operators (`torch`), and in float64 (`exact`)."""
 
     operation: str
     ours: Callable[[], Tensor]
@@ -52,14 +52,13 @@ class Trial:
 
 
 def run(device: torch.device, dtype: torch.dtype, batch: int) -> list[Finding]:
-    """All trials at shapes of the CIFAR-10 network, `batch` images, in `dtype`; what the sampler takes by itself."""
+    """Run all trials at shapes of the CIFAR-10 network with `batch` images in `dtype`."""
     findings = []
-    # PyTorch's convolutions of float32 are TF32 on a GPU unless told otherwise, 3e-4 from what is asked for here.
+    # By default PyTorch's float32 convolutions run in TF32 on a GPU, with an error of 3e-4, above the tolerance.
     with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
         for trial in trials(device, dtype, batch):
             exact = trial.exact()
             error = float((trial.ours().double() - exact).norm() / exact.norm())
-            # Not error > tolerance: NaN must fail.
             findings.append(Finding(trial.operation, error, trial.tolerance, _speed(trial, device)))
     return findings
 
@@ -85,18 +84,18 @@ def trials(device: torch.device, dtype: torch.dtype, batch: int) -> list[Trial]:
 
 
 def plain_group_norm_silu(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """silu(group_norm(cat(x, skip)))."""
+    """Return silu(group_norm(cat(x, skip)))."""
     both = x if skip is None else torch.cat([x, skip], dim=1)
     return F.silu(F.group_norm(both, groups, weight.to(both.dtype), bias.to(both.dtype), 1e-6))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One head of the full width by scaled_dot_product_attention; (N, L, C)."""
+    """Return attention with one head by scaled_dot_product_attention, (N, L, C)."""
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 def plain_q_sample(x0: Tensor, t: Tensor, table: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x_t and eps of uint8 images; eps from torch's generator unless given."""
+    """Return x_t and eps of uint8 images. `eps`: default from torch's generator."""
     images = x0.to(table.dtype) / 127.5 - 1
     eps = torch.randn_like(images) if eps is None else eps
     signal, noise = table[t][:, :, None, None, None].unbind(1)
@@ -104,7 +103,7 @@ def plain_q_sample(x0: Tensor, t: Tensor, table: Tensor, eps: Tensor | None = No
 
 
 def plain_reverse_step(x: Tensor, out: Tensor, row: Tensor, noise: Tensor | None = None) -> Tensor:
-    """x_{t-1} of x_t by a row of coefficients; the noise from torch's generator unless given."""
+    """Return x_{t-1} from x_t by a row of coefficients. `noise`: default from torch's generator."""
     x0 = (row[0] * x + row[1] * out).clamp(-1, 1)
     noise = torch.randn_like(x) if noise is None else noise
     return row[2] * x0 + row[3] * x + row[4] * out + row[5] * noise
@@ -142,7 +141,7 @@ def _both_ways(
     grad: Tensor,
     tolerance: float,
 ) -> list[Trial]:
-    """The operation, and its gradients one behind another."""
+    """Return the trials of an operation and of its gradients, concatenated."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     exact_leaves = [x.detach().double().requires_grad_() for x in inputs]
 
@@ -180,7 +179,7 @@ def _convolution(randn: _Randn, batch: int, tolerance: float) -> Trial:
 
 
 def _convolution_fp8(randn: _Randn, batch: int) -> Trial:
-    """Against float64 of the rounded operands: what rounding them changes is the user's choice, and said elsewhere."""
+    """Return the trial against float64 on the rounded operands. `exact` leaves out the error of rounding them."""
     weight, scale = quantised(randn(128, 128, 3, 3))
     x, plain_weight = randn(batch, 128, 32, 32), randn(128, 128, 3, 3)
     rounded = to_e4m3(x)
@@ -194,7 +193,7 @@ def _convolution_fp8(randn: _Randn, batch: int) -> Trial:
 
 
 def _noise(randn: _Randn, batch: int, device: torch.device) -> list[Trial]:
-    """float32 whatever the network computes in."""
+    """Return the trials of the noise operations, in float32 whatever the network computes in."""
     shape, tolerance = (3, 32, 32), TOLERANCES[torch.float32]
     images, seed, step = (torch.arange(batch, device=device), *(torch.tensor(v, device=device) for v in (SEED, STEP)))
     x0 = (randn(batch, *shape, of=torch.float32) * 60 + 128).clamp(0, 255).to(torch.uint8).contiguous()
@@ -236,14 +235,14 @@ def _noise(randn: _Randn, batch: int, device: torch.device) -> list[Trial]:
 
 def _speed(trial: Trial, device: torch.device) -> float:
     sides = (trial.ours, trial.torch)
-    calls = [max(1, int(_SECONDS / _seconds(side, 1, device))) for side in sides]  # which also warms up
+    calls = [max(1, int(_SECONDS / _seconds(side, 1, device))) for side in sides]  # this also warms up
     rounds = [[_seconds(side, n, device) for side, n in zip(sides, calls, strict=True)] for _ in range(_ROUNDS)]
     ours, plain = np.median(rounds, axis=0)
     return float(plain / ours)
 
 
 def _seconds(call: Callable[[], Tensor], times: int, device: torch.device) -> float:
-    """Of one call, by `times` of them."""
+    """Return the seconds per call, averaged over `times` calls."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -1,6 +1,6 @@
-"""attention by PyTorch's scaled_dot_product_attention, for what our kernel does not take: long sequences.
+"""attention by PyTorch's scaled_dot_product_attention, for sequences longer than our kernel takes.
 
-The operators behind it are called by name because they give the log-sum-exp, which the backward pass of another
+The operators behind it are called directly because they return the log-sum-exp, which the backward pass of another
 implementation may need.
 """
 
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import Arguments
+
 __all__ = ["backward", "forward", "unsupported"]
 
-_FLASH_CHANNELS = 256  # of which its flash kernels take up to so many
+_FLASH_CHANNELS = 256  # the most channels that its flash kernels take
 
 
 def unsupported(q: Tensor, **rest: object) -> str | None:
-    """Why arguments of forward or backward, by name, are left to another backend, or None."""
+    """Return why these arguments of forward or backward, by name, are left to another backend, or None."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"scaled_dot_product_attention takes float32, bfloat16 and float16, not {str(q.dtype).partition('.')[2]}"
     aligned = 16 // q.element_size()
@@ -27,12 +29,12 @@ def unsupported(q: Tensor, **rest: object) -> str | None:
 
 
 def _one_head(x: Tensor) -> Tensor:
-    """(N, L, C) as (N, 1, L, C)."""
+    """Return (N, L, C) as a dense (N, 1, L, C)."""
     return x.contiguous().unsqueeze(1)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[str, tuple[Any, ...]]:
-    """Which operator was used, and what it returned: output, log-sum-exp and what its gradient asks for."""
+    """Return the operator's kind, and its results: output, log-sum-exp, and what its backward pass takes."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         return "cpu", aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
@@ -41,16 +43,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[str, tuple[
     return "efficient", aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As the reference: the output in q's dtype, and the log-sum-exp of each score row, float32 (N, L)."""
-    _, (out, lse, *_) = _forward(_one_head(q), _one_head(k), _one_head(v), scale)
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Compute the same as the reference: the output in q's dtype, and each score row's log-sum-exp, float32 (N, L)."""
+    q, k, v = map(_one_head, a[:3])
+    _, (out, lse, *_) = _forward(q, k, v, a.scale)
     # The efficient kernel pads its rows.
-    return out.squeeze(1).contiguous(), lse.squeeze(1)[:, : q.shape[1]].contiguous()
+    return out.squeeze(1).contiguous(), lse.squeeze(1)[:, : q.shape[2]].contiguous()
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference. The forward pass runs again: its output was not kept."""
-    q, k, v, grad = map(_one_head, (q, k, v, grad))
+def backward(a: Arguments, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the same as the reference. The forward pass runs again: its output was not kept."""
+    (q, k, v, grad), scale = map(_one_head, (*a[:3], grad)), a.scale
     kind, results = _forward(q, k, v, scale)
     out, own_lse = results[:2]
     aten = torch.ops.aten

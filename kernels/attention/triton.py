@@ -1,7 +1,7 @@
-"""attention by Triton kernels: all scores of a block of rows on the chip at once, so the softmax needs no rescaling.
+"""attention by Triton kernels that hold all scores of a block of rows at once: the softmax needs no rescaling.
 
-A program has BM rows of one image and their scores with all BN >= L tokens, (BM, BN) in registers; the C channels, of
-which there may be more than fit on the chip, are streamed in chunks of DC. No atomics: the same bits on every run.
+A program has BM rows of one image and their scores with all BN >= L tokens, (BM, BN) in registers. The C channels may
+not fit on the chip and are streamed in chunks of DC. There are no atomics: the same bits on every run.
 """
 
 from typing import Any
@@ -14,16 +14,16 @@ from torch import Tensor
 from .. import triton_launch
 from ..triton_launch import ceil_div, launch, unavailable
 from ..triton_tiles import chip
-from . import tiles
+from . import Arguments, tiles
 
 __all__ = ["LIMITS", "backward", "forward", "unavailable", "unsupported"]
 
 _TOKENS, _CHANNELS = 256, 1024
-LIMITS = f"up to {_TOKENS} tokens and {_CHANNELS} channels; others by scaled_dot_product_attention"
+LIMITS = f"up to {_TOKENS} tokens and {_CHANNELS} channels; beyond that by scaled_dot_product_attention"
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> str | None:
-    """Why arguments of forward or backward, by name, are left to another backend, or None."""
+    """Return why these arguments of forward or backward, by name, are left to another backend, or None."""
     tokens, channels = q.shape[1:]
     if tokens > _TOKENS or channels > _CHANNELS:
         return f"the Triton kernels take up to {_TOKENS} tokens of {_CHANNELS} channels, not {tokens} of {channels}"
@@ -32,21 +32,21 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> str | None:
 
 @triton.jit
 def _rows(tensor, n, row, d, stride_n, stride_l, rows, channels):
-    """Rows `row` and channels `d` of image n, zeros outside: (len(row), len(d))."""
+    """Load rows `row` and channels `d` of image n, zeros outside: (len(row), len(d))."""
     inside = (row < rows)[:, None] & (d < channels)[None, :]
     return tl.load(tensor + n.to(tl.int64) * stride_n + row[:, None] * stride_l + d[None, :], inside, 0.0)
 
 
 @triton.jit
 def _columns(tensor, n, row, d, stride_n, stride_l, rows, channels):
-    """The transpose of `_rows`: (len(d), len(row))."""
+    """Load the transpose of `_rows`: (len(d), len(row))."""
     inside = (row < rows)[None, :] & (d < channels)[:, None]
     return tl.load(tensor + n.to(tl.int64) * stride_n + row[None, :] * stride_l + d[:, None], inside, 0.0)
 
 
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
-    """a b + total by the matrix unit, summed in float32."""
+    """Return a b + total by the matrix unit, summed in float32."""
     if PRECISION == "interpreted":
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
@@ -58,7 +58,7 @@ def _products(
     a, b, n, i, j, a_n, a_l, b_n, b_l, rows, channels,
     M: tl.constexpr, J: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a_i . b_j for rows i of a and j of b, summed over the channels: float32 (M, J)."""
+    """Return the products a_i . b_j of rows i of a and j of b over the channels: float32 (M, J)."""
     total = tl.zeros([M, J], tl.float32)
     for start in range(0, channels, DC):
         d = start + tl.arange(0, DC)
@@ -73,7 +73,7 @@ def _store_products(
     out, weights, by_row, b, n, i, j, b_n, b_l, rows, channels,
     M: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weights (M, J) times rows j of b, each row times `by_row`, to rows i of the dense `out` (N, rows, channels)."""
+    """Store weights (M, J) times rows j of b, each row scaled by `by_row`, to rows i of a dense (N, rows, channels)."""
     for start in range(0, channels, DC):
         d = start + tl.arange(0, DC)
         right = _rows(b, n, j, d, b_n, b_l, rows, channels)
@@ -89,7 +89,7 @@ def _attention_fwd_kernel(
     q, k, v, out, lse, q_n, q_l, k_n, k_l, v_n, v_l, rows, channels, blocks, scale,
     BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of BM rows of one image; grid (N x blocks,)."""
+    """Compute output and log-sum-exp of BM rows of one image; grid (N x blocks,)."""
     n = tl.program_id(0) // blocks
     i, j = tl.program_id(0) % blocks * BM + tl.arange(0, BM), tl.arange(0, BN)
     scores = _products(q, k, n, i, j, q_n, q_l, k_n, k_l, rows, channels, BM, BN, DC, PRECISION) * scale
@@ -97,7 +97,7 @@ def _attention_fwd_kernel(
     highest = tl.max(scores, axis=1)
     weights = tl.exp(scores - highest[:, None])
     tl.store(lse + n * rows + i, highest + tl.log(tl.sum(weights, axis=1)), i < rows)
-    # Divided by the sum of the weights as rounded: the output stays a mean of the values.
+    # Divided by the sum of the rounded weights: the output stays a mean of the values.
     weights = weights.to(v.dtype.element_ty)
     total = tl.sum(weights.to(tl.float32), axis=1)
     _store_products(out, weights, 1.0 / total, v, n, i, j, v_n, v_l, rows, channels, BM, DC, PRECISION)
@@ -108,7 +108,7 @@ def _attention_bwd_q_kernel(
     grad, q, k, v, lse, row_sums, grad_q, g_n, g_l, q_n, q_l, k_n, k_l, v_n, v_l, rows, channels, blocks, scale,
     BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BM rows of q, and rowsum(P dP) of them, which the gradients of k and v need; grid (N x blocks,)."""
+    """Compute the gradient of BM rows of q, and their rowsum(P dP), which `_attention_bwd_kv_kernel` reads."""
     n = tl.program_id(0) // blocks
     i, j = tl.program_id(0) % blocks * BM + tl.arange(0, BM), tl.arange(0, BN)
     scores = _products(q, k, n, i, j, q_n, q_l, k_n, k_l, rows, channels, BM, BN, DC, PRECISION) * scale
@@ -127,7 +127,7 @@ def _attention_bwd_kv_kernel(
     rows, channels, blocks, scale,
     BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BM rows of k and v, from the transposed scores (BM of k, BN of q); grid (N x blocks,)."""
+    """Compute the gradients of BM rows of k and v from the transposed scores (BM of k, BN of q); grid (N x blocks,)."""
     n = tl.program_id(0) // blocks
     j, i = tl.program_id(0) % blocks * BM + tl.arange(0, BM), tl.arange(0, BN)
     scores = _products(k, q, n, j, i, k_n, k_l, q_n, q_l, rows, channels, BM, BN, DC, PRECISION) * scale
@@ -143,17 +143,17 @@ def _attention_bwd_kv_kernel(
 
 
 def _rows_of_channels(tensor: Tensor) -> Tensor:
-    """A tensor whose channels lie side by side, and whose images span less than 2^31 elements, as the kernels count."""
+    """Return a tensor with adjacent channels, whose images span less than 2^31 elements, as the kernels count."""
     side_by_side = tensor.stride(2) == 1 or tensor.shape[2] == 1
     near = tensor.shape[1] * tensor.stride(1) + tensor.shape[2] < 2**31
     return tensor if side_by_side and near else tensor.contiguous()
 
 
 def _tiles(kernel: str, q: Tensor) -> dict[str, Any]:
-    """The kernel's constants for `q`.
+    """Return the kernel's constants for `q`.
 
-    float32 takes three passes of the matrix unit in tf32, which keep its digits, except where registers for that lack,
-    and on AMD, whose matrix unit multiplies float32.
+    float32 is multiplied in three tf32 passes of the matrix unit, which keep its digits. Exceptions: kernels that lack
+    the registers for that, and AMD's matrix unit, which multiplies float32 itself.
     """
     tokens, channels = q.shape[1:]
     tile, columns = tiles.choose(kernel, tokens, channels, q.element_size(), chip(q.device)), tiles.columns(tokens)
@@ -172,30 +172,30 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As the reference: the output in q's dtype, and the log-sum-exp of each score row, float32 (N, L)."""
-    n, tokens, channels = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((n, tokens), dtype=torch.float32, device=q.device)
-    if q.numel() == 0:
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Compute the same as the reference: the output in q's dtype, and each score row's log-sum-exp, float32 (N, L)."""
+    n, tokens, channels = a.q.shape
+    out = torch.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device)
+    lse = torch.empty((n, tokens), dtype=torch.float32, device=a.q.device)
+    if out.numel() == 0:
         return out, lse
-    q, k, v = map(_rows_of_channels, (q, k, v))
+    q, k, v = map(_rows_of_channels, a[:3])
     constants = _tiles("forward", q)
     blocks = ceil_div(tokens, constants["BM"])
     launch(
         _attention_fwd_kernel, (n * blocks,), q.device,
-        q, k, v, out, lse, *_strides(q, k, v), tokens, channels, blocks, scale, **constants,
+        q, k, v, out, lse, *_strides(q, k, v), tokens, channels, blocks, a.scale, **constants,
     )  # fmt: skip
     return out, lse
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference; the same bits on every run."""
-    n, tokens, channels = q.shape
-    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if q.numel() == 0:
+def backward(a: Arguments, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the same as the reference; the same bits on every run."""
+    n, tokens, channels = a.q.shape
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in a[:3])
+    if grad_q.numel() == 0:
         return grad_q, grad_k, grad_v
-    grad, q, k, v = map(_rows_of_channels, (grad, q, k, v))
+    grad, q, k, v = map(_rows_of_channels, (grad, *a[:3]))
     row_sums, lse = torch.empty((n, tokens), dtype=torch.float32, device=q.device), lse.contiguous()
     inputs, strides = (grad, q, k, v, lse, row_sums), _strides(grad, q, k, v)
     for kernel, outputs, constants in (
@@ -203,5 +203,5 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: 
         (_attention_bwd_kv_kernel, (grad_k, grad_v), _tiles("keys", q)),
     ):
         blocks, sizes = ceil_div(tokens, constants["BM"]), (tokens, channels)
-        launch(kernel, (n * blocks,), q.device, *inputs, *outputs, *strides, *sizes, blocks, scale, **constants)
+        launch(kernel, (n * blocks,), q.device, *inputs, *outputs, *strides, *sizes, blocks, a.scale, **constants)
     return grad_q, grad_k, grad_v

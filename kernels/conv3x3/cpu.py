@@ -1,4 +1,4 @@
-"""conv3x3 and its gradients by Winograd's F(4x4, 3x3) in the compiled library."""
+"""conv3x3 and its gradients by Winograd's F(4x4, 3x3) in the compiled CPU library."""
 
 import ctypes
 
@@ -7,38 +7,37 @@ from torch import Tensor
 
 from .. import interface, native
 from ..native import unavailable
-from . import WINOGRAD, reference, weight_gradient_wins, winograd_wins
+from . import WINOGRAD, Arguments, reference, weight_gradient_wins, winograd_wins
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 def unsupported(**arguments: object) -> str | None:
-    """Why these arguments are left to PyTorch, or None."""
+    """Return why these arguments are left to PyTorch, or None."""
     for arg in arguments.values():
         if isinstance(arg, Tensor) and arg.dtype != torch.float32:
             return f"the compiled CPU library convolves float32, not {str(arg.dtype).removeprefix('torch.')}"
     return None
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
-    """As the reference; channels_last, within 4e-6 of the largest value."""
-    n, channels, height, width = x.shape
-    factor = 2 if doubled else 1
-    if winograd_wins(n, channels, weight.shape[0], factor * height, factor * width):
-        return winograd(x, weight, bias, doubled)
-    return reference.forward(x, weight, bias, doubled)
+def forward(a: Arguments) -> Tensor:
+    """Compute the same as the reference; channels_last, within 4e-6 of the largest value."""
+    n, channels, height, width = a.x.shape
+    factor = 2 if a.doubled else 1
+    if winograd_wins(n, channels, a.weight.shape[0], factor * height, factor * width):
+        return winograd(*a)
+    return reference.forward(a)
 
 
-def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, doubled: bool, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference."""
+def backward(a: Arguments, grad: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the same as the reference."""
+    x, weight, _, doubled = a
     (out_channels, channels), (height, width) = weight.shape[:2], grad.shape[2:]
     ours = wanted[0] and winograd_wins(len(grad), out_channels, channels, height, width)
     ours_of_weight = wanted[1] and weight_gradient_wins(len(grad), channels, height, width)
     theirs = [wanted[0] and not ours, wanted[1] and not ours_of_weight, wanted[2] and not ours_of_weight]
     grad_x, grad_weight, grad_bias = (
-        reference.backward(grad, x, weight, doubled, theirs) if any(theirs) else (x.new_empty(0) for _ in range(3))
+        reference.backward(a, grad, theirs) if any(theirs) else (x.new_empty(0) for _ in range(3))
     )
     if ours:
         grad_x = winograd_input_gradient(grad, weight, doubled)
@@ -48,12 +47,12 @@ def backward(
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
-    """`forward` of float32 tensors of any size and strides by Winograd's algorithm, whether it wins or not."""
+    """Compute `forward` by Winograd's algorithm, faster or not, for float32 tensors of any size and strides."""
     return _convolve(x, weight, weight.stride(), weight.shape[0], bias, doubled)
 
 
 def winograd_input_gradient(grad: Tensor, weight: Tensor, doubled: bool) -> Tensor:
-    """The gradient of x, channels_last: a convolution of `grad` with the weights turned by 180 degrees."""
+    """Return the gradient of x, in channels_last: a convolution of `grad` with the weights turned by 180 degrees."""
     k, c, i, j = weight.stride()
     grad_x = _convolve(grad, weight[:, :, 2:, 2:], (c, k, -i, -j), weight.shape[1], None, False)
     return reference.halve(grad_x).contiguous(memory_format=torch.channels_last) if doubled else grad_x
@@ -62,11 +61,11 @@ def winograd_input_gradient(grad: Tensor, weight: Tensor, doubled: bool) -> Tens
 def winograd_weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, doubled: bool, bias_wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of weight, in its layout, and of the bias: empty unless `bias_wanted`."""
+    """Return the gradients of weight, in its layout, and of the bias: an empty tensor unless `bias_wanted`."""
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     grad_weight = torch.empty_like(weight)
     grad_bias = weight.new_empty(len(weight) if bias_wanted else 0)
-    args = _arguments(x, grad_weight.stride(), len(weight), doubled)
+    args = _structure(x, grad_weight.stride(), len(weight), doubled)
     args.grad, args.grad_weight = native.pointer(grad), native.pointer(grad_weight)
     args.grad_bias = native.pointer(grad_bias) if bias_wanted else None
     _call("conv_weight_gradient", args)
@@ -76,7 +75,7 @@ def winograd_weight_gradient(
 def _convolve(
     x: Tensor, weight: Tensor, weight_stride: tuple[int, ...], out_channels: int, bias: Tensor | None, doubled: bool
 ) -> Tensor:
-    """`weight`: a tensor that begins at the element for output channel 0, input channel 0, row 0, column 0."""
+    """Convolve x. `weight` begins at the element for output channel 0, input channel 0, row 0, column 0."""
     x = x.contiguous(memory_format=torch.channels_last)
     n, _, height, width = x.shape
     factor = 2 if doubled else 1
@@ -85,14 +84,14 @@ def _convolve(
         memory_format=torch.channels_last,
     )  # fmt: skip
     bias = None if bias is None else bias.contiguous()
-    args = _arguments(x, weight_stride, out_channels, doubled)
+    args = _structure(x, weight_stride, out_channels, doubled)
     args.weight, args.bias, args.out = native.pointer(weight), native.pointer(bias), native.pointer(out)
     _call("conv", args)
     return out
 
 
-def _arguments(x: Tensor, weight_stride: tuple[int, ...], out_channels: int, doubled: bool) -> interface.Conv:
-    """What every call has of it: x, in channels_last, and the sizes."""
+def _structure(x: Tensor, weight_stride: tuple[int, ...], out_channels: int, doubled: bool) -> interface.Conv:
+    """Return the structure with what all calls share: x, in channels_last, and the sizes."""
     n, channels, height, width = x.shape
     return interface.Conv(
         x=native.pointer(x), n=n, height=height, width=width, c1=channels, k=out_channels, kernel=3, stride=1, pad=1,
@@ -102,7 +101,7 @@ def _arguments(x: Tensor, weight_stride: tuple[int, ...], out_channels: int, dou
 
 
 def _call(operation: str, args: interface.Conv) -> None:
-    """Run it with a workspace of its own."""
+    """Run an operation of the library with a new workspace."""
     workspace_bytes = getattr(native.library(), f"fastddpm_cpu_{operation}_workspace")
     args.workspace_bytes = workspace_bytes(ctypes.byref(args), torch.get_num_threads())
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device="cpu")

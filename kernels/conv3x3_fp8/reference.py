@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import Arguments
 
-def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`scale` of each output channel times conv(x, weight), plus bias: (N, K, H, W) in `dtype`, channels_last."""
-    out = F.conv2d(x.float(), weight.float(), padding=1) * scale[:, None, None]
-    if bias is not None:
-        out = out + bias.float()[:, None, None]
-    return out.to(dtype).contiguous(memory_format=torch.channels_last)
+
+def forward(a: Arguments) -> Tensor:
+    """Return `scale` times conv(x, weight), plus bias, by output channel: (N, K, H, W) in `dtype`, channels_last."""
+    out = F.conv2d(a.x.float(), a.weight.float(), padding=1) * a.scale[:, None, None]
+    if a.bias is not None:
+        out = out + a.bias.float()[:, None, None]
+    return out.to(a.dtype).contiguous(memory_format=torch.channels_last)

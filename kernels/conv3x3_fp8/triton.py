@@ -1,8 +1,8 @@
-"""conv3x3_fp8 by a Triton kernel: an implicit product of matrices, pixels by 9 C by output channels.
+"""conv3x3_fp8 by a Triton kernel: an implicit matrix product, pixels by 9 C by output channels.
 
-A program has BM pixels, of as many images as they come from, and BK output channels; it walks through the nine
-neighbours and, for each, the channels BC at a time. Both operands have their channels side by side, as the matrix unit
-wants 8-bit numbers.
+A program computes BM pixels, of one or more images, by BK output channels. It loops over the nine neighbours of a pixel
+and, for each, over the channels, BC at a time. Both operands have adjacent channels, as the matrix unit needs them for
+8-bit numbers.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import triton_launch
 from ..triton_launch import ceil_div, launch, next_power_of_2
+from . import Arguments
 
 __all__ = ["forward", "unavailable", "unsupported"]
 
@@ -19,7 +20,7 @@ _OLDEST_CHIP = (8, 9)
 
 
 def unavailable() -> str | None:
-    """Why the kernel does not run here, or None."""
+    """Return why the kernel does not run here, or None."""
     reason = triton_launch.unavailable()
     if reason is not None or triton_launch.interpreted():
         return reason
@@ -31,8 +32,8 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
-    """Why these arguments are left to another backend, or None."""
+def unsupported(x: Tensor, weight: Tensor, **_: object) -> str | None:
+    """Return why these arguments are left to another backend, or None."""
     if x.shape[1] % 16 or weight.shape[0] % 16:
         return f"the Triton kernel takes channels in multiples of 16, not {x.shape[1]} and {weight.shape[0]}"
     if x.numel() * 2 >= 2**31 or weight.shape[0] * x.numel() // x.shape[1] >= 2**31:
@@ -45,7 +46,7 @@ def _conv3x3_fp8_kernel(
     x, weight, scale, bias, out, pixels, height, width, channels, outputs, blocks,
     BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """out (N, H, W, K) from x (N, H, W, C) and weight (K, 9, C); grid (blocks of pixels x blocks of channels,)."""
+    """Compute out (N, H, W, K) from x (N, H, W, C) and weight (K, 9, C); grid (blocks of pixels x of channels,)."""
     pixel = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     k = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
     column, row = pixel % width, pixel // width % height
@@ -60,10 +61,10 @@ def _conv3x3_fp8_kernel(
         left = tl.load(x + neighbour[:, None] * channels + c[None, :], inside[:, None] & (c < channels)[None, :], 0.0)
         mask = (k < outputs)[:, None] & (c < channels)[None, :]
         of_k = tl.load(weight + (k * 9 + tap)[:, None] * channels + c[None, :], mask, 0.0)
-        if WIDEN:  # the interpreter multiplies the bits
+        if WIDEN:  # the interpreter would multiply the bits as integers
             left, of_k = left.to(tl.float32), of_k.to(tl.float32)
-        # Ada's and Hopper's matrix units keep 14 bits of this sum. Adding chunks up in float32 instead would leave a
-        # tenth of that error, itself a tenth of what rounding to e4m3 costs, and one program would fit where two do.
+        # Ada's and Hopper's matrix units keep 14 bits of this sum. Adding chunks up in float32 would reduce that error
+        # tenfold, but it is only a tenth of what rounding to e4m3 costs, and half as many programs would fit.
         total = tl.dot(left, tl.trans(of_k), total)
     total *= tl.load(scale + k, k < outputs, 0.0)[None, :]
     if HAS_BIAS:
@@ -72,8 +73,9 @@ def _conv3x3_fp8_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), (pixel < pixels)[:, None] & (k < outputs)[None, :])
 
 
-def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """As the reference; on sm_89 and sm_90 sums have 14 bits, 0.1 % to 0.4 % (2-norm) by a model of them."""
+def forward(a: Arguments) -> Tensor:
+    """Compute the same as the reference; with 14-bit sums on sm_89 and sm_90, see `fastddpm.ops.conv3x3_fp8`."""
+    x, weight, scale, bias, dtype = a
     n, channels, height, width = x.shape
     outputs, pixels = weight.shape[0], n * height * width
     out = torch.empty((n, outputs, height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Which part of an image one program of the Triton kernels takes."""
+"""Chooses the tiles of the Triton kernels of group_norm_silu: the part of an image that one program takes."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -6,27 +6,26 @@ from dataclasses import dataclass, replace
 from .. import triton_tiles
 from ..triton_launch import ceil_div, next_power_of_2
 
-# Values of a tile that a thread keeps without spilling, on every chip: x, or in the backward pass x and the gradient.
-_VALUES = {False: 32, True: 16}
-# What it rather keeps, where there are threads enough.
-_FEWER_VALUES = {False: 16, True: 8}
+# Elements of a tile per thread, forward (False) and backward (True), which keeps the gradient besides x.
+_VALUES = {False: 32, True: 16}  # the most that no chip spills
+_FEWER_VALUES = {False: 16, True: 8}  # preferred if there are threads enough
 _MAX_WARPS = 16
-_SECTOR = 32  # bytes that memory moves at least
-_ROW = 64  # bytes of a pixel that one program takes, where the image is not split
-# Programs below which a large image is rather split: a GPU has some hundred multiprocessors to fill.
+_SECTOR = 32  # bytes: the least that memory moves
+_ROW = 64  # bytes of a pixel that one program takes if the image is not split
+# A large image is split if there would be fewer programs: a GPU has about a hundred multiprocessors to fill.
 _FEW_PROGRAMS = 32
 _LARGE_IMAGE = 1024  # pixels
-# Pixels up to which the cache still holds, for a second loop, what all programs running at once have read.
+# The largest image, in pixels, that is still in the cache for a second loop, with all programs running at once.
 _CACHED_IMAGE = 2048
-_CHUNKS = 32  # into which an image is split at most; each program reads the sums of all
+_CHUNKS = 32  # the most pieces of an image; each program reads the sums of all
 _LOOP_WARPS = 8
 
 
 @dataclass(frozen=True)
 class Tile:
-    """`block_p` pixels by `block_c` channels, of which `groups` whole groups are used; `chunks` pieces of an image.
+    """A tile of `block_p` pixels by `block_c` channels, of which `groups` whole groups are used.
 
-    chunks == 0: the tile holds all pixels. chunks == 1: a program loops over all pixels, twice.
+    `chunks`: pieces of an image. 0: the tile holds all pixels. 1: a program loops over all pixels, twice.
     """
 
     block_p: int
@@ -37,14 +36,14 @@ class Tile:
 
     @property
     def padded_groups(self) -> int:
-        """The length of a vector of the groups. Two are padded to four: with two, the compiler spills registers."""
+        """The length of a vector of groups. Two are padded to four: with two, the compiler spills registers."""
         return 1 if self.groups == 1 else max(4, next_power_of_2(self.groups))
 
 
 def key(
     n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool
 ) -> tuple[str, str]:
-    """Kernel and shape of a timed tile; it holds for up to twice as many images."""
+    """Return kernel and shape as kernels/triton_tiles.json names them. A tile holds for up to twice as many images."""
     images, layout = 1 << (n.bit_length() - 1), "channels_last" if channels_last else "contiguous"
     return (
         f"group_norm_silu {'backward' if backward else 'forward'}",
@@ -56,9 +55,9 @@ def key(
 def choose(
     n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool, chip: str
 ) -> Tile:
-    """The tile for `n` images of `pixels` pixels and groups * cpg channels, `num_bytes` bytes an element.
+    """Return the tile measured for this chip and shape, or else that of the rules.
 
-    The timed one of this chip and shape, or that of the rules.
+    `n` images of `pixels` pixels and groups * cpg channels, with `num_bytes` bytes per element.
     """
     sizes = (n, pixels, groups, cpg, num_bytes, channels_last, backward)
     timed = triton_tiles.timed(chip, *key(*sizes))
@@ -66,7 +65,7 @@ def choose(
 
 
 def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool) -> Tile:
-    """The tile for a shape that nobody has timed."""
+    """Return the tile for a shape that has not been measured."""
     enough = _FEW_PROGRAMS if pixels >= _LARGE_IMAGE else 1
     whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward)
     if whole is not None and n * ceil_div(groups, whole.groups) >= enough:
@@ -75,7 +74,7 @@ def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channel
         loop = _loop(pixels, groups, cpg, _ROW // num_bytes if channels_last else 1, backward)
         if n * ceil_div(groups, loop.groups) >= enough:
             return loop
-    # Rows of 256 bytes: the whole pixel of a narrow image, which is most of a large one.
+    # Rows of 256 bytes are whole pixels of images with few channels, as most large images are.
     split = _loop(pixels, groups, cpg, 256 // num_bytes if channels_last else 1, backward)
     programs = n * ceil_div(groups, split.groups)
     chunks = min(_CHUNKS, ceil_div(pixels, split.block_p), max(1, ceil_div(512, programs)))
@@ -85,7 +84,7 @@ def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channel
 def _whole_image(
     pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool
 ) -> Tile | None:
-    """As many channels as the registers hold, but no more than a 64-byte row; None where not even a sector's fit."""
+    """Return a tile of all pixels by up to 64 bytes of channels; None if the registers lack room for even a sector."""
     block_p = next_power_of_2(pixels)
     limit = _VALUES[backward] * 32 * _MAX_WARPS // block_p
     together = _groups_within(max(min(limit, _ROW // num_bytes), next_power_of_2(cpg)), groups, cpg)
@@ -94,7 +93,7 @@ def _whole_image(
         return None
     if channels_last and together < groups and together * cpg * num_bytes < _SECTOR:
         return None
-    # Small images: more channels, until there is work for four warps.
+    # A small image gets more channels, until there is work for four warps.
     while block_p * block_c < 1024 and together < groups:
         together = min(2 * together, groups)
         block_c = next_power_of_2(together * cpg)
@@ -103,13 +102,13 @@ def _whole_image(
 
 
 def _groups_within(channels: int, groups: int, cpg: int) -> int:
-    """Whole groups of a block of at most `channels` channels: one, or a power of two, which keeps rows aligned."""
+    """Return the whole groups in at most `channels` channels: one, or a power of two, which keeps rows aligned."""
     together = max(1, channels // cpg)
     return min(1 << (together.bit_length() - 1), groups)
 
 
 def _loop(pixels: int, groups: int, cpg: int, channels: int, backward: bool) -> Tile:
-    """Tiles of `channels` channels or one group, and of as many pixels as the registers hold."""
+    """Return a tile of `channels` channels, or one group, and as many pixels as the registers hold."""
     together = _groups_within(max(channels, cpg), groups, cpg)
     block_c = next_power_of_2(together * cpg)
     block_p = max(1, min(next_power_of_2(pixels), 32 * _LOOP_WARPS * _FEWER_VALUES[backward] // block_c))

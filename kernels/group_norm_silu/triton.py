@@ -1,4 +1,4 @@
-"""group_norm_silu by Triton kernels: any memory format that is dense, float32, bfloat16 and float16."""
+"""group_norm_silu by Triton kernels, in float32, bfloat16 and float16, for contiguous and channels_last images."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .. import triton_launch
 from ..philox import STREAM_DROPOUT
 from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
 from ..triton_tiles import chip
-from . import reference, tiles
+from . import Arguments, reference, tiles, too_large
 from .triton_backward import (
     _group_norm_silu_backward_apply_kernel,
     _group_norm_silu_backward_sums_kernel,
@@ -24,70 +24,45 @@ from .triton_forward import (
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
-_CHANNELS_OF_A_GROUP = 1024
 _SUM_ROWS, _SUM_CHANNELS = 32, 32
 
 
 def unsupported(x: Tensor, groups: int, skip: Tensor | None, **rest: object) -> str | None:
-    """Why arguments of forward or backward, by name, are left to another backend, or None."""
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    if channels * x.shape[2] * x.shape[3] >= 2**31 - 1:
-        return f"the Triton kernels take images below 2^31 - 1 elements, not {channels}x{x.shape[2]}x{x.shape[3]}"
-    if channels > groups * _CHANNELS_OF_A_GROUP:
-        return f"the Triton kernels take up to {_CHANNELS_OF_A_GROUP} channels to a group, not {channels // groups}"
-    return triton_launch.unsupported(x=x, skip=skip, **rest)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    """Return why these arguments of forward or backward, by name, are left to another backend, or None."""
+    return too_large(x, groups, skip, "Triton") or triton_launch.unsupported(x=x, skip=skip, **rest)
 
 
 class _Call:
-    """One call's tensors, dense, and the arguments that its kernels share."""
+    """One call: its tensors, made dense, its tile, and the arguments that its kernels share."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        groups: int,
-        skip: Tensor | None,
-        temb: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        silu: bool,
-        dropout: float,
-        images: Tensor | None,
-        seed: Tensor | None,
-        step: Tensor | None,
-        layer: int,
-        *,
-        backward: bool,
-    ) -> None:
-        self.memory_format = _memory_format(x)
-        self.x, self.skip = self.dense(x), None if skip is None else self.dense(skip)
-        self.parameters = [None if v is None else v.contiguous() for v in (temb, weight, bias, scale, shift)]
+    def __init__(self, a: Arguments, *, backward: bool) -> None:
+        x, groups = a.x, a.groups
+        self.memory_format = a.memory_format
+        self.x, self.skip = self.dense(x), None if a.skip is None else self.dense(a.skip)
+        self.parameters = [
+            None if parameter is None else parameter.contiguous()
+            for parameter in (a.temb, a.weight, a.bias, a.scale, a.shift)
+        ]
         self.n, self.c1 = x.shape[:2]
-        self.c2 = 0 if skip is None else skip.shape[1]
-        self.channels, self.groups, self.pixels = self.c1 + self.c2, groups, x.shape[2] * x.shape[3]
+        self.channels, self.pixels = a.channels, x.shape[2] * x.shape[3]
+        self.c2 = self.channels - self.c1
         cpg = self.channels // groups
-        # Dense in both ways (one channel, or one pixel): contiguous rows of channels.
+        # An image of one channel or one pixel is dense in both formats: it counts as rows of channels.
         nhwc = self.memory_format == torch.channels_last
         self.tile = tiles.choose(self.n, self.pixels, groups, cpg, x.element_size(), nhwc, backward, chip(x.device))
         self.blocks = ceil_div(groups, self.tile.groups)
         self.chunk = ceil_div(ceil_div(self.pixels, max(self.tile.chunks, 1)), self.tile.block_p) * self.tile.block_p
         self.chunks = ceil_div(self.pixels, self.chunk)
         self.sizes = (self.blocks, self.pixels, self.c1, self.c2, groups)
-        self.key = (None if images is None else images.contiguous(), seed, step)
-        threshold = round(dropout * 65536)
-        self.dropout = (STREAM_DROPOUT + 256 * layer, threshold)
+        self.key = (None if a.images is None else a.images.contiguous(), a.seed, a.step)
+        self.dropout = (STREAM_DROPOUT + 256 * a.layer, round(a.dropout * 65536))
         self.shape: dict[str, Any] = {
             "CPG": cpg, "GB": self.tile.groups, "P": self.tile.block_p, "C": self.tile.block_c,
             "G": self.tile.padded_groups, "NHWC": nhwc,
-            "HAS_SKIP": skip is not None, "HAS_TEMB": temb is not None, "num_warps": self.tile.warps,
+            "HAS_SKIP": a.skip is not None, "HAS_TEMB": a.temb is not None, "num_warps": self.tile.warps,
         }  # fmt: skip
         self.flags: dict[str, Any] = {
-            "HAS_AFFINE": scale is not None, "SILU": silu, "DROPOUT": dropout > 0,
+            "HAS_AFFINE": a.scale is not None, "SILU": a.silu, "DROPOUT": a.dropout > 0,
             "EIGHTS": self.channels % 8 == 0 and self.tile.groups * cpg % 8 == 0 and self.tile.block_c % 8 == 0,
         }  # fmt: skip
 
@@ -95,7 +70,7 @@ class _Call:
         return tensor.contiguous(memory_format=self.memory_format)
 
     def image(self, channels: int) -> Tensor:
-        """An uninitialised tensor in x's dtype and layout."""
+        """Return an uninitialised image tensor in x's dtype, in the output's layout."""
         shape = (self.n, channels, *self.x.shape[2:])
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=self.memory_format)
 
@@ -106,81 +81,44 @@ class _Call:
         launch(kernel, (self.n * self.blocks, chunks), self.x.device, *args, **self.shape, **options)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    skip: Tensor | None,
-    temb: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    dropout: float,
-    images: Tensor | None,
-    seed: Tensor | None,
-    step: Tensor | None,
-    layer: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, statistics in float32."""
-    rest = (skip, temb, scale, shift, silu, dropout, images, seed, step, layer)
-    if x.numel() == 0:
-        return reference.forward(x, weight, bias, groups, eps, *rest)
-    call = _Call(x, weight, bias, groups, *rest, backward=False)
-    y, mean, rstd = call.image(call.channels), call.numbers(call.n, groups), call.numbers(call.n, groups)
+def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the same as the reference, statistics in float32."""
+    if a.x.numel() == 0:
+        return reference.forward(a)
+    call = _Call(a, backward=False)
+    y, mean, rstd = call.image(call.channels), call.numbers(call.n, a.groups), call.numbers(call.n, a.groups)
     inputs = (call.x, call.skip, *call.parameters)
     if call.tile.chunks == 0:
         call.launch(
             _group_norm_silu_whole_kernel, 1,
-            *inputs, y, mean, rstd, *call.key, *call.sizes, eps, *call.dropout, **call.flags,
+            *inputs, y, mean, rstd, *call.key, *call.sizes, a.eps, *call.dropout, **call.flags,
         )  # fmt: skip
         return y, mean, rstd
     partial = None
     if call.chunks > 1:
-        partial = call.numbers(2, call.n, call.chunks, groups)
+        partial = call.numbers(2, call.n, call.chunks, a.groups)
         call.launch(_group_norm_silu_moments_kernel, call.chunks, *inputs[:3], partial, *call.sizes, call.chunk)
     call.launch(
         _group_norm_silu_apply_kernel, call.chunks,
-        *inputs, partial, y, mean, rstd, *call.key, *call.sizes, call.chunk, eps, *call.dropout,
+        *inputs, partial, y, mean, rstd, *call.key, *call.sizes, call.chunk, a.eps, *call.dropout,
         CHUNKS=next_power_of_2(call.chunks), **call.flags,
     )  # fmt: skip
     return y, mean, rstd
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    skip: Tensor | None,
-    temb: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    dropout: float,
-    images: Tensor | None,
-    seed: Tensor | None,
-    step: Tensor | None,
-    layer: int,
-) -> tuple[Tensor, ...]:
-    """As the reference; the same bits on every run."""
-    rest = (skip, temb, scale, shift, silu, dropout, images, seed, step, layer)
-    if x.numel() == 0:
-        return reference.backward(grad, x, weight, bias, mean, rstd, groups, *rest)
-    call = _Call(x, weight, bias, groups, *rest, backward=True)
+def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+    """Compute the same as the reference; the same bits on every run."""
+    if a.x.numel() == 0:
+        return reference.backward(a, grad, mean, rstd)
+    call = _Call(a, backward=True)
     inputs = (
         call.dense(grad), call.x, call.skip, *call.parameters, mean.contiguous(), rstd.contiguous(), *call.key
     )  # fmt: skip
-    grad_x, grad_skip = call.image(call.c1), None if skip is None else call.image(call.c2)
-
-    def like(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device)
-
-    grad_weight, grad_bias, grad_temb, grad_scale, grad_shift = map(like, (weight, bias, temb, scale, shift))
+    grad_x, grad_skip = call.image(call.c1), None if a.skip is None else call.image(call.c2)
+    grad_weight, grad_bias, grad_temb, grad_scale, grad_shift = (
+        None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        for like in a.parameters.values()
+    )
     parts = call.numbers(2, call.n, call.channels)
     if call.tile.chunks == 0:
         call.launch(
@@ -193,7 +131,7 @@ def backward(
         sums, temb_sums = None, grad_temb
         if call.chunks > 1:
             sums = call.numbers(2, call.n, call.chunks, call.channels)
-            temb_sums = None if temb is None else call.numbers(call.n, call.chunks, call.channels)
+            temb_sums = None if grad_temb is None else call.numbers(call.n, call.chunks, call.channels)
             call.launch(_group_norm_silu_backward_sums_kernel, call.chunks, *inputs, sums, *tail, **call.flags)
         call.launch(
             _group_norm_silu_backward_apply_kernel, call.chunks,
@@ -203,11 +141,11 @@ def backward(
             _sum(temb_sums, grad_temb, None)
     _sum(parts, grad_weight, grad_bias)
     grads = (grad_x, grad_skip, grad_weight, grad_bias, grad_temb, grad_scale, grad_shift)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in grads)
+    return tuple(a.x.new_empty(0) if gradient is None else gradient for gradient in grads)
 
 
 def _sum(values: Tensor, out0: Tensor | None, out1: Tensor | None) -> None:
-    """Sums over the second dimension of (M, rows, channels) to out0, or with M = 2 to both."""
+    """Sum (M, rows, channels) over its second dimension into out0, or with M = 2 into out0 and out1."""
     num, rows, channels = values.shape
     grid = (ceil_div(channels, _SUM_CHANNELS), num)
     launch(

@@ -1,7 +1,7 @@
-"""The backward kernels of group_norm_silu; they take an image in the same two ways as the forward ones.
+"""The backward kernels of group_norm_silu. They take an image whole or in chunks, as the forward kernels do.
 
 With g the gradient before SiLU and dropout and u = g gain: dx = (u - mean(u) - x_hat mean(u x_hat)) / deviation, means
-over the group. Sums over pixels are kept by channel, since scale, shift, weight and bias need them so.
+over the group. Sums over pixels are kept per channel, because the gradients of scale, shift, weight and bias need them.
 """
 
 import triton
@@ -16,7 +16,7 @@ def _x_hat_and_g(
     stream, threshold, C: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The normalised input and the gradient before SiLU and dropout, whose argument and mask are computed again."""
+    """Return the normalised input, and the gradient before SiLU and dropout, whose input and mask are recomputed."""
     h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
     x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
     base, inside = offsets(n, p, c, pixels, c1 + c2, NHWC)
@@ -35,7 +35,7 @@ def _moments(
     mean, rstd, temb, n, g0, groups, c, c_mask, channels,
     GB: tl.constexpr, CPG: tl.constexpr, C: tl.constexpr, G: tl.constexpr, HAS_TEMB: tl.constexpr,
 ):  # fmt: skip
-    """What is subtracted from x and what it is multiplied by then, (C,) both."""
+    """Return the number subtracted from x and the factor of the difference, both (C,)."""
     g = tl.arange(0, G)
     g_mask = (g < GB) & (g0 + g < groups)
     mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
@@ -47,7 +47,7 @@ def _moments(
 
 @triton.jit
 def _store_tile(grad_x, grad_skip, values, n, p, c, mask, pixels, c1, c2, NHWC: tl.constexpr, HAS_SKIP: tl.constexpr):
-    """Each channel to the input that it came from."""
+    """Store each channel to the gradient of x or of skip, where it belongs."""
     base, inside = offsets(n, p, c, pixels, c1, NHWC)
     first = (c < c1)[None, :]
     tl.store(grad_x + base + inside, values.to(grad_x.dtype.element_ty), mask & first)
@@ -61,7 +61,7 @@ def _store_parameters(
     grad_gain, grad_offset, weight, bias, scale, parts, grad_scale, grad_shift, n, num_n, c, mask, channels,
     HAS_AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """An image's share of the gradients of weight and bias, parts (2, N, C), and those of its scale and shift."""
+    """Store an image's gradients of scale and shift, and its part of those of weight and bias in parts (2, N, C)."""
     at = n.to(tl.int64) * channels + c
     if HAS_AFFINE:
         w, b = tl.load(weight + c, mask, 0.0).to(tl.float32), tl.load(bias + c, mask, 0.0).to(tl.float32)
@@ -83,7 +83,7 @@ def _group_norm_silu_backward_whole_kernel(
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """One program: GB groups of one image, all its pixels; grid (N x blocks of groups,)."""
+    """Compute all gradients of GB groups of one image, all pixels at once; grid (N x blocks of groups,)."""
     n, g0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * GB
     channels, c0 = c1 + c2, g0 * CPG
     p, c = tl.arange(0, P), c0 + tl.arange(0, C)
@@ -115,7 +115,7 @@ def _chunk_sums(
     stream, threshold, P: tl.constexpr, C: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one chunk of pixels of g x_hat and of g, by channel: (C,) both."""
+    """Return the sums of g x_hat and of g over one chunk of pixels, per channel: both (C,)."""
     grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     end = tl.minimum((piece + 1) * chunk, pixels)
     for start in range(piece * chunk, end, P):
@@ -138,7 +138,7 @@ def _group_norm_silu_backward_sums_kernel(
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """`_chunk_sums` to sums, float32 (2, N, chunks, channels); grid (N x blocks, chunks)."""
+    """Store `_chunk_sums` in sums, float32 (2, N, chunks, channels); grid (N x blocks, chunks)."""
     n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
     num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
     channels, c0 = c1 + c2, g0 * CPG
@@ -164,9 +164,9 @@ def _group_norm_silu_backward_apply_kernel(
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk; grid (N x blocks, chunks). temb_sums: (N, chunks, channels), the sums of dx over each chunk.
+    """Compute dx of one chunk; grid (N x blocks, chunks). temb_sums: (N, chunks, channels), the sums of dx per chunk.
 
-    The sums over all pixels are those of the chunks, or without `sums` come from a first loop over the image.
+    The sums over all pixels are added up from `sums`; if that is None, a first loop over the image computes them.
     """
     n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
     num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
@@ -213,9 +213,9 @@ def _group_norm_silu_backward_apply_kernel(
 
 @triton.jit
 def _group_norm_silu_sum_kernel(values, out0, out1, rows, channels, R: tl.constexpr, C: tl.constexpr):
-    """Sums over the rows of values (2, rows, channels), or (M, rows, channels) with one output; in a fixed order.
+    """Sum values (M, rows, channels) over the rows, in a fixed order; grid (blocks of channels, M).
 
-    grid (blocks of channels, 2 or M). The first sum goes to out0 and, with two outputs, the second to out1.
+    out0: (M, channels). With out1, M is 2: the first sum goes to out0 (channels,), the second to out1 (channels,).
     """
     which, c = tl.program_id(1), tl.program_id(0) * C + tl.arange(0, C)
     total = tl.zeros([C], tl.float32)

@@ -1,9 +1,10 @@
 """The forward kernels of group_norm_silu.
 
-A program takes whole groups of one image, in one of three ways: all pixels in registers, read once; a loop over tiles
-of pixels for the moments and a second one, which finds them in the cache, for the output; or chunks of pixels to a
-program each, with the moments taken by one kernel and applied by another. The variance is that of two passes over
-values in registers; moments of tiles and chunks are combined by Chan's formula.
+A program takes whole groups of one image, in one of three ways:
+- all pixels in registers, read once;
+- one loop over tiles of pixels for the moments, and a second, which finds the pixels in the cache, for the output;
+- one chunk of the pixels, with one kernel for the moments and another for the output.
+The variance takes two passes over values in registers; moments of tiles and chunks are combined by Chan's formula.
 """
 
 import triton
@@ -14,28 +15,28 @@ from ..philox.triton import words
 
 @triton.jit
 def group_sums(values, C: tl.constexpr, CPG: tl.constexpr, G: tl.constexpr):
-    """(C,) per-channel values summed over the CPG channels of each group: (G,). CPG need not be a power of two."""
+    """Sum (C,) values of channels over the CPG channels of each group: (G,). CPG need not be a power of two."""
     member = (tl.arange(0, C) // CPG)[:, None] == tl.arange(0, G)[None, :]
     return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
 
 
 @triton.jit
 def of_groups(values, C: tl.constexpr, CPG: tl.constexpr, G: tl.constexpr):
-    """(G,) values of groups, repeated for the channels of each: (C,)."""
+    """Repeat (G,) values of groups for the channels of each group: (C,)."""
     member = (tl.arange(0, C) // CPG)[:, None] == tl.arange(0, G)[None, :]
     return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def offsets(image, p, c, num_p, num_c, NHWC: tl.constexpr):
-    """Where the elements of a tile lie in a dense (N, C, H, W) tensor: int32 behind the int64 of its image."""
+    """Return a tile's offsets in a dense (N, C, H, W) tensor: int64 of the image, and int32 of elements inside it."""
     inside = p[:, None] * num_c + c[None, :] if NHWC else c[None, :] * num_p + p[:, None]
     return image.to(tl.int64) * num_p * num_c, inside
 
 
 @triton.jit
 def load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC: tl.constexpr, HAS_SKIP: tl.constexpr):
-    """Channels c of concat(x, skip), float32; each element is read from the one that has it."""
+    """Load channels c of concat(x, skip) as float32, each element from the tensor that has it."""
     base, inside = offsets(n, p, c, pixels, c1, NHWC)
     if HAS_SKIP:
         first = (c < c1)[None, :]
@@ -48,7 +49,7 @@ def load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC: tl.constexpr, HAS_SK
 
 @triton.jit
 def gain_and_offset(weight, bias, scale, shift, n, c, mask, channels, HAS_AFFINE: tl.constexpr):
-    """What x_hat is multiplied by and what is added then, (C,) float32."""
+    """Return the factor of x_hat and the number added to the product, both float32 (C,)."""
     gain = tl.load(weight + c, mask, 0.0).to(tl.float32)
     offset = tl.load(bias + c, mask, 0.0).to(tl.float32)
     if HAS_AFFINE:
@@ -65,7 +66,7 @@ def load_temb(temb, n, c, mask, channels):
 
 @triton.jit
 def dropout_factor(p, c0, channels, n, images, seed, step, stream, threshold, C: tl.constexpr, EIGHTS: tl.constexpr):
-    """0 or 1/(1-p) for each element of a tile of pixels p and channels c0 .. c0 + C - 1.
+    """Return 0 or 1/(1-p) for each element of a tile of pixels p and channels c0 .. c0 + C - 1.
 
     Elements are counted in (H, W, C) order, eight to a Philox block, a half word each: low, then high. With EIGHTS
     (channels and c0 are multiples of 8) a block serves eight channels; otherwise each element draws its own.
@@ -92,7 +93,7 @@ def group_norm_silu_tile(
     h, mean_c, rstd_c, gain, offset, p, c0, n, channels, images, seed, step, stream, threshold,
     C: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """From the input of the norm to the output, float32."""
+    """Return the output of a tile, float32, from the input of the norm."""
     y = (h - mean_c[None, :]) * (rstd_c * gain)[None, :] + offset[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))
@@ -109,7 +110,7 @@ def _group_norm_silu_whole_kernel(
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """One program: GB groups of one image, all its pixels; grid (N x blocks of groups,)."""
+    """Compute GB groups of one image, all pixels at once; grid (N x blocks of groups,)."""
     n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     c0, g0 = block * GB * CPG, block * GB
     channels = c1 + c2
@@ -146,7 +147,7 @@ def _chunk_moments(
     CPG: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each group over one chunk of an image, and the sum of squares about it: (G,) both."""
+    """Return each group's mean over one chunk of an image, and the sum of squared deviations from it: both (G,)."""
     mean, squares, count = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
     end = tl.minimum((piece + 1) * chunk, pixels)
     for start in range(piece * chunk, end, P):
@@ -174,9 +175,9 @@ def _group_norm_silu_moments_kernel(
     CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr,
 ):  # fmt: skip
-    """Moments of GB groups in one chunk of one image; grid (N x blocks, chunks).
+    """Store the moments of GB groups in one chunk of one image; grid (N x blocks, chunks).
 
-    partial: float32 (2, N, chunks, groups), the mean and the sum of squares about it.
+    partial: float32 (2, N, chunks, groups), the mean and the sum of squared deviations from it.
     """
     n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
     num_n, chunks = tl.num_programs(0) // blocks, tl.num_programs(1)
@@ -196,7 +197,7 @@ def _group_norm_silu_moments_kernel(
 def _combined_moments(
     partial, n, num_n, chunks, chunk, pixels, groups, g, mask, CPG: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """Mean and variance of groups g from the moments of all chunks, by Chan's formula."""
+    """Return mean and variance of groups g from the moments of all chunks, by Chan's formula."""
     k = tl.arange(0, CHUNKS)
     at = (n * chunks + k)[:, None] * groups + g[None, :]
     both = (k < chunks)[:, None] & mask[None, :]
@@ -216,9 +217,9 @@ def _group_norm_silu_apply_kernel(
     NHWC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The output of one chunk; grid (N x blocks, chunks). The first chunk stores the moments.
+    """Compute the output of one chunk; grid (N x blocks, chunks). The program of the first chunk stores the moments.
 
-    The moments come from those of all chunks, or with CHUNKS == 1 from a first loop over the image.
+    The moments are combined from `partial`; with CHUNKS == 1, a first loop over the image computes them.
     """
     n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
     channels, c0 = c1 + c2, g0 * CPG

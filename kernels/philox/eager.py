@@ -1,4 +1,4 @@
-"""Philox4x32-10 in PyTorch operators: runs on any device, compiles, and needs no build."""
+"""Philox4x32-10 in PyTorch operators: for any device, for torch.compile, without a compiled library."""
 
 import math
 
@@ -11,10 +11,10 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four int64 tensors holding uint32 values, one for each broadcast counter (c0, c1, c2, c3).
+    """Return four int64 tensors of uint32 values for each broadcast counter (c0, c1, c2, c3).
 
-    Counter words are int64 tensors of which the low 32 bits count; `seed` is an int64 tensor that
-    broadcasts against them. Equal bit for bit to `reference.philox`.
+    The counter words are int64 tensors, of which the low 32 bits are read; `seed` is an int64 tensor that broadcasts
+    against them. Equal bit for bit to `reference.philox`.
     """
     x0, x1, x2, x3 = (c & _MASK for c in (c0, c1, c2, c3))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -32,7 +32,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
 
 
 def per_image_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> tuple[Tensor, ...]:
-    """The four output words for blocks 0..num_blocks-1 of each image: int64, each (N, num_blocks).
+    """Return the four output words of blocks 0..num_blocks-1 of each image: int64, each (N, num_blocks).
 
     `images` is int64 (N,); `seed` and `step` are int64 scalars (0-d), or (N,) for one value per image.
     """
@@ -42,7 +42,7 @@ def per_image_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor,
 
 
 def normals(num: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """`num` standard normals per image, float32 (N, num): Box-Muller in float64, rounded once."""
+    """Return `num` standard normals per image, float32 (N, num): Box-Muller in float64, rounded once."""
     words = per_image_words((num + 3) // 4, images, seed, step, stream)
     w0, w1, w2, w3 = (w.to(torch.float64) for w in words)
     values = []

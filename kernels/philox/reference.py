@@ -1,4 +1,4 @@
-"""Philox4x32-10 in NumPy: the specification that every other implementation must equal bit for bit."""
+"""Philox4x32-10 in NumPy: the specification, which every other implementation equals bit for bit."""
 
 import numpy as np
 
@@ -11,10 +11,10 @@ _MASK = np.uint64(0xFFFFFFFF)
 def philox(
     c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Four uint32 outputs for each counter (c0, c1, c2, c3).
+    """Return four uint32 arrays: the outputs for each counter (c0, c1, c2, c3), in the broadcast shape.
 
     The counter words are integers that broadcast against each other; `seed` is a 64-bit key, its low
-    word first (a negative seed is taken modulo 2^64). Returns four uint32 arrays of the broadcast shape.
+    word first (a negative seed is taken modulo 2^64).
     """
     words = [np.asarray(c).astype(np.uint64) & _MASK for c in (c0, c1, c2, c3)]
     x0, x1, x2, x3 = np.broadcast_arrays(*words)
@@ -35,7 +35,7 @@ def philox(
 
 
 def normals(words: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Box-Muller on four uint32 words: float64 normals, stacked on a new last axis of length 4.
+    """Return the normals of four uint32 words by Box-Muller: float64, stacked on a new last axis of length 4.
 
     With u = w / 2^32 + 2^-33 for the radius and v = w / 2^32 for the angle, words (0, 1) give
     sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v), words (2, 3) the second pair. |z| <= 6.77.

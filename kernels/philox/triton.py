@@ -1,8 +1,8 @@
 """Philox4x32-10 and its normals as Triton device functions.
 
-Normals are computed in float64 by the operations, in the order, of csrc/cpu/noise.h: none but + - * / and sqrt, which
-IEEE 754 fixes to the last bit. A kernel that draws them is launched with enable_fp_fusion=False (no a * b + c in one
-rounding), and then they are the same bits on every GPU, and those of the compiled CPU and CUDA libraries.
+Normals are computed in float64 by the same operations, in the same order, as in csrc/cpu/noise.h: only + - * / and
+sqrt, which IEEE 754 fixes to the last bit. A kernel that draws them is launched with enable_fp_fusion=False (no
+a * b + c in one rounding): then every GPU gives the same bits, and so do the compiled CPU and CUDA libraries.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _natural_log(u):
-    """ln u for normal u > 0: u = m 2^e with m in [sqrt 1/2, sqrt 2), ln m = 2 artanh((m - 1) / (m + 1))."""
+    """Return ln u for normal u > 0: u = m 2^e with m in [sqrt 1/2, sqrt 2), ln m = 2 artanh((m - 1) / (m + 1))."""
     sqrt_half: tl.constexpr = 0x3FE6A09E667F3BCD
     one: tl.constexpr = 0x3FF0000000000000
     shifted = u.to(tl.int64, bitcast=True) - sqrt_half + one
@@ -30,9 +30,9 @@ def _natural_log(u):
 
 @triton.jit
 def _normal_pair(w, v):
-    """One Box-Muller pair from two uint32: radius sqrt(-2 ln(w / 2^32 + 2^-33)), angle 2 pi v / 2^32."""
+    """Return a Box-Muller pair from two uint32: radius sqrt(-2 ln(w / 2^32 + 2^-33)), angle 2 pi v / 2^32."""
     radius = tl.sqrt(-2.0 * _natural_log(w.to(tl.float64) * 2.3283064365386963e-10 + 1.1641532182693481e-10))
-    # The nearest quarter turn, exactly; the rest lies within an eighth, where Taylor's series are short.
+    # The nearest quarter turn, exactly. The rest is at most an eighth turn, for which Taylor's series are short.
     quarter = (v + 0x20000000) >> 30
     rest = (v - (quarter << 30)).to(tl.int32, bitcast=True)
     x = rest.to(tl.float64) * (6.283185307179586477 * 2.3283064365386963e-10)
@@ -57,16 +57,16 @@ def _normal_pair(w, v):
 
 @triton.jit
 def words(block, image, step, stream, seed):
-    """The four uint32 of each `block`; seed is int64, the other words of the counter count by their low 32 bits."""
+    """Return the four uint32 words of each `block`. seed is int64; of the counter's words the low 32 bits are read."""
     c0 = block.to(tl.uint32)
-    # Added to zeros: `stream` is a constant of the compiler where it is 1, and all four words must have one shape.
+    # Added to zeros because all four words must have one shape, and a `stream` of 1 is a constant of the compiler.
     zero = c0 * 0
     return tl.philox(seed, c0, zero + image.to(tl.uint32), zero + step.to(tl.uint32), (zero + stream).to(tl.uint32))
 
 
 @triton.jit
 def normals(block, image, step, stream, seed):
-    """Float32 normals 4 block .. 4 block + 3 of an image, for a vector of B blocks: (4 B,)."""
+    """Return normals 4 block .. 4 block + 3 of an image for a vector of B blocks: float32 (4 B,)."""
     w0, w1, w2, w3 = words(block, image, step, stream, seed)
     z0, z1 = _normal_pair(w0, w1)
     z2, z3 = _normal_pair(w2, w3)

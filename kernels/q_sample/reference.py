@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..philox import STREAM_FORWARD
 from ..philox.eager import normals
+from . import Arguments
 
 
 def scale_images(images: Tensor, flip: Tensor | None) -> Tensor:
-    """Images as float32 in [-1, 1], mirrored left to right where `flip` (N,) is true.
+    """Return images as float32 in [-1, 1], those with a true `flip` (N,) mirrored left to right.
 
-    uint8 v becomes v / 127.5 - 1; floats are taken as scaled already.
+    uint8 v becomes v / 127.5 - 1; floating images are in [-1, 1] already.
     """
     x0 = images.to(torch.float32)
     if images.dtype == torch.uint8:
@@ -22,22 +23,13 @@ def scale_images(images: Tensor, flip: Tensor | None) -> Tensor:
     return x0
 
 
-def forward(
-    x0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    flip: Tensor | None,
-    noise: Tensor | None,
-    images: Tensor,
-    seed: Tensor,
-    step: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """x_t and eps, float32 (N, C, H, W); `table` is float32 (T, 2): sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)."""
-    x0 = scale_images(x0, flip)
-    if noise is None:
-        eps = normals(math.prod(x0.shape[1:]), images, seed, step, STREAM_FORWARD).reshape(x0.shape)
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Return x_t and eps, float32 (N, C, H, W)."""
+    x0 = scale_images(a.x0, a.flip)
+    if a.noise is None:
+        eps = normals(math.prod(x0.shape[1:]), a.images, a.seed, a.step, STREAM_FORWARD).reshape(x0.shape)
     else:
-        eps = noise.to(torch.float32, copy=True)
-    signal, sigma = table[t].unbind(-1)
+        eps = a.noise.to(torch.float32, copy=True)
+    signal, sigma = a.table[a.t].unbind(-1)
     x_t = signal.reshape(-1, 1, 1, 1) * x0 + sigma.reshape(-1, 1, 1, 1) * eps
     return x_t.contiguous(), eps.contiguous()

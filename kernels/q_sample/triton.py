@@ -9,14 +9,15 @@ from .. import triton_launch
 from ..philox import STREAM_FORWARD
 from ..philox.triton import normals
 from ..triton_launch import ceil_div, launch, unavailable
+from . import Arguments
 
 __all__ = ["forward", "unavailable", "unsupported"]
 
-_BLOCKS = 256  # Philox blocks, of four elements, of a program
+_BLOCKS = 256  # Philox blocks, of four elements each, per program
 
 
 def unsupported(x0: Tensor, **rest: object) -> str | None:
-    """Why arguments of forward, by name, are left to another backend, or None."""
+    """Return why these arguments of forward, by name, are left to another backend, or None."""
     if x0[:1].numel() >= 2**31 - 4 * _BLOCKS:
         return f"the Triton kernels take images below 2^31 elements, not {tuple(x0.shape[1:])}"
     return triton_launch.elsewhere(x0=x0, **rest)
@@ -28,7 +29,7 @@ def _q_sample_kernel(
     stride_n, stride_c, stride_h, stride_w, stream,
     B: tl.constexpr, DENSE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """4 B elements of one image in (C, H, W) order; grid (N x pieces,). DENSE: x0 is contiguous and not flipped."""
+    """Compute 4 B elements of one image, in (C, H, W) order; grid (N x pieces,). DENSE: contiguous and not flipped."""
     n, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * B
     base, i = n.to(tl.int64) * num, 4 * first + tl.arange(0, 4 * B)
     mask = i < num
@@ -56,17 +57,9 @@ def _q_sample_kernel(
     tl.store(eps + base + i, z, mask)
 
 
-def forward(
-    x0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    flip: Tensor | None,
-    noise: Tensor | None,
-    images: Tensor,
-    seed: Tensor,
-    step: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """As the reference, its noise within 1e-6; a t outside the table gives NaN instead of an error."""
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Compute the same as the reference, the noise within 1e-6; a t outside the table gives NaN, not an error."""
+    x0 = a.x0
     x_t, eps = (torch.empty(x0.shape, dtype=torch.float32, device=x0.device) for _ in range(2))
     if x0.numel() == 0:
         return x_t, eps
@@ -77,9 +70,9 @@ def forward(
     pieces = ceil_div(num, 4 * _BLOCKS)
     launch(
         _q_sample_kernel, (n * pieces,), x0.device,
-        x0, t.contiguous(), table.contiguous(), None if flip is None else flip.contiguous(),
-        None if noise is None else noise.to(torch.float32).contiguous(), images.contiguous(), seed, step, x_t, eps,
-        num, height, width, len(table), pieces, *x0.stride(), STREAM_FORWARD,
-        B=_BLOCKS, DENSE=x0.is_contiguous() and flip is None, BYTES=x0.dtype == torch.uint8, enable_fp_fusion=False,
+        x0, a.t.contiguous(), a.table.contiguous(), None if a.flip is None else a.flip.contiguous(),
+        None if a.noise is None else a.noise.to(torch.float32).contiguous(), a.images.contiguous(), a.seed, a.step,
+        x_t, eps, num, height, width, len(a.table), pieces, *x0.stride(), STREAM_FORWARD,
+        B=_BLOCKS, DENSE=x0.is_contiguous() and a.flip is None, BYTES=x0.dtype == torch.uint8, enable_fp_fusion=False,
     )  # fmt: skip
     return x_t, eps

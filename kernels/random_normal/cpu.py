@@ -1,4 +1,4 @@
-"""random_normal by the compiled library."""
+"""random_normal by the compiled CPU library."""
 
 import math
 
@@ -6,10 +6,12 @@ from torch import Tensor
 
 from .. import native
 from ..native import unavailable
+from . import Arguments
 
 __all__ = ["forward", "unavailable"]
 
 
-def forward(shape: list[int], images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """As the reference, within 1e-6 of it."""
-    return native.random_normal(math.prod(shape), images, seed, step, stream).reshape(len(images), *shape)
+def forward(a: Arguments) -> Tensor:
+    """Compute the same as the reference, within 1e-6 of it."""
+    flat = native.random_normal(math.prod(a.shape), a.images, a.seed, a.step, a.stream)
+    return flat.reshape(len(a.images), *a.shape)

@@ -1,13 +1,14 @@
 """Standard normals as a pure function of (seed, image, step, stream)."""
 
+import math
+
 from torch import Tensor
 
 from ..philox.eager import normals
+from . import Arguments
 
 
-def forward(shape: list[int], images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """Float32 normals of shape (N, *shape); element i of an image, in C order, is normal i of its counter."""
-    num = 1
-    for size in shape:
-        num *= size
-    return normals(num, images, seed, step, stream).reshape(len(images), *shape)
+def forward(a: Arguments) -> Tensor:
+    """Return float32 normals (N, *shape); element i of an image, in C order, is normal i of its counter."""
+    num = math.prod(a.shape)
+    return normals(num, a.images, a.seed, a.step, a.stream).reshape(len(a.images), *a.shape)

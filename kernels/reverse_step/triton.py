@@ -9,15 +9,15 @@ from .. import triton_launch
 from ..philox import STREAM_REVERSE
 from ..philox.triton import normals
 from ..triton_launch import ceil_div, launch, unavailable
-from . import COLUMNS, FIXED, LEARNED
+from . import COLUMNS, FIXED, LEARNED, Arguments
 
 __all__ = ["forward", "unavailable", "unsupported"]
 
-_BLOCKS = 256  # Philox blocks, of four elements, of a program
+_BLOCKS = 256  # Philox blocks, of four elements each, per program
 
 
 def unsupported(x: Tensor, out: Tensor, **rest: object) -> str | None:
-    """Why arguments of forward, by name, are left to another backend, or None."""
+    """Return why these arguments of forward, by name, are left to another backend, or None."""
     if out[:1].numel() >= 2**31 - 4 * _BLOCKS:
         return f"the Triton kernels take images below 2^31 elements, not {tuple(out.shape[1:])}"
     return triton_launch.elsewhere(x=x, out=out, **rest)
@@ -25,7 +25,7 @@ def unsupported(x: Tensor, out: Tensor, **rest: object) -> str | None:
 
 @triton.jit
 def _places(i, n, c, height, width, stride_n, stride_c, stride_h, stride_w):
-    """Where elements i, in (C, H, W) order, of image n lie, channels counted from c."""
+    """Return the offsets of elements i of image n, counted in (C, H, W) order from channel c."""
     row = i // width
     channel = c + row // height
     inside = channel.to(tl.int64) * stride_c + (row % height).to(tl.int64) * stride_h
@@ -39,7 +39,7 @@ def _reverse_step_kernel(
     B: tl.constexpr, COLUMNS: tl.constexpr, X_DENSE: tl.constexpr, OUT_DENSE: tl.constexpr,
     CLIP: tl.constexpr, LEARNED_VARIANCE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
-    """4 B elements of one image in (C, H, W) order; grid (N x pieces,)."""
+    """Take the step for 4 B elements of one image, in (C, H, W) order; grid (N x pieces,)."""
     n, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * B
     i = 4 * first + tl.arange(0, 4 * B)
     mask = i < num
@@ -54,7 +54,7 @@ def _reverse_step_kernel(
     prediction = tl.load(out + out_at, mask, 0.0).to(tl.float32)
     x0_hat = tl.load(row, exists, nan) * x_t + tl.load(row + 1, exists, nan) * prediction
     if CLIP:
-        # Comparisons, which NaN passes.
+        # Comparisons, because they leave NaN as it is.
         x0_hat = tl.where(x0_hat > clip, clip, tl.where(x0_hat < -clip, -clip, x0_hat))
     mean = tl.load(row + 2, exists, nan) * x0_hat + tl.load(row + 3, exists, nan) * x_t
     mean += tl.load(row + 4, exists, nan) * prediction
@@ -83,20 +83,9 @@ def _reverse_step_kernel(
         tl.store(x0 + _places(i, n, 0, height, width, x0_n, x0_c, x0_h, x0_w), x0_hat, mask)
 
 
-def forward(
-    x: Tensor,
-    out: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    index: Tensor,
-    images: Tensor,
-    seed: Tensor,
-    clip: float,
-    variance: int,
-    noise: Tensor | None,
-    x0: Tensor | None,
-) -> None:
-    """As the reference, its noise within 1e-6; an index outside the table gives NaN instead of an error."""
+def forward(a: Arguments) -> None:
+    """Compute the same as the reference, the noise within 1e-6; an index outside the table gives NaN, not an error."""
+    x, out = a.x, a.out
     if x.numel() == 0:
         return
     if out.dtype not in triton_launch.DTYPES:
@@ -104,11 +93,12 @@ def forward(
     n, c, height, width = x.shape
     num = c * height * width
     pieces = ceil_div(num, 4 * _BLOCKS)
-    strides = (*x.stride(), *out.stride(), *(x if x0 is None else x0).stride())
+    strides = (*x.stride(), *out.stride(), *(x if a.x0 is None else a.x0).stride())
     launch(
         _reverse_step_kernel, (n * pieces,), x.device,
-        x, out, table.contiguous(), timesteps.contiguous(), index, None if noise is None else noise.contiguous(), x0,
-        images.contiguous(), seed, num, c, height, width, len(table), pieces, *strides, float(clip), STREAM_REVERSE,
-        B=_BLOCKS, COLUMNS=COLUMNS, X_DENSE=x.is_contiguous(), OUT_DENSE=out.is_contiguous(), CLIP=clip > 0,
-        LEARNED_VARIANCE=variance != FIXED, RANGE=variance not in (FIXED, LEARNED), enable_fp_fusion=False,
+        x, out, a.table.contiguous(), a.timesteps.contiguous(), a.index,
+        None if a.noise is None else a.noise.contiguous(), a.x0, a.images.contiguous(), a.seed,
+        num, c, height, width, len(a.table), pieces, *strides, float(a.clip), STREAM_REVERSE,
+        B=_BLOCKS, COLUMNS=COLUMNS, X_DENSE=x.is_contiguous(), OUT_DENSE=out.is_contiguous(), CLIP=a.clip > 0,
+        LEARNED_VARIANCE=a.variance != FIXED, RANGE=a.variance not in (FIXED, LEARNED), enable_fp_fusion=False,
     )  # fmt: skip

@@ -21,7 +21,7 @@ CHIPS = {"H200": (132, 232448, 8), "A100": (108, 166912, 1), "RTX 4090": (128, 1
 # How group_norm_silu divides its work; None: the least memory with which an operation runs.
 PATHS = {"one block": (1, 227 * 1024, 8), "cluster": (132, 227 * 1024, 8), "parts": None}
 ORDERS = (0, 1, 20201216)  # in which threads run
-_OPERATIONS = ("group_norm_silu", "q_sample", "reverse_step", "random_normal")
+_MODULES = ("native_cuda", "group_norm_silu.native_call", "q_sample.cuda", "reverse_step.cuda", "random_normal.cuda")
 
 
 @cache
@@ -44,8 +44,8 @@ def emulated_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     with native_cuda.emulated(path) as library:
         library.fastddpm_emulation_chip(*CHIPS["H200"])
         library.fastddpm_emulation_order(0)
-        modules = [import_module(f"fastddpm.kernels.{operation}.cuda") for operation in _OPERATIONS]
-        with guarded(monkeypatch, *modules, native_cuda):
+        modules = [import_module(f"fastddpm.kernels.{module}") for module in _MODULES]
+        with guarded(monkeypatch, *modules):
             yield library
 
 

@@ -16,7 +16,7 @@ from helpers import oracle
 from helpers.emulated_cuda import ORDERS, emulated_library, key
 from torch import Tensor
 
-from fastddpm.kernels import native, native_cuda
+from fastddpm.kernels import group_norm_silu, native, native_cuda, q_sample, random_normal, reverse_step
 from fastddpm.kernels.group_norm_silu import cuda as group_norm_cuda
 from fastddpm.kernels.philox import reference as philox_reference
 from fastddpm.kernels.q_sample import cuda as q_sample_cuda
@@ -83,10 +83,10 @@ def test_words_equal_the_specification_bit_for_bit(seed: int) -> None:
 
 @pytest.mark.parametrize("shape", [[1], [4], [7], [3, 32, 32], [1025]])
 def test_normals(shape: list[int]) -> None:
-    arguments = (shape, *key(4).values(), 3)
-    ours = random_normal_cuda.forward(*arguments)
+    arguments = random_normal.Arguments(shape, *key(4).values(), 3)
+    ours = random_normal_cuda.forward(arguments)
     assert ours.shape == (4, *shape)
-    torch.testing.assert_close(ours, random_normal_reference.forward(*arguments), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, random_normal_reference.forward(arguments), rtol=0, atol=1e-6)
     expected = oracle.normals(tuple(shape), key(4)["images"].numpy(), -(2**40) - 3, 998, 3)
     np.testing.assert_allclose(ours.numpy(), expected, rtol=2.0**-24, atol=1e-10)
     if native.unavailable() is None:
@@ -96,8 +96,9 @@ def test_normals(shape: list[int]) -> None:
 
 def test_nothing_is_drawn_for_no_image_or_an_empty_one() -> None:
     zero = torch.tensor(0)
-    assert random_normal_cuda.forward([8], torch.arange(0), zero, zero, 1).shape == (0, 8)
-    assert random_normal_cuda.forward([0], torch.arange(3), zero, zero, 1).shape == (3, 0)
+    for shape, n in (([8], 0), ([0], 3)):
+        arguments = random_normal.Arguments(shape, torch.arange(n), zero, zero, 1)
+        assert random_normal_cuda.forward(arguments).shape == (n, *shape)
 
 
 # q_sample
@@ -120,8 +121,10 @@ def test_q_sample(given: bool, dtype: torch.dtype, size: tuple[int, int], layout
     table = torch.rand(10, 2)
     noise = torch.randn(shape).to(memory_format=torch.channels_last) if given else None
     flip = torch.tensor([True, False, True])
-    arguments = (STRIDED[layout](x0), torch.tensor([9, 0, 4]), table, flip, noise, *key(3).values())
-    ours, expected = q_sample_cuda.forward(*arguments), q_sample_reference.forward(*arguments)
+    arguments = q_sample.Arguments(
+        STRIDED[layout](x0), torch.tensor([9, 0, 4]), table, flip, noise, *key(3).values()
+    )  # fmt: skip
+    ours, expected = q_sample_cuda.forward(arguments), q_sample_reference.forward(arguments)
     for a, b in zip(ours, expected, strict=True):
         assert a.stride() == b.stride()
         torch.testing.assert_close(a, b, rtol=0, atol=0 if given else 1e-6)
@@ -129,9 +132,8 @@ def test_q_sample(given: bool, dtype: torch.dtype, size: tuple[int, int], layout
 
 def test_q_sample_outside_the_table_is_nan_not_memory() -> None:
     table = torch.rand(10, 2)
-    x_t, eps = q_sample_cuda.forward(
-        torch.zeros(2, 1, 2, 2), torch.tensor([10, -1]), table, None, None, *key().values()
-    )
+    x0, t = torch.zeros(2, 1, 2, 2), torch.tensor([10, -1])
+    x_t, eps = q_sample_cuda.forward(q_sample.Arguments(x0, t, table, None, None, *key().values()))
     assert x_t.isnan().all() and eps.isfinite().all()
 
 
@@ -157,8 +159,10 @@ def test_reverse_step(given: bool, variance: int, dtype: torch.dtype, layout: st
             x0_expected = torch.full_like(expected, torch.nan)
             rest = (timesteps, torch.tensor(index), images, seed, clip, variance)
             wide = None if noise is None else noise.double()
-            reverse_step_reference.forward(expected, out.double(), table.double(), *rest, wide, x0_expected)
-            reverse_step_cuda.forward(ours, out, table, *rest, noise, x0)
+            reverse_step_reference.forward(
+                reverse_step.Arguments(expected, out.double(), table.double(), *rest, wide, x0_expected)
+            )
+            reverse_step_cuda.forward(reverse_step.Arguments(ours, out, table, *rest, noise, x0))
             torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=2e-6)
             if x0 is not None:
                 torch.testing.assert_close(x0.double(), x0_expected, rtol=1e-6, atol=1e-6)
@@ -168,10 +172,8 @@ def test_reverse_step_outside_the_table_is_nan_not_memory() -> None:
     images, seed, _ = key().values()
     for index in (4, -1):
         x = torch.zeros(2, 1, 2, 2)
-        reverse_step_cuda.forward(
-            x, torch.zeros_like(x), torch.rand(4, 8), torch.arange(4), torch.tensor(index), images, seed, 0.0, 0,
-            None, None,
-        )  # fmt: skip
+        step = (torch.zeros_like(x), torch.rand(4, 8), torch.arange(4), torch.tensor(index))
+        reverse_step_cuda.forward(reverse_step.Arguments(x, *step, images, seed, clip=0.0, variance=FIXED))
         assert x.isnan().all()
 
 
@@ -183,8 +185,9 @@ def test_elements_farther_apart_than_32_bits_count() -> None:
     memory = torch.frombuffer(mmap.mmap(-1, 2**31 + 2**20), dtype=torch.uint8)
     far = memory.as_strided((2, 1, 2, 2), (2**31 + 64, 4, 2, 1))
     far.copy_(torch.tensor([[0, 50, 100, 255], [1, 2, 3, 4]]).reshape(2, 1, 2, 2))
-    arguments = (torch.tensor([1, 2]), torch.rand(4, 2), None, torch.randn(2, 1, 2, 2), *key().values())
-    ours, expected = q_sample_cuda.forward(far, *arguments), q_sample_reference.forward(far, *arguments)
+    t, table, noise = torch.tensor([1, 2]), torch.rand(4, 2), torch.randn(2, 1, 2, 2)
+    arguments = q_sample.Arguments(far, t, table, None, noise, *key().values())
+    ours, expected = q_sample_cuda.forward(arguments), q_sample_reference.forward(arguments)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
@@ -194,11 +197,10 @@ def test_elements_farther_apart_than_32_bits_count() -> None:
 def test_errors_name_the_operation_the_shapes_and_the_cause(emulated: ctypes.CDLL) -> None:
     emulated.fastddpm_emulation_chip(1, 64, 1)
     x, weight = torch.zeros(2, 64, 4, 4), torch.ones(64)
-    rest = (None, None, None, None, True, 0.0, None, None, None, 0)
     with pytest.raises(
         RuntimeError, match=r"group_norm_silu on cpu, float32 \(2, 64, 4, 4\).*does not take \(code -1\)"
     ):
-        group_norm_cuda.forward(x, weight, weight, 8, 1e-6, *rest)
+        group_norm_cuda.forward(group_norm_silu.Arguments(x, weight, weight, 8))
 
 
 def test_what_another_backend_must_do_is_said_in_words() -> None:
@@ -219,7 +221,7 @@ def test_what_another_backend_must_do_is_said_in_words() -> None:
 def test_tensors_on_two_devices_are_refused() -> None:
     images, zero = torch.zeros(1, dtype=torch.int64), torch.tensor(0)
     with pytest.raises(ValueError, match="random_normal: all tensors must be on one device; got cpu, meta"):
-        random_normal_cuda.forward([1], images, zero, zero.to("meta"), 0)
+        random_normal_cuda.forward(random_normal.Arguments([1], images, zero, zero.to("meta"), 0))
 
 
 def test_without_emulation_tensors_must_be_on_a_gpu() -> None:

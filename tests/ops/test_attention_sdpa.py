@@ -7,7 +7,7 @@ from helpers import contract, oracle
 from helpers.attention_cases import expected_gradients, inputs, low_precision
 from helpers.triton_ladder import forget_choices
 
-from fastddpm.kernels.attention import sdpa
+from fastddpm.kernels.attention import Arguments, sdpa
 from fastddpm.ops import attention, backend
 
 
@@ -17,7 +17,8 @@ def test_numbers(shape: tuple[int, int, int]) -> None:
     q, k, v, grad = (torch.randn(shape) for _ in range(4))
     scale = 1.5 * shape[2] ** -0.5
     assert sdpa.unsupported(q=q, k=k, v=v, scale=scale) is None
-    out, lse = sdpa.forward(q, k, v, scale)
+    arguments = Arguments(q, k, v, scale)
+    out, lse = sdpa.forward(arguments)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     scores = exact[0] @ exact[1].transpose(1, 2) * scale
     expected = torch.softmax(scores, -1) @ exact[2]
@@ -25,7 +26,7 @@ def test_numbers(shape: tuple[int, int, int]) -> None:
     np.testing.assert_allclose(contract.float64(lse), contract.float64(torch.logsumexp(scores, -1)), atol=1e-5)
     assert out.shape == shape and out.is_contiguous() and lse.shape == shape[:2]
     expected.backward(grad.double())
-    for ours, x in zip(sdpa.backward(grad, q, k, v, lse, scale), exact, strict=True):
+    for ours, x in zip(sdpa.backward(arguments, grad, lse), exact, strict=True):
         assert ours.is_contiguous()
         np.testing.assert_allclose(contract.float64(ours), contract.float64(x.grad), atol=2e-5)
 
@@ -41,8 +42,8 @@ def test_numbers_on_a_gpu(channels: int, dtype: torch.dtype) -> None:
     scale = channels**-0.5
     assert sdpa.unsupported(q=q, k=k, v=v, scale=scale) is None
     with torch.no_grad():
-        out, lse = sdpa.forward(q, k, v, scale)
-        ours = [out, *sdpa.backward(grad, q, k, v, lse, scale)]
+        out, lse = sdpa.forward(Arguments(q, k, v, scale))
+        ours = [out, *sdpa.backward(Arguments(q, k, v, scale), grad, lse)]
     plain = low_precision(q, k, v)
     low = [plain.detach(), *torch.autograd.grad(plain, (q, k, v), grad)]
     exact = tuple(map(contract.float64, (q, k, v)))

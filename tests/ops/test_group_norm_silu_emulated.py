@@ -16,7 +16,7 @@ from helpers import contract, group_norm_silu_cases
 from helpers.emulated_cuda import CHIPS, ORDERS, PATHS, emulated_library, key, launches, on_path
 from torch import Tensor
 
-from fastddpm.kernels.group_norm_silu import cuda, reference
+from fastddpm.kernels.group_norm_silu import Arguments, cuda, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -82,14 +82,13 @@ def wide(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward(module: ModuleType, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    return module.forward(*arguments.values())
+    return module.forward(Arguments(**arguments))
 
 
 def backward(
     module: ModuleType, grad: Tensor, mean: Tensor, rstd: Tensor, arguments: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    rest = {k: v for k, v in arguments.items() if k not in ("x", "weight", "bias", "eps")}
-    return module.backward(grad, arguments["x"], arguments["weight"], arguments["bias"], mean, rstd, *rest.values())
+    return module.backward(Arguments(**arguments), grad, mean, rstd)
 
 
 def assert_rounded_once(ours: Tensor, expected: Tensor, error: float) -> None:
@@ -295,7 +294,7 @@ def test_fewest_passes_that_a_chip_has_room_for(emulated: ctypes.CDLL) -> None:
             emulated.fastddpm_emulation_chip(-(-multiprocessors * small // n), *rest)
             launches(emulated)
             one = torch.ones(c)
-            cuda.forward(x, one, one, 32, 1e-6, *[None] * 4, False, 0.0, *[None] * 3, 0)
+            cuda.forward(Arguments(x, one, one, 32, silu=False))
             count, cluster = launches(emulated)
             assert (count, cluster > 1) == expected, (chip, n, c, side)
 

@@ -13,7 +13,7 @@ from fastddpm.kernels import native
 from fastddpm.kernels.philox import STREAM_FORWARD, reference
 from fastddpm.kernels.random_normal import cpu as compiled
 from fastddpm.kernels.reverse_step import COLUMNS
-from fastddpm.ops import q_sample, random_normal, reverse_step
+from fastddpm.ops import q_sample, random_normal, registry, reverse_step
 
 IMAGES = [0, 1, 12345, 2**31, 2**32 - 1]
 KEYS = [(0, 0), (-1, 999), (2**63 - 1, 2**31 - 1), (-(2**63), 800_000), (0x0123456789ABCDEF, 5)]
@@ -42,7 +42,7 @@ def test_normals_are_those_of_the_compiled_library(seed: int, step: int, device:
     """Bit for bit, over 2e4 of them."""
     ours = random_normal((3, 37, 37), **contract.key_tensors(IMAGES, seed, step, device), stream=1)
     key = contract.key_tensors(IMAGES, seed, step, torch.device("cpu"))
-    cpu = compiled.forward([3, 37, 37], **key, stream=1)
+    cpu = registry.call(compiled, "random_normal", ([3, 37, 37], *key.values(), 1))
     assert torch.equal(ours.cpu(), cpu)
 
 
@@ -104,11 +104,12 @@ def test_nothing_is_read_by_the_host(monkeypatch: pytest.MonkeyPatch, device: to
     for module in (q_sample_triton, random_normal_triton, reverse_step_triton):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: launched.append(kernel))
     key = contract.key_tensors([0, 1], 1, 2, device)
+    images, seed, step = key.values()
     x, table = torch.zeros(2, 1, 4, 4, device=device), torch.rand(10, COLUMNS, device=device)
+    t, timesteps = torch.arange(2, device=device), torch.arange(10, device=device)
     with _Reads() as reads:
-        random_normal_triton.forward([1, 4, 4], key["images"], key["seed"], key["step"], 0)
-        q_sample_triton.forward(x, torch.arange(2, device=device), table[:, :2], None, None, *key.values())
-        reverse_step_triton.forward(
-            x, x, table, torch.arange(10, device=device), key["step"], key["images"], key["seed"], 1.0, 0, None, None
-        )
+        registry.call(random_normal_triton, "random_normal", ([1, 4, 4], images, seed, step, 0))
+        registry.call(q_sample_triton, "q_sample", (x, t, table[:, :2], None, None, images, seed, step))
+        arguments = (x, x, table, timesteps, step, images, seed, 1.0, 0, None, None)
+        registry.call(reverse_step_triton, "reverse_step", arguments)
     assert len(launched) == 3 and reads.names == []
