@@ -1,4 +1,4 @@
-"""Builds the native libraries with ninja, into build/: only what changed is compiled again.
+"""Builds the native libraries with ninja, into build/. Only sources that changed are compiled again.
 
 python csrc/build.py [_native | _native_cuda | _native_emulated] [--sanitize]    prints the library's path
 """
@@ -23,37 +23,37 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-# These draw noise, which has the same bits on every machine. Elsewhere a * b + c is one instruction.
+# Sources that draw noise, which must have the same bits on every machine. In others a * b + c is one instruction.
 UNCONTRACTED = {"random_normal", "q_sample", "reverse_step"}
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 NVCC = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
-# Code for 90a and 100a runs on those chips alone; the PTX is compiled by the driver of any later one.
+# Code for 90a and 100a runs on those chips only. The driver of any later chip compiles the PTX (compute_90).
 CHIPS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a", "compute_90": "compute_90"}
 
 EMULATED = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 
 SLOWER = {
-    "_native": "what the CPU runs is several times slower",
+    "_native": "operations on the CPU are several times slower",
     "_native_cuda": "a GPU runs the Triton kernels or PyTorch's operators",
     "_native_emulated": "the CUDA kernels cannot be tested without a GPU",
 }
 
 
 class BuildError(Exception):
-    """Why there is no library, in one line, with what to do."""
+    """A library could not be built. The message says why, and what to do, in one line."""
 
 
 class Recipe(NamedTuple):
-    """How to make a library."""
+    """A ninja file and the folder it is for."""
 
-    folder: Path  # of the objects and the library
+    folder: Path  # for the objects and the library
     tool: str  # the compiler
-    plan: Iterable[str]  # what ninja reads
+    plan: Iterable[str]  # the lines of the ninja file
 
 
 def build(name: str, *, sanitize: bool = False, base: Path = ROOT / "build") -> Path:
-    """The path of the library `name`, up to date, in a folder of `base`; `BuildError` if that cannot be."""
+    """Build the library `name` in a subfolder of `base` and return its path. Raises BuildError if that fails."""
     ninja = _ninja()
     if ninja is None:
         raise _build_error(name, "there was no ninja", "run `pip install ninja`")
@@ -63,12 +63,12 @@ def build(name: str, *, sanitize: bool = False, base: Path = ROOT / "build") -> 
             if _made(recipe, name, ninja):
                 return recipe.folder / f"{name}.so"
     except (OSError, ValueError) as error:
-        raise _build_error(name, f"its build could not run ({error})", "mend that") from error
+        raise _build_error(name, f"its build could not run ({error})", "remove the cause") from error
     raise _build_error(name, f"{recipes[0].tool} could not compile it", "see the compiler's messages")
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME or CUDA_PATH if set, else of PATH, else of /usr/local/cuda."""
+    """Return the path of nvcc: in CUDA_HOME or CUDA_PATH if set, else on PATH, else in /usr/local/cuda; or None."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home:
             return shutil.which(str(Path(home).absolute() / "bin" / "nvcc"))
@@ -76,20 +76,20 @@ def find_nvcc() -> str | None:
 
 
 def _recipes(name: str, sanitize: bool, base: Path) -> Sequence[Recipe]:
-    """The ways to make a library, each to be tried if the one before failed."""
+    """Return the recipes of a library, in the order in which to try them."""
     if name == "_native_cuda":
         return [_cuda(base / "native-cuda")]
     if name == "_native_emulated":
         return [_emulated(base / "native-emulated")]
     folder = base / ("native-sanitize" if sanitize else "native")
-    # A compiler without OpenMP still makes a library: one that uses one thread. Its objects have a folder of their own,
-    # so trying OpenMP again in the next build does not compile them again.
+    # With a compiler that lacks OpenMP, the library uses one thread. Its objects have a folder of their own, because
+    # the next build tries OpenMP again and should not have to compile them again afterwards.
     serial = folder.with_name(f"{folder.name}-serial")
     return [_cpu(folder, sanitize, "-fopenmp"), _cpu(serial, sanitize, "")]
 
 
 def _made(recipe: Recipe, name: str, ninja: str) -> bool:
-    """Whether ninja brought the library up to date; if not, the compiler's messages are on stderr."""
+    """Run ninja and return whether the library is up to date; if not, write the compiler's messages to stderr."""
     if shutil.which(recipe.tool) is None:
         raise _build_error(name, f"there was no compiler ({recipe.tool})", "install one")
     recipe.folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _build_error(name: str, cause: str, remedy: str) -> BuildError:
 
 
 def _ninja() -> str | None:
-    """The one of the package `ninja`, whose environment need not be active, else of PATH."""
+    """Return the path of ninja: of the package `ninja`, whose environment need not be active, else on PATH; or None."""
     try:
         from ninja import BIN_DIR  # "" when the package does not find its program
     except ImportError:
@@ -145,7 +145,7 @@ def _cpu_lines(folder: Path, openmp: str, sanitize: list[str]) -> Iterator[str]:
 
 
 def _variants(stem: str, x86: bool) -> dict[str, list[str]]:
-    """The options with which a source of csrc/cpu is compiled, once for each instruction set."""
+    """Return the options for a source of csrc/cpu, by instruction set: it is compiled once for each."""
     if stem == "dispatch":
         return {"all": ["-DFASTDDPM_X86"] if x86 else []}
     contraction = "-ffp-contract=" + ("off" if stem in UNCONTRACTED else "fast")
@@ -156,7 +156,7 @@ def _variants(stem: str, x86: bool) -> dict[str, list[str]]:
 def _cuda(folder: Path) -> Recipe:
     nvcc = find_nvcc()
     if nvcc is None:
-        raise _build_error("_native_cuda", "there was no nvcc", "to have it, set CUDA_HOME to a CUDA toolkit")
+        raise _build_error("_native_cuda", "there was no nvcc", "if you have a CUDA toolkit, set CUDA_HOME to it")
     return Recipe(folder, nvcc, _cuda_lines(folder, nvcc))
 
 
@@ -164,7 +164,7 @@ def _cuda_lines(folder: Path, nvcc: str) -> Iterator[str]:
     command = (
         f"{shlex.quote(nvcc)} {' '.join([*NVCC, *_chips(nvcc)])} -Xptxas -v $options -MD -MF $out.d -c $in -o $out"
     )
-    # What each kernel takes of registers and stack, which ptxas prints, is kept beside the object.
+    # ptxas prints the registers and stack of each kernel; the output is kept beside the object.
     yield from _rule("cc", f"{command} >$out.usage 2>&1 || (cat $out.usage; exit 1)", depfile=True)
     yield from _rule("link", f"{shlex.quote(nvcc)} -shared -cudart static $in -o $out")
     objects = []
@@ -177,11 +177,11 @@ def _cuda_lines(folder: Path, nvcc: str) -> Iterator[str]:
 
 
 def _chips(nvcc: str) -> list[str]:
-    """The options for those of CHIPS that this nvcc knows."""
+    """Return the options for those of CHIPS that this nvcc knows."""
     options = [f"-gencode=arch={architecture},code={chip}" for chip, architecture in CHIPS.items()]
-    # `nvcc --list-gpu-code` leaves out the variants with a letter; a compilation that is only planned tells.
+    # `nvcc --list-gpu-code` leaves out the variants with a letter, so a dry run of a compilation decides.
     known = [option for option in options if _accepts(nvcc, option)]
-    return known or options  # none: compiling says why
+    return known or options  # if none is known, compiling fails with nvcc's reason
 
 
 def _accepts(nvcc: str, option: str) -> bool:
@@ -190,12 +190,12 @@ def _accepts(nvcc: str, option: str) -> bool:
 
 
 def _emulated(folder: Path) -> Recipe:
-    """The CUDA sources for the CPU: tests only."""
+    """Return the recipe of the CUDA sources compiled for the CPU, for tests."""
     return Recipe(folder, shlex.split(_compiler())[0], _emulated_lines(folder, _compiler()))
 
 
 def _emulated_lines(folder: Path, compiler: str) -> Iterator[str]:
-    # Jumping between the stacks of a block's threads is what _FORTIFY_SOURCE takes for an attack.
+    # _FORTIFY_SOURCE would take the jumps between the stacks of a block's threads for an attack.
     flags = " ".join([*EMULATED, "-DFASTDDPM_EMULATE", "-U_FORTIFY_SOURCE"])
     yield from _rule("cc", f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out", depfile=True)
     yield from _rule("link", f"{compiler} -shared $in -o $out")
@@ -213,14 +213,14 @@ def _rule(name: str, command: str, *, depfile: bool = False) -> Iterator[str]:
 
 
 def _source(path: Path, folder: Path) -> str:
-    """A source as ninja names it in `folder`: a checkout that is moved or copied with its build is not built again."""
+    """Return a source's path relative to `folder`, so that a checkout moved with its build is not built again."""
     return Path(os.path.relpath(path, folder.resolve())).as_posix()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=sorted(SLOWER), default="_native")
-    parser.add_argument("--sanitize", action="store_true", help="the CPU library with AddressSanitizer and UBSan")
+    parser.add_argument("--sanitize", action="store_true", help="build the CPU library with AddressSanitizer and UBSan")
     arguments = parser.parse_args()
     try:
         print(build(arguments.name, sanitize=arguments.sanitize))

@@ -1,4 +1,4 @@
-"""The compiled CUDA library beside this file: finds it, loads it, calls it, says why not."""
+"""Finds, loads and calls the compiled CUDA library beside this file, or says why there is none."""
 
 import contextlib
 import ctypes
@@ -31,18 +31,18 @@ __all__ = [
 _FOLDER = Path(__file__).parent
 _NOT_BUILT = (
     "no compiled library beside kernels/native_cuda.py, so a GPU runs the Triton kernels or PyTorch's operators; "
-    "`pip install -e .` compiles it where there is a CUDA toolkit"
+    "`pip install -e .` compiles it if there is a CUDA toolkit"
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_CHIP = (8, 0)
 
-# Tests put the emulated library here; tensors are then on the CPU.
+# Tests put the emulated library here; all tensors are then on the CPU.
 _emulated: list[ctypes.CDLL] = []
 
 
 @lru_cache(maxsize=1)
 def _loaded() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """Return the library, or why there is none."""
     files = sorted(_FOLDER.glob("_native_cuda.*so"))
     if not files:
         return _why_missing()
@@ -59,7 +59,7 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def _why_missing() -> str:
-    """What the build wrote when it failed; a checkout that was never installed has no such file."""
+    """Return the message of the build that failed, or a general one for a checkout that was never installed."""
     try:
         return (_FOLDER / "_native_cuda_missing.txt").read_text(encoding="utf-8").strip() or _NOT_BUILT
     except (OSError, UnicodeDecodeError):
@@ -67,7 +67,7 @@ def _why_missing() -> str:
 
 
 def unavailable() -> str | None:
-    """Why the CUDA library cannot be used, or None when it can."""
+    """Return why the CUDA library cannot be used, or None if it can."""
     if _emulated:
         return None
     library = _loaded()
@@ -78,14 +78,14 @@ def unavailable() -> str | None:
 
 @lru_cache(maxsize=1)
 def _refusal(library: ctypes.CDLL) -> str | None:
-    """Why the driver does not run the library: torch may run where the toolkit that compiled this does not."""
+    """Return why the driver does not run the library, or None. A driver that runs torch may be too old for it."""
     args, size = interface.GroupNormSiLU(n=1, c1=1, height=1, width=1, groups=1), ctypes.c_int64()
     code = library.fastddpm_cuda_group_norm_silu_workspace(ctypes.byref(args), 0, ctypes.byref(size))
     return f"the compiled CUDA library does not run here: {_words(library, code)}" if code else None
 
 
 def too_old(**arguments: object) -> str | None:
-    """Why the chip that holds the first tensor of `arguments` has no code in the library, or None."""
+    """Return why the library has no code for the GPU of the first tensor in `arguments`, or None."""
     device = next((arg.device for arg in arguments.values() if isinstance(arg, Tensor)), None)
     if device is None or device.type != "cuda":
         return None
@@ -96,7 +96,7 @@ def too_old(**arguments: object) -> str | None:
 
 
 def unsupported(**arguments: object) -> str | None:
-    """Why the CUDA kernels do not take an operation's arguments, or None: they compute in float32."""
+    """Return why the CUDA kernels, which compute in float32, do not take an operation's arguments, or None."""
     for arg in arguments.values():
         if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype not in FLOATS:
             return f"the CUDA kernels take float32, bfloat16 and float16, not {str(arg.dtype).removeprefix('torch.')}"
@@ -105,7 +105,7 @@ def unsupported(**arguments: object) -> str | None:
 
 @contextlib.contextmanager
 def emulated(path: Path) -> Iterator[ctypes.CDLL]:
-    """Call the library at `path`, made for the CPU by csrc/build.py, in the `with` block: for tests."""
+    """Use the library at `path`, which csrc/build.py made for the CPU, in the `with` block. For tests."""
     library = _opened(path)
     _emulated.append(library)
     try:
@@ -115,7 +115,7 @@ def emulated(path: Path) -> Iterator[ctypes.CDLL]:
 
 
 def library() -> ctypes.CDLL:
-    """The library; RuntimeError, saying why, when there is none."""
+    """Return the library. Raises RuntimeError, with the reason, if there is none."""
     loaded = _emulated[-1] if _emulated else _loaded()
     if isinstance(loaded, str):
         raise RuntimeError(loaded)
@@ -123,7 +123,7 @@ def library() -> ctypes.CDLL:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a CUDA tensor's first element; ValueError for a tensor elsewhere."""
+    """Return the address of a CUDA tensor's first element. Raises ValueError for a tensor on another device."""
     if tensor is None:
         return None
     wanted = "cpu" if _emulated else "cuda"
@@ -133,21 +133,22 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def on_one_device(operation: str, *tensors: Tensor | None) -> None:
-    """ValueError unless all tensors are where the first is: a kernel gets addresses, and would not notice."""
+    """Raise ValueError unless all tensors are on one device. A kernel gets addresses and could not tell."""
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         raise ValueError(f"{operation}: all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
 
 
 def key(images: Tensor, seed: Tensor, step: Tensor) -> interface.Key:
-    """Where an operation's random numbers come from: int64 tensors, images (N,), dense."""
+    """Return the structure that names an operation's random numbers: int64, images dense (N,), seed and step 0-d."""
     return interface.Key(images=pointer(images), seed=pointer(seed), step=pointer(step))
 
 
 def call(operation: str, args: ctypes.Structure, tensors: Sequence[Tensor], *extra: int | None) -> None:
-    """Run an operation of csrc/fastddpm.h on the device and current stream of `tensors`, which are all on one device.
+    """Run an operation of csrc/fastddpm.h on the device of `tensors`, on its current stream.
 
-    `extra`: addresses and sizes between the structure and the stream. RuntimeError when the library reports one.
+    `extra`: the function's arguments between the structure and the stream, addresses and sizes. Raises RuntimeError,
+    naming the dtypes and shapes of `tensors`, if the operation fails.
     """
     lib, device = library(), tensors[0].device
     function = getattr(lib, f"fastddpm_cuda_{operation}")
@@ -162,7 +163,7 @@ def call(operation: str, args: ctypes.Structure, tensors: Sequence[Tensor], *ext
 
 
 def workspace(args: interface.GroupNormSiLU, backward: bool, tensors: Sequence[Tensor]) -> Tensor:
-    """What group_norm_silu needs besides its tensors: uint8, from torch's allocator, so a graph can hold it."""
+    """Allocate the workspace of group_norm_silu, uint8, with torch's allocator, so that a CUDA graph can hold it."""
     lib, device, size = library(), tensors[0].device, ctypes.c_int64()
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         code = lib.fastddpm_cuda_group_norm_silu_workspace(ctypes.byref(args), int(backward), ctypes.byref(size))
@@ -181,7 +182,7 @@ def _words(lib: ctypes.CDLL, code: int) -> str:
 
 
 def philox_words(num_blocks: int, images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """The raw output words, uint32 (N, num_blocks, 4); `images` int64 (N,) on the device, `seed`, `step` 0-d int64."""
+    """Return the raw Philox words, uint32 (N, num_blocks, 4). On the device: `images` int64 (N,), others 0-d int64."""
     images = images.contiguous()
     out = torch.empty(len(images), num_blocks, 4, dtype=torch.uint32, device=images.device)
     args = interface.RandomNormal(n=len(images), num=num_blocks, stream_id=stream, key=key(images, seed, step))

@@ -1,7 +1,7 @@
 // softmax(scale q k^T) v on the CPU: rows of scores are computed, turned into weights and multiplied by v in cache.
 //
-// A task is some query tokens of one sequence. Keys and values are packed once for each sequence. Every number is summed
-// in one order, whatever the threads and the batch are.
+// A task is a few query tokens of one sequence. Keys and values are packed once per sequence. Every sum has one order,
+// which depends neither on the number of threads nor on the batch.
 #include "attention.h"
 
 namespace fastddpm {

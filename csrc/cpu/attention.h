@@ -1,4 +1,4 @@
-// What both passes of attention share: operands in single precision, packed for the matrix product.
+// Shared by both passes of attention: operands in single precision, packed for the matrix product.
 #pragma once
 #include "gemm.h"
 #include "kernels.h"
@@ -11,7 +11,7 @@ namespace FASTDDPM_ISA {
 using AttentionArgs = fastddpm_attention_args;
 
 constexpr int64_t kTaskRows = 48;       // rows of a task's results
-constexpr int64_t kProductDepth = 256;  // of a product, so that what it reads of b stays in the cache
+constexpr int64_t kProductDepth = 256;  // of a product, so that the part of b that it reads stays in the cache
 
 // Tokens or channels of one sequence as rows of single-precision numbers.
 struct Rows {
@@ -34,7 +34,7 @@ inline void widen(const uint16_t *from, int64_t count, float *to) {
     if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
 }
 
-// Sequence n of an operand: where it lies, or widened into `copy`.
+// Sequence n of an operand: the operand itself, or if it is bfloat16 the widened `copy`.
 inline Rows rows_of(const AttentionArgs &p, const void *tensor, const int64_t *stride, int64_t n, float *copy) {
     if (p.dtype == FASTDDPM_FLOAT32) return {static_cast<const float *>(tensor) + n * stride[0], stride[1]};
     return {copy, p.c};
@@ -46,12 +46,12 @@ inline void widen_rows(const AttentionArgs &p, const void *tensor, const int64_t
     for (int64_t i = 0; i < p.l; ++i) widen(from + i * stride[1], p.c, copy + i * p.c);
 }
 
-// Columns `first` .. of the packed b (depth, columns), kColumns of them, whose column j is row j of `from`.
+// Packs kColumns columns, from `first`, of b (depth, columns), whose column j is row j of `from`.
 inline void pack_transposed(const Rows &from, int64_t columns, int64_t depth, int64_t first, float *packed) {
     turn(from.row(first), from.stride, 1, smaller(kColumns, columns - first), depth, packed + first * depth, kColumns);
 }
 
-// The same of a b whose row d is row d of `from`.
+// The same for a b whose row d is row d of `from`.
 inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t first, float *packed) {
     const int64_t count = smaller(kColumns, columns - first);
     float *to = packed + first * depth;
@@ -61,8 +61,8 @@ inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t 
     }
 }
 
-// c = a b for the rows given of a and all of a packed b (depth, columns). Panel i of c begins at c + i c_panel, its
-// rows are c_row apart.
+// c = a b for some rows of a and all of a packed b (depth, columns). Panel i of c begins at c + i c_panel; its rows are
+// c_row apart.
 inline void multiply(int64_t rows, const float *a, int64_t a_row, const float *packed, int64_t columns, int64_t depth,
                      float *c, int64_t c_row, int64_t c_panel) {
     for (int64_t d = 0; d < depth; d += kProductDepth)
@@ -71,14 +71,14 @@ inline void multiply(int64_t rows, const float *a, int64_t a_row, const float *p
                     smaller(kProductDepth, depth - d), c + i / kColumns * c_panel + i % kColumns, c_row, d > 0);
 }
 
-// The work on a sequence as phases, whose tasks are independent of each other.
+// The work on one sequence: phases, one after another, of independent tasks.
 struct Phases {
     int count;
     int64_t tasks[4];
 };
 
-// Calls run(sequence n, its memory, phase, task, the thread's memory) for all of them. Where there are enough sequences a
-// thread takes whole ones, which stay in its cache; otherwise the threads share the tasks of each phase.
+// Calls run(sequence n, its memory, phase, task, the thread's memory) for every task. With enough sequences a thread
+// takes whole ones, which stay in its cache; otherwise the threads share the tasks of each phase.
 template <typename Run>
 int32_t for_sequences(const AttentionArgs &p, int32_t threads, int64_t sequence_floats, int64_t thread_floats,
                       const Phases &phases, Run run) {
@@ -110,7 +110,7 @@ int32_t for_sequences(const AttentionArgs &p, int32_t threads, int64_t sequence_
     return FASTDDPM_OK;
 }
 
-// `count` results times a factor, in the tensor's dtype, to its element `at` on.
+// Writes `count` results times a factor, in the tensor's dtype, from its element `at`.
 inline void write(const AttentionArgs &p, const float *from, int64_t count, float factor, void *tensor, int64_t at) {
     float *wide = static_cast<float *>(tensor) + at;
     uint16_t *narrow = static_cast<uint16_t *>(tensor) + at;

@@ -1,8 +1,8 @@
 // The backward pass of attention on the CPU. With P the weights and S the scores before scaling:
 //   dV = P^T dO    dP = dO V^T    dS = P * (dP - rowsum(P * dP)) scale    dQ = dS K    dK = dS^T Q
 //
-// P and dS of a sequence are kept, in the packed form in which the products of the second half read them: those give dV
-// and dK with channels as rows, so no two tasks add to one number.
+// P and dS of a sequence are kept in the packed form that the products of the second half read. Those compute dV and dK
+// with channels as rows, so no two tasks add to the same number.
 #include "attention.h"
 
 namespace fastddpm {

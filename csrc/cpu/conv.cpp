@@ -1,4 +1,4 @@
-// Which algorithm runs, and which arguments there is none for.
+// Runs the algorithm of a convolution, or refuses arguments that it does not support.
 #include "conv.h"
 
 namespace fastddpm {
@@ -14,7 +14,7 @@ bool supported(const fastddpm_conv_args &p) {
     return p.algorithm == 0;
 }
 
-// No output: plans divide by numbers of pixels and tiles.
+// Whether there is no output. Checked first, because plans divide by the numbers of pixels and tiles.
 bool nothing(const fastddpm_conv_args &p) { return p.n < 1 || p.height < 1 || p.width < 1 || p.k < 1; }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What both algorithms of a convolution share: sizes, how an input pixel is read, how an output is finished.
+// Shared by both algorithms of a convolution: sizes, reading an input pixel, finishing an output.
 #pragma once
 #include "gemm.h"
 #include "kernels.h"
@@ -23,8 +23,8 @@ struct ConvSize {
           out_width(divide_up(width, p.stride)) {}
 };
 
-// Channels c .. c + count - 1 of the input at (n, y, x), after gain, offset and SiLU, into `to`. The channels lie on
-// one side of the seam between x and skip.
+// Reads channels c .. c + count - 1 of the input at (n, y, x), after gain, offset and SiLU, into `to`. All of them are
+// in x or all in skip.
 FASTDDPM_INLINE void read_pixel(const fastddpm_conv_args &p, const ConvSize &size, int64_t n, int64_t y, int64_t x,
                                 int64_t c, int64_t count, float *to) {
     const int64_t row = p.doubled ? y >> 1 : y, column = p.doubled ? x >> 1 : x;
@@ -73,7 +73,7 @@ FASTDDPM_INLINE void finish(const fastddpm_conv_args &p, int64_t n, int64_t pixe
     }
 }
 
-// Where the weights of output channels k .. k + kColumns - 1 lie in what conv_pack made: one behind the other.
+// The weights of output channels k .. k + kColumns - 1 in the result of conv_pack, where they are adjacent.
 inline const float *packed_columns(const fastddpm_conv_args &p, int64_t k) {
     return p.packed + k * (p.c1 + p.c2) * p.kernel * p.kernel;
 }

@@ -1,5 +1,5 @@
-// Convolution of any stride, and linear layers, as a matrix product of patches: rows are output pixels, and a row is
-// the input under the kernel, (tap, channel), gathered and activated block by block into cache.
+// Convolution of any stride, and linear layers, as a matrix product of patches. A row is an output pixel: the input
+// under the kernel, (tap, channel), gathered and activated block by block into cache.
 #include "conv.h"
 #include "gemm.h"
 #include "turn.h"
@@ -23,7 +23,7 @@ struct Plan {
         pixels = p.n * size.out_height * size.out_width;
         blocks = divide_up(p.k, kColumns);
         row_tasks = divide_up(pixels, kMostRows);
-        // Few pixels: the threads share out the channels, so that each weight is read by one of them.
+        // With few pixels the threads share the channels, so that only one of them reads each weight.
         column_tasks = row_tasks < threads ? smaller(blocks, divide_up(threads, row_tasks)) : 1;
         if (column_tasks == 1) row_tasks = smaller(pixels, divide_up(row_tasks, threads) * threads);
         rows = divide_up(pixels, larger(1, row_tasks));

@@ -1,13 +1,13 @@
-// The weights' gradient of a 3x3 convolution by Winograd's algorithm transposed: of forward's y = A^T [(G g G^T) *
-// (B^T d B)] A it is dg = G^T [sum over tiles of (B^T d B) * (A dy A^T)] G, 36 products a tile where the definition
-// takes 144.
+// The weights' gradient of a 3x3 convolution by Winograd's algorithm, transposed. The forward pass is y = A^T [(G g
+// G^T) * (B^T d B)] A; the gradient is dg = G^T [sum over tiles of (B^T d B) * (A dy A^T)] G: 36 products per tile
+// instead of 144.
 //
 // The tiles of all images are taken in blocks of about kGradientTiles. For each block
 //   1. transforms: B^T d B of the input into V (C / 32, 36, tiles, 32) and A dy A^T of the output's gradient into
 //                  U (K / 64, 36, tiles, 64), which all threads share, and the sum of each strip's dy for the bias;
 //   2. products:   for 32 input and 64 output channels at a time, the 36 products U^T V, added to M (36, 64, 32); after
 //                  the last block G^T M G into the gradient.
-// M of one task fits into a core's second-level cache; where there are several blocks each task's M is kept. An element
+// M of one task fits into a core's second-level cache; if there are several blocks, each task's M is kept. An element
 // is summed over the tiles of a block in their order, then over the blocks in theirs: the blocks depend on the shape
 // alone, so the bits do not depend on the number of threads.
 #include "tiles.h"

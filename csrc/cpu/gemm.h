@@ -5,8 +5,8 @@
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 
-// Rows and vectors of a register block: kRows * kVectors accumulators, the vectors of b and one broadcast of a fit into
-// the registers, and there are enough accumulators to hide the latency of a multiply-add (4 cycles, 2 per cycle).
+// Rows and vectors of a register block. kRows * kVectors accumulators, the vectors of b and one broadcast of a fit into
+// the registers; the accumulators are enough to hide the latency of a multiply-add (4 cycles, 2 per cycle).
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 12;
 #else

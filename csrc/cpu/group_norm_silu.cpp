@@ -1,4 +1,4 @@
-// group_norm_silu on the CPU: statistics of every chunk of pixels, then one pass that normalizes and writes.
+// group_norm_silu on the CPU: one pass for the statistics of every chunk of pixels, one that normalizes and writes.
 #include "group_norm_silu.h"
 
 namespace fastddpm {

@@ -1,5 +1,5 @@
-// What the forward and the backward pass of group_norm_silu share: sizes, coefficients, how the tensors are walked,
-// the dropout mask.
+// Shared by the forward and the backward pass of group_norm_silu: sizes, coefficients, loops over the tensors, the
+// dropout mask.
 #pragma once
 #include "kernels.h"
 #include "memory.h"
@@ -24,7 +24,7 @@ TwoInputs<T> norm_inputs(const NormArgs &p) {
             p.layout == FASTDDPM_NHWC};
 }
 
-// Fewer elements than this are not worth waking threads for.
+// Whether there are enough elements to be worth waking threads.
 inline bool norm_is_large(const NormArgs &p) { return p.n * (p.c1 + p.c2) * p.height * p.width > 32768; }
 
 // Gain and offset of channel c of image n after the norm, in double.
@@ -44,14 +44,14 @@ inline double norm_temb_of(const NormArgs &p, int64_t n, int64_t c) {
     return p.temb == nullptr ? 0.0 : static_cast<const float *>(p.temb)[n * (p.c1 + p.c2) + c];
 }
 
-// One number per channel, as a run of elements needs it: adjacent channels of a pixel, or one channel throughout.
+// One number per channel for a vector of a run, which is adjacent channels of a pixel or adjacent pixels of a channel.
 template <bool kNhwc>
 FASTDDPM_INLINE Vec per_channel(const float *of_run, int64_t i, int64_t count) {
     if (!kNhwc) return splat(*of_run);
     return count < kWidth ? load_part(of_run + i, count) : load(of_run + i);
 }
 
-// A sum per channel over a run.
+// Adds a run to the sums of its channels.
 template <bool kNhwc>
 class SumOfRun {
 public:
@@ -96,8 +96,8 @@ FASTDDPM_INLINE void for_runs(const NormArgs &p, int64_t n, int64_t first, int64
     }
 }
 
-// Which elements of some pixels dropout keeps, as the reference draws them: a block serves eight elements in (H, W, C)
-// order, word w giving its low half to element 2 w and its high half to 2 w + 1.
+// The elements of some pixels that dropout keeps, as the reference draws them: a Philox block serves eight elements in
+// (H, W, C) order; word w gives its low half to element 2 w and its high half to 2 w + 1.
 class DropoutMask {
 public:
     DropoutMask(const NormArgs &p, uint8_t *keep)
@@ -125,7 +125,8 @@ public:
         }
     }
 
-    // The factors, 0 or 1 / (1 - p), of elements i .. of a run that begins at `channel` of the pixel `pixel` of those drawn.
+    // The factors, 0 or 1 / (1 - p), from element i of a run that begins at `channel` of the drawn pixel number
+    // `pixel`.
     template <bool kNhwc>
     FASTDDPM_INLINE Vec factors(int64_t pixel, int64_t channel, int64_t i, int64_t count) const {
         const int64_t channels = p_.c1 + p_.c2;

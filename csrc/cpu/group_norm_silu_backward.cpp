@@ -1,6 +1,7 @@
-// The backward pass of group_norm_silu: sums over pixels of every chunk, put together per group, then one pass that
-// writes the gradients of the images. What SiLU and dropout did is computed again rather than kept from the forward
-// pass; between the two passes here the gradient behind them lies where the image's gradient will, if that is float32.
+// The backward pass of group_norm_silu: one pass sums over the pixels of every chunk, the sums are combined per group,
+// and a second pass writes the gradients of the images. SiLU and dropout are recomputed rather than kept from the
+// forward pass. Between the two passes, the memory of the image's gradient holds the gradient behind SiLU and dropout,
+// if it is float32.
 //
 // With u = g gain and x_hat the normalized input: dx = rstd (u - mean(u) - x_hat mean(u x_hat)), means over a group.
 #include "group_norm_silu.h"
@@ -14,7 +15,7 @@ struct Coefficients {
     float *mean_u, *mean_ux;               // (N, C)
 };
 
-// Of each chunk's channels: the sums of g, g x_hat and x_hat, where g is the gradient behind the norm and its gain.
+// Sums per channel of a chunk: of g, g x_hat and x_hat, where g is the gradient behind the norm and its gain.
 constexpr int kSums = 3;
 
 struct Element {

@@ -1,4 +1,4 @@
-// Working memory, and which thread of a parallel region this is.
+// Working memory, and the number of the calling thread in a parallel region.
 #pragma once
 #include <stdlib.h>
 

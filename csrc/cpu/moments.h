@@ -1,8 +1,8 @@
 // Mean and variance of GroupNorm's groups, over two inputs in either layout.
 //
-// Each chunk of pixels gives, per channel, its mean as far as single precision has it, and the sums of what values are
-// away from that mean, and of the squares: two passes, so that a mean far from zero costs no digits. Chunks, and the
-// channels of a group, are put together in double. Nothing depends on the number of threads.
+// For each chunk of pixels and each channel: the mean, rounded to single precision, and the sums of the deviations from
+// it and of their squares. These are two passes, so that a mean far from zero costs no digits. Chunks, and the channels
+// of a group, are combined in double. Nothing depends on the number of threads.
 #pragma once
 #include "vec.h"
 
@@ -23,7 +23,7 @@ struct TwoInputs {
     int64_t chunks() const { return divide_up(pixels, kChunk); }
     int64_t blocks() const { return divide_up(c1, kColumnBlock) + divide_up(c2, kColumnBlock); }
     int64_t tasks() const { return chunks() * blocks(); }
-    // Of the moments of one image: mean, sum, squares of each chunk's channels.
+    // The size of one image's moments: mean, sum and squares of each chunk's channels.
     int64_t floats() const { return chunks() * 3 * channels(); }
 };
 

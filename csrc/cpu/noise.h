@@ -1,8 +1,8 @@
 // Philox blocks and normals, kLanes blocks at a time.
 //
-// Only + - * / and sqrt, which IEEE 754 fixes to the last bit, and in sources that draw normals no contraction
-// (-ffp-contract=off): the normals are the same on every machine, with every instruction set and number of threads.
-// Against exact logarithms and sines the error before rounding is below 1e-10.
+// The normals are the same on every machine, with every instruction set and number of threads: only + - * / and sqrt
+// are used, which IEEE 754 fixes to the last bit, and sources that draw normals are compiled with -ffp-contract=off.
+// The error before rounding, against exact logarithms and sines, is below 1e-10.
 #pragma once
 #include "../philox.h"
 #include "vec.h"
@@ -96,7 +96,7 @@ constexpr int64_t kNormals = 4 * kLanes;
 template <typename Body>
 inline void for_normals(int64_t images, int64_t num, int32_t threads, Body body) {
     const int64_t groups = divide_up(num, kNormals), total = groups * images;
-    // Below some ten thousand normals waking threads costs more than they save.
+    // For fewer than about ten thousand normals, waking threads costs more than they save.
 #pragma omp parallel for schedule(static) num_threads(threads) if (total > 64)
     for (int64_t i = 0; i < total; ++i) body(i / groups, i % groups * kNormals);
 }

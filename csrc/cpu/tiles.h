@@ -1,4 +1,4 @@
-// How Winograd's algorithms divide images into tiles, and B^T d B of the input's tiles.
+// The division of images into tiles for Winograd's algorithms, and B^T d B of the input's tiles.
 #pragma once
 #include "conv.h"
 #include "winograd.h"
@@ -7,9 +7,9 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 
 constexpr int64_t kTaps = 9;
-constexpr int64_t kPad = kLine;  // keeps the 36 planes of what is transformed out of one cache set
+constexpr int64_t kPad = kLine;  // keeps the 36 planes of the transformed tiles out of one cache set
 
-// The tiles of all images, in blocks of about `most_tiles`. A strip: tile rows of one image; a block: whole strips.
+// The tiles of all images. A strip is some tile rows of one image; a block is whole strips, about `most_tiles` tiles.
 struct Tiling {
     int64_t tiles_high, tiles_wide, image_tiles;
     int64_t strip_rows, image_strips, strips;

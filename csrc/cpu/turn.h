@@ -1,11 +1,11 @@
-// Weights lie with their input channels adjacent; a matrix product wants the output channels adjacent.
+// Transposition of weights: their input channels are adjacent, and a matrix product needs adjacent output channels.
 #pragma once
 #include "vec.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 
-// In place: kWidth vectors as a matrix, transposed by swapping blocks of 1, 2, 4, ... elements.
+// Transposes kWidth vectors, as a matrix, in place, by swapping blocks of 1, 2, 4, ... elements.
 FASTDDPM_INLINE void transpose(Vec rows[kWidth]) {
 #pragma GCC unroll 4
     for (int s = 1; s < kWidth; s *= 2) {
@@ -24,8 +24,8 @@ FASTDDPM_INLINE void transpose(Vec rows[kWidth]) {
     }
 }
 
-// to (depth, columns rounded up to kWidth) from element (column, d) at from[column * column_stride + d * d_stride];
-// the last vector is filled up with zeros.
+// Writes `to` (depth, columns rounded up to kWidth); element (column, d) is read at from[column * column_stride +
+// d * d_stride]. The last vector is padded with zeros.
 inline void turn(const float *from, int64_t column_stride, int64_t d_stride, int64_t columns, int64_t depth, float *to,
                  int64_t to_row) {
     for (int64_t i = 0; i < columns; i += kWidth) {

@@ -41,7 +41,7 @@ FASTDDPM_INLINE void store_part(float *p, Vec v, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
-// A number of its own: the compiler must not fuse the product that gave it with an addition.
+// Rounds a product by itself: the compiler must not fuse it with an addition.
 FASTDDPM_INLINE Vec apart(Vec v) {
     __asm__("" : "+m"(v));
     return v;

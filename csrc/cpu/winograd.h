@@ -1,9 +1,10 @@
 // Winograd's F(4x4, 3x3) (Lavin and Gray 2016): y = A^T [(G g G^T) * (B^T d B)] A for tiles of 6x6 inputs and 4x4
 // outputs, 36 products instead of 144.
 //
-// The interpolation points are 0, 3/2, -3/2, 5/8, -5/8 and infinity, not the usual 0, 1, -1, 2, -2 and infinity: for as
-// many operations, the error of a result is 2.3 times smaller in the mean and 4 times in the worst case. Of all points
-// 0, a, -a, b, -b with a and b multiples of 1/16 they are the most exact; the constants of B and A are exact in float.
+// The interpolation points are 0, 3/2, -3/2, 5/8, -5/8 and infinity instead of the usual 0, 1, -1, 2, -2 and infinity:
+// with as many operations, the error of a result is 2.3 times smaller in the mean and 4 times in the worst case. They
+// are the most exact points 0, a, -a, b, -b with multiples a and b of 1/16; the constants of B and A are exact in
+// float.
 #pragma once
 #include "vec.h"
 
@@ -16,7 +17,7 @@ constexpr int kProducts = kPoints * kPoints;
 
 constexpr float kA = 1.5f, kB = 0.625f;
 constexpr float kA2 = kA * kA, kB2 = kB * kB;
-// What G's rows of the points 0, +-kA and +-kB are divided by: the product of a point's distances from the others.
+// Factors of G's rows for the points 0, +-kA and +-kB: one over the product of a point's distances from the others.
 constexpr float kWeightZero = 1 / (kA2 * kB2);
 constexpr float kWeightA = 1 / (2 * kA2 * (kA2 - kB2)), kWeightB = 1 / (2 * kB2 * (kB2 - kA2));
 

@@ -1,4 +1,4 @@
-// What the kernels of this folder share: launching, storage types, 16-byte accesses, warps and clusters.
+// Shared by the kernels of this folder: launches, storage types, 16-byte accesses, warps and clusters.
 //
 // The same sources compile for the CPU with FASTDDPM_EMULATE defined (emulate/cuda_emulation.h), for tests.
 #pragma once
@@ -18,7 +18,7 @@
 
 namespace fastddpm {
 
-// What the host decides by. Queried at each call: the answer depends on the current device.
+// The limits by which the host plans a launch. Queried at each call, because they depend on the current device.
 struct Chip {
     int multiprocessors;
     int shared;   // bytes of shared memory that a block may have
@@ -45,11 +45,12 @@ constexpr int kSharedOfEveryChip = 48 * 1024;  // more must be asked for
 
 cudaLaunchConfig_t launch_config(const LaunchShape &shape, void *stream, cudaLaunchAttribute *cluster);
 
-// Lets a kernel have all the shared memory that a block may have on the current device, whatever this launch needs: the
-// limit belongs to the kernel, and threads that launch it at the same time must not lower each other's.
+// Raises a kernel's limit of shared memory to the most that a block may have on the current device, whatever this
+// launch needs: the limit belongs to the kernel, and threads that launch it at the same time must not lower each
+// other's.
 int32_t allow_shared(const void *kernel);
 
-// Nothing is launched for no blocks. A failure is returned, and cleared from the runtime's state.
+// Launches nothing if there are no blocks. A failure is returned, and cleared from the runtime's state.
 template <typename... Parameters>
 int32_t launch(void (*kernel)(Parameters...), const LaunchShape &shape, void *stream,
                typename identity<Parameters>::type... arguments) {
@@ -130,7 +131,7 @@ __device__ __forceinline__ float widen(f16 value) { return widen_f16(value.bits)
 __device__ __forceinline__ uint32_t round_pair(bf16, float low, float high) { return round_bf16x2(low, high); }
 __device__ __forceinline__ uint32_t round_pair(f16, float low, float high) { return round_f16x2(low, high); }
 
-// V adjacent elements of storage type T as they move: 16 bytes, or one element where that cannot be.
+// V adjacent elements of storage type T that are loaded and stored together: 16 bytes, or one element.
 template <typename T, int V>
 struct Pack {
     static_assert(sizeof(T) == 2 && V == 8);
@@ -174,7 +175,7 @@ using Word = std::conditional_t<sizeof(Pack<T, V>) == 16, uint4,
                                 std::conditional_t<sizeof(Pack<T, V>) == 4, uint32_t, uint16_t>>;
 
 #ifndef FASTDDPM_EMULATE
-// Nothing that the kernels load by packs is written while they run.
+// Loads through the read-only cache: nothing that the kernels load by packs is written while they run.
 template <typename W>
 __device__ __forceinline__ W read_word(const void *address) {
     return __ldg(static_cast<const W *>(address));
@@ -183,7 +184,7 @@ template <typename W>
 __device__ __forceinline__ void write_word(void *address, const W &word) {
     *static_cast<W *>(address) = word;
 }
-// By name: the compiler takes the assignment apart into four stores where the address is a sum of many.
+// In assembly, because the compiler splits a plain assignment into four stores if the address is a sum of many.
 __device__ __forceinline__ void write_word(void *address, const uint4 &word) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(word.x),
                  "r"(word.y), "r"(word.z), "r"(word.w));

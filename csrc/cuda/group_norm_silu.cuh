@@ -1,10 +1,10 @@
-// What the forward and the backward pass of group_norm_silu share: how the work is divided, and sums per channel.
+// Shared by the forward and the backward pass of group_norm_silu: the division of the work, and sums per channel.
 //
-// A block works on a share: one image, a slab of channels (whole groups) and a part of the pixels. It walks its share
-// in vectors of V elements, which are V channels of a pixel in NHWC and V pixels of a channel in NCHW. A thread walks
-// lines: in NHWC one vector of channels through many pixels, in NCHW one channel's pixels, which the threads of a part
-// of a warp take in turns. What belongs to a channel is thus read once a line and summed in registers, groups may be
-// of any number of channels, and x and skip are read as they lie: no vector crosses the seam.
+// A block works on a share: one image, a slab of channels (whole groups) and a part of the pixels. It reads its share
+// in vectors of V elements: V channels of a pixel in NHWC, V pixels of a channel in NCHW. A thread works on lines: in
+// NHWC one vector of channels through many pixels, in NCHW one channel's pixels, which the threads of a part of a warp
+// take in turns. Therefore the parameters of a channel are read once per line, its sums are kept in registers, groups
+// may have any number of channels, and x and skip need no copy: no vector crosses the seam between them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,9 +19,9 @@ using Args = fastddpm_group_norm_silu_args;
 
 constexpr int kThreads = 256;  // at most, of a block; 128 registers each let two blocks share a multiprocessor
 
-// How one call is divided; made on the host. On chip: the parts of a slab are one cluster, whose shared memory holds
-// the slab, so that memory is read once. Otherwise a kernel leaves sums of each part in the workspace, a second adds
-// them up, a third reads again and writes.
+// The division of one call, made on the host. On chip: the parts of a slab are one cluster, whose shared memory holds
+// the slab, so that memory is read once. Otherwise one kernel writes the sums of each part to the workspace, a second
+// adds them up, and a third reads the input again and writes the output.
 struct Plan {
     int channels, slabs;  // channels of a slab, slabs of an image
     int pixels, parts;    // pixels of a part, parts of an image
@@ -95,7 +95,7 @@ FASTDDPM_DEVICE void for_each_line(const Share &s, Visit visit) {
                 visit(Line{column * V, row, s.pixels, rows, column, s.columns, true});
     } else {
         const int lanes = lanes_in_columns(s.columns), lane = thread % lanes;
-        // Up to the warp's first channel: all of a warp's threads make the same number of turns.
+        // The bound is on the warp's first channel, so that all threads of a warp make the same number of turns.
         for (int c = thread / lanes; c - thread % 32 / lanes < s.channels; c += threads / lanes) {
             const bool real = c < s.channels;
             const int channel = real ? c : 0;
@@ -104,7 +104,7 @@ FASTDDPM_DEVICE void for_each_line(const Share &s, Visit visit) {
     }
 }
 
-// Where a line's vectors lie in a tensor that is one image tensor, or two as if concatenated.
+// The addresses of a line's vectors in one image tensor, or in two as if they were concatenated.
 template <typename T>
 struct Cursor {
     T *base;
@@ -204,7 +204,7 @@ FASTDDPM_DEVICE float embedding_of(const Args &a, int64_t n, int c) {
     return a.temb ? element(a.temb, n * channels_of(a) + c, a.param_dtype) : 0.0f;
 }
 
-// Within 2^-21 of the sigmoid for |y| <= 10, where its derivative matters; 0 and 1 far out, never NaN for a number.
+// Within 2^-21 of the sigmoid for |y| <= 10, where its derivative matters; 0 or 1 far out; NaN only for NaN.
 FASTDDPM_DEVICE float sigmoid(float y) { return __fdividef(1.0f, 1.0f + __expf(-y)); }
 
 struct DropoutKey {
@@ -243,7 +243,7 @@ FASTDDPM_DEVICE uint32_t kept_of_vector(const Args &a, const DropoutKey &key, ui
 }
 
 inline DropoutRule dropout_rule(const Args &a) {
-    // Rounded as Python rounds: to even.
+    // Rounded to even, as Python's round does.
     const auto threshold = static_cast<uint32_t>(nearbyint(static_cast<double>(a.dropout) * 65536.0));
     return {threshold, static_cast<float>(65536.0 / (65536 - threshold))};
 }

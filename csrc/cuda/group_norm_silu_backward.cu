@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kSums = 3;  // g, g t, t
 
-// In the workspace, before the plan's own part: the sums of g x_hat and g with the factor 1 + scale, (2, N, C).
+// The workspace begins with the sums of g x_hat and g with the factor 1 + scale, (2, N, C); the plan's own part
+// follows.
 FASTDDPM_DEVICE float *image_sums(const Plan &plan) { return plan.memory; }
 __host__ __device__ __forceinline__ float *group_means(const Args &a, const Plan &plan) {  // (N, G, 2)
     return plan.memory + 2 * a.n * channels_of(a);
@@ -54,7 +55,7 @@ FASTDDPM_DEVICE void fill_means(const Args &a, const Share &s, const Table &tabl
     __syncthreads();
 }
 
-// What a line's elements need of its channels.
+// The numbers of a line's channels that its elements need.
 template <int K>
 struct ChannelValues {
     float centre[K], factor[K], offset[K];
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int rank = 0; rank < plan.parts; ++rank) sum += of_rank(sums, rank)[i];
             total[i] = sum;
         }
-        // A block's shared memory must outlive the other blocks' reading.
+        // A block must not end, and lose its shared memory, before the other blocks have read it.
         cluster_sync();
     } else {
         total = sums;

@@ -5,7 +5,7 @@ namespace fastddpm {
 namespace group_norm {
 namespace {
 
-// What happens to the elements of a channel: y = (x - centre) * factor + offset; x has no temb yet, centre has it.
+// The map of a channel's elements: y = (x - centre) * factor + offset. x is without temb, which centre accounts for.
 struct Table {
     float *centre, *factor, *offset;
 };
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             a.rstd[s.n * a.groups + s.c0 / per_group + g] = rstd[g];
         }
     }
-    // A block's shared memory must outlive the other blocks' reading.
+    // A block must not end, and lose its shared memory, before the other blocks have read it.
     if (plan.parts > 1) cluster_sync();
     else __syncthreads();
     fill_table(a, s, table, mean, rstd);

@@ -1,4 +1,4 @@
-// How a call of group_norm_silu is divided among blocks. Host code only.
+// Divides a call of group_norm_silu among blocks. Host code only.
 #include <numeric>
 
 #include "group_norm_silu.cuh"
@@ -7,7 +7,7 @@ namespace fastddpm {
 namespace group_norm {
 namespace {
 
-// Bytes of a memory sector: rows of fewer waste bandwidth.
+// Bytes of a memory sector: shorter rows waste bandwidth.
 constexpr int64_t kSector = 32;
 constexpr int64_t kReserved = 1024;  // bytes of shared memory that each block costs besides its own
 
@@ -58,9 +58,9 @@ struct Planner {
         return plan;
     }
 
-    // The slab of an image in one cluster: fewest blocks to a cluster and widest slab with which every multiprocessor
-    // has a block, else the most blocks. Half of the shared memory first: two blocks then work on one multiprocessor,
-    // one of them loading while the other computes.
+    // Finds a plan with the slab of an image in one cluster: the fewest blocks per cluster and the widest slab with
+    // which every multiprocessor has a block, else the plan with the most blocks. Tries half of the shared memory
+    // first: two blocks then share a multiprocessor, and one loads while the other computes.
     bool on_chip(Plan *best) const {
         best->blocks = 0;
         for (const int64_t budget : {(chip.shared - kReserved) / 2, int64_t{chip.shared}}) {
@@ -83,7 +83,8 @@ struct Planner {
         return false;
     }
 
-    // Parts of an image that need not be together on a chip: as much of a row as fits (NHWC), or one group (NCHW).
+    // Finds a plan with parts of an image that need not be on chip together: as much of a row as fits (NHWC), or one
+    // group (NCHW).
     bool in_parts(Plan *plan) const {
         const int64_t grain = nhwc ? 1 : vector, stash = std::min(48 * 1024, chip.shared / 2);
         for (int64_t units = nhwc ? all_channels / unit : 1; units > 0; --units) {
@@ -114,7 +115,7 @@ int32_t make_plan(const Args &a, bool backward, Plan *plan) {
         const Planner planner{a, chip, backward, vector};
         return planner.on_chip(plan) || planner.in_parts(plan);
     };
-    // Groups of an odd number of channels come whole into vectors only by several, which may be too many.
+    // With an odd number of channels per group, only several groups together fill whole vectors, which may be too many.
     if (!planned(vector_of(a, backward)) && !planned(1)) return FASTDDPM_UNSUPPORTED;
     // Backward: the sums of an image's channels, for the weight's and the bias's gradients.
     if (backward) plan->workspace += 2 * a.n * (a.c1 + a.c2) * static_cast<int64_t>(sizeof(float));

@@ -1,7 +1,7 @@
 // Elementwise kernels: a thread takes four adjacent elements of an image in (C, H, W) order, those of one Philox block.
 //
-// Normals are computed in double with the operations, in the order, of csrc/cpu/random_normal.cpp, and the sources that
-// include this are compiled without contraction: the noise has the same bits on a GPU as on a CPU.
+// Normals are computed in double with the same operations, in the same order, as in csrc/cpu/noise.h, and the sources
+// that include this are compiled without contraction: the noise has the same bits on a GPU as on a CPU.
 #pragma once
 #include "common.cuh"
 

@@ -14,7 +14,7 @@ __device__ __forceinline__ float pixel(const fastddpm_q_sample_args &a, int64_t 
     return static_cast<const float *>(a.x0)[i];
 }
 
-// A timestep outside the table, which the host cannot see without waiting, gives NaN.
+// A timestep outside the table gives NaN: the host could not check it without waiting for the GPU.
 __global__ void __launch_bounds__(kElementwiseThreads)
     noise_images(const __grid_constant__ fastddpm_q_sample_args a, const bool whole) {
     const int64_t num = a.c * a.height * a.width;

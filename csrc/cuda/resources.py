@@ -1,4 +1,4 @@
-"""What each kernel takes of a GPU, as ptxas says when csrc/build.py compiles it.
+"""Reads the registers, stack and shared memory of each kernel, which ptxas printed when csrc/build.py compiled it.
 
 python csrc/cuda/resources.py    prints the table of docs/measurements/gpu.md for the kernels in build/native-cuda
 """
@@ -19,7 +19,7 @@ _KERNEL = re.compile(
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes on one chip."""
+    """The resources that one kernel needs on one chip."""
 
     source: str
     kernel: str
@@ -27,11 +27,11 @@ class Usage:
     stack: int  # bytes
     spills: int  # bytes
     registers: int
-    shared: int  # bytes, static; the rest is chosen for each call
+    shared: int  # bytes of static shared memory; dynamic memory is chosen at each call
 
 
 def kernel_name(mangled: str) -> str:
-    """The last part of a qualified name: _ZN8fastddpm10group_norm..9normalizeI.. is normalize."""
+    """Return the last part of a mangled name: normalize for _ZN8fastddpm10group_norm..9normalizeI.."""
     at, name = len("_ZN"), ""
     while length := re.match(r"\d+", mangled[at:]):
         start = at + length.end()

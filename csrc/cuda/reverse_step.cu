@@ -14,7 +14,7 @@ struct Row {
     float v[kColumns];
 };
 
-// An index outside the table, which the host cannot see without waiting, gives NaN.
+// An index outside the table gives NaN: the host could not check it without waiting for the GPU.
 __device__ __forceinline__ Row row_of(const fastddpm_reverse_step_args &a, int64_t index) {
     Row row;
     const bool inside = index >= 0 && index < a.steps;

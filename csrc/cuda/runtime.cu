@@ -9,12 +9,12 @@ namespace {
 
 constexpr int kLargestCluster = 8;  // what every chip with clusters promises
 constexpr int kThreads = 256;       // of the blocks that come in clusters
-constexpr int kDevices = 64;        // whose answer is kept
+constexpr int kDevices = 64;        // the most devices whose answer is kept
 
 __global__ void __launch_bounds__(kThreads, 2) nothing() {}
 
-// The largest cluster of blocks with `shared` bytes each that the current device has room for: a part of a chip may
-// have fewer multiprocessors together than the chip has.
+// The largest cluster of blocks with `shared` bytes each that the current device has room for. A cluster runs in one
+// part of a chip, which may have too few multiprocessors.
 int32_t ask_largest_cluster(int shared, int *largest) {
     if (const int32_t error = allow_shared(reinterpret_cast<const void *>(nothing))) return error;
     for (*largest = kLargestCluster; *largest > 1; *largest /= 2) {

@@ -2,11 +2,11 @@
 //
 // Every CUDA thread is a fiber with a stack of its own. One OS thread runs the blocks of a cluster together and the
 // clusters one after another; a fiber runs until a barrier or a shuffle stops it. The order in which fibers run can be
-// chosen, in turns or one block far ahead of the others: with a barrier missing, two orders give two results. Shared
-// memory starts as NaN in every block and ends at guard bytes; when a block ends, the rest of its cluster reads NaN
-// there. A barrier that not all threads reach, and an access by packs at an address that they do not divide, end the
-// launch with an error.
-// What this cannot show: docs/cuda.md.
+// chosen: in turns, or one block far ahead of the others. If a barrier is missing, two orders give two results. The
+// shared memory of every block starts as NaN and ends at guard bytes; once a block has ended, the rest of its cluster
+// reads NaN there. A barrier that not all threads reach, and an access by packs at an unaligned address, end the launch
+// with an error.
+// docs/cuda.md tells what the emulation cannot show.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -4,7 +4,7 @@
 namespace fastddpm {
 namespace {
 
-// What the other warp wrote; without the barrier, that or what was there before.
+// Reads what the other warp wrote; without the barrier, perhaps what was there before.
 __global__ void neighbour(float *out, bool barrier) {
     FASTDDPM_SHARED(memory);
     auto *values = reinterpret_cast<float *>(memory);
@@ -28,7 +28,7 @@ __global__ void one_off(const float *in, float *out) {
     store<4>(out + threadIdx.x * 4, values);
 }
 
-// What a block reads of its neighbour's shared memory, which ends with the neighbour.
+// Reads the shared memory of the neighbouring block, which ends with that block.
 __global__ void neighbour_block(float *out, bool wait) {
     FASTDDPM_SHARED(memory);
     auto *values = reinterpret_cast<float *>(memory);
