@@ -13,8 +13,6 @@ No module that a file names is imported. diffusers' timesteps for short chains (
 import json
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from fastddpm.config import Preset, SampleConfig, TrainConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.storage.documents import from_dict, parse_json, to_dict
+from fastddpm.storage.files import sync, whole_directory
 from fastddpm.storage.tensors import parse_tensors
 from fastddpm.unet import UNet
 
@@ -117,43 +116,20 @@ def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False)
                 f"{target} is not a diffusers pipeline, and nothing else is overwritten; choose another path"
             )
     try:
-        _write_whole(model, documents, target)
+        with whole_directory(target) as directory:
+            _write_all(model, documents, directory)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
 
 
-def _write_whole(model: Parts, documents: dict[str, Any], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        for name, document in documents.items():
-            _write(temporary / name, (json.dumps(document, indent=2) + "\n").encode())
-        tensors = {
-            their_name(name): tensor.detach().to("cpu", torch.float32).contiguous()
-            for name, tensor in model.unet.state_dict().items()
-        }
-        _write(temporary / "unet" / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        temporary.chmod(0o755)
-        _put(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put(directory: Path, target: Path) -> None:
-    """Rename `directory` to `target`. An existing `target` is removed afterwards, or restored if the rename fails."""
-    if not target.is_dir():
-        os.rename(directory, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        os.rename(target, aside / "old")
-        try:
-            os.rename(directory, target)
-        except OSError:
-            os.rename(aside / "old", target)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def _write_all(model: Parts, documents: dict[str, Any], directory: Path) -> None:
+    for name, document in documents.items():
+        _write(directory / name, (json.dumps(document, indent=2) + "\n").encode())
+    tensors = {
+        their_name(name): tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in model.unet.state_dict().items()
+    }
+    _write(directory / "unet" / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def their_name(name: str) -> str:
@@ -236,7 +212,5 @@ def _new_attention_name(name: str) -> str:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    sync(path)

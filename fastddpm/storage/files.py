@@ -69,7 +69,8 @@ def whole_directory(target: Path) -> Iterator[Path]:
     An existing `target` is removed, or restored if the rename fails. Raises `OSError` if the file system fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = temporary_beside(target), temporary_beside(target.with_name(f"{target.name}.old"))
+    temporary = temporary_beside(target)
+    aside = temporary.with_suffix(".old")  # not a name that `sweep` removes: it may be the only copy
     try:
         temporary.mkdir()
         yield temporary
@@ -81,9 +82,9 @@ def whole_directory(target: Path) -> Iterator[Path]:
             if aside.exists():
                 os.rename(aside, target)
             raise
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
-        for path in (temporary, aside):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def temporary_beside(path: Path) -> Path:

@@ -42,7 +42,7 @@ def test_a_pipeline_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pyte
     rename = os.rename
 
     def failing(source: Path, name: Path) -> None:
-        if Path(name) == target and Path(source).name != "old":
+        if Path(name) == target and not Path(source).name.endswith(".old"):
             raise OSError(errno.EIO, "failing disk")
         rename(source, name)
 
