@@ -36,7 +36,7 @@ def test_means_by_t_leave_out_empty_bins() -> None:
 
 def test_the_lines_drawn_are_those_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     run = a_run(tmp_path / "a")
     curves.main([str(run), str(a_run(tmp_path / "b", seed=1)), "--out", str(tmp_path / "x.png")])
     loss, norm, by_t = drawn[0].axes
@@ -51,7 +51,7 @@ def test_the_lines_drawn_are_those_of_the_log(tmp_path: Path, monkeypatch: pytes
 
 def test_quarters_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     records = [{"step": i, "loss_by_t": [float(i), 2.0 * i]} for i in range(1, 9)]
     assert plots.loss_by_t(records, 10, tmp_path / "x.png", "title")
     (axes,) = drawn[0].axes
