@@ -1,4 +1,4 @@
-"""group_norm_silu by a compiled library: what the CPU's and CUDA's have in common."""
+"""Calls of group_norm_silu to a compiled library, for cpu.py and cuda.py."""
 
 from collections.abc import Sequence
 from types import ModuleType

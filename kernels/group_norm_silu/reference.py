@@ -31,7 +31,7 @@ def _input(a: Arguments) -> Tensor:
 
 
 def _affine(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Gain and offset per image and channel, each (N or 1, C)."""
+    """Return gain and offset per image and channel, each (N or 1, C)."""
     dtype = a.statistics_dtype
     gain, offset = a.weight.to(dtype).unsqueeze(0), a.bias.to(dtype).unsqueeze(0)
     if a.scale is not None and a.shift is not None:
