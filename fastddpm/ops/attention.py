@@ -1,5 +1,6 @@
 """attention: softmax(q k^T / sqrt(C)) v over the tokens of a feature map, one head of the full width."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from fastddpm.kernels.attention import Arguments
 
+from .derivatives import differentiable_backward, transformed
 from .registry import register, register_gradient
 
 
@@ -25,7 +27,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         raise ValueError(f"attention: q, k, v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if transformed(q, k, v):
+        return _plain(q, k, v, scale)
     return torch.ops.fastddpm.attention(q, k, v, scale)[0]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention in PyTorch's operators, for derivatives that the kernels do not have."""
+    dtype = Arguments(q, k, v, scale).statistics_dtype
+    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(1, 2)) * scale
+    return torch.matmul(torch.softmax(scores, dim=-1), v.to(dtype)).to(q.dtype)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -43,7 +54,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(lse)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        plain = functools.partial(_plain, scale=ctx.scale)
+        return *differentiable_backward(plain, ctx.saved_tensors[:3], grad, ctx.needs_input_grad[:3]), None
     return *torch.ops.fastddpm.attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 

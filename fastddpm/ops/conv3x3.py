@@ -1,12 +1,15 @@
 """conv3x3: 3x3 convolution with stride 1, optionally of an image upsampled by 2."""
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.kernels.conv3x3 import Arguments
 
+from .derivatives import differentiable_backward, transformed
 from .registry import register, register_gradient
 
 
@@ -14,18 +17,27 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, doubled: b
     """Convolve x with 3x3 weights, stride 1 and one zero on every side. `doubled`: upsample x by 2 (nearest) first.
 
     `x`: floating (N, C, H, W), any memory format. `weight`: (K, C, 3, 3), `bias`: (K,), in x's dtype.
+    Under torch.autocast all of them are cast to its dtype, as by F.conv2d.
     Returns (N, K, H, W), or (N, K, 2H, 2W), in channels_last.
     Raises ValueError for other shapes or dtypes.
     """
     if x.ndim != 4 or not x.dtype.is_floating_point:
         raise ValueError(f"conv3x3: x must be floating (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
-    if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3) or weight.dtype != x.dtype:
+    casts = torch.is_autocast_enabled(x.device.type)
+    if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3) or (weight.dtype != x.dtype and not casts):
         raise ValueError(
             f"conv3x3: weight must be {x.dtype} (K, {x.shape[1]}, 3, 3); got {weight.dtype} {tuple(weight.shape)}"
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+    if bias is not None and (bias.shape != weight.shape[:1] or (bias.dtype != x.dtype and not casts)):
         raise ValueError(f"conv3x3: bias must be {x.dtype} ({weight.shape[0]},); got {bias.dtype} {tuple(bias.shape)}")
+    if transformed(x, weight, bias):
+        return _plain(x, weight, bias, doubled)
     return torch.ops.fastddpm.conv3x3(x, weight, bias, doubled)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+    """The convolution in PyTorch's operators, for derivatives that the kernels do not have."""
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x, weight, bias, padding=1)
 
 
 def _fake(a: Arguments) -> Tensor:
@@ -44,17 +56,26 @@ def _fake_backward(a: Arguments, grad: Tensor, wanted: list[bool]) -> tuple[Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.doubled = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, bias, ctx.doubled = inputs
+    ctx.save_for_backward(x, weight, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.fastddpm.conv3x3_backward(grad, *ctx.saved_tensors, ctx.doubled, wanted)
+    wanted, (x, weight, bias) = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
+    if torch.is_grad_enabled():
+        plain = functools.partial(_plain, doubled=ctx.doubled)
+        return *differentiable_backward(plain, (x, weight, bias), grad, wanted), None
+    grads = torch.ops.fastddpm.conv3x3_backward(grad, x, weight, ctx.doubled, wanted)
     return *(gradient if want else None for gradient, want in zip(grads, wanted, strict=True)), None
 
 
-register("conv3x3", Arguments, "(Tensor x, Tensor weight, Tensor? bias, bool doubled) -> Tensor", _fake)
+register(
+    "conv3x3",
+    Arguments,
+    "(Tensor x, Tensor weight, Tensor? bias, bool doubled) -> Tensor",
+    _fake,
+    autocast=("x", "weight", "bias"),
+)
 register(
     "conv3x3_backward",
     Arguments,

@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.kernels.group_norm_silu import Arguments
+from fastddpm.kernels.group_norm_silu.reference import dropout_scale
 
+from .derivatives import differentiable_backward, transformed
 from .random_normal import check_counter
 from .registry import register, register_gradient
 
@@ -40,6 +43,8 @@ def group_norm_silu(
     """
     a = Arguments(x, weight, bias, groups, eps, skip, temb, scale, shift, silu, dropout, images, seed, step, layer)
     _check(a)
+    if transformed(x, weight, bias, skip, temb, scale, shift):
+        return _plain(a)
     return torch.ops.fastddpm.group_norm_silu(*a)[0]
 
 
@@ -76,6 +81,25 @@ def _check(a: Arguments) -> None:
             raise ValueError(f"group_norm_silu: images must be ({n},); got {tuple(a.images.shape)}")
 
 
+def _plain(a: Arguments) -> Tensor:
+    """The operation in PyTorch's operators, for derivatives that the kernels do not have."""
+    dtype = a.statistics_dtype
+
+    def per_pixel(values: Tensor) -> Tensor:
+        return values.to(dtype)[..., None, None]
+
+    h = (a.x if a.skip is None else torch.cat([a.x, a.skip], dim=1)).to(dtype)
+    h = h if a.temb is None else h + per_pixel(a.temb)
+    y = F.group_norm(h, a.groups, a.weight.to(dtype), a.bias.to(dtype), a.eps)
+    if a.scale is not None and a.shift is not None:
+        y = y * (1 + per_pixel(a.scale)) + per_pixel(a.shift)
+    y = F.silu(y) if a.silu else y
+    if a.dropout > 0:
+        assert a.images is not None and a.seed is not None and a.step is not None
+        y = y * dropout_scale(y.shape, a.dropout, a.images, a.seed, a.step, a.layer).to(dtype)
+    return y.to(a.x.dtype)
+
+
 def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     n, _, height, width = a.x.shape
     shape = (n, a.channels, height, width)
@@ -95,7 +119,7 @@ def _fake_backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tu
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     a, (_, mean, rstd) = Arguments(*inputs), output
-    ctx.groups, ctx.silu, ctx.dropout, ctx.layer = a.groups, a.silu, a.dropout, a.layer
+    ctx.groups, ctx.eps, ctx.silu, ctx.dropout, ctx.layer = a.groups, a.eps, a.silu, a.dropout, a.layer
     ctx.save_for_backward(
         a.x, a.weight, a.bias, mean, rstd, a.skip, a.temb, a.scale, a.shift, a.images, a.seed, a.step
     )  # fmt: skip
@@ -104,6 +128,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, rstd, skip, temb, scale, shift, images, seed, step = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _differentiable_backward(ctx, grad)
     grads = torch.ops.fastddpm.group_norm_silu_backward(
         grad, x, weight, bias, mean, rstd, ctx.groups, skip, temb, scale, shift, ctx.silu, ctx.dropout,
         images, seed, step, ctx.layer,
@@ -119,6 +145,29 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         unless_absent(grad_scale, scale), unless_absent(grad_shift, shift),
         None, None, None, None, None, None,
     )  # fmt: skip
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, _, _, skip, temb, scale, shift, images, seed, step = ctx.saved_tensors
+
+    def plain(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        skip: Tensor | None,
+        temb: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        a = Arguments(
+            x, weight, bias, ctx.groups, ctx.eps, skip, temb, scale, shift, ctx.silu, ctx.dropout,
+            images, seed, step, ctx.layer,
+        )  # fmt: skip
+        return _plain(a)
+
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6, 7, 8)]
+    found = differentiable_backward(plain, (x, weight, bias, skip, temb, scale, shift), grad, needed)
+    return *found[:3], None, None, *found[3:], None, None, None, None, None, None
 
 
 register(

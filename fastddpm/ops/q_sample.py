@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastddpm.kernels.q_sample import Arguments
 
+from .derivatives import refuse_tangents
 from .random_normal import check_counter
 from .registry import register, register_without_gradient
 
@@ -40,6 +41,7 @@ def q_sample(
     check_counter("q_sample", images, seed, step)
     if images.shape != t.shape:
         raise ValueError(f"q_sample: images must be ({x0.shape[0]},); got {tuple(images.shape)}")
+    refuse_tangents("q_sample", x0, table, noise)
     return torch.ops.fastddpm.q_sample(x0, t, table, flip, noise, images, seed, step)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastddpm.kernels.reverse_step import COLUMNS, FIXED, LEARNED, LEARNED_RANGE, Arguments
 
+from .derivatives import refuse_tangents
 from .random_normal import check_counter
 from .registry import register, register_without_gradient
 
@@ -54,6 +55,7 @@ def reverse_step(
     check_counter("reverse_step", images, seed, index)
     if images.shape != x.shape[:1]:
         raise ValueError(f"reverse_step: images must be ({n},); got {tuple(images.shape)}")
+    refuse_tangents("reverse_step", x, out, table, noise)
     torch.ops.fastddpm.reverse_step(
         x, out, table, timesteps, index, images, seed, float(clip), VARIANCES[variance], noise, x0
     )
