@@ -67,8 +67,9 @@ def test_output_and_gradients_are_those_of_the_reference(unet: UNet, monkeypatch
         ours = step(unet)
     assert len(ours) == len(expected) == 1 + len(list(unet.parameters()))
     for a, b in zip(ours, expected, strict=True):
-        # The exact gradient of the bias of k is zero, so that of the reference is rounding too.
-        assert (a - b).norm() <= 1e-5 * max(b.norm(), 0.1)
+        # Both are float32, summed in different orders, which also differ between machines (1.6e-5 with AVX2 alone). The
+        # exact gradient of the bias of k is zero, so that of the reference is rounding too.
+        assert (a - b).norm() <= 2e-5 * max(b.norm(), 0.1)
     norms = sum(isinstance(module, GroupNormSiLU) for module in unet.modules())
     attentions = sum(isinstance(module, AttnBlock) for module in unet.modules())
     kinds = Counter(re.sub(r"^_(group_norm_silu|attention)_.*(forward|backward|kernel).*", r"\1", n) for n in launched)

@@ -68,10 +68,11 @@ def alone() -> dict[str, Any]:
 
 @pytest.mark.parametrize(("count", "names"), [(2, [*WAYS]), (4, ["ddp-accumulate", "paper"])])
 def test_several_processes_train_as_one(alone: dict[str, Any], count: int, names: list[str]) -> None:
-    """Within the order of summation, which in bfloat16 includes where a weight's gradient is rounded, to 2^-8."""
+    """Within the order of summation. In bfloat16 that includes where a weight's gradient is rounded to 8 bits: once in
+    one process, twice in two; without AVX-512 PyTorch also rounds between blocks (4.7e-3 of the norm was seen)."""
     found = team.values(count, team.grouped, curves, {name: WAYS[name] for name in names})
     for name in names:
-        of_gradient, of_loss, of_norm = (2**-8, 1e-3, 2**-5) if name == "ddp-bf16" else (2e-6, 1e-5, 1e-4)
+        of_gradient, of_loss, of_norm = (2**-7, 1e-3, 2**-5) if name == "ddp-bf16" else (2e-6, 1e-5, 1e-4)
         expected, gradient = alone[name]
         for one in found:
             curve, own = one[name]
