@@ -16,18 +16,22 @@ from .workers import Workers, default_workers
 
 RESIDENT_LIMIT_BYTES = 2 * 2**30
 TIMEOUT_S = 60.0
-AHEAD = 3  # batches decoded before they are asked for
+AHEAD = 3  # batches that workers decode before they are needed
 
 
 class Batches:
-    """The batch of any training step: `Batches(dataset, 128, seed, device).at(step)`.
+    """Training batches by step, in any order of steps: `Batches(dataset, 128, seed, device).at(step)`.
 
-    Decoded images of up to `resident_limit_bytes` live on the device as uint8; more are gathered from memory or disk.
-    Those of a pack are decoded by `workers` processes (0: by this one; None: as many as there are processors, at most
-    8), three batches ahead in `step`. With `world` processes, `batch` is that of all of them, and each gets its part
-    `start`..`end`, contiguous and in the order of ranks. Which images a step has depends on nothing but `seed`, `batch`
-    and the step. Raises DataError when there are fewer images than a batch, and from `at` for a damaged image or a
-    worker that is killed or does not answer for `timeout_s`; UsageError for a rank without images.
+    The images of a step depend on `seed`, `batch` and the step only. Decoded images of up to `resident_limit_bytes`
+    (default: 2 GiB) are kept on the device as uint8; larger sets are gathered from memory or disk. Images of a pack are
+    decoded by `workers` processes, three batches ahead. `workers`: default one per processor, at most 8, divided by the
+    training processes on this machine; 0: decode in this process.
+
+    `batch` is the global batch of `world` ranks. Rank `rank` gets its images `start`..`end` - 1: parts are contiguous
+    and in the order of ranks.
+
+    Raises DataError if there are fewer images than a batch, UsageError for a rank without images, and from `at`
+    DataError for a damaged image or for a worker that is killed or does not answer for `timeout_s` seconds.
     """
 
     def __init__(
@@ -44,10 +48,10 @@ class Batches:
         resident_limit_bytes: int = RESIDENT_LIMIT_BYTES,
     ) -> None:
         if not 0 <= rank < world or batch < world:
-            raise UsageError(f"a batch of {batch} has no part for process {rank} of {world}")
+            raise UsageError(f"a batch of {batch} has no images for rank {rank} of {world}; use a larger --batch")
         if workers is not None and workers < 0:
             raise UsageError(f"workers must be 0 or more; got {workers}")
-        batch_indices(0, len(dataset.images), batch, seed)  # refuses a set that is too small before training starts
+        batch_indices(0, len(dataset.images), batch, seed)  # raises DataError if there are fewer images than a batch
         self._dataset, self._batch, self._seed, self._device = dataset, batch, seed, device
         self.start, self.end = rank * batch // world, (rank + 1) * batch // world
         self._labels = None if dataset.labels is None else torch.from_numpy(np.array(dataset.labels)).to(device)
@@ -55,7 +59,7 @@ class Batches:
         self._workers: Workers | None = None
         images = dataset.images
         if isinstance(images, PackedImages):
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun's word for how many share the machine
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # training processes on this machine, set by torchrun
             count = default_workers(here) if workers is None else workers
             if count:
                 rows = self.end - self.start
@@ -70,15 +74,18 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """End the worker processes; without it they end with this object, or this process."""
+        """End the worker processes. They also end when this object is deleted or this process ends."""
         if self._workers is not None:
             self._workers.close()
 
     def at(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """Images uint8 (end - start, C, H, W) and labels int64 or None of step `step`, on the device."""
+        """Return the images uint8 (end - start, C, H, W) and the labels int64 (end - start,) or None of `step`.
+
+        Both are on the device.
+        """
         indices = self._indices(step)
         where = torch.from_numpy(indices.copy())
-        if self._device.type == "cuda":  # a copy from memory that is not pinned would wait for the device
+        if self._device.type == "cuda":  # a copy from pageable memory would wait for the device
             where = where.pin_memory()
         where = where.to(self._device, non_blocking=True)
         labels = None if self._labels is None else self._labels[where]
@@ -90,11 +97,11 @@ class Batches:
         return images.to(self._device, non_blocking=True), labels
 
     def _indices(self, step: int) -> np.ndarray:
-        """The images of this process in a step."""
+        """Return the numbers of this rank's images in a step, int64 (end - start,)."""
         return batch_indices(step, len(self._dataset.images), self._batch, self._seed)[self.start : self.end]
 
     def _decoded(self, step: int) -> np.ndarray:
-        """What the workers have made of a step; they go on with the next ones."""
+        """Return the pixels of a step from the workers, and submit the steps after it."""
         assert self._workers is not None
         self._ahead(range(step, step + AHEAD))
         pixels = self._workers.take(step)

@@ -1,7 +1,9 @@
 """Worker processes that decode a pack ahead of training.
 
-Each decodes its part of every batch into memory that all share. They are programs of their own, not forks and not
-multiprocessing's children: these would import the caller's main module again, and torch with it.
+Each worker decodes its part of every batch into shared memory. Workers are separate programs (`worker.py`): a fork
+would hold the training process's files, locks and GPU, and multiprocessing's spawned processes import the caller's main
+module, and with it torch. docs/measurements/data-libraries.md tells why torch's DataLoader is not used: with it, a
+worker that hangs keeps the training process from going on and from ending.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -37,14 +40,21 @@ main(**options)
 
 
 def default_workers(processes: int = 1) -> int:
-    """A worker for each processor that this process may use, shared with `processes` others; 1 to 8."""
+    """Return the number of workers for each of `processes` training processes on this machine.
+
+    One for each processor that this process may use, divided by `processes`; at least 1, at most 8.
+    """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, available // processes))
 
 
 @dataclass
 class _Slot:
-    """A place for a batch: which step it holds, the workers that have not finished with it, what went wrong."""
+    """A place for one batch in the shared memory.
+
+    `step`: the step that it holds. `numbers`: its images. `waiting`: the workers that are still decoding their parts.
+    `problem`: the message about a damaged image, or "".
+    """
 
     step: int | None = None
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -58,21 +68,22 @@ class _Worker:
     connection: Connection
 
     def stop(self) -> None:
-        """It ends by itself when the connection closes, unless it hangs."""
+        """Close the connection, which ends a worker that answers; kill one that does not end within a second."""
         self.connection.close()
         try:
             self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for a dead disk ends when the disk answers
+                self.process.wait(5.0)
 
 
 class Workers:
-    """`num_workers` processes that decode batches of up to `rows` images of a pack, `slots` batches at a time.
+    """Decode batches of up to `rows` images of a pack with `num_workers` processes, `slots` batches at a time.
 
-    `submit` a step's images, then `take` its pixels; what is decoded does not depend on the number of workers. A
-    worker that is killed, or does not answer for `timeout_s`, raises DataError that names it, from `take` or `submit`.
-    Shared memory: slots x rows x (C H W + 16) bytes.
+    `submit` hands over the images of a step, `take` returns their pixels, which do not depend on the number of workers.
+    If a worker is killed, or does not answer for `timeout_s` seconds, `take` or `submit` raises DataError that names
+    it. Shared memory: slots x rows x (C H W + 16) bytes.
     """
 
     def __init__(self, images: PackedImages, rows: int, *, num_workers: int, slots: int, timeout_s: float) -> None:
@@ -100,17 +111,17 @@ class Workers:
 
     @property
     def processes(self) -> list[int]:
-        """Their process numbers."""
+        """The process ids of the workers."""
         return [worker.process.pid for worker in self._workers]
 
     def has(self, step: int) -> bool:
-        """Whether the step was submitted and not taken."""
+        """Return whether the step was submitted and not yet taken."""
         return any(slot.step == step for slot in self._slots)
 
     def submit(self, step: int, numbers: np.ndarray, wanted: range) -> None:
-        """Have the images `numbers`, int64 (n,), decoded for `step`, in the place of a step that is not `wanted`."""
+        """Start decoding the images `numbers`, int64 (n,), of `step`, in the slot of a step that is not in `wanted`."""
         index, slot = next((i, slot) for i, slot in enumerate(self._slots) if slot.step not in wanted)
-        self._finish(slot)  # of a step that nobody took
+        self._finish(slot)  # its step was submitted and never taken
         slot.step, slot.numbers, slot.problem = step, numbers, ""
         self._tasks[index, : len(numbers)] = self._images.index[numbers]
         count = len(self._workers)
@@ -124,7 +135,10 @@ class Workers:
                     self._fail(i)
 
     def take(self, step: int) -> np.ndarray:
-        """The pixels of a step, uint8 (n, C, H, W), a copy; its place is free afterwards."""
+        """Return a copy of the pixels of a step, uint8 (n, C, H, W), and free its slot.
+
+        Raises DataError if one of the images is damaged.
+        """
         index, slot = next((i, slot) for i, slot in enumerate(self._slots) if slot.step == step)
         self._finish(slot)
         slot.step = None
@@ -134,7 +148,7 @@ class Workers:
         return pixels
 
     def _finish(self, slot: _Slot) -> None:
-        """Wait until all workers are through with their parts of a slot."""
+        """Wait until all workers have decoded their parts of a slot."""
         if not self.close.alive:
             raise DataError(f"the data workers of {self._images.path} were stopped")
         deadline = time.monotonic() + self._timeout_s
@@ -186,7 +200,7 @@ class Workers:
                 [sys.executable, "-c", _PROGRAM, json.dumps(options)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), memory],
-                start_new_session=True,  # Ctrl-C on a terminal is for the training process, which still needs them
+                start_new_session=True,  # after Ctrl-C the training process saves, and still needs its workers
             )
         return _Worker(process, ours)
 
@@ -199,26 +213,28 @@ def _stop(workers: list[_Worker]) -> None:
 
 
 def _ended(process: "subprocess.Popen[bytes]") -> str:
-    """How a process ended whose connection is closed."""
+    """Return a description of how a process ended whose connection is closed."""
     try:
         code = process.wait(5.0)
     except subprocess.TimeoutExpired:
         return "closed its connection"
     if code < 0:
         name = signal.Signals(-code).name
-        return f"was killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
-    return f"ended with exit code {code}; what it said is above"
+        return f"was killed by {name}" + (", perhaps because memory ran out" if name == "SIGKILL" else "")
+    return f"ended with exit code {code}; its own message is above"
 
 
 def _memory(size: int) -> int:
-    """A descriptor of memory without a name, so that nothing is left behind however the processes end."""
+    """Return a descriptor of memory that has no name, so that nothing remains when the processes end."""
     try:
-        if hasattr(os, "memfd_create"):  # unlike files in /dev/shm not bounded by what a container gives to that
+        if hasattr(os, "memfd_create"):  # not limited by the size of /dev/shm, which is 64 MiB in Docker
             descriptor = os.memfd_create("fastddpm-batches")
         else:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
         os.ftruncate(descriptor, size)
     except OSError as error:
-        raise StorageError(f"no shared memory of {size:,} bytes for decoded batches: {error.strerror}") from error
+        raise StorageError(
+            f"shared memory of {size:,} bytes for decoded batches cannot be made: {error.strerror}"
+        ) from error
     return descriptor

@@ -1,4 +1,4 @@
-"""Packs: exact, whole or not there, and damage is always found."""
+"""Packs hold exactly what was put in, appear only when complete, and damage to them is always found."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_images_are_indexed_like_an_array(tmp_path: Path) -> None:
 
 
 def test_the_layout_of_the_file(tmp_path: Path) -> None:
-    """As the docstring has it, read by hand: other programs and later versions must find the same."""
+    """Read the file by hand as the module's docstring describes it: other programs and versions rely on that."""
     files = [encoded(image.transpose(1, 2, 0)) for image in PIXELS]
     path = packed(tmp_path / "x.fdpack", PIXELS, [1] * 9).path
     data = path.read_bytes()
@@ -129,7 +129,7 @@ def test_left_out_images_change_the_checksum_to_that_of_the_rest(tmp_path: Path)
 
 
 def found(path: Path, tmp_path: Path) -> bool:
-    """Whether damage is found by opening, verifying, or reading."""
+    """Return whether the damage is found by opening or verifying."""
     try:
         pack = open_pack(path)
     except DataError as error:
@@ -162,7 +162,7 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
 
 
 def forged(path: Path, **changes: object) -> None:
-    """Change the description, with checksums that agree."""
+    """Change fields of the description, and the checksums accordingly."""
     import hashlib
 
     data = path.read_bytes()
@@ -181,14 +181,14 @@ def forged(path: Path, **changes: object) -> None:
         ({"count": 10**15}, "cannot hold"),
         ({"count": 0}, "cannot hold"),
         ({"count": -1}, "cannot hold"),
-        ({"count": "9"}, "count is not what is expected"),
+        ({"count": "9"}, "count is not of the type int"),
         ({"labels": True}, "index's checksum differs"),
         ({"rule": {"image_size": 10**9, "channels": 3, "resize": "none"}}, "size 1000000000"),
         ({"rule": {"image_size": 8, "channels": 2, "resize": "none"}}, "2 channels"),
         ({"rule": {"image_size": 8, "channels": 3, "resize": "x"}}, "resized by 'x'"),
-        ({"rule": [8, 3]}, "rule is not what is expected"),
+        ({"rule": [8, 3]}, "rule is not of the type dict"),
         ({"store": "other"}, "stored 'other'"),
-        ({"checksum": None}, "checksum is not what is expected"),
+        ({"checksum": None}, "checksum is not of the type str"),
         ({"source": "x" * 70_000}, "its end is missing"),
     ],
 )
@@ -226,7 +226,7 @@ def test_pixels_of_another_decoder_are_told(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(source: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for it; an older pack of that name stays."""
+    """A limit on file sizes stands in for the full disk. An older pack of the same name is kept."""
     out = tmp_path / "out" / "x.fdpack"
     out.parent.mkdir()
     out.write_bytes(b"older")
@@ -262,7 +262,8 @@ def test_a_large_set_is_packed_into_the_cache(load: Load, tmp_path: Path, monkey
     entry.write_bytes(entry.read_bytes()[:-1])
     lines: list[str] = []
     assert load(keep="encoded", report=lines.append).checksum == decoded.checksum
-    assert len(lines) == 1 and "its end is missing" in lines[0] and lines[0].endswith("; packing again")
+    assert len(lines) == 2 and "its end is missing" in lines[0] and lines[0].endswith("; packing again")
+    assert lines[1] == "3 classes: 0, 1, 2"
     np.testing.assert_array_equal(open_pack(entry).images()[:], PLANES)
 
 

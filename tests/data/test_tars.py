@@ -62,7 +62,8 @@ def test_shards_of_webdataset_in_order(kind: int, tmp_path: Path, load: Load) ->
     tar_of(tmp_path / "s" / "x-000000.tar", samples([2, 9, 0], lambda i: ("json", json.dumps({"label": i}).encode())))
     lines: list[str] = []
     check(load(tmp_path / "s", report=lines.append), [2, 9, 0, 5, 4, 6], [2, 9, 0, 2, 1, 0])
-    assert len(lines) == 1 and "6 files are not read" in lines[0] and "6 .txt" in lines[0]
+    assert len(lines) == 2 and "6 files are not read" in lines[0] and "6 .txt" in lines[0]
+    assert lines[1] == "10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     check(load(tmp_path / "s" / "x-000001.tar", keep="encoded"), [5, 4, 6], [2, 1, 0])
     names = [item.name for item in open_image_source(tmp_path / "s").items()]
     assert names[0] == "x-000000.tar: 000002.png" and len(names) == 6
@@ -107,7 +108,7 @@ def test_samples_that_cannot_be_used_are_named(tmp_path: Path, load: Load) -> No
         f"3 of 5 images in {path} cannot be used:",
         "x.tar: b.png: cannot be read: its label: b.cls holds no number",
         "x.tar: c.png: cannot be read: several images in one sample: c.png, c.jpg",
-        "x.tar: d.png: not an image of a known format (JPEG, PNG, WEBP, BMP, GIF)",
+        "x.tar: d.png: not an image of a known format (PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF)",
     ]
     check(load(path, skip_bad=True), [0, 5], [0, 2])
 

@@ -119,7 +119,7 @@ def test_more_workers_than_images(pack: Pack) -> None:
 
 def test_wishes_that_cannot_be(pack: Pack) -> None:
     for rank, world in ((2, 2), (-1, 2), (0, 13)):
-        with pytest.raises(UsageError, match=f"a batch of 12 has no part for process {rank} of {world}"):
+        with pytest.raises(UsageError, match=f"a batch of 12 has no images for rank {rank} of {world}"):
             Batches(pack.dataset(), BATCH, SEED, CPU, rank=rank, world=world)
     with pytest.raises(UsageError, match="workers must be 0 or more; got -1"):
         Batches(pack.dataset(), BATCH, SEED, CPU, workers=-1)

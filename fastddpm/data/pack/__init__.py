@@ -1,1 +1,1 @@
-"""The pack: encoded images in one file, decoded while training."""
+"""The pack: a file of encoded images that are decoded while training."""

@@ -1,13 +1,14 @@
-"""A pack: encoded images in one file, which training decodes in any order.
+"""The format of a pack: one file of encoded images, which training decodes in any order.
 
     magic         8 bytes
     images        encoded, one after the other
-    index         offset uint64, length uint32, CRC-32 uint32 of each; then, if there are labels, int64 of each
-    description   JSON: version, rule, count, checksum of the pixels, SHA-256 of the index, ..
-    trailer       where the description starts, its length, its SHA-256, that of all bytes before the trailer, magic
+    index         for each image: offset uint64, length uint32, CRC-32 uint32; then, if there are labels, int64 labels
+    description   JSON: version, rule (size, channels, resize), count, checksum of the pixels, SHA-256 of the index, ..
+    trailer       offset uint64, length uint64 and SHA-256 of the description, SHA-256 of all bytes before it, magic
 
-All numbers are little-endian. The checksum of the pixels is that of the same images decoded into an array
-(`dataset.checksum`), so a run may go on with either.
+All numbers are little-endian. The checksum of the pixels equals that of the same images decoded into an array
+(`dataset.checksum`), so a run can be resumed with either. A stored zip takes 27 times the memory for its index
+(docs/measurements/data-libraries.md).
 """
 
 import hashlib
@@ -28,16 +29,15 @@ from fastddpm.data.image import RESIZES, BadImageError, Preprocessing, decode
 from fastddpm.data.readers.source import MAX_ENCODED_BYTES, EncodedImage, ImageSource
 from fastddpm.errors import DataError
 
-# The images of a pack, decoded when they are asked for.
-
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
 
 
 class PackedImages:
-    """Like a uint8 array (N, C, S, S) to index, but decoded from `path` at every access.
+    """Images of a pack that are indexed like a uint8 array (N, C, S, S) and decoded at every access.
 
-    `index`: where each encoded image lies, dtype `INDEX` (N,). `preprocessing`: what they are decoded to. An index is
-    a number, a slice or an array of numbers; DataError names an image that is damaged.
+    `path`: the pack. `index`: place, length and CRC-32 of each encoded image, dtype `INDEX` (N,). `preprocessing`: the
+    size and channels they are decoded to. Takes a number, a slice or an array of numbers. Raises DataError that names a
+    damaged image.
     """
 
     dtype = np.dtype(np.uint8)
@@ -56,7 +56,7 @@ class PackedImages:
 
     @property
     def nbytes(self) -> int:
-        """Of the decoded images."""
+        """The bytes of all images, decoded."""
         return len(self.index) * int(np.prod(self.preprocessing.shape))
 
     def __getitem__(self, key: Any) -> np.ndarray:
@@ -71,12 +71,15 @@ class PackedImages:
         return images.reshape(*rows.shape, *self.preprocessing.shape)
 
     def encoded(self, number: int) -> bytes:
-        """An image as it is stored; BadImageError if it is not what was written."""
+        """Return an image's encoded bytes. Raises BadImageError if they are not the bytes that were written."""
         return read_record(self._descriptor, self.index[number])
 
 
 def read_record(descriptor: int, row: Any) -> bytes:
-    """The encoded image that a row of the index names; BadImageError if it is not what was written."""
+    """Return the encoded image at a row of the index.
+
+    Raises BadImageError if its length or CRC-32 differs from the row.
+    """
     data = os.pread(descriptor, int(row["length"]), int(row["offset"]))
     if len(data) != row["length"] or zlib.crc32(data) != row["crc32"]:
         raise BadImageError("its checksum differs from what was written")
@@ -84,7 +87,7 @@ def read_record(descriptor: int, row: Any) -> bytes:
 
 
 def damaged(path: Path, number: int, reason: object) -> str:
-    """What to say about an image of a pack that cannot be decoded."""
+    """Return the error message for an image of a pack that cannot be decoded."""
     return f"{path}: image {number}: {reason}; python -m fastddpm.data verify {path} lists all that is damaged"
 
 
@@ -100,10 +103,11 @@ MAX_SIZE = 8192
 
 @dataclass(frozen=True)
 class Pack:
-    """An opened pack. `preprocessing`, `store`, `decoder`: how it was made. `labels`: int64 (N,) or None. `sha256`: of
-    its bytes, `checksum`: of its pixels (`dataset.checksum`).
+    """An open pack.
 
-    Stored "fitted", every image has the rule's size; "original", files are as they came, and training resizes.
+    `preprocessing`, `store`, `decoder`: how it was made. `store` "fitted": every image has the size of `preprocessing`;
+    "original": files are unchanged, and training crops and resizes them. `labels`: int64 (N,) or None. `checksum`: of
+    the pixels (`dataset.checksum`). `sha256`: of all bytes before the trailer. `left_out`: bad images of `source`.
     """
 
     path: Path
@@ -121,15 +125,15 @@ class Pack:
         return len(self.index)
 
     def images(self) -> PackedImages:
-        """uint8 (N, C, S, S), decoded when indexed."""
+        """Return the images, uint8 (N, C, S, S), which are decoded when indexed."""
         return PackedImages(self.path, self.index, decoding(self.preprocessing, self.store))
 
     def dataset(self) -> Dataset:
-        """The images, decoded when indexed, with their labels."""
+        """Return the images, which are decoded when indexed, with their labels."""
         return Dataset(self.images(), self.labels, str(self.path), self.checksum)
 
     def image_source(self) -> ImageSource:
-        """The images as they are stored, named by their numbers."""
+        """Return the encoded images as a source, named by their numbers."""
         images = self.images()
 
         def items() -> Iterator[EncodedImage]:
@@ -145,14 +149,14 @@ def _reader(images: PackedImages, number: int) -> Callable[[], bytes]:
 
 
 def decoding(preprocessing: Preprocessing, store: Store) -> Preprocessing:
-    """What the images of a pack made by `preprocessing` are decoded by."""
+    """Return the preprocessing that decodes the images of a pack that was made with `preprocessing` and `store`."""
     return Preprocessing(preprocessing.image_size, preprocessing.channels) if store == "fitted" else preprocessing
 
 
 def open_pack(path: Path) -> Pack:
-    """A pack, its description and index verified; DataError for another file, or a damaged one.
+    """Open a pack and verify its description and index. Raises DataError for another file, or a damaged one.
 
-    Images are verified when they are read, and all bytes by `verify.faults`.
+    Images are verified when they are read, and all bytes by `inspect.faults`.
     """
     try:
         with path.open("rb") as file:
@@ -161,13 +165,13 @@ def open_pack(path: Path) -> Pack:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is no pack, or damaged ({reason}); pack the images anew") from error
+        raise DataError(f"{path} is no pack, or damaged ({reason}); pack the images again") from error
 
 
 def _opened(path: Path, descriptor: int) -> Pack:
     end = os.fstat(descriptor).st_size - TRAILER.size
     if end < len(MAGIC) or os.pread(descriptor, len(MAGIC), 0) != MAGIC:
-        raise ValueError("it does not start as one")
+        raise ValueError("it does not start like a pack")
     start, length, text_sha256, sha256, magic = TRAILER.unpack(os.pread(descriptor, TRAILER.size, end))
     if magic != MAGIC or start + length != end or length > _MAX_DESCRIPTION_BYTES:
         raise ValueError("its end is missing")
@@ -210,7 +214,7 @@ def _index(descriptor: int, said: Any, end: int) -> tuple[np.ndarray, np.ndarray
         raise ValueError("the index's checksum differs")
     index = np.frombuffer(data, INDEX, count)
     first, last = int(index["offset"].min()), int(index["offset"].max())
-    ends = index["offset"] + index["length"]  # cannot wrap round where the offsets lie inside the file
+    ends = index["offset"] + index["length"]  # no overflow: the offsets are checked to lie inside the file
     if first < len(MAGIC) or max(last, int(ends.max())) > start or index["length"].max() > MAX_ENCODED_BYTES:
         raise ValueError("its index points elsewhere")
     labels = np.frombuffer(data, "<i8", count, count * INDEX.itemsize).astype(np.int64) if labelled else None
@@ -221,5 +225,5 @@ def _index(descriptor: int, said: Any, end: int) -> tuple[np.ndarray, np.ndarray
 
 def _of(kind: type, said: Any, name: str) -> Any:
     if type(said) is not dict or type(said[name]) is not kind:
-        raise ValueError(f"{name} is not what is expected there")
+        raise ValueError(f"{name} is not of the type {kind.__name__}")
     return said[name]

@@ -1,4 +1,4 @@
-"""A source of encoded images into a pack (`pack.py` tells the format): every one of them decoded once, to know."""
+"""Write a source of images as a pack (`format.py`). Every image is decoded once, so that bad ones are found."""
 
 import functools
 import hashlib
@@ -35,13 +35,14 @@ def write_pack(
     skip_bad: bool = False,
     report: Report,
 ) -> Pack:
-    """Pack the source into the file `path`, which appears when it is whole, and open it.
+    """Write the pack `path` from a source and open it. The file appears under its name only when it is complete.
 
-    store "fitted": an image that has the rule's size keeps its bytes, unless they are more than its pixels; any other
-    is fitted and stored as PNG, without loss. store "original": every image keeps its bytes. A bad image raises
-    DataError with the list of all, or is left out with `skip_bad`; a file that cannot be written raises StorageError.
-    Memory, beside what lists the source: 16 images for each processor, encoded and decoded, and about 60 bytes for
-    each image packed.
+    store "fitted": an image of the right size keeps its bytes, unless its pixels are fewer bytes; any other is cropped
+    and resized, and stored as PNG. store "original": every image keeps its bytes.
+
+    Raises DataError that lists all bad images, which `skip_bad` leaves out instead, and StorageError if the file cannot
+    be written. Memory, in addition to the source's list of images: 16 images per processor, encoded and decoded, and
+    about 60 bytes per packed image.
     """
     labels = Labels(image_source.name)
     problems = Problems(image_source, path.with_name(f"{path.name}.problems.txt"), report)
@@ -56,7 +57,7 @@ def write_pack(
         classes = labels.array()
         if len(labels) == image_source.count:
             value = pixels.result(classes)
-        else:  # a checksum starts with the number of images, which is known only now
+        else:  # a checksum starts with the number of images, and some were left out
             value = checksum(writer.images(decoding(preprocessing, store)), classes)
         writer.close(
             classes,
@@ -74,7 +75,7 @@ def write_pack(
 
 
 def _record(item: EncodedImage, preprocessing: Preprocessing, store: Store) -> tuple[bytes, np.ndarray]:
-    """What is stored of an image, and its pixels uint8 (C, S, S)."""
+    """Return the bytes to store for an image, and its pixels, uint8 (C, S, S)."""
     data = item.read()
     picture = open_picture(data)
     image = fitted(picture, preprocessing)
@@ -87,7 +88,7 @@ def _record(item: EncodedImage, preprocessing: Preprocessing, store: Store) -> t
 
 
 class _Writer:
-    """Writes a pack beside `path`, and gives it that name when it is whole. Raises StorageError."""
+    """Write a pack to a temporary file beside `path`, and rename it when it is complete. Raises StorageError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -103,25 +104,25 @@ class _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with suppress(OSError):  # of a full disk, which was told already
+        with suppress(OSError):  # a full disk, which was reported already
             self._file.close()
         with suppress(OSError):
             self.temporary.unlink(missing_ok=True)
 
     def append(self, data: bytes) -> None:
-        """Add an encoded image."""
+        """Append an encoded image."""
         self._index += struct.pack("<QII", self._at, len(data), zlib.crc32(data))
         with _storing(self._path):
             self._write(data)
 
     def images(self, preprocessing: Preprocessing) -> PackedImages:
-        """What was added, to be read back."""
+        """Return the images appended so far, to be read back."""
         with _storing(self._path):
             self._file.flush()
         return PackedImages(self.temporary, np.frombuffer(bytes(self._index), INDEX), preprocessing)
 
     def close(self, labels: np.ndarray | None, description: dict[str, Any]) -> None:
-        """Write index, description and trailer; the file is whole, but for its name."""
+        """Write index, description and trailer, which complete the temporary file."""
         index = bytes(self._index) + (b"" if labels is None else labels.astype("<i8").tobytes())
         said = {
             "version": VERSION,
@@ -141,7 +142,7 @@ class _Writer:
             os.fsync(self._file.fileno())
 
     def publish(self) -> None:
-        """Give the file its name."""
+        """Rename the temporary file to `path`."""
         with _storing(self._path):
             os.replace(self.temporary, self._path)
 
@@ -153,7 +154,7 @@ class _Writer:
 
 @contextmanager
 def _storing(path: Path) -> Iterator[None]:
-    """OSError inside the block becomes a StorageError."""
+    """Turn an OSError inside the block into a StorageError that names `path`."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Pickles of arrays, numbers, strings, lists and dictionaries, read without running anything they ask for.
+"""Read pickles of arrays, numbers, strings, lists and dictionaries without running anything that they ask for.
 
-NumPy's own `dtype` and `ndarray` are kept out of it too: their `__setstate__` trusts its argument, so a pickle
-can have it take bytes for object pointers. Inert stand-ins record what NumPy would have been told, and an array
-is made of it only once it proves to be plain numbers of the right length.
+This is the standard library's restricted `pickle.Unpickler`. It admits NumPy's names but not NumPy's classes, because
+`numpy.dtype.__setstate__` trusts its argument: a pickle can make an array of object pointers out of its own bytes.
+Stand-ins record the arguments, and an array is made from them only if they describe plain numbers of the right length.
 """
 
 import io
@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-_MAX_MEMO = 2**22  # the memo is a list: storing at index 2^31 would fill 16 GB
+_MAX_MEMO = 2**22  # the memo is an array of pointers: storing at index 2^31 would allocate 16 GiB or more
 _KINDS = ("u1", "i4", "i8")
 
 
 def read_pickle(data: bytes) -> dict[str, Any]:
-    """The dictionary in `data`, its keys as str and its arrays as read-only uint8, int32 or int64 ndarrays.
+    """Return the dictionary in `data`, its keys as str and its arrays as read-only uint8, int32 or int64 ndarrays.
 
-    Reads what Python 2 and 3 write for NumPy 1 and 2, up to protocol 5. Raises pickle.UnpicklingError for any
-    other class or function, and nearly any other exception for damaged data.
+    Reads the pickles of Python 2 and 3 with NumPy 1 and 2, up to protocol 5. Raises pickle.UnpicklingError for any
+    other class or function. Damaged data can raise nearly any exception.
     """
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "LONG_BINPUT") and argument is not None and argument > _MAX_MEMO:
-            raise pickle.UnpicklingError(f"it stores at memo {argument}")
+            raise pickle.UnpicklingError(f"it stores at memo {argument}, above {_MAX_MEMO}")
     value = _Unpickler(data).load()
     if type(value) is not dict:
         raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, not a dictionary")
@@ -37,7 +37,7 @@ def read_pickle(data: bytes) -> dict[str, Any]:
 
 
 class _Kind:
-    """Stands in for numpy.dtype."""
+    """Stand-in for numpy.dtype that records a name and a byte order."""
 
     def __init__(self, name: str | bytes, *_: object) -> None:
         self.name = name.decode("latin1") if isinstance(name, bytes) else name
@@ -53,7 +53,7 @@ class _Kind:
 
 
 class _Array:
-    """Stands in for numpy.ndarray."""
+    """Stand-in for numpy.ndarray; `array` is made from the recorded state."""
 
     def __init__(self, *_: object) -> None:
         self.array = np.zeros(0, np.uint8)
@@ -83,7 +83,7 @@ def _from_buffer(raw: Any, kind: Any, shape: Any, order: Any) -> _Array:
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
-        self._budget = 2 * len(data)  # each text is encoded once; a hostile pickle would do it without end
+        self._budget = 2 * len(data)  # characters to encode: a hostile pickle can ask for the same text many times
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         admitted: dict[tuple[str, str], Callable[..., Any]] = {
@@ -97,7 +97,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in admitted:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         chosen = admitted[module, name]
-        return lambda *arguments: chosen(*arguments)  # a new one each time: a pickle may set its attributes
+        return lambda *arguments: chosen(*arguments)  # a new function each time, because a pickle can set attributes
 
     def _encode(self, text: str, encoding: str) -> bytes:
         self._budget -= len(text)

@@ -3,6 +3,9 @@
 Consecutive files whose names agree up to the first dot are one sample: 0001.jpg, and its class in 0001.cls (a number)
 or 0001.json (label or cls). Files are read in place and never extracted, so members' paths and links cannot reach
 other files.
+
+The standard library's tarfile parses the headers. `Tar` adds the checks that it lacks: tarfile allocates as much as a
+header claims, stops at a damaged header as if the file ended there, and keeps every member in memory.
 """
 
 import itertools
