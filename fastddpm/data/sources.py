@@ -171,7 +171,7 @@ def _image_source(path: Path, split: Split) -> ImageSource:
         found = tar_source(shards, split)
         return replace(found, notes=(*notes, *found.notes))
     if path.suffix.lower() == ".parquet":
-        require_split(split, path, "one table")
+        require_split(split, path, "one table", shard=True)
         return parquet_source([path])
     if path.suffix.lower() == ".zip":
         return zip_source(path, split)

@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.image_folder import PIXELS, PLANES, Load, check, load, png, source, without_classes
+from PIL import Image
 
 from fastddpm.data import Dataset, cache, ingest
 from fastddpm.data import dataset as dataset_module
 from fastddpm.data.dataset import checksum
+from fastddpm.errors import UsageError
+from fastddpm.storage.files import temporary_beside
 
 __all__ = ["load", "source"]
 ROOT = Path(__file__).parents[2]
@@ -73,6 +76,104 @@ def test_a_relative_path_is_the_same_source(
     monkeypatch.chdir(source.parent)
     check(load(source="images"))
     assert len(entries(tmp_path)) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing is swept on Windows")
+def test_what_dead_processes_left_is_removed(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    directory = tmp_path / "cache"
+    host = temporary_beside(Path("x")).name.split(".")[-3]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {
+        "dead": f".entry-0a.{host}.{dead.pid}.tmp", "locked": f".entry-0b.{host}.{dead.pid}.tmp",
+        "alive": f".entry-0c.{host}.{os.getppid()}.tmp", "elsewhere": f".entry-0d.other.{dead.pid}.tmp",
+        "of another's": f".entry-{dead.pid}.tmp", "older": ".tmp-abcdef",
+    }  # fmt: skip
+    for name in names.values():
+        (directory / name).mkdir(parents=True)
+        (directory / name / "images.npy").write_bytes(b"x")
+    (tmp_path / "outside").mkdir()
+    (directory / f".entry-0e.{host}.{dead.pid}.tmp").symlink_to(tmp_path / "outside")
+    descriptor = os.open(directory / names["locked"], os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        check(load())
+    finally:
+        os.close(descriptor)
+    assert sorted(key for key, name in names.items() if not (directory / name).exists()) == ["dead"]
+    assert (tmp_path / "outside").is_dir()
+    check(load())
+    assert sorted(key for key, name in names.items() if not (directory / name).exists()) == ["dead", "locked"]
+
+
+def test_a_process_killed_while_it_decodes_leaves_what_is_swept(source: Path, tmp_path: Path, load: Load) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from fastddpm.data import cache, open_dataset\n"
+        "cache.checksum = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "open_dataset(sys.argv[1], image_size=8, channels=3, cache=Path(sys.argv[2]))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program, str(source), str(tmp_path / "cache")], env=environment)
+    assert done.returncode == -9
+    (left,) = entries(tmp_path)
+    assert left.name.startswith(".entry-") and (left / "images.npy").exists()
+    check(load())
+    (entry,) = entries(tmp_path)
+    assert not entry.name.startswith(".")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "images.npy", "labels.npy"])
+def test_a_pipe_in_the_cache_is_not_opened(name: str, load: Load, tmp_path: Path) -> None:
+    load()
+    (entry,) = entries(tmp_path)
+    (entry / name).unlink()
+    os.mkfifo(entry / name)
+    lines: list[str] = []
+    check(load(report=lines.append))
+    assert len(without_classes(lines)) == 1 and "not a regular file" in lines[0]
+
+
+def test_class_names_are_kept_and_verified(load: Load, source: Path, tmp_path: Path) -> None:
+    assert load().classes == ("0", "1", "2")
+    (entry,) = entries(tmp_path)
+    meta = json.loads((entry / "meta.json").read_text())
+    assert meta["classes"] == ["0", "1", "2"]
+    (entry / "meta.json").write_text(json.dumps(meta | {"classes": ["0", "2", "1"]}))
+    lines: list[str] = []
+    assert load(report=lines.append).classes == ("0", "1", "2")
+    assert "its class names differ" in lines[0] and lines[1] == "3 classes: 0, 1, 2"
+    assert load(keep="encoded").classes == ("0", "1", "2")
+
+
+def test_dark_16_bit_images_are_noted_every_time(tmp_path: Path, load: Load) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for i, largest in enumerate((3000, 4095)):
+        values = np.zeros((8, 8), np.uint16)
+        values[i, i] = largest
+        (folder / f"{i}.png").write_bytes(png(Image.fromarray(values)))
+    for options in ({}, {}, {"cache": folder / "0.png" / "nowhere"}):
+        lines: list[str] = []
+        load(source=folder, channels=1, report=lines.append, **options)
+        assert [line for line in lines if "12-bit" in line] == [
+            f"{folder}: 2 images have 16 bits, but their largest value is 4,095 of 65,535, so they will be dark. If "
+            "they hold 12-bit data, multiply their values by 16 first"
+        ]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):
+        cache.default_directory()
 
 
 def test_the_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -74,6 +74,31 @@ def test_files_that_are_no_lmdb(tmp_path: Path, lsun: Path) -> None:
             opened(tmp_path / "x.mdb", tmp_path)
 
 
+def test_an_lmdb_cut_short_is_refused_before_it_crashes(lsun: Path, tmp_path: Path) -> None:
+    """Reading beyond the file would end the process by SIGBUS."""
+    whole = (lsun / "data.mdb").read_bytes()
+    for missing in (1, 4096, len(whole) - 3 * 4096):
+        (lsun / "data.mdb").write_bytes(whole[:-missing])
+        with pytest.raises(DataError) as error:
+            opened(lsun, tmp_path)
+        assert str(error.value) == (
+            f"{lsun / 'data.mdb'} is cut short: it has {len(whole) - missing:,} bytes of the {len(whole):,} that its "
+            "last page needs; copy it again"
+        )
+    (lsun / "data.mdb").write_bytes(whole + b"x")
+    assert len(opened(lsun, tmp_path).images) == 20
+    (lsun / "data.mdb").write_bytes(whole[:40] + b"\xff\xff\0\0" + whole[44:])
+    with pytest.raises(DataError, match="is damaged: its page size is 65,535 bytes"):
+        opened(lsun, tmp_path)
+
+
+def test_the_test_split_of_lsun_is_named_so(lsun: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"church_outdoor_train_lmdb has no splits.*: found one LMDB"):
+        opened(lsun, tmp_path, split="test")
+    held_out = lsun.rename(tmp_path / "church_outdoor_val_lmdb")
+    assert len(opened(held_out, tmp_path, split="test").images) == 20
+
+
 def test_values_that_are_no_images_are_named(lsun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lmdb
 
@@ -103,13 +128,18 @@ class Table:
     def __init__(self, columns: dict[str, list[Any]], decodes: bool = True) -> None:
         self.columns, self.column_names, self._decodes = columns, list(columns), decodes
         self._fingerprint = "f"
+        self.features: dict[str, Any] = {}
 
     def select_columns(self, names: list[str]) -> "Table":
-        return Table({name: self.columns[name] for name in names})
+        selected = Table({name: self.columns[name] for name in names})
+        selected.features = self.features
+        return selected
 
     def cast_column(self, name: str, feature: Any) -> "Table":
         assert feature == ("Image", False)
-        return Table(self.columns, decodes=False)
+        cast = Table(self.columns, decodes=False)
+        cast.features = self.features
+        return cast
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -156,6 +186,12 @@ def test_data_sets_of_the_hub(hub: dict[tuple[str, str], Any], tmp_path: Path) -
     np.testing.assert_array_equal(opened("hf:org/name:extra", tmp_path).images, PLANES[[2, 9]])
 
 
+def test_class_names_of_the_hub(hub: dict[tuple[str, str], Any], tmp_path: Path) -> None:
+    table = hub["org/name", "train"] = Table({"img": structs([3, 1]), "label": [1, 0]})
+    table.features = {"label": types.SimpleNamespace(names=["cat", "dog"])}
+    assert opened("hf:org/name", tmp_path).classes == ("cat", "dog")
+
+
 def test_what_the_hub_does_not_have(hub: dict[tuple[str, str], Any], tmp_path: Path) -> None:
     hub["gone", "train"] = FileNotFoundError("no such data set\nand more lines")
     hub["text", "train"] = Table({"text": ["x"]})
@@ -167,6 +203,8 @@ def test_what_the_hub_does_not_have(hub: dict[tuple[str, str], Any], tmp_path: P
     ):
         with pytest.raises(DataError, match=message):
             opened(source, tmp_path)
+    with pytest.raises(UsageError, match="hf:rows:train names the split train, which is not test"):
+        opened("hf:rows:train", tmp_path, split="test")
     with pytest.raises(UsageError, match="'hf:' names no data set"):
         opened("hf:", tmp_path)
 

@@ -1,6 +1,7 @@
 """Parquet in the Hugging Face layout."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from fastddpm.data import Dataset, open_dataset
+from fastddpm.data.readers import parquet as reader
+from fastddpm.data.sources import open_image_source
 from fastddpm.errors import DataError, UsageError
 
 PIXELS = np.random.default_rng(2).integers(0, 256, (300, 4, 4, 3), dtype=np.uint8)
@@ -84,6 +87,96 @@ def test_a_directory_has_splits_and_shards(below: str, tmp_path: Path, load: Loa
     (tmp_path / below / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(DataError, match=r"has no test-\*\.parquet; it has train-00000-of-00003\.parquet"):
         load(tmp_path, split="test")
+
+
+def test_the_layout_that_the_hub_converts_to(tmp_path: Path, load: Load) -> None:
+    for split, part in (("train", slice(0, 6)), ("test", slice(6, 9)), ("unsupervised", slice(9, 11))):
+        for i, image in enumerate(ENCODED[part]):
+            write(tmp_path / "default" / split / f"{i:04}.parquet", {"image": [image]})
+    lines: list[str] = []
+    check(load(tmp_path, report=lines.append), 0, 6, None)
+    assert lines[0].endswith("other splits are left out: unlabeled")
+    check(load(tmp_path, split="test"), 6, 9, None)
+    write(tmp_path / "other" / "train" / "0000.parquet", {"image": ENCODED[:1]})
+    with pytest.raises(DataError, match=r"several folders; name one of default/test, default/train"):
+        load(tmp_path)
+
+
+def test_splits_by_name_or_refused(tmp_path: Path, load: Load) -> None:
+    for name, part in (("Train-0", slice(0, 2)), ("validation-0", slice(2, 5))):
+        write(tmp_path / f"{name}.parquet", {"img": ENCODED[part]})
+    check(load(tmp_path), 0, 2, None)
+    lines: list[str] = []
+    check(load(tmp_path, split="test", report=lines.append), 2, 5, None)
+    assert lines[0].endswith("there is no test split: the parquet files of validation serve as test")
+    more = write(tmp_path / "more.parquet", {"img": ENCODED[:1]})
+    with pytest.raises(DataError, match=r"some parquet files are named like splits, but more\.parquet are not"):
+        load(tmp_path)
+    with pytest.raises(UsageError, match=r"more\.parquet has no splits.*: found one table"):
+        load(more, split="test")
+    check(load(tmp_path / "validation-0.parquet", split="test"), 2, 5, None)
+    for path in tmp_path.glob("*-0.parquet"):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"has no splits.*: found 1 parquet files, more\.parquet"):
+        load(tmp_path, split="test")
+
+
+def test_columns_given_twice_are_named(tmp_path: Path, load: Load) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for twice, names in (("img", ["img", "img", "label"]), ("label", ["img", "label", "label"])):
+        columns = [ENCODED[:2] if name == "img" else [0, 1] for name in names]
+        parquet.write_table(pyarrow.table([pyarrow.array(c) for c in columns], names=names), tmp_path / "x.parquet")
+        with pytest.raises(DataError, match=rf"x\.parquet has 2 columns named {twice}; keep one of them"):
+            load(tmp_path / "x.parquet")
+
+
+def test_class_names_that_datasets_has_stored(tmp_path: Path, load: Load) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"img": ENCODED[:3], "label": [1, 0, 1]})
+    for info, expected in (
+        ('{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}', ("cat", "dog")),
+        ('{"info": {"features": {"label": {"names": 5}}}}', ("0", "1")),
+        ("[[", ("0", "1")),
+    ):
+        parquet.write_table(table.replace_schema_metadata({"huggingface": info}), tmp_path / "x.parquet")
+        assert load(tmp_path / "x.parquet").classes == expected
+        (tmp_path / "x.parquet").unlink()
+
+
+def test_a_pipe_in_place_of_a_table_is_not_opened(tmp_path: Path, load: Load) -> None:
+    pytest.importorskip("pyarrow")
+    os.mkfifo(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet is not a regular file"):
+        load(tmp_path)
+    (tmp_path / "x.parquet").rename(tmp_path / "x.tar")
+    with pytest.raises(DataError, match=r"x\.tar is not a regular file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_rows_are_read_by_weight(dictionary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 equal rows of 64 kB are one entry of a dictionary, a few kB in the file."""
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = write(
+        tmp_path / "x.parquet", {"img": [bytes(2**16)] * 128}, compression="zstd",
+        use_dictionary=dictionary, dictionary_pagesize_limit=2**20,
+    )  # fmt: skip
+    assert path.stat().st_size < 4096
+    monkeypatch.setattr(reader, "_MAX_BATCH_BYTES", 5 * 2**16)
+    with parquet.ParquetFile(path) as table:
+        group = table.metadata.row_group(0)
+        assert (group.column(0).total_uncompressed_size < 2**18) == dictionary
+        assert reader._rows_at_once(group, path) == 4  # beside the bytes of the page's header
+    assert sum(item.read() == bytes(2**16) for item in open_image_source(path).items()) == 128
+    monkeypatch.setattr(reader, "_MAX_UNPACKED_BYTES", 2**16)
+    with pytest.raises(DataError, match=r"x\.parquet: a row group unpacks to [\d,]+ bytes, \d+ times its size"):
+        list(open_image_source(path).items())
 
 
 def test_several_folders_of_parquet_are_ambiguous(tmp_path: Path, load: Load) -> None:

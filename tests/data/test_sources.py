@@ -92,6 +92,12 @@ def test_smaller_digits_are_averages_over_areas(size: int) -> None:
     np.testing.assert_array_equal(digits.images[::100, 0], np.stack([np.asarray(image) for image in box]))
 
 
+def test_digits_have_their_class_names() -> None:
+    lines: list[str] = []
+    assert open_dataset(None, image_size=28, channels=1, report=lines.append).classes == tuple("0123456789")
+    assert lines == ["10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"]
+
+
 def test_digits_in_colour_are_refused() -> None:
     with pytest.raises(UsageError, match="the embedded digits are grey: image_channels must be 1, got 3"):
         open_dataset(None, image_size=28, channels=3)

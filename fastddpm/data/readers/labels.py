@@ -13,11 +13,13 @@ from fastddpm.errors import DataError
 from fastddpm.storage.documents import MAX_JSON_BYTES, parse_json
 
 from .layout import Note, SplitSelection
+from .splits import listed
 
 LABEL_FILES = ("dataset.json", "metadata.jsonl", "metadata.csv")
 MAX_LIST_BYTES = 256 * 2**20
 MAX_LISTS = 64  # label files that are remembered
 _MAX_LINE_BYTES = 2**16
+_MAX_ENTRY = 4096  # characters of [name, label]
 _COLUMNS = ("label", "labels", "class")
 _FILE_COLUMNS = ("file_name", "image")
 _MAX_CLASSES = 2**31
@@ -30,6 +32,26 @@ class _List:
     """Labels by file name, numbers or names of classes; `labels` is None if the list has none."""
 
     labels: dict[str, int | str] | None
+
+    def names(self) -> tuple[str, ...] | None:
+        """Return the names of the classes, sorted; None if labels are numbers."""
+        names = {label for label in (self.labels or {}).values() if isinstance(label, str)}
+        return tuple(sorted(names)) or None
+
+    def numbered(self, names: tuple[str, ...] | None, folder: PurePosixPath, where: Path) -> dict[str, int] | None:
+        """Return the labels, by path below the data, as numbers, those in `names` for names."""
+        if self.labels is None:
+            return None
+        order = {name: i for i, name in enumerate(names or ())}
+        found: dict[str, int] = {}
+        for name, label in self.labels.items():
+            if isinstance(label, str) == (names is None):
+                raise DataError(f"{where} has numbers and names as labels; use one of them")
+            path = str(folder / name)
+            if path in found:
+                raise DataError(f"{where} lists {name} twice")
+            found[path] = order[label] if isinstance(label, str) else label
+        return found
 
 
 def with_listed_labels(
@@ -56,34 +78,46 @@ def with_listed_labels(
     if len(above) > 1:
         raise DataError(f"{where} has several lists of labels: {', '.join(map(str, above))}; keep one of them")
     (file,) = above
+    found = _read(file, read, where)
+    if found is None:
+        note = Note(0, f"{file} gives no labels: it names no files, or has no column {', '.join(_COLUMNS)}")
+        return replace(choice, notes=(*choice.notes, note))
+    notes: list[Note] = []
+    names = found.names()
+    if names is not None and choice.train_base is not None and len(file.parent.parts) >= len(choice.split_base):
+        trained = PurePosixPath(*choice.train_base, *file.parts[len(choice.split_base) :])
+        of_training = _read(trained, read, where) if trained in lists else None
+        trained_names = (of_training.names() if of_training else None) or ()
+        extra = sorted(set(names) - set(trained_names))
+        names = trained_names
+        if extra:
+            notes.append(
+                Note(
+                    0, f"read without labels, because {file} has classes that the training split lacks: {listed(extra)}"
+                )
+            )
+    numbers: dict[str, int] | None = None if notes else found.numbered(names, file.parent, where / file)
+    split_base = max(choice.split_base, file.parent.parts, key=len)
+    notes += [note for note in choice.notes if note.depth < max(1, len(split_base))]
+    notes.append(Note(0, f"labels are those of {file}" if numbers else f"{file} has no labels"))
+    chosen = SplitSelection(
+        split_base, split_base, names if numbers else None, 0, tuple(notes), listed={} if numbers is None else numbers
+    )
+    return replace(chosen, count=_checked(chosen, paths(), where / file, labelled=numbers is not None))
+
+
+def _read(file: PurePosixPath, read: Callable[[PurePosixPath, int], bytes], where: Path) -> _List | None:
     try:
         data = read(file, MAX_LIST_BYTES)
     except (OSError, ValueError) as error:
         raise DataError(f"{where / file} cannot be read: {error}") from error
-    found = _parsed(data, file.name, where / file)
-    if found is None:
-        column = ", ".join(_COLUMNS)
-        note = Note(0, f"{file} has no column {column}, so it gives no labels")
-        return replace(choice, notes=(*choice.notes, note))
-    if found.labels is None:
-        listed: dict[str, int] = {}
-        classes = None
-    else:
-        listed, classes = _numbered(found.labels, file.parent, where / file)
-    split_base = max(choice.split_base, file.parent.parts, key=len)
-    notes = [note for note in choice.notes if note.depth < max(1, len(split_base))]
-    notes.append(Note(0, f"labels are those of {file}" if found.labels else f"{file} has no labels: read without"))
-    chosen = SplitSelection(split_base, split_base, classes, 0, tuple(notes), listed)
-    count = _checked(chosen, file.parent, paths(), where / file, labelled=found.labels is not None)
-    return replace(chosen, count=count)
+    return _parsed(data, file.name, where / file)
 
 
-def _checked(
-    choice: SplitSelection, folder: PurePosixPath, paths: Iterable[PurePosixPath], where: Path, *, labelled: bool
-) -> int:
+def _checked(choice: SplitSelection, paths: Iterable[PurePosixPath], where: Path, *, labelled: bool) -> int:
     """Return the number of images of the split. Raises DataError for images or entries without counterpart."""
     assert choice.listed is not None
-    count = matched = 0
+    count = 0
     unlisted: list[str] = []
     num_unlisted = 0
     seen: set[str] = set()
@@ -91,7 +125,6 @@ def _checked(
         taken = choice.takes(path)
         count += taken
         if str(path) in choice.listed:
-            matched += 1
             seen.add(str(path))
         elif taken and labelled:
             num_unlisted += 1
@@ -99,40 +132,14 @@ def _checked(
                 unlisted.append(str(path))
     problems = []
     if num_unlisted:
-        problems.append(f"{num_unlisted:,} images are not in it ({_examples(unlisted, num_unlisted)})")
+        problems.append(f"{num_unlisted:,} images are not in it ({listed(unlisted, num_unlisted)})")
     num_missing = len(choice.listed) - len(seen)
     if num_missing:
         missing = [name for name in choice.listed if name not in seen][:_SHOWN]
-        problems.append(f"{num_missing:,} of its entries have no image ({_examples(missing, num_missing)})")
+        problems.append(f"{num_missing:,} of its entries have no image ({listed(missing, num_missing)})")
     if problems:
         raise DataError(f"{where} does not fit the images: {' and '.join(problems)}; mend the list or the images")
     return count
-
-
-def _examples(names: list[str], count: int) -> str:
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names)
-    return shown + (", .." if count > len(names) else "")
-
-
-def _numbered(
-    labels: dict[str, int | str], folder: PurePosixPath, where: Path
-) -> tuple[dict[str, int], tuple[str, ...] | None]:
-    """Return labels by path below the data, and the names of the classes if the list gives names."""
-    numbers = {type(label) for label in labels.values()}
-    if len(numbers) > 1:
-        raise DataError(f"{where} has numbers and names as labels; use one of them")
-    names: tuple[str, ...] | None = None
-    order: dict[Any, int] = {}
-    if str in numbers:
-        names = tuple(sorted({str(label) for label in labels.values()}))
-        order = {name: i for i, name in enumerate(names)}
-    listed: dict[str, int] = {}
-    for name, label in labels.items():
-        path = str(folder / name)
-        if path in listed:
-            raise DataError(f"{where} lists {name} twice")
-        listed[path] = order[label] if names is not None else int(label)
-    return listed, names
 
 
 def _parsed(data: bytes, name: str, where: Path) -> _List | None:
@@ -142,14 +149,16 @@ def _parsed(data: bytes, name: str, where: Path) -> _List | None:
     rows = _json_rows(data, where) if name.endswith(".jsonl") else _csv_rows(data, where)
     labels: dict[str, int | str] = {}
     column: str | None = None
+    file_column: str | None = None
     for number, row in enumerate(rows, 1):
-        file = next((row[key] for key in _FILE_COLUMNS if key in row), None)
-        if not isinstance(file, str) or not file:
-            raise DataError(f"{where}: row {number} has no file_name")
         if number == 1:
             column = next((key for key in _COLUMNS if key in row), None)
-        if column is None:
+            file_column = next((key for key in _FILE_COLUMNS if key in row), None)
+        if column is None or file_column is None:
             return None
+        file = row.get(file_column)
+        if not isinstance(file, str) or not file:
+            raise DataError(f"{where}: row {number} has no {file_column}")
         _add(labels, file, row.get(column), where)
     if name.endswith(".csv") and labels and all(re.fullmatch(r"\d{1,10}", str(label)) for label in labels.values()):
         labels = {file: int(label) for file, label in labels.items()}
@@ -167,16 +176,16 @@ def _add(labels: dict[str, int | str], file: str, label: Any, where: Path) -> No
     labels[file] = label
 
 
-def _dataset_json(data: bytes, where: Path) -> _List:
+def _dataset_json(data: bytes, where: Path) -> _List | None:
     """Read {"labels": [[name, label], ..]}, {"labels": {name: label, ..}} or {"labels": null}."""
     labels: dict[str, int | str] = {}
     if len(data) > MAX_JSON_BYTES:
         entries: Iterable[Any] = _streamed(data, where)
     else:
         document = parse_json(data, where)
-        if not isinstance(document, dict):
-            raise DataError(f"{where}: expected an object with labels")
-        found = document.get("labels") if "labels" in document or not _by_name(document) else document
+        if not isinstance(document, dict) or not ("labels" in document or _by_name(document)):
+            return None
+        found = document.get("labels", document)
         if found is None:
             return _List(None)
         entries = found.items() if isinstance(found, dict) else found
@@ -204,12 +213,11 @@ def _streamed(data: bytes, where: Path) -> Iterator[Any]:
         decoder, place = json.JSONDecoder(), start.end()
         separator = re.compile(r"\s*([,\]])\s*")
         while True:
-            end = text.find("]", place, place + _MAX_LINE_BYTES)
-            entry, _ = decoder.raw_decode(text[place : end + 1])
+            entry, length = decoder.raw_decode(text[place : place + _MAX_ENTRY])
             yield entry
-            after = separator.match(text, end + 1)
+            after = separator.match(text, place + length)
             if after is None:
-                raise ValueError(f"no , or ] after entry at character {end}")
+                raise ValueError(f"no , or ] at character {place + length:,}")
             place = after.end()
             if after[1] == "]":
                 break

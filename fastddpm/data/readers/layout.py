@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fastddpm.errors import DataError
 
 from .source import EXTENSIONS, counted
-from .splits import SHOWN, any_split_kind, listed, require_split, split_kind
+from .splits import SHOWN, any_split_kind, certain_splits, listed, require_split, split_kind
 
 _MAX_FOLDERS = 2**18  # kept apart; with more of them, folders are merged from the deepest level on
 _MIN_DEPTH = 4
@@ -28,7 +28,8 @@ class Note(NamedTuple):
 class SplitSelection:
     """The images that belong to a split, by their paths.
 
-    `split_base`: folders that lead to the split, () without splits. `base`: folders that lead to the class folders, or
+    `split_base`: folders that lead to the split, () without splits; `train_base`: to the training split, if another one
+    was selected. `base`: folders that lead to the class folders, or
     to images without classes. `classes`: names of the class folders, in the order of their labels; None without
     classes. `listed`: labels by path, from a list (`labels.py`), which replace folders as classes. `notes`: what is
     left out.
@@ -40,6 +41,7 @@ class SplitSelection:
     count: int
     notes: tuple[Note, ...] = ()
     listed: dict[str, int] | None = None
+    train_base: tuple[str, ...] | None = None
     labels: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -189,8 +191,8 @@ class _Finder:
                     "split, or elsewhere"
                 )
             return _Splits(node, base, kinds)
-        for name, child in node.below.items():
-            inner = [below for below in child.below if split_kind(below)]
+        for name, child in sorted(node.below.items()):
+            inner = sorted(below for below in child.below if split_kind(below))
             if inner:
                 raise DataError(
                     f"{self._shown(base)} can be read in two ways: its folders {listed(node.below)} are classes or "
@@ -201,14 +203,14 @@ class _Finder:
 
     def _split_kinds(self, node: _Node, base: tuple[str, ...]) -> dict[str, str]:
         """Return the kinds of folders that are all splits; empty if none is."""
-        certain = [name for name in node.below if split_kind(name)]
-        likely = {name: kind for name in node.below if (kind := any_split_kind(name))}
+        certain = certain_splits(node.below)
+        likely = certain | {n: kind for n in node.below if n not in certain and (kind := any_split_kind(n))}
         rest = [name for name in node.below if name not in likely]
         if certain and rest:
             raise DataError(
-                f"{self._shown(base)} can be read in two ways: its folders {listed(likely)} look like splits, but "
-                f"{listed(rest)} beside them do not. If they are splits, move the others elsewhere; if all of them are "
-                "classes, put them into one folder named train"
+                f"{self._shown(base)} can be read in two ways: of its folders, {listed(likely)} can be "
+                f"splits, but {listed(rest)} cannot. If they are splits, move the others elsewhere; if all of "
+                "them are classes, put them into one folder named train"
             )
         kinds = set(likely.values())
         if rest or not likely:
@@ -263,7 +265,7 @@ def _of_split(splits: _Splits, split: str, where: Path, examples: Examples) -> S
                 f"like the split {kind}. Join them, or move one elsewhere"
             )
     if not named(wanted):
-        raise DataError(f"{where} has no images in {split}/; it has {listed(sorted(splits.kinds))}")
+        raise DataError(f"{where} has no images in {split}/; it has {listed(splits.kinds)}")
     (name,) = named(wanted)
     base = (*splits.base, name)
     found = inside(splits.node.below[name], base)
@@ -273,7 +275,7 @@ def _of_split(splits: _Splits, split: str, where: Path, examples: Examples) -> S
         notes.append(Note(0, f"there is no test split: the images of {name}/ serve as test"))
     others = [
         f"{other}/ ({splits.node.below[other].total:,} images)"
-        for other, kind in splits.kinds.items()
+        for other, kind in sorted(splits.kinds.items())
         if other != name and kind != "train" and not (kind == "test" or (kind == "val" and not named("test")))
     ]
     if others:
@@ -287,7 +289,8 @@ def _of_split(splits: _Splits, split: str, where: Path, examples: Examples) -> S
             found = replace(found, classes=None)
         classes = None if extra else trained
     notes += _left_out(splits.node.below[name], found, examples, base)
-    return SplitSelection(found.base, base, classes, found.count, tuple(notes))
+    train_base = (*splits.base, named("train")[0]) if wanted != "train" and named("train") else None
+    return SplitSelection(found.base, base, classes, found.count, tuple(notes), train_base=train_base)
 
 
 def _left_out(top: _Node, found: _Images, examples: Examples, above: tuple[str, ...] = ()) -> tuple[Note, ...]:

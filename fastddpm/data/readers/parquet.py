@@ -14,6 +14,10 @@ from .splits import split_files
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.parquet")
 _MAX_ROWS = 128  # rows that are read at a time, fewer if they are large
 _MAX_BATCH_BYTES = 128 * 2**20
+# The library unpacks a page at a time, which may be a whole row group. Encoded images do not pack further, so a large
+# row group is refused only if it unpacks to many times its size.
+_MAX_UNPACKED_BYTES = 2**30
+_MAX_RATIO = 20
 _DICTIONARIES = ("PLAIN_DICTIONARY", "RLE_DICTIONARY")
 
 
@@ -62,7 +66,7 @@ def parquet_source(files: list[Path]) -> ImageSource:
         for path, (image, label) in zip(files, columns, strict=True):
             try:
                 with parquet.ParquetFile(path) as table:
-                    yield from _rows(table, path.name, image, label)
+                    yield from _rows(table, path, image, label)
             except (ArrowException, OSError) as error:
                 raise DataError(f"{path} is damaged: {error}") from error
 
@@ -104,28 +108,35 @@ def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
         return None
 
 
-def _rows(table: Any, file: str, image: str, label: str | None) -> Iterator[EncodedImage]:
+def _rows(table: Any, path: Path, image: str, label: str | None) -> Iterator[EncodedImage]:
     row = 0
     names = [image] + ([label] if label else [])
     for group in range(table.num_row_groups):
-        rows = _rows_at_once(table.metadata.row_group(group))
+        rows = _rows_at_once(table.metadata.row_group(group), path)
         for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=names):
             labels = batch.column(label).to_pylist() if label else [None] * batch.num_rows
             values = batch.column(image)
             for i, number in enumerate(labels):
                 known = number if number is not None and number >= 0 else None
-                yield EncodedImage(f"{file} row {row}", known, _reader(values[i].as_py()))
+                yield EncodedImage(f"{path.name} row {row}", known, _reader(values[i].as_py()))
                 row += 1
 
 
-def _rows_at_once(group: Any) -> int:
+def _rows_at_once(group: Any, path: Path) -> int:
     """Return the number of rows of a row group to read at a time, of about 128 MiB at most.
 
-    Each row of a column with a dictionary may be its largest value, which is at most the whole column.
+    Each row of a column with a dictionary may be its largest value, which is at most the whole column. Raises DataError
+    for a row group that unpacks to more than 1 GiB and 20 times its size.
     """
     weight = 1
     for number in range(group.num_columns):
         column = group.column(number)
+        unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
+        if unpacked > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * packed):
+            raise DataError(
+                f"{path}: a row group unpacks to {unpacked:,} bytes, {unpacked // max(1, packed)} times its size; "
+                "encoded images do not, so it is not read"
+            )
         rows = 1 if set(column.encodings) & set(_DICTIONARIES) else max(1, group.num_rows)
         weight = max(weight, column.total_uncompressed_size // rows)
     return max(1, min(_MAX_ROWS, _MAX_BATCH_BYTES // weight))

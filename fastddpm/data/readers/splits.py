@@ -8,7 +8,7 @@ from fastddpm.errors import DataError, UsageError
 
 _PREFIX, _SUFFIX = r"(?:(?:images?|imgs?|data)[-_ .])?", r"(?:[-_ .]?(?:set|data|images?|imgs?|split|\d+(?:x\d+)?))*"
 _CERTAIN = re.compile(
-    rf"{_PREFIX}(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)){_SUFFIX}"
+    rf"{_PREFIX}(?:(?P<train>train(?:ing|val)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id(?:ation)?)?)){_SUFFIX}"
 )
 _LIKELY = re.compile(
     r"(?P<train>tr|trn)|(?P<test>te|ts|tst)|(?P<val>dev|eval|evaluation|hold[-_]?out)"
@@ -17,9 +17,13 @@ _LIKELY = re.compile(
 SHOWN = 5  # names that a message gives
 
 
-def require_split(split: str, where: Path, found: str) -> None:
-    """Raise UsageError if the split is "test" and the name of `where`, which has no splits, does not say so."""
-    if split == "test" and split_in_name(where.name) not in ("test", "val"):
+def require_split(split: str, where: Path, found: str, *, shard: bool = False) -> None:
+    """Raise UsageError if the split is "test" and the name of `where`, which has no splits, does not say so.
+
+    `shard`: the name is that of a shard and may begin with the split, as test-00000-of-00001.parquet.
+    """
+    said = {split_in_name(where.name), split_kind(re.split(r"[-_.]", where.name)[0]) if shard else None}
+    if split == "test" and not said & {"test", "val"}:
         raise UsageError(
             f"{where} has no splits, so none of it is known to be test data: found {found}. Name a source with train "
             "and test, or use --split train for all of it"
@@ -69,15 +73,39 @@ def split_kind(name: str) -> str | None:
     return _kind(_CERTAIN, name)
 
 
+def certain_splits(names: Iterable[str]) -> dict[str, str]:
+    """Return the folders that certainly are splits, with their kinds.
+
+    These are names like train, and names that differ in that word only (seg_train, seg_test).
+    """
+    names = list(names)
+    found = {name: kind for name in names if (kind := split_kind(name))}
+    alike: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in names:
+        words = re.split(r"[-_. ]+", name.lower())
+        kinds = [(i, kind) for i, word in enumerate(words) if (kind := split_kind(word))]
+        if name not in found and len(kinds) == 1:
+            ((place, kind),) = kinds
+            alike.setdefault((*words[:place], *words[place + 1 :]), {})[name] = kind
+    for group in alike.values():
+        if "train" in group.values() and len(set(group.values())) > 1:
+            found |= group
+    return found
+
+
 def any_split_kind(name: str) -> str | None:
     """Return the split that a folder's name may mean, "extra" and "unlabeled" included; None if none."""
     return split_kind(name) or _kind(_LIKELY, name)
 
 
 def split_in_name(name: str) -> str | None:
-    """Return the split that is a word of a file's or folder's own name (church_val_lmdb: "val"); None without one."""
-    kinds = {split_kind(word) for word in re.split(r"[-_. ]+", name)} - {None}
-    return kinds.pop() if len(kinds) == 1 else None
+    """Return the split that the name of a file or folder says: all of it, or its last word; None if it says none.
+
+    File extensions are left out, as is LSUN's _lmdb: church_val_lmdb and faces-test.zip say one, test_of_faces does
+    not.
+    """
+    stem = re.sub(r"(_lmdb|\.[a-z]+)+$", "", name, flags=re.IGNORECASE)
+    return split_kind(stem) or split_kind(re.split(r"[-_. ]+", stem)[-1])
 
 
 def _kind(pattern: re.Pattern[str], name: str) -> str | None:
@@ -86,7 +114,7 @@ def _kind(pattern: re.Pattern[str], name: str) -> str | None:
 
 
 def listed(names: Iterable[str], count: int | None = None) -> str:
-    """Return up to five names, escaped if they are unprintable, and how many more there are."""
-    shown: Sequence[str] = [name if name.isprintable() else repr(name) for name in names]
+    """Return up to five names, sorted and escaped if they are unprintable, and how many more there are."""
+    shown: Sequence[str] = [name if name.isprintable() else repr(name) for name in sorted(names)]
     more = (len(shown) if count is None else count) - len(shown[:SHOWN])
     return ", ".join(shown[:SHOWN]) + (f" and {more:,} more" if more else "")

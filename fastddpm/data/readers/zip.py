@@ -36,6 +36,9 @@ def zip_source(path: Path, split: str) -> ImageSource:
     others: Counter[str] = Counter()
     members = []
     lists = {}
+    if not any("/" in info.filename for info in infos):  # as some programs on Windows write it
+        for info in infos:
+            info.filename = info.filename.replace("\\", "/")
     for info in infos:
         name = PurePosixPath(info.filename)
         if info.is_dir() or is_hidden(name):
