@@ -1,9 +1,12 @@
-"""A stack of bits that symbols are pushed onto and popped from, exactly: range asymmetric numeral systems (Duda 2013).
+"""A stack of bits for symbols: range asymmetric numeral systems (Duda 2013), many symbols at once.
 
-A symbol that owns the interval [start, start + mass) of 0..2^bits - 1 costs bits - log2(mass) when it is pushed, and
-popping draws one from bits that are there, at the same price: drawing is the inverse of coding. Lanes (heads of 64
-bits) take a symbol each at once, and share one stack of 16-bit words below them. Their number may change at any time,
-for no bits at all: a lane is itself pushed onto the others, or popped from them.
+Pushing a symbol that owns the interval [start, start + mass) of 0..2^bits - 1 adds bits - log2(mass) bits to the stack.
+Popping is the exact inverse: it draws a symbol from the bits on the stack and removes as many. Each lane (a head of 64
+bits) takes one symbol at a time, all lanes in one NumPy operation, over a common stack of 16-bit words. Changing the
+number of lanes costs no bits, because a lane is itself pushed onto the others, or popped from them.
+
+A maintained coder (constriction) cannot stand in for it: the masses of .fdz files have 32 bits, constriction's have 24.
+docs/measurements/codec-libraries.md compares both.
 """
 
 from collections.abc import Callable
@@ -12,11 +15,11 @@ import numpy as np
 
 from fastddpm.errors import DataError
 
-# (value below 2^bits of each lane, which of the symbols) -> symbols, start, mass.
 Find = Callable[[np.ndarray, slice], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""(values uint64, which symbols to pop) -> the symbols int64 whose intervals hold the values, start, mass uint64."""
 
-PRECISION = 32  # bits of a symbol's interval
-# A head holds 48 to 64 bits, so that an interval of 32 bits distorts a probability by 2^-16 at most.
+PRECISION = 32  # bits of the intervals of symbols
+# A head holds 48 to 64 bits, so that intervals of 32 bits distort a probability by 2^-16 at most.
 EMPTY = 2**48
 _WORD = 16
 _BITS = np.uint64(PRECISION)
@@ -24,10 +27,11 @@ _REFILL = (np.uint64(2**32), np.uint64(EMPTY))
 
 
 class AnsStack:
-    """Bits, last in first out. `words`: uint16, the deepest first; `head`: 2^48..2^64 - 1.
+    """A stack of bits, last in, first out.
 
-    With `lending`, words of zero come when there are none left; without it, `DataError`. `borrowed`: how many came.
-    `low`: the least that there was of words less borrowed ones since it was last set.
+    `words`: the initial words, uint16, deepest first. `head`: the initial head, 2^48..2^64 - 1. Popping more than is
+    there raises DataError; with `lending`, zero words are supplied instead, and `borrowed` counts them. `low`: the
+    smallest `balance` since it was last set.
     """
 
     def __init__(self, words: np.ndarray | None = None, head: int = EMPTY, *, lending: bool = False) -> None:
@@ -40,39 +44,41 @@ class AnsStack:
 
     @property
     def lanes(self) -> int:
+        """The number of lanes."""
         return len(self._heads)
 
     @property
     def balance(self) -> int:
-        """Words below the heads, less those borrowed."""
+        """The number of words below the heads, less the borrowed ones."""
         return self._size - self.borrowed
 
     @property
     def head(self) -> int:
-        """The first lane."""
+        """The head of the first lane."""
         return int(self._heads[0])
 
     @property
     def words(self) -> np.ndarray:
-        """What lies below the heads, the deepest first; uint16."""
+        """A copy of the words below the heads, uint16, deepest first."""
         return self._buffer[: self._size].copy()
 
     def push(self, start: np.ndarray, mass: np.ndarray, pad: np.ndarray | None = None) -> None:
-        """Put symbols on top, uint64 (n,) each: their intervals of 32 bits.
+        """Push n symbols, given as intervals of 32 bits: `start` and `mass`, uint64 (n,) each.
 
-        `pad`: 32 bits for each, uint64 (n,), that its value is changed by (exclusive or). Raises `DataError` for an
-        empty interval, which only a damaged stream leads to.
+        `pad`: 32 bits per symbol, uint64 (n,), that are XORed with its value. Raises DataError for an empty interval,
+        which only a damaged stream leads to.
         """
         if not mass.all():
-            raise DataError("the stream holds a symbol that cannot be")
+            raise DataError("the stream holds a symbol of probability 0; it is damaged")
         for first in range((len(start) - 1) // self.lanes * self.lanes, -1, -self.lanes):
             part = slice(first, first + self.lanes)
             self._push(start[part], mass[part], _BITS, None if pad is None else pad[part])
 
     def pop(self, count: int, find: Find, pad: np.ndarray | None = None) -> np.ndarray:
-        """Take `count` symbols, int64, in the order in which `push` was given them; `find` says whose a value is.
+        """Pop `count` symbols, int64, in the order in which `push` was given them.
 
-        With a `pad` of random bits the symbols are as random, whatever lies on the stack.
+        `find` returns the symbols whose intervals hold given values. With a `pad` of random bits the symbols are
+        random, whatever is on the stack. Raises DataError if the stack ends too early.
         """
         parts = []
         for first in range(0, count, self.lanes):
@@ -81,7 +87,7 @@ class AnsStack:
         return np.concatenate(parts)
 
     def resize(self, lanes: int) -> None:
-        """Go on with `lanes` lanes, a power of two."""
+        """Change the number of lanes to `lanes`, a power of two."""
         while self.lanes < lanes:
             self._unfold()
         while self.lanes > lanes:
@@ -108,7 +114,7 @@ class AnsStack:
         value = value if pad is None else value ^ pad
         symbols, start, mass = find(value, part)
         heads[:] = mass * (heads >> bits) + (value - start)
-        for least in _REFILL:  # what was pushed out second comes back first
+        for least in _REFILL:  # the word that was moved out last comes back first
             short = heads < least
             if short.any():
                 chosen = heads[short]
@@ -116,7 +122,7 @@ class AnsStack:
         return symbols
 
     def _fold(self) -> None:
-        """Push the upper half of the lanes onto the lower: 48 bits each as words, the rest, 2^e + f, as e and f."""
+        """Push the upper half of the lanes onto the lower: 48 bits of each as words, the rest, 2^e + f, as e and f."""
         half = self.lanes // 2
         upper, self._heads = self._heads[half:], self._heads[:half].copy()
         for shift in (0, 16, 32):
@@ -128,7 +134,7 @@ class AnsStack:
         self._push(exponent, one, np.uint64(4))
 
     def _unfold(self) -> None:
-        """The inverse of `_fold`."""
+        """Double the number of lanes, as the inverse of `_fold`."""
         everything = slice(0, self.lanes)
         exponent = self._pop(everything, _uniform, np.uint64(4))
         rest = self._pop(everything, _uniform, exponent) + (np.uint64(1) << exponent)
@@ -137,7 +143,7 @@ class AnsStack:
         self._heads = np.concatenate([self._heads, rest])
 
     def _put(self, words: np.ndarray) -> None:
-        """The low 16 bits of each."""
+        """Append the low 16 bits of each of `words`."""
         size = self._size + len(words)
         if size > len(self._buffer):
             self._buffer = np.concatenate([self._buffer[: self._size], np.zeros(size + 1024, np.uint16)])

@@ -1,4 +1,4 @@
-"""The stack of bits against exact integers of any size, and against entropies."""
+"""The stack of bits beside exact integers of any size, and beside entropies."""
 
 import math
 
@@ -13,14 +13,14 @@ BITS = 32
 
 
 def distribution(rng: np.random.Generator, symbols: int) -> np.ndarray:
-    """QuantisedGaussian of 2^32, none of them 0, very uneven."""
+    """Return masses that sum to 2^32, none of them 0, very uneven."""
     masses = np.maximum(rng.dirichlet(np.full(symbols, 0.7)) * (2**BITS - symbols), 1).astype(np.int64)
     masses[-1] += 2**BITS - masses.sum()
     return masses
 
 
 def exact_length(start: list[int], mass: list[int]) -> float:
-    """Bits of one integer of any size: the definition of range ANS."""
+    """Return the bits of all symbols in one integer of any size, by the definition of range ANS."""
     state = 2**64
     for low, own in zip(start, mass, strict=True):
         state = (state // own << BITS) + state % own + low
@@ -28,7 +28,7 @@ def exact_length(start: list[int], mass: list[int]) -> float:
 
 
 def content(stack: AnsStack) -> float:
-    """Bits, of a stack with one lane."""
+    """Return the bits on a stack with one lane."""
     return 16 * stack.balance + math.log2(stack.head / EMPTY)
 
 
@@ -83,7 +83,7 @@ def test_popping_draws_from_the_distribution_whatever_lies_there(rng: np.random.
     assert abs(values.mean() - 0.3) < 4 * 0.5 / 20000**0.5
     assert abs(values.std() - 0.5) < 4 * 0.5 / 40000**0.5
     assert abs(np.corrcoef(values[:-64], values[64:])[0, 1]) < 4 / 20000**0.5
-    # and what was taken for them is put back, to the last word
+    # Pushing them again restores the stack to the last word.
     stack.push(*QuantisedGaussian(grid, np.full(20000, 0.3), 0.5, everywhere=False).intervals(cells), pad)
     stack.resize(1)
     assert stack.head == EMPTY and not stack.words.any() and stack.balance == 0
@@ -115,7 +115,7 @@ def test_uniform_symbols(count: int, rng: np.random.Generator) -> None:
 
 
 def test_lanes_cost_nothing(rng: np.random.Generator) -> None:
-    """A thousand bits in 256 lanes are a thousand bits when the lanes are joined, but for chance."""
+    """A thousand bits in 256 lanes are a thousand bits when the lanes are joined, up to chance."""
     stack = AnsStack(rng.integers(0, 2**16, 5000).astype(np.uint16))
     stack.resize(256)
     stack.push(np.full(1000, 5, np.uint64), np.full(1000, 2**31, np.uint64))
@@ -131,5 +131,5 @@ def test_a_stack_that_lends_nothing_ends() -> None:
 
 
 def test_an_empty_interval_is_refused() -> None:
-    with pytest.raises(DataError, match="cannot be"):
+    with pytest.raises(DataError, match="symbol of probability 0"):
         AnsStack().push(np.zeros(2, np.uint64), np.array([1, 0], np.uint64))
