@@ -15,7 +15,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.progress import log
 
 from . import cache as image_cache
-from .dataset import Dataset, class_names
+from .dataset import Dataset
 from .image import Preprocessing, Resize, fit
 from .ingest import Report
 from .pack.format import ENDING, Pack, open_pack
@@ -26,7 +26,7 @@ from .readers.hub import PREFIX, hub_source
 from .readers.lmdb import lmdb_file, lmdb_source
 from .readers.parquet import parquet_files, parquet_source
 from .readers.source import EncodedImage, ImageSource, check_regular
-from .readers.splits import require_split, split_files
+from .readers.splits import require_split, split_files, split_of_shard
 from .readers.tar import tar_source
 from .readers.zip import zip_source
 
@@ -163,12 +163,12 @@ def _image_source(path: Path, split: Split) -> ImageSource:
         tables, notes = parquet_files(path, split)
         if tables:
             return replace(parquet_source(tables), notes=notes)
-        shards, notes = split_files(sorted(path.glob("*.tar")), split, path, "tar")
+        shards, notes, named = split_files(sorted(path.glob("*.tar")), split, path, "tar")
         for shard in shards:
             check_regular(shard)
         if not shards:
             return folder_source(path, split)
-        found = tar_source(shards, split)
+        found = tar_source(shards, split, named=named)
         return replace(found, notes=(*notes, *found.notes))
     if path.suffix.lower() == ".parquet":
         require_split(split, path, "one table", shard=True)
@@ -176,7 +176,7 @@ def _image_source(path: Path, split: Split) -> ImageSource:
     if path.suffix.lower() == ".zip":
         return zip_source(path, split)
     if path.suffix.lower() == ".tar":
-        return tar_source([path], split)
+        return tar_source([path], split, named=split_of_shard(path.name) in ("test", "val"))
     kind = f"is a {path.suffix} file" if path.suffix else "has no file extension"
     raise UsageError(f"{path} {kind}; images may be {ACCEPTED}")
 
@@ -194,7 +194,6 @@ def _pack_dataset(pack: Pack, preprocessing: Preprocessing, keep: Keep, director
             f"{preprocessing.channels}: pack the images for it"
         )
     dataset = pack.dataset()
-    dataset = replace(dataset, classes=class_names(dataset.labels, dataset.classes))
     if keep == "encoded" or (keep == "auto" and dataset.images.nbytes > DECODED_LIMIT_BYTES):
         return dataset
     decoded_by = pack.images().preprocessing

@@ -138,6 +138,36 @@ def test_pack_then_inspect_verify_and_train(source: Path, tmp_path: Path, capsys
         main(["verify", str(out)])
 
 
+def test_class_names_go_through_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+        (tmp_path / "f" / name / "0.png").write_bytes(png(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)))
+    main(["inspect", str(tmp_path / "f")])
+    assert "classes    2, 1 to 1 images each: cat, dog\n" in capsys.readouterr().out
+    out = tmp_path / "x.fdpack"
+    main(["pack", str(tmp_path / "f"), str(out), "--image-size", "8"])
+    assert open_pack(out).classes == ("cat", "dog")
+    for keep in ("decoded", "encoded"):
+        lines: list[str] = []
+        dataset = open_dataset(out, image_size=8, channels=3, keep=keep, cache=tmp_path / "cache", report=lines.append)  # type: ignore[call-overload]
+        assert dataset.classes == ("cat", "dog") and lines == ["2 classes: cat, dog"]
+    with pytest.raises(UsageError, match=r"x\.fdpack has no splits.*: found one set of images"):
+        main(["inspect", str(out), "--split", "test"])
+    main(["pack", str(out), str(tmp_path / "again.fdpack"), "--image-size", "8"])
+    assert open_pack(tmp_path / "again.fdpack").classes == ("cat", "dog")
+
+
+def test_names_of_very_many_classes_are_left_out_of_a_pack(tmp_path: Path) -> None:
+    """The description of a pack has a limit; the classes then have their numbers as names."""
+    folder = tmp_path / "f"
+    for i in range(400):
+        (folder / f"{i:03}{'x' * 90}").mkdir(parents=True)
+        (folder / f"{i:03}{'x' * 90}" / "0.png").write_bytes(png(np.full((1, 1, 3), i % 256, np.uint8)))
+    main(["pack", str(folder), str(tmp_path / "x.fdpack"), "--image-size", "1"])
+    made = open_pack(tmp_path / "x.fdpack")
+    assert made.classes is None and made.dataset().classes == tuple(map(str, range(400)))
+
+
 def test_pack_writes_nothing_it_should_not(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.fdpack"
     for arguments, message in (

@@ -1,7 +1,9 @@
 """Labels from lists: dataset.json of EDM and StyleGAN, metadata.jsonl and metadata.csv of Hugging Face."""
 
+import io
 import json
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ EDM = [f"{i // 4:05d}/img{i:08d}.png" for i in range(12)]
 Make = Callable[[dict[str, bytes]], Path]
 
 
-@pytest.fixture(params=["folder", "zip"])
+@pytest.fixture(params=["folder", "zip", "tar"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     def as_folder(files: dict[str, bytes]) -> Path:
         for name, data in files.items():
@@ -33,7 +35,15 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
                 archive.writestr(name, data)
         return tmp_path / "data.zip"
 
-    return as_folder if request.param == "folder" else as_zip
+    def as_tar(files: dict[str, bytes]) -> Path:
+        with tarfile.open(tmp_path / "data.tar", "w") as archive:
+            for name, data in sorted(files.items()):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        return tmp_path / "data.tar"
+
+    return {"folder": as_folder, "zip": as_zip, "tar": as_tar}[request.param]
 
 
 def images(names: list[str]) -> dict[str, bytes]:

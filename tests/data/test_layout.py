@@ -1,6 +1,9 @@
 """Splits, classes and wrapping folders as people have them: recognised or refused, never silently wrong."""
 
 import io
+import json
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable
@@ -252,3 +255,65 @@ def test_many_classes_are_shortened(tmp_path: Path) -> None:
     names = [f"{i:02}/0.png" for i in range(12)]
     _, lines = opened(as_folder(tmp_path / "data", names))
     assert lines == ["12 classes: 00, 01, 02, 03, 04, 05, 06, 07, 08, .., 11"]
+
+
+def shard(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_shards_by_split_and_shards_that_hold_splits(tmp_path: Path) -> None:
+    named = tmp_path / "named"
+    for name in ("Train-0", "Train-1", "Test-0", "Test-1", "extra-0"):
+        shard(named / f"{name}.tar", {f"{name}.png": content(f"{name}.png")})
+    note = "other splits are left out: extra"
+    check(named, ["Train-0.png", "Train-1.png"], None, note)
+    check(named, ["Test-0.png", "Test-1.png"], None, note, split="test")
+    shard(named / "more-0.tar", {"0.png": content("0.png")})
+    with pytest.raises(DataError, match=r"in two ways: some tar files are named like splits, but more-0\.tar are not"):
+        opened(named)
+    inner = tmp_path / "inner"
+    shard(inner / "x-0.tar", {name: content(name) for name in files("train", "test")})
+    shard(inner / "x-1.tar", {"train/cat/9.png": content("train/cat/9.png")})
+    check(inner, [*files("train"), "train/cat/9.png"], [*LABELS, 0])
+    check(inner, files("test"), LABELS, split="test")
+    with pytest.raises(UsageError, match="has no splits"):
+        shard(tmp_path / "plain" / "x-0.tar", {"0.png": content("0.png")})
+        opened(tmp_path / "plain", "test")
+
+
+def test_labels_of_samples_come_before_folders(tmp_path: Path) -> None:
+    """Folders of a tar file with .cls labels are no classes, and no image beside them is left out."""
+    names = ["a.png", "cat/0.png", "dog/1.png"]
+    members = {name: content(name) for name in names}
+    labels = {name.replace(".png", ".cls"): b"%d" % i for i, name in enumerate(names)}
+    path = tmp_path / "x.tar"
+    shard(path, dict(sorted((members | labels).items())))
+    check(path, names, [0, 1, 2], classes=("0", "1", "2"))
+
+
+CASES = Path(__file__).parents[2].parent / "shared" / "cases" / "make_cases.py"
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the cases beside the project are not here")
+def test_cases_beside_the_project(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(CASES), str(tmp_path)], check=True)
+    for name, expected in json.loads((tmp_path / "expected.json").read_text()).items():
+        for split in ("train", "test"):
+            if split not in expected:
+                continue
+            lines: list[str] = []
+            dataset = open_dataset(
+                tmp_path / name, image_size=16, channels=3, split=split, cache=tmp_path / "cache", report=lines.append
+            )
+            assert len(dataset.images) == expected[split], name
+            if "classes" in expected:
+                assert list(dataset.classes or ()) == expected["classes"], name
+                assert f"{len(expected['classes'])} classes: {', '.join(expected['classes'])}" in lines
+            if "labels" in expected:
+                assert dataset.labels is not None and dataset.labels.tolist() == expected["labels"], name
+            assert any(expected.get("note", "") in line for line in lines), name

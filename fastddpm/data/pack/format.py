@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastddpm.data.dataset import Dataset
+from fastddpm.data.dataset import Dataset, class_names
 from fastddpm.data.image import RESIZES, BadImageError, Preprocessing, decode
 from fastddpm.data.readers.source import MAX_ENCODED_BYTES, EncodedImage, ImageSource
 from fastddpm.errors import DataError
@@ -97,7 +97,7 @@ ENDING = ".fdpack"
 MAGIC = b"FDPACK01"
 VERSION = 1
 TRAILER = struct.Struct("<QQ32s32s8s")
-_MAX_DESCRIPTION_BYTES = 2**16
+MAX_DESCRIPTION_BYTES = 2**16
 MAX_SIZE = 8192
 
 
@@ -108,6 +108,7 @@ class Pack:
     `preprocessing`, `store`, `decoder`: how it was made. `store` "fitted": every image has the size of `preprocessing`;
     "original": files are unchanged, and training crops and resizes them. `labels`: int64 (N,) or None. `checksum`: of
     the pixels (`dataset.checksum`). `sha256`: of all bytes before the trailer. `left_out`: bad images of `source`.
+    `classes`: names of the classes, in the order of their labels; None if the source gave none.
     """
 
     path: Path
@@ -120,6 +121,7 @@ class Pack:
     source: str
     left_out: int
     decoder: str
+    classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -130,7 +132,9 @@ class Pack:
 
     def dataset(self) -> Dataset:
         """Return the images, which are decoded when indexed, with their labels."""
-        return Dataset(self.images(), self.labels, str(self.path), self.checksum)
+        return Dataset(
+            self.images(), self.labels, str(self.path), self.checksum, class_names(self.labels, self.classes)
+        )
 
     def image_source(self) -> ImageSource:
         """Return the encoded images as a source, named by their numbers."""
@@ -141,7 +145,7 @@ class Pack:
                 label = None if self.labels is None else int(self.labels[number])
                 yield EncodedImage(f"image {number}", label, _reader(images, number))
 
-        return ImageSource(str(self.path), len(self), [self.sha256], items)
+        return ImageSource(str(self.path), len(self), [self.sha256], items, classes=self.classes)
 
 
 def _reader(images: PackedImages, number: int) -> Callable[[], bytes]:
@@ -173,7 +177,7 @@ def _opened(path: Path, descriptor: int) -> Pack:
     if end < len(MAGIC) or os.pread(descriptor, len(MAGIC), 0) != MAGIC:
         raise ValueError("it does not start like a pack")
     start, length, text_sha256, sha256, magic = TRAILER.unpack(os.pread(descriptor, TRAILER.size, end))
-    if magic != MAGIC or start + length != end or length > _MAX_DESCRIPTION_BYTES:
+    if magic != MAGIC or start + length != end or length > MAX_DESCRIPTION_BYTES:
         raise ValueError("its end is missing")
     text = os.pread(descriptor, length, start)
     if hashlib.sha256(text).digest() != text_sha256:
@@ -185,7 +189,18 @@ def _opened(path: Path, descriptor: int) -> Pack:
         path, preprocessing, store, index, labels,
         checksum=_of(str, said, "checksum"), sha256=sha256.hex(),
         source=_of(str, said, "source"), left_out=_of(int, said, "left_out"), decoder=_of(str, said, "decoder"),
+        classes=_classes(said),
     )  # fmt: skip
+
+
+def _classes(said: Any) -> tuple[str, ...] | None:
+    """Return the names of the classes, which packs of older versions and of large numbers of classes lack."""
+    names = said.get("classes")
+    if names is None:
+        return None
+    if type(names) is not list or not all(type(name) is str for name in names):
+        raise ValueError("its classes are no list of names")
+    return tuple(names)
 
 
 def _rule(said: Any) -> tuple[Preprocessing, Store]:

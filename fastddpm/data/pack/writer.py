@@ -18,12 +18,23 @@ import numpy as np
 from PIL import __version__ as pillow_version
 
 from fastddpm.data.dataset import Checksum, checksum
-from fastddpm.data.image import Preprocessing, as_planes, fitted, open_picture
+from fastddpm.data.image import Brightness, Preprocessing, as_planes, fitted, open_picture
 from fastddpm.data.ingest import Labels, Problems, Report, map_images, raise_or_report
 from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import StorageError
 
-from .format import INDEX, MAGIC, TRAILER, VERSION, Pack, PackedImages, Store, decoding, open_pack
+from .format import (
+    INDEX,
+    MAGIC,
+    MAX_DESCRIPTION_BYTES,
+    TRAILER,
+    VERSION,
+    Pack,
+    PackedImages,
+    Store,
+    decoding,
+    open_pack,
+)
 
 
 def write_pack(
@@ -48,12 +59,16 @@ def write_pack(
     problems = Problems(image_source, path.with_name(f"{path.name}.problems.txt"), report)
     pixels = Checksum((image_source.count, *preprocessing.shape))
     work = functools.partial(_record, preprocessing=preprocessing, store=store)
+    brightness = Brightness()
     with _Writer(path) as writer:
-        for _, item, (data, planes) in map_images(image_source, work, problems, title="packing"):
+        for _, item, (data, planes, peak) in map_images(image_source, work, problems, title="packing"):
             writer.append(data)
             labels.append(item.label)
             pixels.add(planes)
+            brightness.add(peak)
         raise_or_report(problems, len(labels), skip_bad=skip_bad, report=report)
+        if advice := brightness.note():
+            report(f"{image_source.name}: {advice}")
         classes = labels.array()
         if len(labels) == image_source.count:
             value = pixels.result(classes)
@@ -68,23 +83,31 @@ def write_pack(
                 "left_out": problems.count,
                 "checksum": value,
                 "decoder": f"pillow {pillow_version}",
+                "classes": _described(image_source.classes),
             },
         )
         writer.publish()
     return open_pack(path)
 
 
-def _record(item: EncodedImage, preprocessing: Preprocessing, store: Store) -> tuple[bytes, np.ndarray]:
-    """Return the bytes to store for an image, and its pixels, uint8 (C, S, S)."""
+def _described(classes: tuple[str, ...] | None) -> list[str] | None:
+    """Return the names of the classes for the description; None if they would take more than half of its limit."""
+    if classes is None or len(json.dumps(classes, indent=1)) > MAX_DESCRIPTION_BYTES // 2:
+        return None
+    return list(classes)
+
+
+def _record(item: EncodedImage, preprocessing: Preprocessing, store: Store) -> tuple[bytes, np.ndarray, int | None]:
+    """Return the bytes to store for an image, its pixels, uint8 (C, S, S), and `Picture.peak`."""
     data = item.read()
     picture = open_picture(data)
     image = fitted(picture, preprocessing)
     planes = as_planes(image, preprocessing)
     if store == "original" or (picture.image.size == image.size and len(data) <= planes.nbytes):
-        return data, planes
+        return data, planes, picture.peak
     file = io.BytesIO()
     image.save(file, "PNG")
-    return file.getvalue(), planes
+    return file.getvalue(), planes, picture.peak
 
 
 class _Writer:

@@ -73,14 +73,14 @@ def with_listed_labels(
     if not above:
         if not lists:
             return choice
-        note = Note(0, f"{lists[0]} is not read, because lists of labels are expected above the class folders")
+        note = Note(-1, f"{lists[0]} is not read, because lists of labels are expected above the class folders")
         return replace(choice, notes=(*choice.notes, note))
     if len(above) > 1:
         raise DataError(f"{where} has several lists of labels: {', '.join(map(str, above))}; keep one of them")
     (file,) = above
     found = _read(file, read, where)
     if found is None:
-        note = Note(0, f"{file} gives no labels: it names no files, or has no column {', '.join(_COLUMNS)}")
+        note = Note(-1, f"{file} gives no labels: it names no files, or has no column {', '.join(_COLUMNS)}")
         return replace(choice, notes=(*choice.notes, note))
     notes: list[Note] = []
     names = found.names()
@@ -93,13 +93,15 @@ def with_listed_labels(
         if extra:
             notes.append(
                 Note(
-                    0, f"read without labels, because {file} has classes that the training split lacks: {listed(extra)}"
+                    -1,
+                    f"read without labels, because {file} has classes that the training split lacks: {listed(extra)}",
                 )
             )
     numbers: dict[str, int] | None = None if notes else found.numbered(names, file.parent, where / file)
     split_base = max(choice.split_base, file.parent.parts, key=len)
-    notes += [note for note in choice.notes if note.depth < max(1, len(split_base))]
-    notes.append(Note(0, f"labels are those of {file}" if numbers else f"{file} has no labels"))
+    notes += [note for note in choice.notes if note.depth < len(split_base)]
+    if numbers is not None or found.labels is None:
+        notes.append(Note(-1, f"labels are those of {file}" if numbers else f"{file} has no labels"))
     chosen = SplitSelection(
         split_base, split_base, names if numbers else None, 0, tuple(notes), listed={} if numbers is None else numbers
     )

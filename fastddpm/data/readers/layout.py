@@ -18,7 +18,7 @@ _MAX_EXAMPLES = 1000  # folders of which some file names are kept
 
 
 class Note(NamedTuple):
-    """A line about images that are left out, and how deep the folder is that they lie in; 0 for other lines."""
+    """A line about images that are left out, and how deep the folder is that they lie in; -1 for other lines."""
 
     depth: int
     text: str
@@ -61,6 +61,13 @@ class SplitSelection:
             return self.listed.get(str(path))
         folders = _folders(path)
         return self.labels.get(folders[len(self.base)]) if len(folders) > len(self.base) else None
+
+
+def whole_split(choice: SplitSelection, paths: Iterable[PurePosixPath]) -> SplitSelection:
+    """Return the selection of all images of the split, whatever folder they lie in, without classes."""
+    notes = tuple(note for note in choice.notes if note.depth < len(choice.split_base))
+    whole = SplitSelection(choice.split_base, choice.split_base, None, 0, notes, listed={})
+    return replace(whole, count=sum(map(whole.takes, paths)))
 
 
 def choose(
@@ -272,14 +279,14 @@ def _of_split(splits: _Splits, split: str, where: Path, examples: Examples) -> S
     classes = found.classes
     notes = list(_beside(splits.node.own, splits.base, examples))
     if wanted != split:
-        notes.append(Note(0, f"there is no test split: the images of {name}/ serve as test"))
+        notes.append(Note(-1, f"there is no test split: the images of {name}/ serve as test"))
     others = [
         f"{other}/ ({splits.node.below[other].total:,} images)"
         for other, kind in sorted(splits.kinds.items())
         if other != name and kind != "train" and not (kind == "test" or (kind == "val" and not named("test")))
     ]
     if others:
-        notes.append(Note(0, f"other splits are left out: {', '.join(others)}"))
+        notes.append(Note(-1, f"other splits are left out: {', '.join(others)}"))
     if classes is not None and wanted != "train" and named("train"):
         trained = inside(splits.node.below[named("train")[0]], ()).classes
         extra = sorted(set(classes) - set(trained or ()))

@@ -9,7 +9,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.storage.documents import parse_json
 
 from .source import MAX_ENCODED_BYTES, EncodedImage, ImageSource, check_regular, check_size, status_of
-from .splits import split_files
+from .splits import listed, require_split, split_files
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.parquet")
 _MAX_ROWS = 128  # rows that are read at a time, fewer if they are large
@@ -30,7 +30,9 @@ def parquet_files(folder: Path, split: str) -> tuple[list[Path], tuple[str, ...]
     tables: list[Path] = []
     for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet"):
         tables = tables or sorted(folder.glob(pattern))
-    tables, notes = split_files(tables, split, folder, "parquet")
+    tables, notes, named = split_files(tables, split, folder, "parquet")
+    if tables and not named:
+        require_split(split, folder, f"{len(tables)} parquet files, {listed(table.name for table in tables)}")
     for shard in map(_SHARD.fullmatch, (table.name for table in tables)):
         present = sum(table.name.startswith(f"{shard[1]}-") for table in tables) if shard else 0
         if shard and present != int(shard[2]):

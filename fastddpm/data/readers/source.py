@@ -1,6 +1,5 @@
-"""The encoded images that every reader yields, and rules for names, splits and classes that readers share."""
+"""The encoded images that every reader yields, and rules for names and sizes of files that readers share."""
 
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +12,6 @@ from fastddpm.errors import DataError
 
 EXTENSIONS = tuple(extension for extensions in SUFFIXES.values() for extension in extensions)
 MAX_ENCODED_BYTES = 256 * 2**20
-_SPLITS = frozenset({"train", "test", "val", "valid", "validation"})
-_SPLIT = re.compile(r"(train|test|validation|valid|val)[-._]")
 
 
 @dataclass(frozen=True)
@@ -43,51 +40,6 @@ class ImageSource:
     classes: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class SplitSelection:
-    """The images of a split, by their paths: the split's folder or None, numbers of class folders, image count."""
-
-    split: str | None
-    classes: dict[str, int]
-    count: int
-
-    def takes(self, path: PurePosixPath) -> bool:
-        """Return whether the image at `path` belongs to the split."""
-        return self.split is None or _top(path, 0) == self.split
-
-    def label(self, path: PurePosixPath) -> int | None:
-        """Return the class of an image of the split, None without classes."""
-        return self.classes.get(_top(path, 0 if self.split is None else 1))
-
-
-def choose(paths: Iterable[PurePosixPath], split: str, where: Path) -> SplitSelection:
-    """Select the images of `split` among `paths`, which are iterated over once and not kept.
-
-    If all images lie in folders named like splits (train, test, val, ..), only those in the folder `split` are
-    selected; otherwise all are. Classes are the first-level folders, numbered in sorted order, if there are at least
-    two and every image lies in one. Raises DataError if there is no image.
-    """
-    folders = Counter((_top(path, 0), _top(path, 1)) for path in paths)
-    if not folders:
-        raise DataError(f"{where} holds no images; files ending in {', '.join(EXTENSIONS)} are read")
-    splits = {first for first, _ in folders}
-    chosen: str | None = None
-    if splits <= _SPLITS:
-        chosen = split
-        if split not in splits:
-            raise DataError(f"{where} has no images in {split}/; it has {', '.join(sorted(splits))}")
-        folders = Counter({key: count for key, count in folders.items() if key[0] == split})
-    tops = {second if chosen else first for first, second in folders}
-    labelled = len(tops) > 1 and "" not in tops
-    classes = {name: i for i, name in enumerate(sorted(tops))} if labelled else {}
-    return SplitSelection(chosen, classes, folders.total())
-
-
-def _top(path: PurePosixPath, depth: int) -> str:
-    """Return the name of the folder at `depth` in `path`, or "" if there is none."""
-    return path.parts[depth] if len(path.parts) > depth + 1 else ""
-
-
 def is_image(path: PurePosixPath) -> bool:
     """Return whether the name has an image's extension, in any case, and no part of the path is hidden."""
     return path.suffix.lower() in EXTENSIONS and not is_hidden(path)
@@ -112,23 +64,6 @@ def counted(endings: Counter[str]) -> str:
         for ending, count in endings.most_common(5)
     )
     return shown + (", .." if len(endings) > 5 else "")
-
-
-def split_files(files: list[Path], split: str, folder: Path, ending: str) -> list[Path]:
-    """Return the files of the split if any file is named by a split (train-00000.tar, test.parquet), else all files.
-
-    Raises DataError if only other splits are there, or if the files lie in several folders.
-    """
-    folders = sorted({path.parent.name for path in files})
-    if len(folders) > 1:
-        raise DataError(f"{folder} has {ending} files in several folders; name one of {', '.join(folders)}")
-    if not any(_SPLIT.match(path.name) for path in files):
-        return files
-    chosen = [path for path in files if (found := _SPLIT.match(path.name)) and found[1] == split]
-    if not chosen:
-        names = ", ".join(path.name for path in files[:10])
-        raise DataError(f"{folder} has no {split}-*.{ending}; it has {names}")
-    return chosen
 
 
 def status_of(files: Iterable[Path]) -> list[Any]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fastddpm.errors import DataError, UsageError
 
@@ -22,7 +23,7 @@ def require_split(split: str, where: Path, found: str, *, shard: bool = False) -
 
     `shard`: the name is that of a shard and may begin with the split, as test-00000-of-00001.parquet.
     """
-    said = {split_in_name(where.name), split_kind(re.split(r"[-_.]", where.name)[0]) if shard else None}
+    said = {split_in_name(where.name), split_of_shard(where.name) if shard else None}
     if split == "test" and not said & {"test", "val"}:
         raise UsageError(
             f"{where} has no splits, so none of it is known to be test data: found {found}. Name a source with train "
@@ -30,15 +31,20 @@ def require_split(split: str, where: Path, found: str, *, shard: bool = False) -
         )
 
 
-def split_files(files: list[Path], split: str, folder: Path, ending: str) -> tuple[list[Path], tuple[str, ...]]:
+class SplitFiles(NamedTuple):
+    """Files of a split, notes about what is left out, and whether the files' names say the split."""
+
+    files: list[Path]
+    notes: tuple[str, ...]
+    named: bool
+
+
+def split_files(files: list[Path], split: str, folder: Path, ending: str) -> SplitFiles:
     """Return the files of the split if any file is named by a split (train-00000.tar, Test.parquet), else all files.
 
-    Files may also lie in folders named by splits. The second value are notes about what is left out. Raises DataError
-    if only other splits are there, if some files are named by a split and others not, or if the files lie in several
-    other folders, and UsageError for "test" of files without splits.
+    Files may also lie in folders named by splits. Raises DataError if only other splits are there, if some files are
+    named by a split and others not, or if the files lie in several other folders.
     """
-    if not files:
-        return [], ()
     folders = sorted({path.parent for path in files})
     kinds = [any_split_kind(parent.name) for parent in folders]
     by_folder = folder not in folders and None not in kinds and len(set(kinds)) == len(folders)
@@ -49,8 +55,7 @@ def split_files(files: list[Path], split: str, folder: Path, ending: str) -> tup
     kinds = list(map(any_split_kind, names))
     found = set(kinds) - {None}
     if not any(map(split_kind, names)):
-        require_split(split, folder, f"{len(files)} {ending} files, {listed(path.name for path in files)}")
-        return files, ()
+        return SplitFiles(files, (), False)
     if None in kinds:
         rest = listed(path.name for path, kind in zip(files, kinds, strict=True) if kind is None)
         raise DataError(
@@ -65,7 +70,14 @@ def split_files(files: list[Path], split: str, folder: Path, ending: str) -> tup
     others = sorted(str(kind) for kind in found - {"train", "test", wanted} if kind != "val" or "test" in found)
     if others:
         notes.append(f"other splits are left out: {', '.join(others)}")
-    return [path for path, kind in zip(files, kinds, strict=True) if kind == wanted], tuple(notes)
+    chosen = [path for path, kind in zip(files, kinds, strict=True) if kind == wanted]
+    return SplitFiles(chosen, tuple(notes), True)
+
+
+def split_of_shard(name: str) -> str | None:
+    """Return the split in a shard's name, before its number (test-00000-of-00001.parquet: "test"), None without one."""
+    match = re.match(r"([a-z]+)[-_.]\d", name.lower())
+    return split_kind(match[1]) if match else None
 
 
 def split_kind(name: str) -> str | None:

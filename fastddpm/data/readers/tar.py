@@ -21,12 +21,13 @@ from typing import IO
 
 from fastddpm.errors import DataError
 
+from .labels import LABEL_FILES, MAX_LISTS, with_listed_labels
+from .layout import choose, whole_split
 from .source import (
     EXTENSIONS,
     EncodedImage,
     ImageSource,
     check_size,
-    choose,
     is_hidden,
     is_image,
     left_alone,
@@ -69,36 +70,51 @@ class _Sample:
     problem: str
 
 
-def tar_source(files: list[Path], split: str) -> ImageSource:
+def tar_source(files: list[Path], split: str, *, named: bool = False) -> ImageSource:
     """Return the images in tar files, file by file, in the order of their members.
 
-    The split is that of the members' folders (`source.choose`), and so are the labels if no sample has a .cls or .json
-    label. Memory does not grow with the files: their headers are read once to count the images and again for `items`.
-    Raises DataError if a file is damaged or not a tar file, or if there is no image.
+    The split is that of the members' folders (`layout.choose`), unless `named` says that it is that of the files' names
+    and there are no split folders. The labels are those of .cls and .json files; without them those of a list
+    (`labels.py`), or of class folders. Memory does not grow with the files: their headers are read once to count the
+    images and again for `items`. Raises DataError if a file is damaged or not a tar file, or if there is no image.
     """
     others: Counter[str] = Counter()
+    lists: dict[PurePosixPath, tuple[Tar, Member]] = {}
     labelled = False
 
     def images() -> Iterator[PurePosixPath]:
         nonlocal labelled
         for path in files:
-            for sample in _samples(Tar(path), others):
+            for sample in _samples(Tar(path), others, lists):
                 labelled = labelled or sample.label is not None or bool(sample.problem)
                 yield sample.image.path
 
+    def all_images() -> Iterator[PurePosixPath]:
+        return (sample.image.path for path in files for sample in _samples(Tar(path), Counter(), {}))
+
+    def read(path: PurePosixPath, limit: int) -> bytes:
+        tar, member = lists[path]
+        check_size(member.size, limit)
+        return tar.read(member)
+
     where = files[0] if len(files) == 1 else files[0].parent
-    choice = choose(images(), split, where)
+    choice = choose(images(), split, where, others=others, named=named)
+    if not labelled:
+        choice = with_listed_labels(choice, lists, read, all_images, where)
+    elif choice.classes is not None or choice.base != choice.split_base:
+        choice = whole_split(choice, all_images())
 
     def items() -> Iterator[EncodedImage]:
         for path in files:
             tar = Tar(path)
-            for sample in _samples(tar, Counter()):
+            for sample in _samples(tar, Counter(), {}):
                 member = sample.image
                 if choice.takes(member.path):
                     label = sample.label if labelled else choice.label(member.path)
                     yield EncodedImage(f"{path.name}: {member.path}", label, _reader(tar, sample))
 
-    return ImageSource(str(where), choice.count, [split, *status_of(files)], items, left_alone(others))
+    notes = tuple(note.text for note in choice.notes) + left_alone(others)
+    return ImageSource(str(where), choice.count, [split, *status_of(files)], items, notes, choice.classes)
 
 
 class Tar:
@@ -157,8 +173,12 @@ class _Headers:
         return self._file.read(size)
 
 
-def _samples(tar: Tar, others: Counter[str]) -> Iterator[_Sample]:
-    """Yield the samples that have an image; count extensions of other files, labels excepted, in `others`."""
+def _samples(tar: Tar, others: Counter[str], lists: dict[PurePosixPath, tuple[Tar, Member]]) -> Iterator[_Sample]:
+    """Yield the samples that have an image.
+
+    Lists of labels without an image of their name are put into `lists`, up to 64 of them; extensions of other files
+    that are no labels are counted in `others`.
+    """
     members = (member for member in tar.members() if not is_hidden(member.path))
     for stem, group in itertools.groupby(members, key=lambda member: member.stem):
         files = list(itertools.islice(group, _MAX_SAMPLE_FILES + 1))
@@ -168,6 +188,9 @@ def _samples(tar: Tar, others: Counter[str]) -> Iterator[_Sample]:
                 "dot, so they count as one sample; rename them, or pack them as a .zip"
             )
         images = [file for file in files if is_image(file.path)]
+        found = [file for file in files if file.path.name in LABEL_FILES and not images][: MAX_LISTS - len(lists)]
+        lists.update((file.path, (tar, file)) for file in found)
+        files = [file for file in files if file not in found]
         others.update(file.path.suffix.lower() for file in files if file not in images and file.ending not in _LABELS)
         if images:
             yield _sample(tar, files, [file for file in images if file.ending in EXTENSIONS] or images)
