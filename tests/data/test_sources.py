@@ -258,11 +258,14 @@ def test_walking_a_folder_keeps_the_names_of_one_folder_at_a_time(tmp_path: Path
     for count in (3, 40):
         for i in range(count):
             folder_of(tmp_path / f"{count}" / f"{i:02}", {f"{j:02}.png": b"x" for j in range(50)})
-        tracemalloc.start()
-        found = sources.open_image_source(tmp_path / f"{count}")
-        assert sum(1 for _ in found.items()) == found.count == 50 * count
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        measured = []
+        for _ in range(3):  # once the interpreter's own table of names may grow, by megabytes
+            tracemalloc.start()
+            found = sources.open_image_source(tmp_path / f"{count}")
+            assert sum(1 for _ in found.items()) == found.count == 50 * count
+            measured.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        peaks.append(min(measured))
     assert peaks[1] < peaks[0] + 20_000, peaks  # 1,850 names more are 150 kB
 
 
