@@ -108,9 +108,9 @@ setup(
         "fastddpm.kernels": ["triton_tiles.json"],
     },
     install_requires=[
-        # Bounded: an open range would replace a fitting build by the newest one and its gigabytes.
-        "torch>=2.11,<2.14",
-        # The lowest that the tests were run with.
+        # The lowest that the tests were run with. No upper bounds: they would take newer packages out of a user's
+        # environment. constraints.txt has the versions that the tests ran with.
+        "torch>=2.11",
         "numpy>=2.0",
         "pillow>=12.3",
         "safetensors>=0.4.5",
@@ -136,8 +136,9 @@ setup(
             "matplotlib",
             "pyarrow",
             "scipy",
-            # Comes with a CUDA build of torch; here for the interpreter and for compiling without a GPU.
-            "triton>=3.6,<3.8; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            # Comes with a CUDA build of torch, which names the version; here for the interpreter and for compiling
+            # without a GPU.
+            "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "setuptools",
             "ninja",
             "ruff",

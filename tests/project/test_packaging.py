@@ -1,5 +1,6 @@
 """What a wheel and a source archive hold, and that they work away from the checkout, with and without a compiler."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.native_build import find_nvcc
@@ -348,3 +350,27 @@ def test_the_source_archive_can_be_installed_from(stale_checkout: Path, tmp_path
     assert NO_NVCC_NOTE in cuda_status
     if shutil.which("c++"):
         assert status == "cpu"
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `pip install -e .` would install here: the metadata of each package."""
+    report = tmp_path_factory.mktemp("pip") / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--report", str(report), "--quiet", "--no-index",
+               "--no-build-isolation", "--editable", str(ROOT)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [package["metadata"] for package in json.loads(report.read_text())["install"]]
+
+
+def test_an_install_changes_no_package_of_the_environment(resolved: list[dict[str, Any]]) -> None:
+    """Whatever versions are here, from the lowest on: the resolver would install fastddpm and nothing else."""
+    assert [package["name"] for package in resolved] == ["fastddpm"]
+
+
+def test_the_constraints_are_of_what_is_required(resolved: list[dict[str, Any]]) -> None:
+    """Every requirement, of the package and of its tests, has a version that the tests ran with, and no upper bound."""
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    required = [text for text in resolved[0]["requires_dist"] if "extra" not in text or 'extra == "test"' in text]
+    assert {re.split(r"[^A-Za-z0-9_.-]", text)[0].lower() for text in required} == pinned
+    assert not [text for text in required if re.search(r"<|==|~=", text.partition(";")[0])]
