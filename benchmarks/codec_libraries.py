@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="write what is measured as JSON, too")
+    parser.add_argument("--out", type=Path, help="also write the results as JSON")
     options = parser.parse_args(arguments)
     images = open_dataset(None, image_size=16, channels=1).images
     symbols = np.array(images[np.arange(IMAGES) * len(images) // IMAGES]).reshape(-1).astype(np.int64)

@@ -1,9 +1,10 @@
-"""Data sets: seconds and peak memory of `python -m fastddpm.data`, and images/s of a pack's worker processes.
+"""Measure seconds and peak memory of `python -m fastddpm.data`, and images/s of a pack's worker processes.
 
-python benchmarks/data.py --out FILE.json      two sizes of set, in a folder, a zip and tar shards
+python benchmarks/data.py --out FILE.json      two numbers of images, in a folder, a zip and tar shards
 
-Images are smoothed noise, JPEG of 32x32 (quality 90) and WebP of 256x256 (quality 75): they cost what photographs of
-their size do, within a factor of two. Every command runs in a process of its own, whose peak is VmHWM.
+Images are smoothed noise, JPEG of 32x32 (quality 90) and WebP of 256x256 (quality 75). Decoding them takes as long as
+decoding photographs of their size, within a factor of two. Every command runs in a process of its own, whose VmHWM is
+its peak memory.
 """
 
 import argparse
@@ -43,7 +44,7 @@ print(seconds, next(int(line.split()[1]) / 1024 for line in status if line.start
 
 
 def images(count: int, size: int, kind: str, quality: int) -> Iterator[tuple[str, bytes]]:
-    """Names, in ten folders one after the other, and files; no two are equal."""
+    """Yield names, in ten folders one after the other, and encoded images, no two of them equal."""
     rng = np.random.default_rng(0)
     for i in range(count):
         noise = Image.fromarray(rng.integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8))
@@ -53,7 +54,7 @@ def images(count: int, size: int, kind: str, quality: int) -> Iterator[tuple[str
 
 
 def write(layout: str, path: Path, files: Iterator[tuple[str, bytes]], count: int) -> Path:
-    """A set in one of the layouts; what to name as its source."""
+    """Write a data set in one of the layouts and return the path to open."""
     if layout == "folder":
         for name, data in files:
             target = path / name
@@ -78,7 +79,7 @@ def write(layout: str, path: Path, files: Iterator[tuple[str, bytes]], count: in
 
 
 def run(*arguments: str) -> dict[str, float]:
-    """Seconds and peak MiB of one command."""
+    """Run one command in a new process and return its seconds and peak MiB."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}: {done.stderr}")
@@ -87,7 +88,7 @@ def run(*arguments: str) -> dict[str, float]:
 
 
 def commands(counts: Sequence[int], folder: Path) -> list[dict[str, Any]]:
-    """Inspect and pack for every layout and count, verify for every count."""
+    """Measure inspect, pack and verify for every layout and number of images."""
     rows = []
     for count in counts:
         for layout in LAYOUTS:
@@ -104,7 +105,7 @@ def commands(counts: Sequence[int], folder: Path) -> list[dict[str, Any]]:
 
 
 def reading(folder: Path, workers: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """Images/s of `Batches.at`, by how images are stored and the number of workers; nothing else runs."""
+    """Measure images/s of `Batches.at`, by stored format and number of workers, with nothing else to do."""
     import torch
 
     from fastddpm.data.batches import Batches
@@ -141,10 +142,10 @@ def reading(folder: Path, workers: Sequence[int], seconds: float) -> list[dict[s
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000], help="sizes of set")
+    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000], help="numbers of images")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=8.0, help="of reading, for each row")
-    parser.add_argument("--out", type=Path, help="write what is measured as JSON, too")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of reading, for each row (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the results as JSON")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         read = reading(Path(folder), options.workers, options.seconds)

@@ -1,4 +1,4 @@
-"""The order of examples against an independent Philox, and batches on the device."""
+"""The order of examples, beside an independent Philox, and batches on the device."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
     ("num", "seed", "epoch"), [(1, 0, 0), (2, 7, 3), (257, -5, 1), (5000, 2**40, 2**31), (3790, 192, 0)]
 )
 def test_order_is_a_sort_by_philox_keys(num: int, seed: int, epoch: int) -> None:
-    """In the last case the high words of two keys are equal and the low ones decide."""
+    """In the last case the high words of two keys are equal, and the low words decide."""
     words = oracle.philox((np.zeros(num), np.arange(num), np.full(num, epoch), np.full(num, STREAM_ORDER)), seed)
     keys = [(int(w[0]) << 32) + int(w[1]) for w in words]
     expected = sorted(range(num), key=keys.__getitem__)  # Python's sort is stable
@@ -33,7 +33,7 @@ def test_order_is_a_sort_by_philox_keys(num: int, seed: int, epoch: int) -> None
 
 
 def test_order_never_changes_between_versions() -> None:
-    """Known answers: a run that is resumed with a later version must see the same examples."""
+    """A run that is resumed with a later version must see the same examples, so the order is known by heart."""
     assert epoch_order(10, seed=0, epoch=0).tolist() == [0, 1, 3, 5, 2, 9, 4, 8, 6, 7]
     assert epoch_order(10, seed=0, epoch=1).tolist() == [7, 1, 4, 6, 2, 5, 9, 3, 0, 8]
     assert epoch_order(10, seed=1, epoch=0).tolist() == [5, 6, 2, 7, 0, 8, 9, 4, 3, 1]

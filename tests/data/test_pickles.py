@@ -1,4 +1,4 @@
-"""Pickles from strangers: whatever a CIFAR-10 batch asks for, nothing runs, and memory stays whole and small."""
+"""Hostile pickles in place of CIFAR-10 batches: nothing runs, and memory is neither corrupted nor exhausted."""
 
 import builtins
 import os
@@ -21,7 +21,7 @@ GOOD = pickle.dumps({"data": PIXELS, "labels": [1, 2]}, 2)
 
 
 def refusal(folder: Path, data: bytes) -> str:
-    """What is said about a whole CIFAR-10 whose first batch is `data`."""
+    """Return the error message for a CIFAR-10 whose first batch is `data`."""
     folder.mkdir()
     for i in range(1, 6):
         (folder / f"data_batch_{i}").write_bytes(GOOD if i > 1 else data)
@@ -67,7 +67,7 @@ def test_pickles_run_nothing(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_canary_would_sing(tmp_path: Path) -> None:
-    """The hostile pickles do act when they are trusted, so their refusal means something."""
+    """Unrestricted loading runs what the hostile pickles ask for, so the test above can fail."""
     canary = tmp_path / "canary"
     for kind in ("os.system", "eval", "exec", "open", "os.system at protocol 0", "stack global"):
         pickle.loads(hostile_pickles(canary)[kind])
@@ -80,7 +80,7 @@ def text(value: str) -> bytes:
 
 
 def array(shape: bytes, kind: str = "u1", flags: bytes = b"N") -> bytes:
-    """Opcodes for an array of eight bytes, with the state of its dtype given or not."""
+    """Return opcodes for an array of eight bytes. `flags`: a part of its dtype's state, b"N" for no state."""
     state = b"(K\x03" + text("|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff" + flags + b"tb" if flags != b"N" else b""
     return (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
@@ -90,7 +90,7 @@ def array(shape: bytes, kind: str = "u1", flags: bytes = b"N") -> bytes:
 
 ENCODE = b"(c_codecs\nencode\nq\x00" + text("a" * 2**16) + text("latin1") + b"\x86q\x01"
 MEMORY_ATTACKS = {
-    # NumPy's own dtype takes flags that make it read these eight bytes as the address of an object.
+    # numpy.dtype accepts a state that makes NumPy read these eight bytes as the address of an object.
     "object pointers": (array(b"K\x01\x85", "O", b"K\x00"), "an array of 'O'"),
     "shape beyond its bytes": (array(b"J\x00\x00\x00\x7f\x85"), "in 8 bytes"),
     "negative shape": (array(b"J\xff\xff\xff\xffJ\xf8\xff\xff\xff\x86"), "without a shape"),
@@ -104,8 +104,8 @@ MEMORY_ATTACKS = {
 }
 
 
-def test_the_eight_bytes_make_an_array_of_text_that_pickle_reads_too() -> None:
-    """`array` is well formed, so what refuses the attacks is not a slip of the pen."""
+def test_the_opcodes_of_the_attacks_are_well_formed() -> None:
+    """`array` makes an array that pickle reads, too, so the attacks are refused for what they ask."""
     value = pickle.loads(b"\x80\x03" + array(b"K\x02K\x04\x86", "u1", b"K\x00") + b".")
     np.testing.assert_array_equal(value, np.full((2, 4), ord("A"), np.uint8))
     np.testing.assert_array_equal(
@@ -136,7 +136,7 @@ def test_labels_nested_without_end_are_not_unfolded(tmp_path: Path) -> None:
     "name", ["_codecs encode", "numpy dtype", "numpy ndarray", "numpy.core.multiarray _reconstruct"]
 )
 def test_a_pickle_cannot_change_how_the_next_one_is_read(name: str) -> None:
-    """BUILD sets attributes on whatever it is given: here on what stands behind an admitted name."""
+    """The opcode BUILD sets attributes, here of the objects behind admitted names."""
     attributes = b"N}(" + text("__defaults__") + b"K\x01\x85" + text("__init__") + b"N" + text("array") + b"Nu\x86b"
     read_pickle(b"\x80\x02}" + text("data") + b"c" + name.replace(" ", "\n").encode() + b"\n" + attributes + b"s.")
     np.testing.assert_array_equal(read_pickle(GOOD)["data"], PIXELS)

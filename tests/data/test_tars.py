@@ -1,4 +1,4 @@
-"""Tar files of images: webdataset's layout, folders, and tar files from strangers."""
+"""Tar files of images: webdataset's layout, folders, and damaged or hostile files."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def samples(numbers: list[int], label: Callable[[int], tuple[str, bytes]]) -> li
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_shards_of_webdataset_in_order(kind: int, tmp_path: Path, load: Load) -> None:
-    """Shards by name, samples as they lie there; classes from .cls or .json."""
+    """Shards are sorted by name, samples keep their order, classes come from .cls or .json."""
     tar_of(tmp_path / "s" / "x-000001.tar", samples([5, 4, 6], lambda i: ("cls", b"%d" % (i % 3))), kind)
     tar_of(tmp_path / "s" / "x-000000.tar", samples([2, 9, 0], lambda i: ("json", json.dumps({"label": i}).encode())))
     lines: list[str] = []
@@ -147,7 +147,7 @@ def test_hostile_members_reach_nothing(tmp_path: Path, load: Load) -> None:
 
 
 def test_a_member_of_ten_gigabytes_of_zeros(tmp_path: Path, load: Load) -> None:
-    """A hole in the file: it is refused by its size, without being read."""
+    """The member is a hole in the file. It is refused because of its size and not read."""
     path = tmp_path / "x.tar"
     size = 10 * 2**30
     header = special("zeros.png", tarfile.REGTYPE, size=size).tobuf(tarfile.GNU_FORMAT)
@@ -165,7 +165,7 @@ def test_a_member_of_ten_gigabytes_of_zeros(tmp_path: Path, load: Load) -> None:
 
 
 def header(size: bytes, kind: bytes = tarfile.XHDTYPE, name: str = "a.png") -> bytes:
-    """A header whose size field is these twelve bytes."""
+    """Return a header whose size field is these twelve bytes."""
     buffer = bytearray(special(name, kind).tobuf(tarfile.USTAR_FORMAT))
     buffer[124:136] = size
     buffer[148:156] = b" " * 8
@@ -176,7 +176,7 @@ def header(size: bytes, kind: bytes = tarfile.XHDTYPE, name: str = "a.png") -> b
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE, tarfile.XGLTYPE])
 @pytest.mark.parametrize("size", [b"\xff" * 10 + b"\xf8\x00", b"\xff" * 9 + b"\0\0\0", b"77777777777\0"])
 def test_headers_that_claim_impossible_sizes(kind: bytes, size: bytes, tmp_path: Path, load: Load) -> None:
-    """Negative ones would run in circles, huge ones would be read into memory."""
+    """A negative size could make the reader go in circles, and a huge one would be read into memory."""
     path = tmp_path / "x.tar"
     whole = tar_of(tmp_path / "rest.tar", [("b.png", FILES[0])]).read_bytes()
     started = time.monotonic()
@@ -199,7 +199,7 @@ def test_endless_headers_of_headers(tmp_path: Path, load: Load) -> None:
 
 
 def test_damage_and_truncation_are_errors(tmp_path: Path, load: Load) -> None:
-    """tarfile itself takes a damaged header for the end of the file, and would forget what follows."""
+    """tarfile takes a damaged header for the end of the file and leaves out the members after it."""
     whole = tar_of(tmp_path / "whole.tar", [(f"{i}.png", data) for i, data in enumerate(FILES)]).read_bytes()
     path = tmp_path / "x.tar"
     with tarfile.open(tmp_path / "whole.tar") as archive:
@@ -245,7 +245,7 @@ def test_memory_does_not_grow_with_the_members(tmp_path: Path) -> None:
         tracemalloc.stop()
         return size
 
-    # The smaller of two: now and then Python doubles a table of its own, megabytes late in a long session.
+    # The smaller of two, because now and then Python doubles a table of its own, by megabytes in a long session.
     few, many = (min(peak(count), peak(count)) for count in (500, 4000))
     assert many < few + 100_000, (few, many)
 

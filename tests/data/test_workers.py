@@ -1,4 +1,4 @@
-"""Batches of a pack: which images a step has depends on nothing else, and no worker is waited for without end."""
+"""Batches of a pack: the images of a step depend on the step only, and a worker that fails or hangs is an error."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
 
 
 def children() -> set[int]:
-    """Processes that this one has started and that are not gone, ended ones included."""
+    """Return the child processes of this one, those included that have ended and are not reaped."""
     return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
@@ -46,7 +46,7 @@ def no_process_is_left() -> Iterator[None]:
 
 
 def check(batch: tuple[torch.Tensor, torch.Tensor | None], numbers: np.ndarray) -> None:
-    """A batch holds these images, bit for bit, and their labels."""
+    """Check that a batch holds these images, bit for bit, and their labels."""
     images, labels = batch
     assert images.dtype == torch.uint8 and labels is not None and labels.dtype == torch.int64
     assert numbers_of(images.numpy()) == numbers.tolist()
@@ -61,7 +61,7 @@ def expected(step: int) -> np.ndarray:
 @pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_global_order_depends_on_the_step_alone(pack: Pack, workers: int, world: int) -> None:
-    """Two epochs and a half: the parts of all ranks, one after the other, are the batch, and each image comes once."""
+    """For two epochs and a half, the ranks' parts make up the batch, and an epoch has each image at most once."""
     ranks = [
         Batches(pack.dataset(), BATCH, SEED, CPU, rank=rank, world=world, workers=workers) for rank in range(world)
     ]
@@ -79,7 +79,7 @@ def test_the_global_order_depends_on_the_step_alone(pack: Pack, workers: int, wo
 
 
 def test_any_step_can_be_asked_for_next(pack: Pack) -> None:
-    """A resumed run starts in the middle of an epoch; nothing before is decoded. Going back works, too."""
+    """A resumed run starts in the middle of an epoch. Going back works, too."""
     with Batches(pack.dataset(), BATCH, SEED, CPU, workers=2) as batches:
         for step in (STEPS // 2, STEPS // 2 + 1, 40, 41, 43, 42, 0, 1000, 1000, 7, 8):
             check(batches.at(step), expected(step))
@@ -117,7 +117,7 @@ def test_more_workers_than_images(pack: Pack) -> None:
             check(batches.at(step), batch_indices(step, NUM, 2, SEED))
 
 
-def test_wishes_that_cannot_be(pack: Pack) -> None:
+def test_invalid_arguments(pack: Pack) -> None:
     for rank, world in ((2, 2), (-1, 2), (0, 13)):
         with pytest.raises(UsageError, match=f"a batch of 12 has no images for rank {rank} of {world}"):
             Batches(pack.dataset(), BATCH, SEED, CPU, rank=rank, world=world)
@@ -127,8 +127,8 @@ def test_wishes_that_cannot_be(pack: Pack) -> None:
         Batches(pack.dataset(), 104, SEED, CPU)
 
 
-def test_how_many_workers_there_are(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processors of this process, at most 8, shared with the other processes of this machine."""
+def test_the_default_number_of_workers(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One per processor, at most 8, divided by the training processes on this machine."""
     for available, world, here, expected_count in ((6, 1, None, 6), (40, 1, None, 8), (6, 4, None, 1), (6, 4, "2", 3)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, available=available: set(range(available)))
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -168,7 +168,7 @@ def test_a_worker_that_hangs_is_named_and_stopped(pack: Pack) -> None:
     batches = Batches(pack.dataset(), BATCH, SEED, CPU, workers=2)
     batches.at(0)
     assert batches._workers is not None and batches._workers._timeout_s == 60.0
-    batches._workers._timeout_s = 1.0  # only now: on a busy machine a worker takes longer to start
+    batches._workers._timeout_s = 1.0  # set only now, because on a busy machine a worker takes longer to start
     victim = processes(batches)[0]
     os.kill(victim, signal.SIGSTOP)
     started = time.monotonic()
@@ -191,7 +191,7 @@ def test_a_slow_worker_is_waited_for(pack: Pack) -> None:
 
 
 def test_a_damaged_image_is_an_error_of_its_own_step(tmp_path: Path) -> None:
-    """Whatever was decoded ahead: steps before it are whole, and the same with and without workers."""
+    """The steps before and after it are complete, whatever was decoded ahead, with and without workers."""
     damaged = packed(tmp_path / "x.fdpack", PIXELS)
     step, place = 4, 7
     number = int(expected(step)[place])
@@ -208,7 +208,7 @@ def test_a_damaged_image_is_an_error_of_its_own_step(tmp_path: Path) -> None:
 
 
 def test_workers_do_not_outlive_their_process(pack: Pack) -> None:
-    """Whether it ends, raises, or is killed."""
+    """The training process may end, raise, or be killed."""
     program = (
         "import sys, os; from pathlib import Path; import numpy as np\n"
         "from fastddpm.data.workers import Workers; from fastddpm.data.pack.format import open_pack\n"
@@ -230,7 +230,7 @@ def test_workers_do_not_outlive_their_process(pack: Pack) -> None:
 
 
 def test_workers_are_small(pack: Pack) -> None:
-    """They know nothing of the program that started them, and load no torch."""
+    """They do not load torch, and take less than 100 MB."""
     with Batches(pack.dataset(), BATCH, SEED, CPU, workers=1) as batches:
         batches.at(0)
         (worker,) = processes(batches)
@@ -249,7 +249,7 @@ def test_collected_batches_take_their_workers_with_them(pack: Pack) -> None:
 
 
 def test_a_pack_and_an_array_train_on_the_same_examples(pack: Pack, tmp_path: Path) -> None:
-    """A checkpoint's checksum names pixels and labels, so a run may change from one to the other."""
+    """A checkpoint stores the checksum of pixels and labels, so a run can be resumed with either."""
     decoded = open_dataset(pack.path, image_size=8, channels=3, cache=tmp_path)
     assert isinstance(decoded.images, np.memmap)
     assert decoded.checksum == pack.checksum == checksum(PIXELS, np.array(LABELS))
