@@ -173,6 +173,10 @@ def test_many_pictures_beside_folders_are_the_data(make: Make) -> None:
             ["seg_train", "seg_test", "seg_pred"],
             r"of its folders, seg_test, seg_train can be splits, but seg_pred cannot",
         ),
+        (
+            ["train/train", "train/val", "test"],
+            r"it is a split, but its folders train, val look like splits of their own",
+        ),
         (["dev", "eval"], r"its folders dev, eval may be splits or classes"),
         (["bottle/train", "bottle/test", "cable/train"], r"bottle has the folder test, which looks like a split"),
     ],
@@ -182,6 +186,12 @@ def test_what_can_be_read_in_two_ways_is_refused(folders: list[str], message: st
     for split in ("train", "test"):
         with pytest.raises(DataError, match=rf"data.* can be read in two ways: .*{message}"):
             opened(source, split)
+
+
+def test_splits_inside_a_split_are_refused(make: Make) -> None:
+    message = r"train can be read in two ways: it is a split, but its folders train, val look like splits of their own"
+    with pytest.raises(DataError, match=message):
+        opened(make("data", files("train/train", "train/val", "test")))
 
 
 def test_words_of_splits_can_be_classes(make: Make) -> None:

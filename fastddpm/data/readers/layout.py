@@ -277,6 +277,11 @@ def _of_split(splits: _Splits, split: str, where: Path, examples: Examples) -> S
     base = (*splits.base, name)
     found = inside(splits.node.below[name], base)
     classes = found.classes
+    if _several_splits(found.node):
+        raise DataError(
+            f"{where.joinpath(*found.base)} can be read in two ways: it is a split, but its folders "
+            f"{listed(found.node.below)} look like splits of their own. Name it as the data, or rename its folders"
+        )
     notes = list(_beside(splits.node.own, splits.base, examples))
     if wanted != split:
         notes.append(Note(-1, f"there is no test split: the images of {name}/ serve as test"))
