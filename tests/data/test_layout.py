@@ -173,10 +173,6 @@ def test_many_pictures_beside_folders_are_the_data(make: Make) -> None:
             ["seg_train", "seg_test", "seg_pred"],
             r"of its folders, seg_test, seg_train can be splits, but seg_pred cannot",
         ),
-        (
-            ["train/train", "train/val", "test"],
-            r"it is a split, but its folders train, val look like splits of their own",
-        ),
         (["dev", "eval"], r"its folders dev, eval may be splits or classes"),
         (["bottle/train", "bottle/test", "cable/train"], r"bottle has the folder test, which looks like a split"),
     ],
