@@ -32,7 +32,7 @@ digits = _load()
 @pytest.fixture(scope="module")
 def judge() -> Any:
     """One net, trained for less long than the benchmark's three."""
-    return digits.Judge(16, seeds=(0,), epochs=4)
+    return digits.Scorer(16, seeds=(0,), epochs=4)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_bad_samples(judge: Any, images: np.ndarray, labels: np.ndarray | None, 
 def test_command(
     judge: Any, chosen: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(digits, "Judge", lambda size: judge)
+    monkeypatch.setattr(digits, "Scorer", lambda size: judge)
     samples, report = tmp_path / "samples.npz", tmp_path / "report.json"
     np.savez(samples, images=judge.probe_images[chosen], labels=judge.probe_labels[chosen])
     assert digits.main([str(samples), "--json", str(report)]) == 0

@@ -51,7 +51,7 @@ def _implementations(config: pytest.Config) -> list[Any]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" not in metafunc.fixturenames:
         return
-    module = metafunc.module.__name__
+    module = metafunc.module.__name__.rpartition(".")[2]
     names = [name for name in _implementations(metafunc.config) if _computes(_name(name), module)]
     if module.endswith(("_emulated", "_sdpa")):
         names = ["auto"]

@@ -92,7 +92,7 @@ def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[Fu
 def _report_departure(unet: nn.Module, engine: EngineConfig) -> None:
     """Warn that a network with code of its own is run as it is. Raises `UsageError` for what only an engine can do."""
     reason = departure(unet)
-    if reason is None:
+    if reason is None or not isinstance(unet, UNet):  # of another network nobody expects an engine
         return
     own = next(unet.parameters()).dtype
     other = engine.precision != "auto" and PRECISIONS[engine.precision] != own
