@@ -27,8 +27,8 @@ class Batches:
     decoded by `workers` processes, three batches ahead. `workers`: default one per processor, at most 8, divided by the
     training processes on this machine; 0: decode in this process.
 
-    `batch` is the global batch of `world` ranks. Rank `rank` gets its images `start`..`end` - 1: parts are contiguous
-    and in the order of ranks.
+    `batch` is the global batch of `world_size` ranks. Rank `rank` gets its images `start`..`end` - 1: parts are
+    contiguous and in the order of ranks.
 
     Raises DataError if there are fewer images than a batch, UsageError for a rank without images, and from `at`
     DataError for a damaged image or for a worker that is killed or does not answer for `timeout_s` seconds.
@@ -42,24 +42,25 @@ class Batches:
         device: torch.device,
         *,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         workers: int | None = None,
         timeout_s: float = TIMEOUT_S,
         resident_limit_bytes: int = RESIDENT_LIMIT_BYTES,
     ) -> None:
-        if not 0 <= rank < world or batch < world:
-            raise UsageError(f"a batch of {batch} has no images for rank {rank} of {world}; use a larger --batch")
+        if not 0 <= rank < world_size or batch < world_size:
+            raise UsageError(f"a batch of {batch} has no images for rank {rank} of {world_size}; use a larger --batch")
         if workers is not None and workers < 0:
             raise UsageError(f"workers must be 0 or more; got {workers}")
         batch_indices(0, len(dataset.images), batch, seed)  # raises DataError if there are fewer images than a batch
         self._dataset, self._batch, self._seed, self._device = dataset, batch, seed, device
-        self.start, self.end = rank * batch // world, (rank + 1) * batch // world
+        self.start, self.end = rank * batch // world_size, (rank + 1) * batch // world_size
         self._labels = None if dataset.labels is None else torch.from_numpy(np.array(dataset.labels)).to(device)
         self._resident: Tensor | None = None
         self._workers: Workers | None = None
         images = dataset.images
         if isinstance(images, PackedImages):
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # training processes on this machine, set by torchrun
+            # torchrun sets LOCAL_WORLD_SIZE: the training processes on this machine
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             count = default_workers(here) if workers is None else workers
             if count:
                 rows = self.end - self.start

@@ -58,7 +58,13 @@ class Trainer:
         self.diffusion = Diffusion(preset.diffusion)
         self.optimizer = Optimizer(self.unet, config, self.strategy.local_shards(), self.strategy.total_norm)
         self.batches = Batches(
-            dataset, config.batch, config.seed, device, rank=group.rank, world=group.world_size, workers=data_workers
+            dataset,
+            config.batch,
+            config.seed,
+            device,
+            rank=group.rank,
+            world_size=group.world_size,
+            workers=data_workers,
         )
         self.step = 0
         self.losses, self.skipped_steps = LossAccumulator(device), SkippedSteps(device)

@@ -63,7 +63,7 @@ def expected(step: int) -> np.ndarray:
 def test_the_global_order_depends_on_the_step_alone(pack: Pack, workers: int, world: int) -> None:
     """For two epochs and a half, the ranks' parts make up the batch, and an epoch has each image at most once."""
     ranks = [
-        Batches(pack.dataset(), BATCH, SEED, CPU, rank=rank, world=world, workers=workers) for rank in range(world)
+        Batches(pack.dataset(), BATCH, SEED, CPU, rank=rank, world_size=world, workers=workers) for rank in range(world)
     ]
     seen: list[int] = []
     for step in range(2 * STEPS + STEPS // 2):
@@ -104,7 +104,7 @@ def test_only_what_is_ahead_is_decoded(pack: Pack, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("encoded", [False, True])
 def test_parts_of_a_batch_that_the_ranks_do_not_divide(pack: Pack, world: int, encoded: bool) -> None:
     dataset = pack.dataset() if encoded else Dataset(PIXELS, np.array(LABELS), "array", "")
-    parts = [Batches(dataset, BATCH, SEED, CPU, rank=rank, world=world, workers=0) for rank in range(world)]
+    parts = [Batches(dataset, BATCH, SEED, CPU, rank=rank, world_size=world, workers=0) for rank in range(world)]
     assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]]
     assert (parts[0].start, parts[-1].end) == (0, BATCH)
     images = torch.cat([part.at(3)[0] for part in parts])
@@ -120,7 +120,7 @@ def test_more_workers_than_images(pack: Pack) -> None:
 def test_invalid_arguments(pack: Pack) -> None:
     for rank, world in ((2, 2), (-1, 2), (0, 13)):
         with pytest.raises(UsageError, match=f"a batch of 12 has no images for rank {rank} of {world}"):
-            Batches(pack.dataset(), BATCH, SEED, CPU, rank=rank, world=world)
+            Batches(pack.dataset(), BATCH, SEED, CPU, rank=rank, world_size=world)
     with pytest.raises(UsageError, match="workers must be 0 or more; got -1"):
         Batches(pack.dataset(), BATCH, SEED, CPU, workers=-1)
     with pytest.raises(DataError, match="103 images are fewer than a batch of 104"):
@@ -134,7 +134,7 @@ def test_the_default_number_of_workers(pack: Pack, monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         if here:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-        with Batches(pack.dataset(), BATCH, SEED, CPU, world=world) as batches:
+        with Batches(pack.dataset(), BATCH, SEED, CPU, world_size=world) as batches:
             assert len(processes(batches)) == expected_count
 
 

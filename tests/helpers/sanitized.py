@@ -1,6 +1,8 @@
-"""python tests/helpers/sanitized.py LIBRARY: the operator tests on a library with sanitizers, or with --overrun, a wrong call.
+"""Run the operator tests on a library with sanitizers, or a wrong call.
 
-To be run with the sanitizers' run time preloaded: tests/test_native_sanitized.py.
+    python tests/helpers/sanitized.py LIBRARY [--overrun]
+
+The sanitizers' run time must be preloaded, as tests/kernels/test_native_sanitized.py does.
 """
 
 import ctypes

@@ -214,9 +214,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half(tmp_path: Path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        StorageError, match=r"cannot write .*shard-00001.npz: No space left on device; .*run the same"
-    ):
+    with pytest.raises(StorageError, match=r"cannot write .*shard-00001.npz: No space left on device; .*run the same"):
         ours.write(1, np.ones((4, 1, 2, 2), np.uint8))
     assert StorageError.exit_code == 5
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.npz"]

@@ -227,7 +227,7 @@ def _index(descriptor: int, said: Any, end: int) -> tuple[np.ndarray, np.ndarray
     data = os.pread(descriptor, num_bytes, start)
     if len(data) != num_bytes or hashlib.sha256(data).hexdigest() != said["index_sha256"]:
         raise ValueError("the index's checksum differs")
-    index = np.frombuffer(data, INDEX, count)
+    index = np.frombuffer(data, INDEX, count).copy()  # a view would keep the labels in memory twice
     first, last = int(index["offset"].min()), int(index["offset"].max())
     ends = index["offset"] + index["length"]  # no overflow: the offsets are checked to lie inside the file
     if first < len(MAGIC) or max(last, int(ends.max())) > start or index["length"].max() > MAX_ENCODED_BYTES:
