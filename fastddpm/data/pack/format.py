@@ -7,7 +7,7 @@
     trailer       offset uint64, length uint64 and SHA-256 of the description, SHA-256 of all bytes before it, magic
 
 All numbers are little-endian. The checksum of the pixels equals that of the same images decoded into an array
-(`dataset.checksum`), so a run can be resumed with either. A stored zip takes 27 times the memory for its index
+(`dataset.checksum`), so a run can be resumed with either. A stored zip takes 23 times the memory for its index
 (docs/measurements/data-libraries.md).
 """
 
