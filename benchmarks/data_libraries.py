@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 WORKERS = 2
 SETS = ((32, 20_000, 128, 6_000), (256, 4_000, 64, 20_000))  # pixels, images, batch, small operations between batches
 FAULTS = ("killed", "hangs", "hangs, training raises", "training killed", "damaged", "no main guard", "64 MiB /dev/shm")
-LIMIT_S = 30.0  # for a process to end after a fault
+LIMIT_S = 40.0  # for a process to end after a fault
 REPORT_S = 110.0  # for a process to report one: DataLoader's own timeout is 60 s until it is set
 
 
