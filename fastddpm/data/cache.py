@@ -15,7 +15,7 @@ import numpy as np
 
 from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.storage.documents import parse_json
-from fastddpm.storage.files import alive, temporary_beside
+from fastddpm.storage.files import alive, host, temporary_beside
 
 from .dataset import Dataset, checksum, class_names
 from .image import Preprocessing
@@ -212,11 +212,10 @@ def _sweep(directory: Path) -> None:
     """Remove the temporary directories of this host's processes that are dead and hold no lock; ignore failures."""
     if fcntl is None:
         return
-    host = temporary_beside(directory).name.split(".")[-3]
     with suppress(OSError):
         for path in list(directory.glob(".entry-*.tmp")):
             *_, owner, number, _ = path.name.split(".")
-            if owner != host or not number.isdigit() or alive(int(number[:9])):
+            if owner != host() or not number.isdigit() or alive(int(number[:9])):
                 continue
             with suppress(OSError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

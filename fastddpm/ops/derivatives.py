@@ -20,20 +20,22 @@ def transformed(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
+    return _has_tangent(tensors)
 
 
 def refuse_tangents(operation: str, *tensors: Tensor | None) -> None:
     """Raise `UsageError` if an operation that is never differentiated is asked for a forward-mode derivative."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if not torch.compiler.is_compiling() and _has_tangent(tensors):
         raise UsageError(
             f"{operation} has no derivative, and an input has a forward-mode tangent; call it outside the transform "
             "or detach the input"
         )
+
+
+def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def differentiable_backward(

@@ -32,7 +32,7 @@ from fastddpm.errors import DataError, StorageError, UsageError
 
 from . import manifest
 from .documents import parse_json
-from .files import alive, sync
+from .files import alive, move_into_place, sync
 from .tensors import DTYPES, check_header, parse_tensors
 
 try:
@@ -195,7 +195,11 @@ def _finish(
     final = directory / f"step-{step:08d}"
     with _os_errors_as_storage_error(step, directory, _size(tensors, texts)):
         _write_all(temporary, step, tensors, texts)
-        _move_into_place(temporary, final)
+        aside = final.with_name(f"{final.name}.old")
+        if final.exists() and aside.exists():
+            _discard(aside)
+        move_into_place(temporary, final, aside)
+        sync(directory)
     _prune(directory, step, keep)
     return final
 
@@ -246,21 +250,6 @@ def _make_directory(directory: Path) -> None:
     if not directory.is_dir():
         directory.mkdir(parents=True)
         sync(directory.parent)
-
-
-def _move_into_place(temporary: Path, final: Path) -> None:
-    aside = final.with_name(f"{final.name}.old")
-    if final.exists():
-        if aside.exists():
-            _discard(aside)
-        os.rename(final, aside)
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        if aside.exists():
-            os.rename(aside, final)
-        raise
-    sync(final.parent)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,6 @@ from fastddpm.errors import StorageError
 if TYPE_CHECKING:
     import numpy as np
 
-_TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>[0-9]{1,9})\.tmp")
-
 
 def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
     """Write a file atomically: `write` creates a temporary file beside `path`, which is then renamed to `path`.
@@ -70,39 +68,35 @@ def whole_directory(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
-    aside = temporary.with_suffix(".old")  # not a name that `sweep` removes: it may be the only copy
+    aside = temporary.with_suffix(".old")  # not .tmp, which may be removed: it may be the only copy
     try:
         temporary.mkdir()
         yield temporary
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if aside.exists():
-                os.rename(aside, target)
-            raise
+        move_into_place(temporary, target, aside)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def move_into_place(new: Path, target: Path, aside: Path) -> None:
+    """Rename the directory `new` to `target`; an existing `target` becomes `aside`, or is restored after a failure.
+
+    `aside` must not exist if `target` does. Raises `OSError`.
+    """
+    if os.path.lexists(target):
+        with contextlib.suppress(FileNotFoundError):  # another process may have removed it meanwhile
+            os.rename(target, aside)
+    try:
+        os.rename(new, target)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, target)
+        raise
+
+
 def temporary_beside(path: Path) -> Path:
     """Return a hidden path beside `path`, with host and process id, for this process to write and then rename."""
-    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
-
-
-def sweep(directory: Path) -> None:
-    """Remove temporary files and directories of killed processes of this host from `directory`; ignore failures."""
-    with contextlib.suppress(OSError):
-        for path in list(directory.iterdir()):
-            match = _TEMPORARY.fullmatch(path.name)
-            if match is None or match["host"] != _host() or alive(int(match["pid"])):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{host()}.{os.getpid()}.tmp")
 
 
 def alive(pid: int) -> bool:
@@ -129,5 +123,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _host() -> str:
+def host() -> str:
+    """Return the name of this host with only letters, digits, - and _, as it stands in temporary names."""
     return re.sub(r"[^\w-]", "-", socket.gethostname()) or "localhost"

@@ -22,6 +22,7 @@ from fastddpm.data.image import Brightness, Preprocessing, as_planes, fitted, op
 from fastddpm.data.ingest import Labels, Problems, Report, map_images, raise_or_report
 from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import StorageError
+from fastddpm.storage.files import temporary_beside
 
 from .format import (
     INDEX,
@@ -115,7 +116,7 @@ class _Writer:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.temporary = temporary_beside(path)
         self._index = bytearray()
         self._digest = hashlib.sha256()
         self._at = 0

@@ -29,10 +29,9 @@ class SplitSelection:
     """The images that belong to a split, by their paths.
 
     `split_base`: folders that lead to the split, () without splits; `train_base`: to the training split, if another one
-    was selected. `base`: folders that lead to the class folders, or
-    to images without classes. `classes`: names of the class folders, in the order of their labels; None without
-    classes. `listed`: labels by path, from a list (`labels.py`), which replace folders as classes. `notes`: what is
-    left out.
+    was selected. `base`: folders that lead to the class folders, or to images without classes. `classes`: names of the
+    class folders, in the order of their labels; None without classes. `listed`: labels by path, from a list
+    (`labels.py`), which replace folders as classes. `notes`: what is left out.
     """
 
     base: tuple[str, ...]
