@@ -1,32 +1,19 @@
 """The judge of generated digits: its measures against independent formulas, and sets whose quality is known."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import load_script
 
 from fastddpm.data import open_dataset
 from fastddpm.errors import DataError
 from fastddpm.metrics.digits import held_out_halves
 
-
-def _load() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "digits.py"
-    spec = importlib.util.spec_from_file_location("digits_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-digits = _load()
+digits = load_script("benchmarks/digits.py", "digits_benchmark")
 
 
 @pytest.fixture(scope="module")

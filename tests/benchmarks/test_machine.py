@@ -1,25 +1,14 @@
 """What the CPU benchmarks share: refusing without the library, the file they write, peak memory."""
 
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from helpers.scripts import load_script
 
-
-def _load() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "machine.py"
-    spec = importlib.util.spec_from_file_location("benchmark_machine", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-machine = _load()
+machine = load_script("benchmarks/machine.py", "benchmark_machine")
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """The cache of decoded images: whole or made again, whoever else writes, whatever the disk does."""
 
-import hashlib
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -17,7 +15,6 @@ from helpers.image_folder import PIXELS, PLANES, Load, check, load, png, source,
 from PIL import Image
 
 from fastddpm.data import Dataset, cache, ingest
-from fastddpm.data import dataset as dataset_module
 from fastddpm.data.dataset import checksum
 from fastddpm.errors import UsageError
 from fastddpm.storage.files import temporary_beside
@@ -374,28 +371,3 @@ def test_order_is_kept_across_threads_and_chunks(count: int, tmp_path: Path, loa
     dataset = load(source=root)
     assert dataset.labels is None and len(dataset.images) == count
     np.testing.assert_array_equal(dataset.images[:, :, 3, 5], colours)
-
-
-def test_the_checksum_is_sha256_of_shape_pixels_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints remember it: it must be the same for an array in memory, a map, a view, and in every version."""
-    pixels = b"".join(bytes([value]) for value in PLANES.ravel().tolist())
-    labelled = hashlib.sha256(b"(30, 3, 8, 8)" + pixels + struct.pack("<30q", *range(30))).hexdigest()
-    unlabelled = hashlib.sha256(b"(30, 3, 8, 8)" + pixels + b"no labels").hexdigest()
-    for chunk_bytes in (1, 1000, 2**26):
-        monkeypatch.setattr(dataset_module, "_CHUNK_BYTES", chunk_bytes)
-        for images in (PLANES, np.ascontiguousarray(PLANES)):
-            assert checksum(images, np.arange(30)) == labelled
-            assert checksum(images, None) == unlabelled
-
-
-def test_the_checksum_names_shape_pixels_and_labels() -> None:
-    images, labels = PLANES.copy(), np.arange(30)
-    base = checksum(images, labels)
-    assert checksum(images, labels.astype(np.int32)) == base == Dataset.of(images, labels, "another name").checksum
-    others = [
-        checksum(images, None), checksum(images, labels + 1), checksum(images.reshape(30, 1, 24, 8), labels),
-        checksum(images[:29], labels[:29]), checksum(images[::-1], labels), checksum(images[:, ::-1], labels),
-    ]  # fmt: skip
-    images[17, 1, 2, 3] ^= 1
-    others.append(checksum(images, labels))
-    assert len({base, *others}) == 1 + len(others)

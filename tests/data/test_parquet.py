@@ -3,21 +3,20 @@
 import io
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.image_folder import Load, opener
 from PIL import Image
 
-from fastddpm.data import Dataset, open_dataset
+from fastddpm.data import Dataset
 from fastddpm.data.readers import parquet as reader
 from fastddpm.data.sources import open_image_source
 from fastddpm.errors import DataError, UsageError
 
 PIXELS = np.random.default_rng(2).integers(0, 256, (300, 4, 4, 3), dtype=np.uint8)
-Load = Callable[..., Dataset]
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -44,11 +43,7 @@ def structs(encoded: list[bytes | None]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    def opened(source: Path, **options: object) -> Dataset:
-        wanted = {"image_size": 4, "channels": 3, "cache": tmp_path / "cache", "report": lambda _: None} | options
-        return open_dataset(source, **wanted)  # type: ignore[arg-type]
-
-    return opened
+    return opener(tmp_path / "cache", 4)
 
 
 def check(dataset: Dataset, first: int, last: int, labels: list[int] | None) -> None:

@@ -5,15 +5,15 @@ import os
 import struct
 import tracemalloc
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.image_folder import Load, opener
 from PIL import Image
 
 import fastddpm.data
-from fastddpm.data import Dataset, open_dataset, sources
+from fastddpm.data import open_dataset, sources
 from fastddpm.errors import DataError, UsageError
 
 RNG = np.random.default_rng(11)
@@ -41,17 +41,8 @@ def zip_of(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLAT
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[..., Dataset]:
-    """`open_dataset` for 8x8 colour images with a cache of its own."""
-
-    def opened(source: Path, **options: object) -> Dataset:
-        wanted = {"image_size": 8, "channels": 3, "cache": tmp_path / "cache", "report": lambda _: None} | options
-        return open_dataset(source, **wanted)  # type: ignore[arg-type]
-
-    return opened
-
-
-Load = Callable[..., Dataset]
+def load(tmp_path: Path) -> Load:
+    return opener(tmp_path / "cache", 8)
 
 
 # The embedded digits

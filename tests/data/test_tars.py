@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.image_folder import Load, opener
 from helpers.packs import encoded
 
-from fastddpm.data import Dataset, open_dataset
+from fastddpm.data import Dataset
 from fastddpm.data.readers import tar
 from fastddpm.data.sources import open_image_source
 from fastddpm.errors import DataError
 
 PIXELS = np.random.default_rng(4).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 FILES = [encoded(pixels) for pixels in PIXELS]
-Load = Callable[..., Dataset]
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.PAX_FORMAT) -> Path:
@@ -34,11 +34,7 @@ def tar_of(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.PAX
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    def opened(source: Path, **options: object) -> Dataset:
-        wanted = {"image_size": 8, "channels": 3, "cache": tmp_path / "cache", "report": lambda _: None} | options
-        return open_dataset(source, **wanted)  # type: ignore[arg-type]
-
-    return opened
+    return opener(tmp_path / "cache", 8)
 
 
 def check(dataset: Dataset, numbers: list[int], labels: list[int] | None) -> None:

@@ -16,6 +16,16 @@ PLANES = PIXELS.transpose(0, 3, 1, 2)
 Load = Callable[..., Dataset]
 
 
+def opener(cache: Path, image_size: int) -> Load:
+    """`open_dataset` for colour images of one size, with a cache of its own and without its lines."""
+
+    def opened(source: Path, **options: object) -> Dataset:
+        wanted = {"image_size": image_size, "channels": 3, "cache": cache, "report": lambda _: None} | options
+        return open_dataset(source, **wanted)  # type: ignore[arg-type]
+
+    return opened
+
+
 def without_classes(lines: list[str]) -> list[str]:
     """The lines that were reported, but for the one that names the classes whenever data are opened."""
     return [line for line in lines if "classes: " not in line]

@@ -1,16 +1,14 @@
 """What nvcc makes of the CUDA kernels: code for every chip, no spills, a library that fails in words without a GPU."""
 
-import importlib.util
 import re
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from helpers import fat_binary
 from helpers.native_build import build, find_nvcc
+from helpers.scripts import load_script
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm.kernels import group_norm_silu, interface, native_cuda, random_normal
@@ -28,18 +26,7 @@ KERNELS |= {"combine_parts": 1, "add_parts": 1, "add_images": 1, "nothing": 1}
 KERNELS |= {"normals": 1, "raw_words": 1, "noise_images": 1, "reverse": 1}
 
 
-def _resources() -> ModuleType:
-    """csrc/cuda/resources.py lies outside every package."""
-    path = Path(__file__).parents[2] / "csrc" / "cuda" / "resources.py"
-    spec = importlib.util.spec_from_file_location("fastddpm_csrc_resources", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-resources = _resources()
+resources = load_script("csrc/cuda/resources.py", "fastddpm_csrc_resources")
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,16 @@ def digits_and_status(site: Path, tmp_path: Path) -> list[str]:
     return run("-c", PROGRAM, cwd=elsewhere, PYTHONPATH=str(site), EXPECTED=str(site)).splitlines()
 
 
+def check_installs(distribution: Path, tmp_path: Path) -> None:
+    """Install a wheel or a source archive into a folder of its own, without nvcc: it has the digits and the kernels."""
+    pip("install", "--target", str(tmp_path / "site"), str(distribution), cwd=tmp_path)
+    digits, status, cuda_status = digits_and_status(tmp_path / "site", tmp_path)
+    assert digits == "5000"
+    assert NO_NVCC_NOTE in cuda_status
+    if shutil.which("c++"):
+        assert status == "cpu"
+
+
 def editable_status(prefix: Path, checkout: Path) -> tuple[str, str]:
     """What an editable installation in `prefix` of `checkout` says: for the CPU, for CUDA.
 
@@ -129,12 +139,7 @@ def test_the_wheel_holds_everything_and_works_elsewhere(stale_checkout: Path, tm
     built = "_native.abi3.so" if shutil.which("c++") else "_native_missing.txt"
     made = {"fastddpm/kernels/_native_cuda_missing.txt", f"fastddpm/kernels/{built}"}
     assert {name for name in names if "/_native" in name} == made
-    pip("install", "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
-    digits, status, cuda_status = digits_and_status(tmp_path / "site", tmp_path)
-    assert digits == "5000"
-    assert NO_NVCC_NOTE in cuda_status
-    if shutil.which("c++"):
-        assert status == "cpu"
+    check_installs(wheel, tmp_path)
 
 
 @pytest.mark.slow
@@ -344,12 +349,7 @@ def test_the_source_archive_can_be_installed_from(stale_checkout: Path, tmp_path
     for folder in ("tests", "benchmarks", "docs", "examples"):  # so that what is built of it can be tested
         assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.[pjm][ysd]*")} <= names
     assert not [name for name in names if Path(name).name in STALE or name.startswith("build")]
-    pip("install", "--target", str(tmp_path / "site"), str(archive), cwd=tmp_path)
-    digits, status, cuda_status = digits_and_status(tmp_path / "site", tmp_path)
-    assert digits == "5000"
-    assert NO_NVCC_NOTE in cuda_status
-    if shutil.which("c++"):
-        assert status == "cpu"
+    check_installs(archive, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.networks import TINY, batch, shaken, tiny
-from torch import Tensor
+from helpers.engines import arguments, in_float64, network, relative_error
+from helpers.networks import TINY, batch, tiny
 
 from fastddpm import ops
 from fastddpm.config import DiffusionConfig, UNetConfig
@@ -14,7 +14,6 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.kernels import native
 from fastddpm.sampling.engine import PreparedUNet, is_current, prepare
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.unet import UNet
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -41,26 +40,6 @@ def as_many_threads_as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def network(config: UNetConfig) -> UNet:
-    unet = shaken(UNet(config), 0.05)
-    assert isinstance(unet, UNet)
-    return unet
-
-
-def arguments(n: int, config: UNetConfig) -> tuple[Tensor, Tensor, Tensor | None]:
-    label = torch.arange(n) % (config.num_classes + 1) if config.num_classes else None
-    return *batch(n, config), label
-
-
-def in_float64(unet: UNet, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-    with torch.no_grad(), ops.use_backend("reference"):
-        return copy.deepcopy(unet).double().eval()(x_t.double(), t, label)
-
-
-def relative_error(ours: Tensor, expected: Tensor) -> float:
-    return float((ours.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("isa", native.ISAS)

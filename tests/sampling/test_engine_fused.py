@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from helpers.networks import TINY, batch, shaken, tiny
+from helpers.engines import arguments, in_float64, network, relative_error
+from helpers.networks import TINY, shaken, tiny
 from torch import Tensor
 
 from fastddpm import ops
@@ -35,26 +36,6 @@ ENGINES = {
 }
 
 
-def network(config: UNetConfig) -> UNet:
-    unet = shaken(UNet(config), 0.05)
-    assert isinstance(unet, UNet)
-    return unet
-
-
-def arguments(n: int, config: UNetConfig) -> tuple[Tensor, Tensor, Tensor | None]:
-    label = torch.arange(n) % (config.num_classes + 1) if config.num_classes else None
-    return *batch(n, config), label
-
-
-def exact(unet: UNet, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-    with torch.no_grad(), ops.use_backend("reference"):
-        return copy.deepcopy(unet).double().eval()(x_t.double(), t, label)
-
-
-def relative_error(ours: Tensor, expected: Tensor) -> float:
-    return float((ours.double() - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_numbers(name: str, engine: str) -> None:
@@ -65,7 +46,7 @@ def test_numbers(name: str, engine: str) -> None:
     for timesteps in (t, t[1].expand(3)):
         found = ours(x_t, timesteps, label)
         assert found.dtype == torch.float32
-        assert relative_error(found, exact(unet, x_t, timesteps, label)) <= 2e-6
+        assert relative_error(found, in_float64(unet, x_t, timesteps, label)) <= 2e-6
 
 
 @pytest.mark.parametrize("engine", ["plain", "all"])
@@ -74,7 +55,7 @@ def test_numbers_in_low_precision(dtype: torch.dtype, engine: str) -> None:
     """As far from float64 as the network cast by hand is, or nearer."""
     unet = network(TINY)
     x_t, t, _ = arguments(3, TINY)
-    expected = exact(unet, x_t, t, None)
+    expected = in_float64(unet, x_t, t, None)
     by_hand = copy.deepcopy(unet).to(dtype)
     with torch.no_grad():
         error = relative_error(by_hand(x_t.to(dtype), t), expected)
@@ -87,7 +68,7 @@ def test_float64_stays_float64() -> None:
     unet = network(TINY).double()
     x_t, t, _ = arguments(2, TINY)
     ours = prepare(unet, range(1000), EngineConfig(native=False))(x_t.double(), t, None)
-    assert ours.dtype == torch.float64 and relative_error(ours, exact(unet, x_t, t, None)) < 1e-14
+    assert ours.dtype == torch.float64 and relative_error(ours, in_float64(unet, x_t, t, None)) < 1e-14
 
 
 def test_phases_are_the_doubled_convolution() -> None:
@@ -191,7 +172,7 @@ def test_8_bit_convolutions_are_near() -> None:
     """Rounded to three bits behind the leading one; what no kernel of ours computes stays as it was."""
     unet = network(CONFIGS["three levels"])
     x_t, t, label = arguments(3, CONFIGS["three levels"])
-    expected = exact(unet, x_t, t, label)
+    expected = in_float64(unet, x_t, t, label)
     ours = FusedUNet(unet, 1000, EngineConfig(fp8=True), torch.float32)(x_t, t, label)
     assert 1e-3 < relative_error(ours, expected) < 0.1
 
@@ -210,7 +191,7 @@ def test_what_8_bit_convolutions_change_is_said(monkeypatch: pytest.MonkeyPatch)
     x_t = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     for t in (99, 499, 999):
         timesteps = torch.full((4,), t)
-        error = relative_error(ours(x_t, timesteps, None), exact(unet, x_t, timesteps, None))
+        error = relative_error(ours(x_t, timesteps, None), in_float64(unet, x_t, timesteps, None))
         assert f"{error:.1%} at t = {t}" in str(caught[0].message)
 
 
