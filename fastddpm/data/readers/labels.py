@@ -82,7 +82,7 @@ def with_listed_labels(
     if found is None:
         note = Note(-1, f"{file} gives no labels: it names no files, or has no column {', '.join(_COLUMNS)}")
         return replace(choice, notes=(*choice.notes, note))
-    notes: list[Note] = []
+    extra: list[str] = []
     names = found.names()
     if names is not None and choice.train_base is not None and len(file.parent.parts) >= len(choice.split_base):
         trained = PurePosixPath(*choice.train_base, *file.parts[len(choice.split_base) :])
@@ -90,17 +90,13 @@ def with_listed_labels(
         trained_names = (of_training.names() if of_training else None) or ()
         extra = sorted(set(names) - set(trained_names))
         names = trained_names
-        if extra:
-            notes.append(
-                Note(
-                    -1,
-                    f"read without labels, because {file} has classes that the training split lacks: {listed(extra)}",
-                )
-            )
-    numbers: dict[str, int] | None = None if notes else found.numbered(names, file.parent, where / file)
+    numbers = None if extra else found.numbered(names, file.parent, where / file)
     split_base = max(choice.split_base, file.parent.parts, key=len)
-    notes += [note for note in choice.notes if note.depth < len(split_base)]
-    if numbers is not None or found.labels is None:
+    notes = [note for note in choice.notes if note.depth < len(split_base)]
+    if extra:
+        text = f"read without labels, because {file} has classes that the training split lacks: {listed(extra)}"
+        notes.insert(0, Note(-1, text))
+    else:
         notes.append(Note(-1, f"labels are those of {file}" if numbers else f"{file} has no labels"))
     chosen = SplitSelection(
         split_base, split_base, names if numbers else None, 0, tuple(notes), listed={} if numbers is None else numbers

@@ -67,9 +67,11 @@ def precision_of(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
     `engine.precision` "auto": bfloat16 for float32 weights on a GPU, otherwise the weights' own. A network that is run
     as it is (`departure`) is computed in that of its weights.
     """
+    return next(unet.parameters()).dtype if departure(unet) is not None else _engine_precision(unet, engine)
+
+
+def _engine_precision(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
     weight = next(unet.parameters())
-    if departure(unet) is not None:
-        return weight.dtype
     if engine.precision != "auto":
         return PRECISIONS[engine.precision]
     return torch.bfloat16 if weight.device.type == "cuda" and weight.dtype == torch.float32 else weight.dtype
@@ -80,7 +82,7 @@ def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[Fu
         return None
     assert isinstance(unet, UNet)
     on_cpu = all(p.device.type == "cpu" for p in unet.parameters())
-    wanted = precision_of(unet, engine)
+    wanted = _engine_precision(unet, engine)
     cast = any(p.dtype != wanted for p in unet.parameters())
     if not on_cpu or cast or not engine.native or engine.compile or engine.fp8:
         return FusedUNet
