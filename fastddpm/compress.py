@@ -13,6 +13,7 @@ from fastddpm.errors import UsageError
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Checkpoint, Device, Resize, check_checkpoint, check_positive
 from fastddpm.runtime.progress import Meter, log
+from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +83,7 @@ def _encode(action: Encode) -> None:
     check_positive(count=action.count)
     if action.out.is_dir():
         raise UsageError(f"{action.out} is a directory; name the file to write, such as {action.out / 'images.fdz'}")
-    cli.check_out(action.out.parent)
+    check_out(action.out.parent)
 
     from fastddpm.codec import encode, file_format
 
@@ -110,7 +111,7 @@ def _decode(action: Decode) -> None:
     from fastddpm.storage.files import save_arrays
 
     arrays = action.out.suffix == ".npz"
-    cli.check_out(action.out.parent if arrays else action.out)
+    check_out(action.out.parent if arrays else action.out)
     data = file_format.read(action.file)
     header = Header.of(file_format.unpack(data, action.file)[0], str(action.file))
     sampler = _sampler(action)

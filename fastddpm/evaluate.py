@@ -14,6 +14,7 @@ from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, Resize, SkipBad, check_checkpoint, check_positive
 from fastddpm.runtime.progress import duration, log
 from fastddpm.sampling.options import ChainOptions
+from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     from fastddpm.evaluation.context import EvaluationContext
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
     check_positive(batch=command.batch)
     check_checkpoint(command.checkpoint)
-    cli.check_out(_out(command))
+    check_out(_out(command))
     group = distributed.group_from_environment()
     # Rank 0 computes the scores alone, which may take hours, while the other ranks wait.
     with distributed.process_group(group, timeout_s=7 * 24 * 3600):

@@ -13,6 +13,7 @@ from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, check_checkpoint, check_positive, parse_numbers
 from fastddpm.runtime.progress import log
 from fastddpm.sampling.options import ChainOptions
+from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
             "fewer seeds without --shard-size"
         )
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
-    cli.check_out(out)
+    check_out(out)
 
     from fastddpm.runtime.device import choose_device
     from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
@@ -103,7 +104,6 @@ def _sample_shards(
     shards = Shards(out, seeds, sampler.labels_for(seeds, labels), size, shape)
     shards.claim(sampler.settings())
     with shards.locked(rank):
-        shards.forget_temporaries(rank, count)
         missing, damaged = shards.missing(rank, count)
         for line in damaged:
             log(line)

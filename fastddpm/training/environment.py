@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -15,10 +14,13 @@ from typing import Any
 import torch
 
 import fastddpm.kernels
+from fastddpm.errors import DataError
 from fastddpm.ops import status
 from fastddpm.ops.backend import chosen_backend
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from fastddpm.storage.files import write_json
+from fastddpm.runtime.progress import log
+from fastddpm.storage.documents import read_object
+from fastddpm.storage.files import set_aside, write_json
 
 LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "triton")
 _HIDDEN = "***"
@@ -83,12 +85,20 @@ def without_secrets(command: Sequence[str], environment: Mapping[str, str]) -> l
 
 
 def _earlier(path: Path) -> list[Any]:
-    """Return the sessions already in the file; none if it is damaged, which must not stop a run."""
+    """Return the sessions already in the file; none, after a line to stderr, if it is damaged and set aside."""
     try:
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []
-    return sessions if isinstance(sessions, list) else []
+        sessions = read_object(path).get("sessions")
+        if not isinstance(sessions, list):
+            raise DataError(f"{path} lists no sessions")
+        return sessions
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return []
+        problem = f"{path} is a broken link"
+    except DataError as error:
+        problem = str(error)
+    log(f"{problem}; a new one begins, and the old one is {set_aside(path).name} beside it")
+    return []
 
 
 def _system(device: torch.device) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def test_figures_of_other_weights_are_refused(run: Path, tmp_path: Path, home: P
     with pytest.raises(UsageError, match=r"metrics.json holds results of network [0-9a-f]{12}, not [0-9a-f]{12}"):
         evaluate.main(command(other, tmp_path / "out", "--metrics", "none"))
     (tmp_path / "out" / "metrics.json").write_text("{")
-    with pytest.raises(DataError, match=r"metrics\.json cannot be read"):
+    with pytest.raises(DataError, match=r"metrics\.json: not valid JSON.*choose another --out"):
         evaluate.main(command(run, tmp_path / "out", "--metrics", "none"))
 
 

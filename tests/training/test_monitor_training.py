@@ -16,8 +16,8 @@ from fastddpm.config import Preset
 from fastddpm.errors import UsageError
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.storage import checkpoint
-from fastddpm.training.loggers import JsonLines, read_log
 from fastddpm.training.profiling import Profile
+from fastddpm.training.run_log import JsonLines, read_log
 from fastddpm.training.samples import Previews
 from fastddpm.training.trainer import Trainer
 

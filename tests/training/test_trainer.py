@@ -15,7 +15,7 @@ from fastddpm.config import Preset
 from fastddpm.data import Dataset
 from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.storage import checkpoint
-from fastddpm.training.loggers import JsonLines
+from fastddpm.training.run_log import JsonLines
 from fastddpm.training.trainer import LossAccumulator, RunInterruptedError, Trainer
 
 

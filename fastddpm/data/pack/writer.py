@@ -22,7 +22,7 @@ from fastddpm.data.image import Brightness, Preprocessing, as_planes, fitted, op
 from fastddpm.data.ingest import Labels, Problems, Report, map_images, raise_or_report
 from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import StorageError
-from fastddpm.storage.files import temporary_beside
+from fastddpm.storage.files import hold, temporary_beside
 
 from .format import (
     INDEX,
@@ -124,6 +124,7 @@ class _Writer:
     def __enter__(self) -> "_Writer":
         with _storing(self._path):
             self._file = self.temporary.open("wb")
+            hold(self._file.fileno())
             self._write(MAGIC)
         return self
 
