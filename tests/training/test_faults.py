@@ -190,7 +190,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--lr", "0.1"], r"was trained with other options: lr: 0\.002 -> 0\.1\. --override continues with the new"),
         (["--batch", "4", "--seed", "3"], "was trained with other options: batch: 8 -> 4; seed: 0 -> 3"),
         (["--timeout", "0"], "--timeout must be more than 0 and at most"),
-            (["--timeout", "inf"], "--timeout must be more than 0 and at most"),
+        (["--timeout", "inf"], "--timeout must be more than 0 and at most"),
     ],
 )
 def test_a_run_goes_on_as_it_was(begun: Path, options: list[str], message: str) -> None:
