@@ -9,10 +9,12 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fastddpm.errors import printable
+
 
 def log(line: str) -> None:
     """Print a line to standard error at once: the default of every `report` parameter."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class _Bar(Progress):
