@@ -18,12 +18,10 @@ from fastddpm.errors import UsageError
 from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import Device, Resize, SkipBad
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import difference, to_dict
 
 if TYPE_CHECKING:
-    import torch
-
     from fastddpm.data import Dataset
     from fastddpm.storage import checkpoint
     from fastddpm.training.trainer import Trainer
@@ -82,33 +80,51 @@ def main(arguments: Sequence[str]) -> None:
     group = distributed.group_from_environment()
     command, base, run = _parse(arguments, group)
     wanted = command.resolved()
-    report = log if group.is_main else _discard
-    report(describe(wanted, base))
+    report = log if group.is_main else discard
+    with announced("loading PyTorch", report):
+        from fastddpm.runtime.device import choose_device
+        from fastddpm.training.loggers import check_wandb
+        from fastddpm.training.signals import nothing_to_save
+        from fastddpm.training.trainer import Trainer, check_options
 
-    from fastddpm.ops.backend import OPERATIONS, obstacles
-    from fastddpm.runtime.device import choose_device
-    from fastddpm.training.signals import nothing_to_save
-
+    check_options(wanted, group)
+    check_wandb(command.wandb)
     device = choose_device(command.device, distributed.local_rank())
-    for reason in sorted({reason for operation in OPERATIONS for reason in obstacles(operation, device.type)}):
-        report(f"note: {reason}")
-    with nothing_to_save(), distributed.process_group(group, device=device.type, timeout_s=command.timeout):
+    with (
+        nothing_to_save(),
+        distributed.process_group(group, device=device.type, timeout_s=command.timeout),
+        contextlib.ExitStack() as held,
+    ):
         distributed.assert_same(
             (to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", group
         )
         dataset = _open_data(command, wanted, group, report)
+        # Before the run directory is made, because this can raise.
+        with announced("building the network", report):
+            trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
+        held.callback(trainer.batches.close)
         if command.dry_run:
             from fastddpm.training.dry_run import describe_run
 
-            description = describe_run(wanted, dataset, device, group)
+            _describe(trainer, base, report)
+            description = describe_run(trainer, report)
             if group.is_main:
                 print(description)
             return
-        _train(command, arguments, wanted, run, dataset, device, group, report)
+        _train(command, arguments, trainer, base, run, report)
 
 
-def _discard(line: str) -> None:
-    """Report nothing; the `report` callback of every rank but 0."""
+def _describe(trainer: "Trainer", base: Preset, report: Callable[[str], None]) -> None:
+    """Report the configuration, and what makes the run slow or too short. Comes last before the work, after errors."""
+    from fastddpm.ops.backend import report_obstacles
+    from fastddpm.training.length import report_too_short
+
+    report(describe(trainer.preset, base))
+    report_obstacles(trainer.device.type, report)
+    config = trainer.preset.train
+    report_too_short(config, config.steps, report)
+    if config.compile:
+        report("note: the first step compiles the network, which takes minutes")
 
 
 def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[Command, Preset, Path]:
@@ -162,11 +178,16 @@ def _refuse_changes(base: Preset, command: Command, run: Path) -> None:
     ]
     if refused:
         raise UsageError(f"{run} cannot continue as another model: {'; '.join(refused)}. Start a new run instead")
-    changed = [line for line in difference(base.train, wanted.train) if line.partition(":")[0] not in FREE_TO_CHANGE]
+    changed = _changed(base, wanted)
     if changed and not command.override:
         raise UsageError(
             f"{run} was trained with other options: {'; '.join(changed)}. --override continues with the new ones"
         )
+
+
+def _changed(base: Preset, wanted: Preset) -> list[str]:
+    """Return the options of training, as in "lr: 0.002 -> 0.001", that change the result of the run `base`."""
+    return [line for line in difference(base.train, wanted.train) if line.partition(":")[0] not in FREE_TO_CHANGE]
 
 
 def _open_data(
@@ -215,19 +236,17 @@ def _free_run(name: str) -> Path:
 def _train(
     command: Command,
     arguments: Sequence[str],
-    wanted: Preset,
+    trainer: "Trainer",
+    base: Preset,
     run: Path,
-    dataset: "Dataset",
-    device: "torch.device",
-    group: distributed.ProcessGroup,
     report: Callable[[str], None],
 ) -> None:
     from fastddpm.storage import checkpoint
     from fastddpm.training.loggers import JsonLines
     from fastddpm.training.samples import draw_final_samples
     from fastddpm.training.signals import interruptible
-    from fastddpm.training.trainer import Trainer
 
+    wanted, group = trainer.preset, trainer.group
     with contextlib.ExitStack() as held:
 
         def claim() -> None:
@@ -235,9 +254,6 @@ def _train(
                 _refuse_taken(run)
             held.enter_context(checkpoint.lock(run))
 
-        # Before the run directory is made, because this can raise.
-        trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
-        held.callback(trainer.batches.close)
         distributed.on_main(claim, group)
         if command.resume:
             _resume(trainer, run, group, report)
@@ -246,7 +262,8 @@ def _train(
             write_preset(wanted, run / "config.json")
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
-        _attach_loggers(command, arguments, trainer, run, held, report)
+        _attach_loggers(command, arguments, trainer, base, run, held, report)
+        _describe(trainer, base, report)
         last = trainer.run(run, log, dataset_source=command.data)
         with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
             pictures = draw_final_samples(unet, trainer.diffusion, wanted, run, group)
@@ -263,9 +280,10 @@ def _print_paths(run: Path, last: Path, pictures: Sequence[Path]) -> None:
 
 def _resume(trainer: "Trainer", run: Path, group: distributed.ProcessGroup, report: Callable[[str], None]) -> None:
     """Load the newest checkpoint, if any, into `trainer`. Raises `UsageError` if its step is beyond --steps."""
-    saved = _newest_checkpoint(run, group, report)
-    if saved is not None:
-        trainer.resume(saved)
+    with announced(f"reading the newest checkpoint of {run}", report):
+        saved = _newest_checkpoint(run, group, report)
+        if saved is not None:
+            trainer.resume(saved)
     last = trainer.preset.train.steps
     if trainer.step > last:
         raise UsageError(
@@ -278,6 +296,7 @@ def _attach_loggers(
     command: Command,
     arguments: Sequence[str],
     trainer: "Trainer",
+    base: Preset,
     run: Path,
     held: contextlib.ExitStack,
     report: Callable[[str], None],
@@ -294,7 +313,8 @@ def _attach_loggers(
     def begin() -> None:
         data = {"name": dataset.name, "checksum": dataset.checksum, "source": command.data}
         line = ["python", "-m", PROGRAM, *arguments]
-        record_session(run, line, trainer.device, data, step=trainer.step, group=group)
+        changed = _changed(base, preset)
+        record_session(run, line, trainer.device, data, step=trainer.step, changed=changed, group=group)
         resume_step = trainer.step if command.resume else None
         own.append(open_loggers(run, preset, resume_step=resume_step, wandb=command.wandb, report=report))
         held.callback(own[0].close)

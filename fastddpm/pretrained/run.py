@@ -27,4 +27,4 @@ def load(path: str | os.PathLike[str]) -> Parts:
         unet.load_state_dict(saved.tensors["model"])
     except RuntimeError as error:
         raise DataError(f"{saved.path}: the weights do not fit the network of its configuration: {error}") from error
-    return Parts(unet.channels_last().eval(), Diffusion(preset.diffusion), preset)
+    return Parts(unet.channels_last().eval(), Diffusion(preset.diffusion), preset, saved.step)

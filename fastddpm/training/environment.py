@@ -36,11 +36,13 @@ def record_session(
     data: Mapping[str, Any],
     *,
     step: int = 0,
+    changed: Sequence[str] = (),
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Append a session that starts at `step` to `run`/environment.json and return the file's path.
 
-    `data`: name, checksum and source of the images. No environment variable is written, and anything in `command` that
+    `data`: name, checksum and source of the images. `changed`: the options that --override changed, as in
+    "lr: 0.002 -> 0.001". No environment variable is written, and anything in `command` that
     looks like a secret is replaced by ***. Raises `StorageError` if the file cannot be written.
     """
     path = run / "environment.json"
@@ -48,11 +50,12 @@ def record_session(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "step": step,
         "command": without_secrets(command, os.environ),
+        "changed": list(changed),
         "processes": group.world_size,
         "data": dict(data),
         **_system(device),
     }
-    write_json(path, {"sessions": [*_earlier(path), session]})
+    write_json(path, {"sessions": [*read_sessions(run), session]})
     return path
 
 
@@ -82,10 +85,10 @@ def without_secrets(command: Sequence[str], environment: Mapping[str, str]) -> l
     return shown
 
 
-def _earlier(path: Path) -> list[Any]:
-    """Return the sessions already in the file; none if it is damaged, which must not stop a run."""
+def read_sessions(run: Path) -> list[dict[str, Any]]:
+    """Return the sessions in environment.json; none if there is no file or a damaged one, which must not stop a run."""
     try:
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+        sessions = json.loads((run / "environment.json").read_text(encoding="utf-8"))["sessions"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []
     return sessions if isinstance(sessions, list) else []
