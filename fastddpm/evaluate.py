@@ -200,7 +200,9 @@ def _evaluate(
         _add_bits(command, context, metrics, report)
     if report is not None:
         _add_pictures(command, context, pictures, report)
-        print(report.table())
+        table = report.table()
+        if table:
+            print(table)
 
 
 def _estimates(

@@ -313,7 +313,7 @@ def _attach_loggers(
     def begin() -> None:
         data = {"name": dataset.name, "checksum": dataset.checksum, "source": command.data}
         line = ["python", "-m", PROGRAM, *arguments]
-        changed = _changed(base, preset)
+        changed = _changed(base, preset) if command.resume else []
         record_session(run, line, trainer.device, data, step=trainer.step, changed=changed, group=group)
         resume_step = trainer.step if command.resume else None
         own.append(open_loggers(run, preset, resume_step=resume_step, wandb=command.wandb, report=report))

@@ -189,8 +189,8 @@ def map_images(
     """Yield (number, image, work(image)) in order, with `work` done by threads.
 
     An image for which `work` raises BadImageError, OSError or ValueError is added to `problems` instead. At most 16
-    images per processor are in memory, with their results. Progress is shown on stderr, for sources of fewer than 10,000
-    images after a second.
+    images per processor are in memory, with their results. Progress is shown on stderr, of fewer
+    than 10,000 images only after a second.
     """
     items = enumerate(image_source.items())
     meter = Meter(title, image_source.count, "images", brief=image_source.count < _SHOWN_FROM)

@@ -85,13 +85,19 @@ def without_secrets(command: Sequence[str], environment: Mapping[str, str]) -> l
     return shown
 
 
-def read_sessions(run: Path) -> list[dict[str, Any]]:
+def read_sessions(run: Path) -> list[Any]:
     """Return the sessions in environment.json; none if there is no file or a damaged one, which must not stop a run."""
     try:
         sessions = json.loads((run / "environment.json").read_text(encoding="utf-8"))["sessions"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []
     return sessions if isinstance(sessions, list) else []
+
+
+def changes(run: Path) -> list[tuple[int, str]]:
+    """Return the steps at which --override changed options of `run`, each with the changes as text."""
+    sessions = [session for session in read_sessions(run) if isinstance(session, dict) and session.get("changed")]
+    return [(session["step"], "\n".join(session["changed"])) for session in sessions]
 
 
 def _system(device: torch.device) -> dict[str, Any]:
