@@ -58,7 +58,7 @@ class Command:
     chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
     batch: BatchSize = None
     frames: int = 40
-    """Frames of the animation, 0..1000. 0: no animation."""
+    """Frames of the animation, 0..1000; fewer if it would be larger than 2 MB. 0: no animation."""
     out: Path | None = None
     """Directory for the pictures. Default: inpainting in the run directory."""
     device: Device = "auto"

@@ -40,7 +40,8 @@ class Command:
     png: bool = False
     """Also write one PNG for each image, named by its seed."""
     gif: bool = False
-    """Also write an animation of the x_0 predictions of the first batch. Not available with shards."""
+    """Also write an animation of at most 2 MB: the noise, then x_0 predictions, of up to 64 images of the first batch.
+    Not available with shards."""
     device: Device = "auto"
 
 
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     if sharded:
         _sample_shards(command, sampler, seeds, classes, out, batch, group)
         return
-    recorder = FrameRecorder(sampler.steps, min(batch, 64)) if command.gif else None
+    recorder = FrameRecorder(sampler, min(batch, len(seeds))) if command.gif else None
     parts = []
     for drawn in sample_batches(sampler, seeds, classes, batch=batch, recorder=recorder):
         parts.append(drawn.images)
