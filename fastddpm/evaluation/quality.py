@@ -22,7 +22,7 @@ from fastddpm.metrics.inception_score import inception_score
 from fastddpm.metrics.kid import kernel_distance, kernel_distance_of_subsets
 from fastddpm.metrics.precision_recall import precision_recall
 from fastddpm.runtime.distributed import all_gather_object
-from fastddpm.runtime.progress import Meter, announced, log
+from fastddpm.runtime.progress import Meter, announced, discard, log
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.trajectories import evaluations as evaluations_of
 from fastddpm.sampling.trajectories import trajectories
@@ -134,7 +134,8 @@ def measure_quality(
     if set(metrics).difference(_WITHOUT_REFERENCE):
         reference = reference_shards(context, network)
         fill_reference(context, network, reference)
-    all_gather_object(None, context.group)  # wait until all processes have written their shards
+    with announced("waiting for the shards of the other processes", log if context.group.is_main else discard):
+        all_gather_object(None, context.group)
     if not context.group.is_main:
         return {}
     common = _common(context, network, options)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fastddpm.errors import DataError, UsageError
+from fastddpm.runtime.progress import announced
 from fastddpm.storage.files import write_whole
 
 GRID_PIXELS = 512  # small images are enlarged until the grid is about this wide
@@ -123,7 +124,7 @@ def save_animation(
     `frames` have one size and one mode: L, whose grey levels stay exact, or RGB, whose frames share 256 colours.
     `duration_ms`: time of a frame; `hold_ms`: time of the last one; 10 to 600,000 ms, stored in hundredths of a second.
     Equal frames in a row are stored as one that lasts as long. If the file would be larger than `most_bytes` (default:
-    2 MB), every other frame but the first and the last is left out, again and again, and the time stays the same.
+    2 MB), half of the frames are left out, evenly and again until it is not; the first, the last and the time stay.
     Raises `UsageError` for other frames and times, and `StorageError`.
     """
     kinds = {(frame.mode, frame.size) for frame in frames}
@@ -131,16 +132,17 @@ def save_animation(
         raise UsageError("an animation needs one or more frames of one size, all of mode L or all of mode RGB")
     if not all(10 <= duration <= 600_000 for duration in (duration_ms, hold_ms)):
         raise UsageError(f"a frame lasts 10 to 600,000 ms; got duration_ms {duration_ms} and hold_ms {hold_ms}")
-    if frames[0].mode == "RGB":
-        palette = _shared_palette(frames)
-        frames = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
     durations = [duration_ms] * (len(frames) - 1) + [hold_ms]
-    data = _gif(frames, durations)
-    while len(data) > most_bytes and len(frames) > 2:
-        kept = sorted({0, *range(len(frames) - 1, 0, -2)})
-        durations = [sum(durations[a:b]) for a, b in zip(kept, [*kept[1:], len(frames)], strict=True)]
-        frames = [frames[i] for i in kept]
+    with announced(f"writing {path}"):
+        if frames[0].mode == "RGB":
+            palette = _shared_palette(frames)
+            frames = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
         data = _gif(frames, durations)
+        while len(data) > most_bytes and len(frames) > 2:
+            kept = np.linspace(0, len(frames) - 1, max(2, len(frames) // 2)).round().astype(int).tolist()
+            durations = [sum(durations[a:b]) for a, b in zip(kept, [*kept[1:], len(frames)], strict=True)]
+            frames = [frames[i] for i in kept]
+            data = _gif(frames, durations)
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 

@@ -62,8 +62,8 @@ def test_the_reasons_are_told_with_numbers() -> None:
     both = too_short(TrainConfig(), 50)
     assert both == (
         "50 steps are too few to give images: 99.5% of the average that samples are drawn from (--ema 0.9999) are "
-        "still random initial weights, and the learning rate warms up for 5,000 steps (--warmup). It takes 46,050 steps with "
-        "these options, fewer with a smaller --ema or --ema-ramp and a smaller --warmup"
+        "still random initial weights, and the learning rate warms up for 5,000 steps (--warmup). It takes 46,050 "
+        "steps with these options, fewer with a smaller --ema or --ema-ramp and a smaller --warmup"
     )
     average, warmup = too_short(TrainConfig(), 20_000), too_short(TrainConfig(ema=0.9), 9_999)
     assert average is not None and "13.5% of the average" in average and "warms up" not in average
