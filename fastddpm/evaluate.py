@@ -122,18 +122,18 @@ def _features(command: Command, metrics: Sequence[str], model: "Model", report: 
     if not set(metrics).intersection(QUALITY_METRICS):
         return None
     name, config = command.features, model.unet.config
-    if name is None and inception.find_weights() is not None:
-        name = "inception"
-    elif name is None and command.data is None and config.image_channels == 1:
-        name = "digits"
-    if name is None:
-        problem = f"{inception.how_to_get_them()}; or use --features efficientnet-lite0, whose scores are not FID"
-        if command.metrics is not None:
-            raise UsageError(problem)
-        report(f"{', '.join(QUALITY_METRICS)} are left out: {problem}")
-        return None
-    check_network(name, image_size=config.image_size, channels=config.image_channels)
-    return name
+    if name is not None:
+        check_network(name, image_size=config.image_size, channels=config.image_channels)
+        return name
+    if inception.find_weights() is not None:
+        return "inception"
+    if command.data is None:
+        return "digits"
+    problem = f"{inception.how_to_get_them()}; or use --features efficientnet-lite0, whose scores are not FID"
+    if command.metrics is not None:
+        raise UsageError(problem)
+    report(f"{', '.join(QUALITY_METRICS)} are left out: {problem}")
+    return None
 
 
 def _context(

@@ -239,31 +239,33 @@ def refused_before_anything_long(
         evaluate.main(arguments)
 
 
-@pytest.fixture(scope="module")
-def coloured(home: Path) -> Path:
-    """A run of a network for colour."""
-    return trained(home / "coloured", "--timesteps", "100", "--sample.steps", "2", "--image-channels", "3")
-
-
 def test_the_classifier_of_digits_is_refused_for_colour_before_it_is_trained(
-    coloured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    refused_before_anything_long(
-        command(coloured, out, "--features", "digits"),
-        "the classifier of digits takes grey images, of 1 channel, and the model has 3; choose the feature network",
-        monkeypatch,
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 0, 255)).save(photos / f"{i}.png")
+    options = ["--image-channels", "3", "--num-classes", "0", "--label-dropout", "0", "--sample.guidance", "1"]
+    run = trained(tmp_path / "run", *options, "--data", str(photos))
+    message = (
+        "the classifier of digits takes grey images, of 1 channel, and the model has 3; choose the feature network"
     )
-    assert not out.exists()
-
-
-def test_by_default_colour_is_not_scored_by_the_classifier_of_digits(
-    coloured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(digits, "load", None)
-    evaluate.main(command(coloured, tmp_path))
-    assert "fid, is, kid, pr are left out: the Inception weights are missing" in capsys.readouterr().err
-    assert set(document(tmp_path)["train"]) == {"bpd", "rate-distortion"}
+    arguments = command(run, tmp_path / "out", "--data", str(photos))
+    refused_before_anything_long([*arguments, "--features", "digits"], message, monkeypatch)
+    more = [
+        "--metrics",
+        "none",
+        "--pictures",
+        "neighbours",
+        "--picture.features",
+        "digits",
+        "--picture.neighbours",
+        "1",
+    ]
+    monkeypatch.undo()
+    refused_before_anything_long([*arguments, *more], message, monkeypatch, data_first=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
