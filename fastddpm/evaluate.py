@@ -102,9 +102,10 @@ def main(arguments: Sequence[str]) -> None:
         if command.pictures == "all" and not opened[0].unet.config.num_classes:
             pictures.remove("classes")
         context = _context(command, *opened, device, group)
-        _check(command, context, metrics, pictures)
-        context.out.mkdir(parents=True, exist_ok=True)
-        results = Report(context, command.checkpoint) if group.is_main else None
+        with announced(f"checking the options against the data and {context.out}", report):
+            _check(command, context, metrics, pictures)
+            context.out.mkdir(parents=True, exist_ok=True)
+            results = Report(context, command.checkpoint) if group.is_main else None
         report_notes(context.model, report)
         network = None if features is None else _network(features, context, report)
         _evaluate(command, context, network, metrics, pictures, results)

@@ -109,11 +109,13 @@ def _sample_shards(
     config = sampler.unet.config
     shape = (config.image_channels, config.image_size, config.image_size)
     size = command.shard_size or SHARD_SIZE
+    report = log if group.is_main else discard
     shards = Shards(out, seeds, labels, size, shape)
-    shards.claim(sampler.settings())
+    with announced(f"checking the settings of {out}", report):
+        shards.claim(sampler.settings())
     with shards.locked(rank):
         shards.forget_temporaries(rank, count)
-        with announced(f"checking the shards in {out}", log if group.is_main else discard):
+        with announced(f"checking the shards in {out}", report):
             missing, damaged = shards.missing(rank, count)
         for line in damaged:
             log(line)

@@ -262,7 +262,8 @@ def _train(
             write_preset(wanted, run / "config.json")
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
-        _attach_loggers(command, arguments, trainer, base, run, held, report)
+        with announced("opening the loggers", report):
+            _attach_loggers(command, arguments, trainer, base, run, held, report)
         _describe(trainer, base, report)
         last = trainer.run(run, log, dataset_source=command.data)
         with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
