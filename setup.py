@@ -129,6 +129,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "lmdb",
             "diffusers>=0.42.1",

@@ -124,6 +124,7 @@ def test_pictures(run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureF
     assert str(tmp_path / "strips.gif") in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_measure_the_same(whole: Path, run: Path, tmp_path: Path, home: Path) -> None:
     """To the bit for what the samples are scored by: the first process reads the shards in their order."""
     main = tmp_path / "main.py"  # with the changes of `home`
