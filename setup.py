@@ -146,6 +146,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "lmdb",
             "diffusers>=0.42.1",

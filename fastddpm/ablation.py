@@ -15,6 +15,7 @@ from fastddpm.presets import PRESETS, preset
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Device, parse_numbers
 from fastddpm.runtime.progress import announced, log
+from fastddpm.storage.files import check_out
 
 PROGRAM = "fastddpm.ablation"
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         for seed in seeds
         for cell in cells
     ]
-    cli.check_out(command.out)
+    check_out(command.out)
 
     with announced("loading PyTorch"):
         from fastddpm.data import open_dataset

@@ -13,6 +13,7 @@ from fastddpm.errors import UsageError
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Checkpoint, Device, Resize, check_checkpoint, check_positive
 from fastddpm.runtime.progress import Meter, announced, log
+from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,7 @@ def _encode(action: Encode) -> None:
     check_positive(count=action.count)
     if action.out.is_dir():
         raise UsageError(f"{action.out} is a directory; name the file to write, such as {action.out / 'images.fdz'}")
-    cli.check_out(action.out.parent)
+    check_out(action.out.parent)
 
     with announced("loading PyTorch"):
         from fastddpm.codec import encode, file_format
@@ -110,7 +111,7 @@ def _encode(action: Encode) -> None:
 
 def _decode(action: Decode) -> None:
     arrays = action.out.suffix == ".npz"
-    cli.check_out(action.out.parent if arrays else action.out)
+    check_out(action.out.parent if arrays else action.out)
     with announced("loading PyTorch"):
         from fastddpm.codec import decode, file_format
         from fastddpm.codec.file_format import Header

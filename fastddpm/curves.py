@@ -11,6 +11,7 @@ from fastddpm.errors import UsageError
 from fastddpm.presets import read_preset
 from fastddpm.runtime import cli
 from fastddpm.runtime.progress import announced, log
+from fastddpm.storage.files import check_out
 
 PROGRAM = "fastddpm.curves"
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
             raise
         raise UsageError("curves need matplotlib: pip install 'fastddpm[report]'") from None
     from fastddpm.training.environment import changes
-    from fastddpm.training.loggers import read_log
+    from fastddpm.training.run_log import read_log
 
     logs = {}
     for name, run in zip(_names(command.runs), command.runs, strict=True):
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         logs[name] = Curve(records, read_preset(run / "config.json").diffusion.timesteps, changes(run))
     if not logs:
         raise UsageError("nothing to draw: no run has a line in its log")
-    cli.check_out(out.parent)
+    check_out(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with announced("drawing the curves"):
         curves(logs, out)

@@ -14,6 +14,7 @@ from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, Resize, SkipBad, check_checkpoint, check_positive
 from fastddpm.runtime.progress import announced, discard, duration, log
 from fastddpm.sampling.options import ChainOptions
+from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
     check_positive(batch=command.batch)
     check_checkpoint(command.checkpoint)
-    cli.check_out(_out(command))
+    check_out(_out(command))
     group = distributed.group_from_environment()
     report = log if group.is_main else discard
     with announced("loading PyTorch", report):

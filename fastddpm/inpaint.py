@@ -22,6 +22,7 @@ from fastddpm.runtime.options import (
 )
 from fastddpm.runtime.progress import Meter, announced, log
 from fastddpm.sampling.options import ChainOptions
+from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     from fastddpm.pretrained.model import Model
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"--frames must be in 0..{MAX_FRAMES}; got {command.frames}")
     check_checkpoint(command.checkpoint)
     out = command.out or cli.run_of(command.checkpoint) / "inpainting"
-    cli.check_out(out)
+    check_out(out)
 
     with announced("loading PyTorch"):
         from fastddpm.runtime.device import choose_device

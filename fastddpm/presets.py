@@ -1,13 +1,12 @@
 """Presets: the paper's configurations, and one for two CPU cores. Imports no torch."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
-from fastddpm.errors import DataError, UsageError
-from fastddpm.storage.documents import difference, from_dict, to_dict
+from fastddpm.errors import UsageError
+from fastddpm.storage.documents import difference, from_dict, read_json, to_dict
 from fastddpm.storage.files import write_json
 
 # All but mnist are from section 4 and appendix B of the paper, and from its released code.
@@ -79,13 +78,14 @@ def preset(name: str) -> Preset:
 
 
 def read_preset(path: Path) -> Preset:
-    """Read the configuration that a run saved. Raises `UsageError` if there is none, `DataError` if it is not JSON."""
+    """Read the configuration that a run saved.
+
+    Raises `UsageError` if there is none or a value is impossible, and `DataError` if the file is damaged.
+    """
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        data = read_json(path)
+    except FileNotFoundError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
     return from_dict(Preset, data, str(path))
 
 

@@ -13,6 +13,7 @@ from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, check_checkpoint, check_positive, parse_numbers
 from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.sampling.options import ChainOptions
+from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
             "fewer seeds without --shard-size"
         )
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
-    cli.check_out(out)
+    check_out(out)
 
     report = log if group.is_main else discard
     with announced("loading PyTorch", report):
@@ -114,7 +115,6 @@ def _sample_shards(
     with announced(f"checking the settings of {out}", report):
         shards.claim(sampler.settings())
     with shards.locked(rank):
-        shards.forget_temporaries(rank, count)
         with announced(f"checking the shards in {out}", report):
             missing, damaged = shards.missing(rank, count)
         for line in damaged:

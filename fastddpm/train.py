@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
-from fastddpm.errors import UsageError
+from fastddpm.errors import DataError, UsageError
 from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import Device, Resize, SkipBad
 from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import difference, to_dict
+from fastddpm.storage.files import check_out
+from fastddpm.training.saved import RunOptions
 
 if TYPE_CHECKING:
     from fastddpm.data import Dataset
@@ -52,7 +54,8 @@ class Command:
     out: Path | None = None
     """Run directory. Default: runs/PRESET, or the first free one of runs/PRESET-2, runs/PRESET-3, .. if that exists."""
     resume: bool = False
-    """Continue the run in --out, by default the newest run of this preset. The number of processes may change."""
+    """Continue the run in --out, on the data and with the options that it was started with. Default of --out: the run
+    in runs/ with the newest checkpoint, of --preset if that is given. The number of processes may change."""
     override: bool = False
     """With --resume: continue with another learning rate, batch or other option that changes the result."""
     timeout: float = 600.0
@@ -68,6 +71,10 @@ class Command:
     diffusion: tyro.conf.OmitArgPrefixes[DiffusionConfig] = dataclasses.field(default_factory=DiffusionConfig)
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def run_options(self) -> RunOptions:
+        """Return the options that --resume takes again."""
+        return RunOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunOptions)})
 
     def resolved(self) -> Preset:
         """Return the configuration that these options describe."""
@@ -99,19 +106,23 @@ def main(arguments: Sequence[str]) -> None:
             (to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", group
         )
         dataset = _open_data(command, wanted, group, report)
-        # Before the run directory is made, because this can raise.
-        with announced("building the network", report):
-            trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
-        held.callback(trainer.batches.close)
-        if command.dry_run:
-            from fastddpm.training.dry_run import describe_run
 
-            _describe(trainer, base, report)
-            description = describe_run(trainer, report)
-            if group.is_main:
-                print(description)
+        def build() -> Trainer:
+            with announced("building the network", report):
+                trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
+            held.callback(trainer.batches.close)
+            return trainer
+
+        if not command.dry_run:
+            _train(command, arguments, wanted, base, run, build, group, report)
             return
-        _train(command, arguments, trainer, base, run, report)
+        from fastddpm.training.dry_run import describe_run
+
+        trainer = build()
+        _describe(trainer, base, report)
+        description = describe_run(trainer, report)
+        if group.is_main:
+            print(description)
 
 
 def _describe(trainer: "Trainer", base: Preset, report: Callable[[str], None]) -> None:
@@ -138,17 +149,23 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
     helps = "--help" in arguments or "-h" in arguments
     again = distributed.restarted() and out is not None and (Path(out) / "config.json").exists()
     resuming = ("--resume" in arguments or again) and not helps
+    options = RunOptions()
     if resuming:
-        run = Path(out) if out else _newest_run(name)
+        run = Path(out) if out else _newest_run(cli.peek(arguments, "--preset"))
         if not (run / "config.json").is_file():
             raise UsageError(f"nothing to resume: {run} holds no run (there is no config.json in it)")
         base = read_preset(run / "config.json")
         if cli.peek(arguments, "--preset") not in (None, base.name):
             raise UsageError(f"{run} is a run of preset {base.name}, not {name}; leave --preset out")
-    default = Command(base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample)
+        options = RunOptions.read(run)
+    default = Command(
+        base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample, **vars(options)
+    )
     command = dataclasses.replace(cli.parse(Command, arguments, program=PROGRAM, default=default), resume=resuming)
-    if not command.timeout > 0:
-        raise UsageError(f"--timeout must be positive; got {command.timeout}")
+    if not 0 < command.timeout <= distributed.MAX_TIMEOUT_S:
+        raise UsageError(
+            f"--timeout must be more than 0 and at most {distributed.MAX_TIMEOUT_S:,} s; got {command.timeout}"
+        )
     if command.data_workers is not None and command.data_workers < 0:
         raise UsageError(f"--data-workers must be 0 or more; got {command.data_workers}")
     if command.profile < 0:
@@ -159,9 +176,10 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
         run = command.out or _free_run(name)
         if not command.dry_run:
             _refuse_taken(run)
-            cli.check_out(run)
+            check_out(run)
         return command, base, run
     _refuse_changes(base, command, run)
+    check_out(run)
     return command, base, run
 
 
@@ -214,16 +232,29 @@ def _open_data(
     return dataset
 
 
-def _runs(name: str) -> list[Path]:
-    found = [path for path in Path("runs").glob(f"{name}*") if (path / "config.json").exists()]
-    return [path for path in found if path.name == name or path.name.removeprefix(f"{name}-").isdigit()]
-
-
-def _newest_run(name: str) -> Path:
-    runs = _runs(name)
+def _newest_run(name: str | None) -> Path:
+    """Return the run in runs/ whose last checkpoint is the newest, of the preset `name` if one is given."""
+    runs = [path.parent for path in Path("runs").glob("*/config.json")]
+    if name is not None:
+        runs = [run for run in runs if _preset_name(run) == name]
     if not runs:
-        raise UsageError(f"nothing to resume: no run of preset {name} in {Path('runs').resolve()}; name one with --out")
-    return max(runs, key=lambda path: (path / "config.json").stat().st_mtime)
+        what = "run" if name is None else f"run of preset {name}"
+        raise UsageError(f"nothing to resume: no {what} in {Path('runs').resolve()}; name one with --out")
+    return max(runs, key=_last_saved)
+
+
+def _preset_name(run: Path) -> str | None:
+    try:
+        return read_preset(run / "config.json").name
+    except (UsageError, DataError) as error:
+        log(f"{run} is passed over: {error}")
+        return None
+
+
+def _last_saved(run: Path) -> float:
+    """Return when the newest checkpoint of a run was written, or its configuration if it has none."""
+    saved = [path.stat().st_mtime for path in (run / "checkpoints").glob("step-*")]
+    return max(saved, default=(run / "config.json").stat().st_mtime)
 
 
 def _free_run(name: str) -> Path:
@@ -236,17 +267,19 @@ def _free_run(name: str) -> Path:
 def _train(
     command: Command,
     arguments: Sequence[str],
-    trainer: "Trainer",
+    wanted: Preset,
     base: Preset,
     run: Path,
+    build: Callable[[], "Trainer"],
+    group: distributed.ProcessGroup,
     report: Callable[[str], None],
 ) -> None:
+    from fastddpm.pretrained.run import check_fit
     from fastddpm.storage import checkpoint
-    from fastddpm.training.loggers import JsonLines
+    from fastddpm.training.run_log import JsonLines
     from fastddpm.training.samples import draw_final_samples
     from fastddpm.training.signals import interruptible
 
-    wanted, group = trainer.preset, trainer.group
     with contextlib.ExitStack() as held:
 
         def claim() -> None:
@@ -254,12 +287,22 @@ def _train(
                 _refuse_taken(run)
             held.enter_context(checkpoint.lock(run))
 
-        distributed.on_main(claim, group)
+        saved = None
         if command.resume:
-            _resume(trainer, run, group, report)
+            distributed.on_main(claim, group)
+            with announced(f"reading the newest checkpoint of {run}", report):
+                saved = _newest_checkpoint(run, group, report)
+            if saved is not None:
+                check_fit(wanted.unet, saved)  # before the network takes memory
+        trainer = build()
+        if command.resume:
+            _resume(trainer, run, saved, report)
+        else:  # only now, because the lines above can raise, and this makes the run directory
+            distributed.on_main(claim, group)
         log = None
         if group.is_main:
             write_preset(wanted, run / "config.json")
+            command.run_options().write(run)
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
         with announced("opening the loggers", report):
@@ -279,12 +322,12 @@ def _print_paths(run: Path, last: Path, pictures: Sequence[Path]) -> None:
     print(f"next: python -m fastddpm.sample {shlex.quote(str(run))} --seeds 64-127")
 
 
-def _resume(trainer: "Trainer", run: Path, group: distributed.ProcessGroup, report: Callable[[str], None]) -> None:
-    """Load the newest checkpoint, if any, into `trainer`. Raises `UsageError` if its step is beyond --steps."""
-    with announced(f"reading the newest checkpoint of {run}", report):
-        saved = _newest_checkpoint(run, group, report)
-        if saved is not None:
-            trainer.resume(saved)
+def _resume(
+    trainer: "Trainer", run: Path, saved: "checkpoint.Checkpoint | None", report: Callable[[str], None]
+) -> None:
+    """Load the checkpoint, if there is one, into `trainer`. Raises `UsageError` if its step is beyond --steps."""
+    if saved is not None:
+        trainer.resume(saved)
     last = trainer.preset.train.steps
     if trainer.step > last:
         raise UsageError(
@@ -307,12 +350,13 @@ def _attach_loggers(
     from fastddpm.training.loggers import Loggers, open_loggers
     from fastddpm.training.profiling import Profile
     from fastddpm.training.samples import Previews
+    from fastddpm.training.saved import TrainingData
 
     preset, dataset, group = trainer.preset, trainer.dataset, trainer.group
     own: list[Loggers] = []
 
     def begin() -> None:
-        data = {"name": dataset.name, "checksum": dataset.checksum, "source": command.data}
+        data = to_dict(TrainingData.of(dataset, command.data))
         line = ["python", "-m", PROGRAM, *arguments]
         changed = _changed(base, preset) if command.resume else []
         record_session(run, line, trainer.device, data, step=trainer.step, changed=changed, group=group)

@@ -23,6 +23,7 @@ import numpy as np
 from fastddpm.errors import DataError, UsageError
 from fastddpm.storage.documents import MAX_JSON_BYTES, parse_json
 from fastddpm.storage.files import write_whole
+from fastddpm.storage.reading import read_bytes
 
 from .ans import EMPTY
 
@@ -32,6 +33,7 @@ VERSION = 1
 MOST_IMAGES = 2**31
 _MOST_LANES = 2**16
 _MOST_STEPS = 100_000
+_MAX_BYTES = 2**36
 _MOST_PIXELS = 2**26  # in one chunk of images
 _TEXTS = ("conditioning", "network", "process", "outputs", "made", "pixels")
 CONDITIONINGS = ("none", "unknown", "coded")
@@ -195,12 +197,14 @@ def _inflated(data: bytes, where: str | Path) -> bytes:
 
 def read(path: Path) -> bytes:
     """Return a file's bytes. Raises `UsageError` if there is no such file and `DataError` if it cannot be read."""
-    if not path.is_file():
-        raise UsageError(f"no file at {path}")
     try:
-        return path.read_bytes()
+        return read_bytes(path, _MAX_BYTES)
+    except FileNotFoundError as error:
+        raise UsageError(f"no file at {path}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def write(data: bytes, path: Path) -> None:

@@ -17,6 +17,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Resize, SkipBad
 from fastddpm.runtime.progress import log
+from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     from .image import Preprocessing
@@ -155,6 +156,7 @@ def _pack(command: MakePack) -> None:
         raise UsageError(f"{command.out} exists; --overwrite replaces it")
     if not command.out.parent.is_dir():
         raise UsageError(f"there is no folder {command.out.parent}; make it first")
+    check_out(command.out.parent)
     preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize)
     image_source = open_image_source(command.source, command.split)
     for note in image_source.notes:

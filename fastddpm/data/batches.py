@@ -1,6 +1,5 @@
 """Batches on the training device."""
 
-import os
 from types import TracebackType
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.errors import UsageError
+from fastddpm.runtime.distributed import local_world_size
 
 from .dataset import Dataset
 from .order import batch_indices
@@ -59,9 +59,7 @@ class Batches:
         self._workers: Workers | None = None
         images = dataset.images
         if isinstance(images, PackedImages):
-            # torchrun sets LOCAL_WORLD_SIZE: the training processes on this machine
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-            count = default_workers(here) if workers is None else workers
+            count = default_workers(local_world_size(world_size)) if workers is None else workers
             if count:
                 rows = self.end - self.start
                 self._workers = Workers(images, rows, num_workers=count, slots=AHEAD, timeout_s=timeout_s)

@@ -4,9 +4,7 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +13,7 @@ import numpy as np
 
 from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.storage.documents import parse_json
-from fastddpm.storage.files import alive, host, temporary_beside
+from fastddpm.storage.files import sweep, temporary_beside, temporary_directory
 
 from .dataset import Dataset, checksum, class_names
 from .image import Preprocessing
@@ -23,11 +21,6 @@ from .ingest import Report, decode_all
 from .pack.format import ENDING, open_pack
 from .pack.writer import write_pack
 from .readers.source import ImageSource, check_regular, read_file
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is swept
-    fcntl = None  # type: ignore[assignment]
 
 _VERSION = 3
 _VERIFY_ALL_BYTES = 2**30
@@ -59,7 +52,7 @@ def decoded(
     """
     for note in image_source.notes:
         report(f"{image_source.name}: {note}")
-    _sweep(directory)
+    sweep(directory)
     entry = directory / _key(image_source, preprocessing, skip_bad)
     dataset = _open(entry, image_source, preprocessing, report)
     if dataset is not None:
@@ -91,7 +84,7 @@ def packed(
     """
     for note in image_source.notes:
         report(f"{image_source.name}: {note}")
-    _sweep(directory)
+    sweep(directory)
     path = directory / f"{_key(image_source, preprocessing, skip_bad)}{ENDING}"
     if path.exists():
         try:
@@ -190,41 +183,9 @@ def _make(
         return dataset  # its memory map stays valid after the file is renamed or removed
 
 
-@contextmanager
-def _temporary(directory: Path) -> Iterator[Path]:
-    """Provide a new directory in `directory`, named by host and process and locked while it is used; then remove it."""
-    path = temporary_beside(directory / f"entry-{secrets.token_hex(4)}")
-    path.mkdir()
-    descriptor = None
-    try:
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks: the process number has to do
-                descriptor = os.open(path, os.O_RDONLY)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield path
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sweep(directory: Path) -> None:
-    """Remove the temporary directories of this host's processes that are dead and hold no lock; ignore failures."""
-    if fcntl is None:
-        return
-    with suppress(OSError):
-        for path in list(directory.glob(".entry-*.tmp")):
-            *_, owner, number, _ = path.name.split(".")
-            if owner != host() or not number.isdigit() or alive(int(number[:9])):
-                continue
-            with suppress(OSError):
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    # Held by a process in another container of this host name, whose process number is not visible.
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
-                finally:
-                    os.close(descriptor)
+def _temporary(directory: Path) -> AbstractContextManager[Path]:
+    """Provide a new directory in `directory`, removed after the block."""
+    return temporary_directory(temporary_beside(directory / f"entry-{secrets.token_hex(4)}"))
 
 
 def _replace(entry: Path, temporary: Path) -> None:

@@ -1,12 +1,12 @@
 """Read the images and masks that commands take as input files. Imports no torch."""
 
 import math
-import zipfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from fastddpm.errors import DataError, UsageError
+from fastddpm.storage.reading import read_arrays, read_headers
 
 from . import open_dataset
 from .dataset import Images
@@ -73,27 +73,14 @@ def _decoded(path: Path, preprocessing: Preprocessing) -> np.ndarray:
 
 def _read_arrays(path: Path, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray | None]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            shape, dtype = _header(archive, "images.npy")
-            label_header = _header(archive, "labels.npy") if "labels.npy" in archive.namelist() else None
-        _check_arrays(path, shape, dtype, label_header, preprocessing)
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["images"], None if label_header is None else arrays["labels"].astype(np.int64)
-    except DataError:
-        raise
-    except Exception as error:  # a damaged directory or header can raise nearly anything
-        raise DataError(
-            f"{path} holds no images that can be read: {error}; expected an .npz with uint8 images"
-        ) from error
-
-
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and dtype of an array, without unpacking its data."""
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    return shape, dtype
+        headers = read_headers(path, ["images", "labels"])
+        if "images" not in headers:
+            raise DataError(f"{path} holds no array images")
+        _check_arrays(path, *headers["images"], headers.get("labels"), preprocessing)
+        arrays = read_arrays(path, list(headers), 2 * _MAX_BYTES)
+    except DataError as error:
+        raise DataError(f"{error}; expected an .npz with images uint8 (N, C, S, S)") from error
+    return arrays["images"], arrays["labels"].astype(np.int64) if "labels" in arrays else None
 
 
 def _check_arrays(

@@ -23,9 +23,9 @@ from fastddpm.sampling import batch_size
 from fastddpm.sampling.generate import sample_batches, save_pictures
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage import checkpoint
-from fastddpm.storage.documents import to_dict
+from fastddpm.storage.documents import read_object, to_dict
 from fastddpm.storage.files import write_json, write_text
-from fastddpm.training.loggers import JsonLines
+from fastddpm.training.run_log import JsonLines
 from fastddpm.training.trainer import Trainer
 
 from .context import EvaluationContext
@@ -236,8 +236,16 @@ def _number(value: float | None, deviation: float | None) -> str:
 def _read(path: Path) -> Result:
     """Read a result file. Raises `DataError` if it is damaged."""
     try:
-        record: Result = json.loads(path.read_text(encoding="utf-8"))
-        record["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}); remove it to measure again") from error
+        record: Result = read_object(path)
+    except DataError as error:
+        raise DataError(f"{error}; remove it to measure again") from None
+    result = record.get("result", {"outcome": ""})
+    numbers = [result.get(name) for name in _NUMBERS] if isinstance(result, dict) else [""]
+    if (
+        not isinstance(record.get("settings"), dict)
+        or not isinstance(result, dict)
+        or not isinstance(result.get("outcome"), str)
+        or not all(number is None or type(number) in (int, float) for number in numbers)
+    ):
+        raise DataError(f"{path} is damaged: it holds no settings and result; remove it to measure again")
     return record

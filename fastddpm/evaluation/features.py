@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from fastddpm.data.cache import default_directory
-from fastddpm.errors import StorageError
+from fastddpm.errors import DataError, StorageError
 from fastddpm.metrics.features import Activations, FeatureNetwork
 from fastddpm.metrics.frechet import Moments
 from fastddpm.runtime.progress import Meter, announced, discard, log
 from fastddpm.sampling.trajectories import parts
 from fastddpm.storage.files import save_arrays
+from fastddpm.storage.reading import read_arrays
 from fastddpm.storage.shards import Shards
 
 from .context import EvaluationContext
@@ -48,6 +49,9 @@ class FeatureShards(Shards):
     def _names(self) -> list[str]:
         return ["features", "logits", "seeds"] if self.classes else ["features", "seeds"]
 
+    def _num_bytes(self, num: int) -> int:
+        return num * (4 * (self.dimension + self.classes) + 8)
+
     def _mismatch(self, index: int, found: Mapping[str, np.ndarray]) -> str | None:
         seeds, _ = self.part(index)
         arrays = [found[name] for name in self._names() if name != "seeds"]
@@ -65,10 +69,10 @@ class FeatureShards(Shards):
         self.put_arrays(index, arrays)
 
     def activations(self, index: int) -> Activations:
-        """Return the features and logits of a shard. Raises errors of NumPy and zipfile if it is damaged."""
-        with np.load(self.path(index), allow_pickle=False) as arrays:
-            logits = torch.from_numpy(arrays["logits"]) if self.classes else None
-            return Activations(torch.from_numpy(arrays["features"]), logits)
+        """Return the features and logits of a shard. Raises as `arrays` does."""
+        arrays = self.arrays(index)
+        logits = torch.from_numpy(arrays["logits"]) if self.classes else None
+        return Activations(torch.from_numpy(arrays["features"]), logits)
 
     def together(self) -> Activations:
         """Return the features and logits of all shards, in the order of the seeds."""
@@ -160,14 +164,24 @@ def reference_moments(shards: FeatureShards) -> Moments:
     """Return the moments of complete shards, which are kept in a file beside them."""
     path = shards.directory / _MOMENTS
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            mean, product = (torch.from_numpy(arrays[name]) for name in ("mean", "product"))
-            return Moments(int(arrays["count"]), mean, product)
-    except Exception as error:  # a damaged header can raise nearly anything
-        if path.exists():
-            log(f"{path} is damaged ({type(error).__name__}); computing it again")
+        return _moments(path, shards)
+    except FileNotFoundError:
+        pass
+    except DataError as error:
+        log(f"{error}; computing it again")
     moments = Moments.of_batches(shards.activations(index).features for index in range(len(shards)))
     save_arrays(
         {"count": np.array(moments.count), "mean": moments.mean.numpy(), "product": moments.product.numpy()}, path
     )
     return moments
+
+
+def _moments(path: Path, shards: FeatureShards) -> Moments:
+    """Read the moments of shards. Raises `FileNotFoundError`, and `DataError` if they are of others or damaged."""
+    size = shards.dimension
+    arrays = read_arrays(path, ["count", "mean", "product"], 8 * size * (size + 2) + 2**16)
+    count, mean, product = (arrays[name] for name in ("count", "mean", "product"))
+    found = [(array.dtype, array.shape) for array in (mean, product)]
+    if found != [(np.float64, (size,)), (np.float64, (size, size))] or count.shape or count != len(shards.seeds):
+        raise DataError(f"{path} holds the moments of other features")
+    return Moments(int(count), torch.from_numpy(mean), torch.from_numpy(product))

@@ -8,7 +8,6 @@ bits-parts/  during the evaluation: the sums of each block of images, for resumi
 import contextlib
 import json
 import shutil
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.distributed import all_gather_object
 from fastddpm.runtime.progress import Meter, log
+from fastddpm.storage.documents import parse_json
 from fastddpm.storage.files import save_arrays, write_text
+from fastddpm.storage.reading import read_arrays
 from fastddpm.storage.shards import Shards
 
 from .bits_per_dim import BLOCK, BitsPerDim, ImageSums, Plan, bits_per_dim, or_none
@@ -33,6 +34,7 @@ _CACHE = "bits.npz"
 _PARTS = "bits-parts"
 _TABLE = "bits.csv"
 _VERSION = 1
+_MAX_BYTES = 2**30  # of a result: a few numbers for each image and timestep
 
 
 def bits_cost(context: EvaluationContext, options: BitsOptions) -> int:
@@ -102,9 +104,9 @@ class _SumShards(Shards):
     _otherwise = "choose another --out, or remove it"
 
     def sums(self, index: int) -> ImageSums:
-        """Return the sums of a block. Raises errors of NumPy and zipfile if the file is damaged."""
-        with np.load(self.path(index), allow_pickle=False) as arrays:
-            return ImageSums(**{f.name: arrays[f.name] for f in fields(ImageSums)})
+        """Return the sums of a block. Raises as `arrays` does."""
+        arrays = self.arrays(index)
+        return ImageSums(**{f.name: arrays[f.name] for f in fields(ImageSums)})
 
     def put(self, index: int, sums: ImageSums) -> None:
         """Write the sums of a block, completely or not at all. Raises `StorageError` on failure."""
@@ -112,6 +114,9 @@ class _SumShards(Shards):
 
     def _names(self) -> list[str]:
         return [*(f.name for f in fields(ImageSums)), "seeds"]
+
+    def _num_bytes(self, num: int) -> int:
+        return 8 * (4 * num + 4 * self.timesteps)
 
     def _mismatch(self, index: int, found: Mapping[str, np.ndarray]) -> str | None:
         seeds, _ = self.part(index)
@@ -130,7 +135,6 @@ def _evaluated(context: EvaluationContext, options: BitsOptions, settings: dict[
     shards = _SumShards(context.out / _PARTS, indices, None, BLOCK, dataset.images.shape[1:], timesteps)  # type: ignore[arg-type]
     shards.claim(settings)
     with shards.locked(group.rank), contextlib.ExitStack() as stack:
-        shards.forget_temporaries(group.rank, group.world_size)
         missing, damaged = missing_shards(context, shards)
         for line in damaged:
             log(line)
@@ -166,14 +170,14 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises `UsageError` if it was evaluated with other settings.
     """
-    if not path.exists():
-        return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = json.loads(str(arrays["settings"]))
-            values = {f.name: arrays[f.name] for f in fields(BitsPerDim)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log(f"{path} cannot be read ({type(error).__name__}); evaluating again")
+        arrays = read_arrays(path, ["settings", *(f.name for f in fields(BitsPerDim))], _MAX_BYTES)
+        found = parse_json(str(arrays.pop("settings")).encode(), f"{path}: settings")
+        _check_result(path, arrays, found)
+    except FileNotFoundError:
+        return None
+    except DataError as error:
+        log(f"{error}; evaluating again")
         return None
     for name in dict.fromkeys([*settings, *found]):
         if found.get(name) != settings.get(name):
@@ -181,7 +185,22 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
                 f"{path} holds a result with {name} {found.get(name)}, not {settings.get(name)}; choose another --out, "
                 "or remove it"
             )
-    return {name: value if value.ndim else value.item() for name, value in values.items()}
+    return {name: value if value.ndim else value.item() for name, value in arrays.items()}
+
+
+def _check_result(path: Path, arrays: Mapping[str, np.ndarray], settings: Any) -> None:
+    """Raise `DataError` for settings that are no object, or arrays that cannot be the fields of a result."""
+    terms, indices = arrays["terms"], arrays["indices"]
+    shapes = {name: terms.shape for name in ("terms", "term_errors", "mse", "mse_errors", "counts")}
+    shapes |= {name: indices.shape for name in ("indices", "per_image")}
+    kinds = {"counts": "i", "indices": "i", "conditioning": "U"}
+    wrong = [
+        name
+        for name, array in arrays.items()
+        if array.shape != shapes.get(name, ()) or array.dtype.kind != kinds.get(name, "f")
+    ]
+    if not isinstance(settings, dict) or terms.ndim != 1 or not len(terms) or indices.ndim != 1 or wrong:
+        raise DataError(f"{path} holds no result of an evaluation")
 
 
 def _keep(path: Path, result: BitsPerDim, settings: dict[str, Any]) -> None:

@@ -189,7 +189,6 @@ def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: F
             yield to_uint8(state.x)
 
     with shards.locked(group.rank):
-        shards.forget_temporaries(group.rank, group.world_size)
         missing, damaged = missing_shards(context, shards)
         for line in damaged:
             log(line)

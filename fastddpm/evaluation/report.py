@@ -1,6 +1,5 @@
 """The results of an evaluation: metrics.json, which every call adds to, and a table with the paper's numbers."""
 
-import json
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,7 +10,9 @@ import torch
 
 from fastddpm import __version__
 from fastddpm.errors import DataError, UsageError
+from fastddpm.storage.documents import read_object
 from fastddpm.storage.files import write_json
+from fastddpm.storage.locks import locked
 
 from .context import EvaluationContext
 
@@ -34,50 +35,54 @@ _PAPER: dict[tuple[str, str, str | None], str] = {
 class Report:
     """The file metrics.json of a directory, which holds results of one network's weights.
 
-    {"version": 1, "checkpoint": {..}, "train" and "test": {metric: {..}}, "pictures": {name: {..}}}. Raises
-    `UsageError` if the file holds results of other weights, and `DataError` if it cannot be read.
+    {"version": 1, "checkpoint": {..}, "train" and "test": {metric: {..}}, "pictures": {name: {..}}}. Several commands
+    may add to it at once. Raises `UsageError` if the file holds results of other weights, and `DataError` if it is
+    damaged.
     """
 
     def __init__(self, context: EvaluationContext, checkpoint: Path) -> None:
         self._path = context.out / FILE
         self._preset = context.model.preset.name
-        network = context.sampler.settings()["network"]
-        self._document: dict[str, Any] = {
-            "version": _VERSION,
-            "checkpoint": {"path": str(checkpoint), "preset": self._preset, "network": network},
-        }
+        self._network: str = context.sampler.settings()["network"]
+        self._checkpoint = {"path": str(checkpoint), "preset": self._preset, "network": self._network}
         self._added: list[tuple[str, str]] = []  # part and name of each result of this command
-        if self._path.exists():
-            self._document |= self._read(network)
+        self._document = self._read()
 
-    def _read(self, network: str) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
+        """Return the content of the file, or that of a new one. Raises as the class does."""
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            network_found = found["checkpoint"]["network"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._path} cannot be read ({type(error).__name__}); choose another --out") from error
-        if network_found != network:
+            found = read_object(self._path)
+            _check(found, self._path)
+        except FileNotFoundError:
+            return {"version": _VERSION, "checkpoint": self._checkpoint}
+        except DataError as error:
+            raise DataError(f"{error}; choose another --out, or move the file away") from None
+        network = found["checkpoint"]["network"]
+        if network != self._network:
             raise UsageError(
-                f"{self._path} holds results of network {network_found[:12]}, not {network[:12]}; choose another --out"
+                f"{self._path} holds results of network {network[:12]}, not {self._network[:12]}; choose another --out"
             )
-        return dict(found)
+        return found
 
     def add(self, part: str, name: str, record: dict[str, Any]) -> None:
         """Add a metric of the split `part`, or a picture, to the file, which is replaced atomically.
 
-        An older result of the same name is overwritten.
+        An older result of the same name is overwritten; what other commands have added meanwhile stays.
         """
-        self._document.setdefault(part, {})[name] = record | {
-            "versions": {
-                "fastddpm": __version__,
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
+        lock = self._path.with_name(f".{FILE}.lock")
+        with locked(lock, str, on_wait=lambda: None):
+            self._document = self._read()
+            self._document.setdefault(part, {})[name] = record | {
+                "versions": {
+                    "fastddpm": __version__,
+                    "torch": torch.__version__,
+                    "numpy": np.__version__,
+                    "python": platform.python_version(),
+                },
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+            write_json(self._path, self._document)
         self._added.append((part, name))
-        write_json(self._path, self._document)
 
     def table(self) -> str:
         """Return a Markdown table of the metrics that were added, with the paper's numbers for its presets.
@@ -121,3 +126,20 @@ def _data(record: dict[str, Any]) -> str:
     sampling = record["sampling"]
     chain = f"{record['samples']:,} samples, {sampling['method']}, {sampling['steps']} steps"
     return f"{chain}; {record['reference_images']:,} images of {data}"
+
+
+def _check(document: dict[str, Any], path: Path) -> None:
+    """Raise `DataError` unless a metrics.json has the fields, of the types, that the table is made of."""
+    checkpoint = document.get("checkpoint")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network"), str):
+        raise DataError(f"{path} is damaged: it does not name its network")
+    for part in ("train", "test", "pictures"):
+        records = document.get(part, {})
+        if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+            raise DataError(f"{path} is damaged: {part} holds no results by name")
+        for name, record in records.items() if part != "pictures" else ():
+            try:
+                _measured(name, record)
+                _data(record)
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{path} is damaged: {part} has no valid {name} ({error!r:.100})") from error

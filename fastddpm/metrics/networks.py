@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.errors import DataError, UsageError
+from fastddpm.storage.reading import read_bytes
 from fastddpm.storage.tensors import parse_tensors
 
 from . import digits, efficientnet, inception
@@ -120,19 +120,28 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     file that cannot be read or has more than 1 GiB.
     """
     try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise DataError(f"{path} has {size:,} bytes; weights of at most {_MAX_BYTES:,} are read")
-        data = path.read_bytes()
+        data = read_bytes(path, _MAX_BYTES)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read as weights: {error}") from error
     checksum = hashlib.sha256(data).hexdigest()
     if path.suffix == ".safetensors":
         return parse_tensors(data, path), checksum
     try:
+        _refuse_compressed(data)
         weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be read as weights: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise DataError(f"{path} must hold a dictionary of tensors by name; got something else")
     return weights, checksum
+
+
+def _refuse_compressed(data: bytes) -> None:
+    """Raise `ValueError` for an archive with compressed members, which PyTorch does not write: they could be large."""
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its members are compressed, as PyTorch writes none")

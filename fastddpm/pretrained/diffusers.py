@@ -23,8 +23,9 @@ from torch import Tensor
 from fastddpm.config import Preset, SampleConfig, TrainConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError, UsageError
-from fastddpm.storage.documents import from_dict, parse_json, to_dict
+from fastddpm.storage.documents import from_dict, read_json, to_dict
 from fastddpm.storage.files import sync, whole_directory
+from fastddpm.storage.reading import read_bytes
 from fastddpm.storage.tensors import parse_tensors
 from fastddpm.unet import UNet
 
@@ -33,7 +34,6 @@ from .parts import Parts
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OUR_FILE = "fastddpm.json"
-_MAX_CONFIG_BYTES = 2**20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # (pattern, replacement): our parameter names to those of diffusers, applied in this order.
@@ -70,8 +70,8 @@ def load(path: str | os.PathLike[str]) -> Parts:
     _check_index(root)
     unet_file = _find(root, "unet", "config.json")
     scheduler_file = _find(root, "scheduler", "scheduler_config.json")
-    unet_config = read_unet(_read_json(unet_file), str(unet_file))
-    diffusion_config = read_scheduler(_read_json(scheduler_file), str(scheduler_file))
+    unet_config = read_unet(read_json(unet_file), str(unet_file))
+    diffusion_config = read_scheduler(read_json(scheduler_file), str(scheduler_file))
     if unet_config.learned_variance != diffusion_config.learned_variance:
         raise DataError(
             f"{unet_file} has {'twice' if unet_config.learned_variance else 'just'} the image's channels as output, "
@@ -79,7 +79,7 @@ def load(path: str | os.PathLike[str]) -> Parts:
         )
     preset = Preset("diffusers", unet_config, diffusion_config, TrainConfig(), SampleConfig())
     if (root / OUR_FILE).exists():
-        ours = _read_json(root / OUR_FILE)
+        ours = read_json(root / OUR_FILE)
         preset = from_dict(Preset, ours.get("preset") if isinstance(ours, dict) else None, str(root / OUR_FILE))
         check_agreement(preset, unet_config, diffusion_config, str(root / OUR_FILE))
 
@@ -143,7 +143,7 @@ def _check_index(root: Path) -> None:
     index = root / "model_index.json"
     if not index.exists():
         return
-    data = _read_json(index)
+    data = read_json(index)
     name = data.get("_class_name") if isinstance(data, dict) else None
     if name != "DDPMPipeline":
         raise DataError(f"{index}: _class_name must be DDPMPipeline; got {name!r}")
@@ -157,14 +157,6 @@ def _find(root: Path, folder: str, name: str) -> Path:
         if path.is_file():
             return path
     raise DataError(f"{root} lacks {folder}/{name} (or {name} in the directory itself)")
-
-
-def _read_json(path: Path) -> Any:
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise DataError(
-            f"{path}: {path.stat().st_size:,} bytes; at most {_MAX_CONFIG_BYTES:,} bytes of configuration are read"
-        )
-    return parse_json(path.read_bytes(), path)
 
 
 def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
@@ -183,9 +175,13 @@ def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
         raise DataError(f"{root} lacks unet/{WEIGHTS} (or {WEIGHTS} in the directory itself)")
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.state_dict().items()}
     expected_bytes = sum(4 * parameter.numel() for parameter in unet.state_dict().values())
-    if path.stat().st_size > 2 * expected_bytes + 2**20:
-        raise DataError(f"{path}: {path.stat().st_size:,} bytes; the weights of this network take {expected_bytes:,}")
-    theirs = {_new_attention_name(name): tensor for name, tensor in parse_tensors(path.read_bytes(), path).items()}
+    try:
+        data = read_bytes(path, 2 * expected_bytes + 2**20)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; the weights of this network take {expected_bytes:,}") from error
+    theirs = {_new_attention_name(name): tensor for name, tensor in parse_tensors(data, path).items()}
     names = {name: their_name(name) for name in shapes}
     problems = [f"{theirs_name} is missing" for theirs_name in names.values() if theirs_name not in theirs]
     problems += [f"{name} belongs to no layer" for name in theirs if name not in set(names.values())]

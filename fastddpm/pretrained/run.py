@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
-from fastddpm.config import Preset
+import torch
+
+from fastddpm.config import Preset, UNetConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError
 from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import from_dict
-from fastddpm.unet import UNet
+from fastddpm.unet import meta_network, network_with
 
 from .parts import Parts
 
@@ -21,10 +23,29 @@ def load(path: str | os.PathLike[str]) -> Parts:
     configuration.
     """
     saved = checkpoint.load(Path(path), parts={"model"})
-    preset: Preset = from_dict(Preset, saved.documents["config"], f"{saved.path / 'config.json'}")
-    unet = UNet(preset.unet)
-    try:
-        unet.load_state_dict(saved.tensors["model"])
-    except RuntimeError as error:
-        raise DataError(f"{saved.path}: the weights do not fit the network of its configuration: {error}") from error
-    return Parts(unet.channels_last().eval(), Diffusion(preset.diffusion), preset, saved.step)
+    preset: Preset = from_dict(Preset, saved.documents.get("config"), f"{saved.path / 'config.json'}")
+    check_fit(preset.unet, saved)
+    weights = {name: tensor.to(torch.float32) for name, tensor in saved.tensors["model"].items()}
+    unet = network_with(preset.unet, weights).requires_grad_(True)
+    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset, saved.step)
+
+
+def check_fit(config: UNetConfig, saved: checkpoint.Checkpoint) -> None:
+    """Raise `DataError` if the weights of a checkpoint are not those of the network of `config`.
+
+    The network is not made for that, whose weights could take more memory than there is.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in meta_network(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.tensors.get("model", {}).items()}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} belongs to no layer" for name in found if name not in expected]
+    problems += [
+        f"{name} is {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DataError(
+            f"{saved.path}: the weights do not fit the network of its configuration: {'; '.join(problems[:3])}{more}"
+        )

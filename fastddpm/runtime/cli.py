@@ -7,6 +7,7 @@ import io
 import operator
 import os
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ T = TypeVar("T")
 
 _STORAGE_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
-    errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE,
 }  # fmt: skip
+_LIMITS = {errno.EMFILE: "ulimit -n", errno.ENFILE: "the system's limit", errno.EAGAIN: "ulimit -u"}
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -41,6 +43,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def _exit_code(main: Callable[[Sequence[str]], None]) -> int:
     try:
+        _check_surroundings()
         main(sys.argv[1:])
         if sys.stdout is not None:  # so that a full disk or a closed pipe raises here, not while Python exits
             sys.stdout.flush()
@@ -54,17 +57,35 @@ def _exit_code(main: Callable[[Sequence[str]], None]) -> int:
         _discard_output()
         return 141
     except OSError as error:
+        if error.errno in _LIMITS:
+            print(f"error: {error.strerror}; raise {_LIMITS[error.errno]}, or close other programs", file=sys.stderr)
+            return UsageError.exit_code
         if error.errno not in _STORAGE_ERRNOS:
             raise
         print(f"error: {error.filename or 'a file or the output'}: {error.strerror}", file=sys.stderr)
         _discard_output()
         return StorageError.exit_code
     except (MemoryError, RuntimeError) as error:
+        if "can't start new thread" in str(error):
+            print("error: the system allows this user no more threads; raise ulimit -u, or end others", file=sys.stderr)
+            return UsageError.exit_code
         if not _is_out_of_memory(error):
             raise
         print(f"error: {_out_of_memory_message(error)}", file=sys.stderr)
         return UsageError.exit_code
     return 0
+
+
+def _check_surroundings() -> None:
+    """Raise `UsageError` if the current directory is gone, or no directory for temporary files can be written."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(f"the current directory cannot be used ({error.strerror}); change to another one") from error
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise UsageError(f"{error.strerror}; set TMPDIR to a directory that can be written to") from error
 
 
 def _discard_output() -> None:
@@ -133,15 +154,3 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
 def run_of(checkpoint: Path) -> Path:
     """Return the run directory that holds a checkpoint, or the path itself if it is no checkpoint of a run."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-
-
-def check_out(directory: Path) -> None:
-    """Raise `StorageError` if `directory` can neither be written to nor created. Creates nothing.
-
-    Commands call this before hours of work.
-    """
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise StorageError(f"cannot write into {directory}: {existing} is not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise StorageError(f"cannot write into {directory}: {existing} is not writable by this user")

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -27,6 +27,7 @@ _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _LOST_PEER = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|timeout caused pair closure|TCPStore"
 )
+MAX_TIMEOUT_S = 10_000_000  # four months; torch's clocks overflow at some more
 _formed_a_group = False
 
 
@@ -57,19 +58,54 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 def group_from_environment() -> ProcessGroup:
-    """Return rank and world size from RANK and WORLD_SIZE, or rank 0 of 1 without them. Raises `UsageError`."""
-    try:
-        rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    except ValueError:
-        raise UsageError("RANK and WORLD_SIZE in the environment must be integers, as torchrun sets them") from None
-    if not 0 <= rank < world_size:
-        raise UsageError(f"RANK must be in 0..WORLD_SIZE-1; got {rank} of {world_size}")
+    """Return rank and world size from RANK and WORLD_SIZE, or rank 0 of 1 without them.
+
+    Raises `UsageError`, naming all that is missing or wrong among the variables that torchrun sets.
+    """
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    problems = [name for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)) if value is None]
+    if rank is not None and world_size is not None and not rank < world_size:
+        problems.append(f"RANK (must be in 0..WORLD_SIZE-1; got {rank} of {world_size})")
+    problems += [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if _number(name, 0) is None]
+    _refuse(problems)
+    assert rank is not None and world_size is not None
     return ProcessGroup(rank, world_size)
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    """Raise `UsageError` with the values of these environment variables, if there are any."""
+    if problems:
+        shown = ", ".join(f"{name} = {os.environ.get(name.partition(' ')[0], 'nothing')!r:.40}" for name in problems)
+        raise UsageError(
+            f"the environment describes no process of torchrun: {shown}. Start with torchrun, or unset these variables"
+        )
+
+
+def _check_meeting_place() -> None:
+    """Raise `UsageError` if MASTER_ADDR and MASTER_PORT do not tell where the processes meet."""
+    port = _number("MASTER_PORT", None)
+    problems = [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR (must name the host of rank 0)"]
+    if port is None or not 0 < port < 2**16:
+        problems.append("MASTER_PORT (must be in 1..65535)")
+    _refuse(problems)
+
+
+def _number(name: str, default: int | None) -> int | None:
+    """Return the natural number in an environment variable, `default` without the variable, None for other text."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    return int(text) if re.fullmatch("[0-9]{1,9}", text.strip()) else None
 
 
 def local_rank() -> int:
     """Return the rank within this machine (LOCAL_RANK, default 0), which is also the index of the process's GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _number("LOCAL_RANK", 0) or 0
+
+
+def local_world_size(world_size: int) -> int:
+    """Return the number of processes on this machine (LOCAL_WORLD_SIZE, default: all `world_size`), at least 1."""
+    return max(1, _number("LOCAL_WORLD_SIZE", world_size) or world_size)
 
 
 def restarted() -> bool:
@@ -109,6 +145,7 @@ def _form(group: ProcessGroup, device: str, limit: timedelta) -> None:
     """Initialise torch's process group. Each wait for the other processes takes at most `limit`."""
     import torch.distributed as dist
 
+    _check_meeting_place()
     global _formed_a_group
     _formed_a_group = True
     # A client of the TCP store whose server process is stopped waits without a limit, whatever the timeout.

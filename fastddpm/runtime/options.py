@@ -1,5 +1,6 @@
 """Options that several commands share, and checks of their values. Imports no torch."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,8 +25,9 @@ BatchSize = Annotated[
         help="Images evaluated at once. Default: as many as memory holds, up to 512 on a GPU and 64 on a CPU."
     ),
 ]
+ResizeName = Literal["none", "area", "lanczos"]
 Resize = Annotated[
-    Literal["none", "area", "lanczos"],
+    ResizeName,
     tyro.conf.arg(
         help="Antialiasing filter for images of another size, which are cropped to the centre square and resized. "
         "none: refuse them."
@@ -36,6 +38,7 @@ SkipBad = Annotated[
 ]
 
 MAX_NUMBERS = 10_000_000
+_NUMBER = re.compile("[0-9]{1,19}")
 
 
 def check_positive(**values: int | None) -> None:
@@ -61,8 +64,8 @@ def parse_numbers(text: str, option: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"--{option} takes numbers and ranges, as in 0-63 or 1,5,10-19; got {part.strip()!r}")
+        if not _NUMBER.fullmatch(first) or (dash and not _NUMBER.fullmatch(last)):
+            raise UsageError(f"--{option} takes numbers and ranges, as in 0-63 or 1,5,10-19; got {part.strip()!r:.60}")
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
             raise UsageError(f"--{option}: {part.strip()} runs backwards; write {high}-{low}")

@@ -14,16 +14,14 @@ Checksums detect damage, not tampering; the parsers (documents.py, tensors.py) a
 """
 
 import contextlib
-import errno
 import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -33,12 +31,8 @@ from fastddpm.errors import DataError, StorageError, UsageError
 from . import manifest
 from .documents import parse_json
 from .files import alive, move_into_place, sync
+from .locks import locked
 from .tensors import DTYPES, check_header, parse_tensors
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _CHECKPOINT = re.compile(r"step-([0-9]{8,12})(\.old)?")
 _TEMPORARY = re.compile(r"\.tmp-[0-9]+(?:\.old)?-([0-9]{1,9})")
@@ -161,11 +155,13 @@ def lock(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = open(run / ".lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"cannot lock {run}: {error.strerror or error}") from error
-    with file:
-        _acquire(file, run)
+
+    def in_use(who: str) -> str:
+        return f"{run} is in use by {who}; stop it first, or choose another directory"
+
+    with locked(run / ".lock", in_use):
         yield
 
 
@@ -361,27 +357,3 @@ def _load(path: Path, parts: Collection[str] | None) -> Checkpoint:
     # popped one by one, so that the bytes of a part are freed once its tensors are made
     tensors = {name.removesuffix(".safetensors"): parse_tensors(contents.pop(name), path / name) for name in chosen}
     return Checkpoint(path, step, tensors, documents)
-
-
-# Locking
-
-
-def _acquire(file: TextIO, run: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = re.fullmatch(r"([0-9]{1,9}) ([\w.-]{1,255})\n", file.read(300))
-        who = f"process {holder[1]} on {holder[2]}" if holder else "another process"
-        raise UsageError(f"{run} is in use by {who}; stop it first, or choose another directory") from None
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return
-        raise StorageError(f"cannot lock {run}: {error.strerror or error}") from error
-    try:  # not through the file object, whose buffer would be written again when it is closed
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"{os.getpid()} {socket.gethostname()}\n".encode())
-    except OSError as error:
-        raise StorageError(f"cannot write into {run}: {error.strerror or error}") from error

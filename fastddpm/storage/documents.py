@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from fastddpm.errors import DataError, UsageError
 
+from .reading import read_bytes
+
 
 def to_dict(value: Any) -> Any:
     """Return a configuration dataclass as plain dictionaries and lists, for JSON."""
@@ -55,7 +57,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is tuple:
         if not isinstance(value, list):
-            raise UsageError(f"{where} must be a list; got {value!r}")
+            raise UsageError(f"{where} must be a list; got {value!r:.100}")
         item = typing.get_args(hint)[0]
         return tuple(_parse(item, element, where) for element in value)
     if origin in (typing.Union, types.UnionType):
@@ -66,16 +68,40 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         return _parse((lists if lists and isinstance(value, list) else wanted)[0], value, where)
     if origin is Literal:
         return value  # the dataclass checks its own choices
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not hint:
-        raise UsageError(f"{where} must be {hint.__name__}; got {value!r}")
+        raise UsageError(f"{where} must be {hint.__name__}; got {value!r:.100}")
     return value
 
 
 # Parsed JSON takes up to 50 times its size in memory: these limits keep the worst case near 100 MB.
 MAX_JSON_BYTES = 2**21
 _JSON_DEPTH = 64
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document that may be damaged. Raises `FileNotFoundError`, and `DataError` as `parse_json` does.
+
+    Raises `DataError` also for a file that is no regular file or cannot be read.
+    """
+    try:
+        data = read_bytes(path, MAX_JSON_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return parse_json(data, path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON document that must be an object. Raises as `read_json` does."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a JSON object; it holds {type(value).__name__}")
+    return value
 
 
 def parse_json(data: bytes, where: str | Path) -> Any:

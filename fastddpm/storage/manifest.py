@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fastddpm.errors import DataError
 
 from .documents import MAX_JSON_BYTES, parse_json
 from .files import sync
+from .reading import open_regular
 
 NAMES = ("manifest.json", "manifest.sha256")
 _VERSION = 1
@@ -105,6 +105,8 @@ def check(path: Path, entry: Entry) -> None:
         raise DataError(f"{path} is missing") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is {error}") from error
     if found.size != entry.size:
         raise DataError(f"{path} is damaged: it has {found.size:,} bytes, and {entry.size:,} were written")
     if found.sha256 != entry.sha256:
@@ -125,14 +127,14 @@ def _entry(path: Path, name: str, entry: Any) -> Entry:
 def _read(path: Path, limit: int) -> bytes:
     """Return the content of a file. Raises `DataError` if it is missing, not a regular file, or longer than `limit`."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would block
-            raise DataError(f"{path} is not a file")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is {error}") from error
     if len(data) > limit:
         raise DataError(f"{path} is damaged: it is longer than the {limit:,} bytes expected")
     return data
@@ -140,7 +142,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

@@ -8,12 +8,13 @@ another, and the images do not depend on the world size.
 """
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,18 @@ import numpy as np
 
 from fastddpm.errors import DataError, StorageError, UsageError
 
-from .files import save_arrays, temporary_beside
+from .documents import read_object
+from .files import save_arrays, sweep, temporary_beside
+from .locks import locked
+from .reading import read_arrays
 
 SETTINGS = "sampling.json"
 _VERSION = 1
 _DIGEST = re.compile("[0-9a-f]{64}")
+_RANGES = re.compile(r"\d{1,19}(-\d{1,19})?(,\d{1,19}(-\d{1,19})?)*")
+_MAX_NUMBERS = 10_000_000
+_MAX_TEXT = 500_000  # characters of seeds or labels in the settings
+_SLACK = 2**16  # bytes for the headers of a shard's arrays
 
 
 @dataclass(frozen=True)
@@ -62,23 +70,28 @@ class Shards:
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Write the settings that determine the images, or compare them with those in the directory.
 
-        Raises `UsageError`, naming the first setting that differs (checksums last), and changes nothing. Raises
-        `DataError` if the settings in the directory are damaged, and `StorageError` if they cannot be written.
+        A directory whose seeds (and labels) are the first ones of these is extended. Raises `UsageError`, naming the
+        first setting that differs (checksums last), and changes nothing. Raises `DataError` if the settings in the
+        directory are damaged, and `StorageError` if they cannot be written.
         """
         described = json.loads(json.dumps({"version": _VERSION, **settings, **self._described()}))
         path = self.directory / SETTINGS
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            sweep(self.directory)
             temporary = temporary_beside(path)
             try:
                 temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
                 with contextlib.suppress(FileExistsError):  # by another process or an earlier run; compared below
                     os.link(temporary, path)
+                found = read_object(path)
+                if found != described and self._extends(found, described):
+                    os.replace(temporary, path)
+                    return
             finally:
                 temporary.unlink(missing_ok=True)
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise DataError(f"{path} is damaged; {self._otherwise}") from None
+        except DataError as error:
+            raise DataError(f"{path} is damaged; {self._otherwise} ({error})") from None
         except OSError as error:
             raise StorageError(f"{path} cannot be written ({error.strerror}); {self._otherwise}") from error
         differing = [name for name in dict.fromkeys([*described, *found]) if described.get(name) != found.get(name)]
@@ -87,15 +100,25 @@ class Shards:
             named = [name for name in differing if not _DIGEST.fullmatch(str(found.get(name)))]
             name = (named or differing)[0]
             raise UsageError(
-                f"{self.directory} holds {self._holds} with {name} {found.get(name)}, not {described.get(name)}; "
-                f"{self._otherwise}"
+                f"{self.directory} holds {self._holds} with {name} {_short(found.get(name))}, not "
+                f"{_short(described.get(name))}; {self._otherwise}"
             )
+
+    def _extends(self, found: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
+        """Return whether these shards are those described by `found` and more, with the same settings."""
+        seeds = numbers(found.get("seeds"))
+        if seeds is None or not 0 < len(seeds) < len(self.seeds):
+            return False
+        fewer = replace(
+            self, seeds=self.seeds[: len(seeds)], labels=None if self.labels is None else self.labels[: len(seeds)]
+        )
+        return dict(found) == {**described, **json.loads(json.dumps(fewer._described()))}
 
     def _described(self) -> dict[str, Any]:
         """Return the settings of these shards; seeds and labels as ranges, as there may be millions."""
         return {
-            "seeds": ranges(self.seeds),
-            "labels": None if self.labels is None else ranges(self.labels),
+            "seeds": _bounded(ranges(self.seeds)),
+            "labels": None if self.labels is None else _bounded(ranges(self.labels)),
             "shard_size": self.size,
             "shape": self.shape,
         }
@@ -106,21 +129,11 @@ class Shards:
 
         If another process holds the lock, raises `UsageError`, or with `on_wait` calls that and waits for the lock.
         """
-        try:
-            import fcntl
-        except ModuleNotFoundError:  # Windows: without a lock two processes may draw the same images
-            yield
-            return
-        with open(self.directory / f".rank-{rank}.lock", "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                if on_wait is None:
-                    raise UsageError(
-                        f"another process is sampling into {self.directory} as rank {rank}; wait for it or stop it"
-                    ) from None
-                on_wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
+
+        def in_use(who: str) -> str:
+            return f"{who} is sampling into {self.directory} as rank {rank}; wait for it or stop it"
+
+        with locked(self.directory / f".rank-{rank}.lock", in_use, on_wait):
             yield
 
     def missing(self, rank: int, world_size: int) -> tuple[list[int], list[str]]:
@@ -131,27 +144,37 @@ class Shards:
         wanted: list[int] = []
         damaged: dict[str, list[Path]] = {}
         for index in range(rank, len(self), world_size):
-            path = self.path(index)
-            problem = None if path.exists() else ""
-            if problem is None:
-                problem = self._problem(index)
+            problem = self._problem(index)
             if problem is not None:
                 wanted.append(index)
                 if problem:
-                    damaged.setdefault(problem, []).append(path)
+                    damaged.setdefault(problem, []).append(self.path(index))
         return wanted, [
             f"{paths[0]} {'' if len(paths) == 1 else f'and {len(paths) - 1} more: '}{problem}: drawn again"
             for problem, paths in damaged.items()
         ]
 
     def _problem(self, index: int) -> str | None:
-        """Return why the file of a shard cannot be used, or None if it can."""
+        """Return why the file of a shard cannot be used, "" if there is none, or None if it can."""
         try:
-            with np.load(self.path(index), allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in self._names()}  # this verifies the archive's checksums
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            return f"cannot be read ({type(error).__name__})"
+            found = self.arrays(index)
+        except FileNotFoundError:
+            return ""
+        except DataError as error:
+            return str(error).removeprefix(f"{self.path(index)} ")
         return self._mismatch(index, found)
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """Return the arrays of a shard, verified by the archive's checksums.
+
+        Raises `FileNotFoundError` if it does not exist, and `DataError` if it is damaged or larger than it can be.
+        """
+        limit = self._num_bytes(len(self.part(index)[0])) + _SLACK
+        return read_arrays(self.path(index), self._names(), limit)
+
+    def _num_bytes(self, num: int) -> int:
+        """Return the bytes of the arrays of a shard of `num` images."""
+        return num * (math.prod(self.shape) + 16)
 
     def _names(self) -> list[str]:
         """Return the names of the arrays that a shard must have."""
@@ -190,16 +213,8 @@ class Shards:
             ) from error
 
     def read(self, index: int) -> np.ndarray:
-        """Return the images of a shard."""
-        with np.load(self.path(index), allow_pickle=False) as arrays:
-            images: np.ndarray = arrays["images"]
-        return images
-
-    def forget_temporaries(self, rank: int, world_size: int) -> None:
-        """Remove the temporary files of a killed process of this rank."""
-        for index in range(rank, len(self), world_size):
-            for left in self.directory.glob(f".{self.path(index).name}.*.tmp"):
-                left.unlink(missing_ok=True)
+        """Return the images of a shard. Raises as `arrays` does."""
+        return self.arrays(index)["images"]
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -211,3 +226,25 @@ def ranges(numbers: Sequence[int]) -> str:
     ends = np.append(starts[1:], len(values)) - 1
     pairs = zip(values[starts].tolist(), values[ends].tolist(), strict=True)
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
+
+
+def numbers(text: object) -> "range | list[int] | None":
+    """Return the numbers of a text that `ranges` made, at most 10 million, or None for anything else."""
+    if not isinstance(text, str) or not _RANGES.fullmatch(text):
+        return None
+    pairs = [(int(low), int(high or low)) for low, _, high in (part.partition("-") for part in text.split(","))]
+    if any(high < low for low, high in pairs) or sum(high - low + 1 for low, high in pairs) > _MAX_NUMBERS:
+        return None
+    if len(pairs) == 1:
+        return range(pairs[0][0], pairs[0][1] + 1)
+    return [number for low, high in pairs for number in range(low, high + 1)]
+
+
+def _bounded(text: str) -> str:
+    """Return the text, or the checksum of one that is too long for a document."""
+    return text if len(text) <= _MAX_TEXT else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}.."

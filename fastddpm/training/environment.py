@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -15,10 +14,13 @@ from typing import Any
 import torch
 
 import fastddpm.kernels
+from fastddpm.errors import DataError
 from fastddpm.ops import status
 from fastddpm.ops.backend import chosen_backend
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from fastddpm.storage.files import write_json
+from fastddpm.runtime.progress import log
+from fastddpm.storage.documents import read_object
+from fastddpm.storage.files import set_aside, write_json
 
 LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "triton")
 _HIDDEN = "***"
@@ -55,7 +57,7 @@ def record_session(
         "data": dict(data),
         **_system(device),
     }
-    write_json(path, {"sessions": [*read_sessions(run), session]})
+    write_json(path, {"sessions": [*_earlier(path), session]})
     return path
 
 
@@ -85,19 +87,32 @@ def without_secrets(command: Sequence[str], environment: Mapping[str, str]) -> l
     return shown
 
 
-def read_sessions(run: Path) -> list[Any]:
-    """Return the sessions in environment.json; none if there is no file or a damaged one, which must not stop a run."""
+def _earlier(path: Path) -> list[Any]:
+    """Return the sessions already in the file; none, after a line to stderr, if it is damaged and set aside."""
     try:
-        sessions = json.loads((run / "environment.json").read_text(encoding="utf-8"))["sessions"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []
-    return sessions if isinstance(sessions, list) else []
+        sessions = read_object(path).get("sessions")
+        if not isinstance(sessions, list):
+            raise DataError(f"{path} lists no sessions")
+        return sessions
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return []
+        problem = f"{path} is a broken link"
+    except DataError as error:
+        problem = str(error)
+    log(f"{problem}; a new one begins, and the old one is {set_aside(path).name} beside it")
+    return []
 
 
 def changes(run: Path) -> list[tuple[int, str]]:
     """Return the steps at which --override changed options of `run`, each with the changes as text."""
-    sessions = [session for session in read_sessions(run) if isinstance(session, dict) and session.get("changed")]
-    return [(session["step"], "\n".join(session["changed"])) for session in sessions]
+    try:
+        sessions = read_object(run / "environment.json").get("sessions")
+    except (FileNotFoundError, DataError):  # it is told when the run goes on
+        return []
+    listed = sessions if isinstance(sessions, list) else []
+    changed = [session for session in listed if isinstance(session, dict) and session.get("changed")]
+    return [(session["step"], "\n".join(session["changed"])) for session in changed]
 
 
 def _system(device: torch.device) -> dict[str, Any]:

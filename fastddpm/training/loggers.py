@@ -1,10 +1,9 @@
-"""Loggers of a run: log.jsonl always, TensorBoard if it is installed, Weights & Biases on request."""
+"""Loggers of a run beside log.jsonl: TensorBoard if it is installed, Weights & Biases on request."""
 
-import contextlib
 import importlib
 import importlib.util
-import json
 import math
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from fastddpm.config import Preset
-from fastddpm.errors import StorageError, UsageError
+from fastddpm.errors import UsageError
 from fastddpm.runtime.progress import log
 from fastddpm.storage.documents import to_dict
-from fastddpm.storage.files import write_text
+from fastddpm.storage.files import set_aside, write_text
+from fastddpm.storage.reading import read_bytes
 
 
 class Logger(Protocol):
@@ -89,9 +89,18 @@ class WeightsAndBiases:
 def _identity(run: Path) -> str:
     """Return the run id at Weights & Biases, kept in `run`/wandb-id, so that a resumed run finds it again."""
     path = run / "wandb-id"
-    if not path.exists():
-        write_text(path, secrets.token_hex(4) + "\n")
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        found = read_bytes(path, 1024).strip()
+        if re.fullmatch(rb"[\w-]{1,128}", found):
+            return found.decode()
+        raise ValueError("not the id of a run")
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        log(f"{path}: {error}; a new run begins at Weights & Biases, and the file is {set_aside(path).name} beside it")
+    identity = secrets.token_hex(4)
+    write_text(path, identity + "\n")
+    return identity
 
 
 class Loggers:
@@ -179,39 +188,3 @@ def _is_number(value: object) -> bool:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-class JsonLines:
-    """An append-only log.jsonl. On resume, lines after `resume_step` are dropped first."""
-
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        self.path = path
-        if resume_step is not None and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record and flush it. Raises `StorageError` if it cannot be written."""
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # every record was flushed; only a record that could not be written is left
-            self._file.close()
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a log, in order, without incomplete lines."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if math.isfinite(_step(line))]
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # an incomplete line, from a run that was killed

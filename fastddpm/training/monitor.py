@@ -14,8 +14,9 @@ from fastddpm.runtime import progress
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.unet import UNet
 
-from .loggers import JsonLines, Loggers, read_log
+from .loggers import Loggers
 from .profiling import Profile
+from .run_log import JsonLines, read_log
 from .samples import Previews
 from .statistics import Clock, Lap, LossByTimestep, memory_mib
 

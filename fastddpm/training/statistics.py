@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.runtime.progress import log
+from fastddpm.storage.files import open_to_append
 
 _KEPT = 64  # latest skipped steps that are remembered
 
@@ -59,7 +60,7 @@ class SkippedSteps:
 def log_skipped_steps(run: Path, steps: dict[int, list[int]]) -> None:
     """Report skipped steps on stderr, and append each with its batch's examples to `run`/not_finite.jsonl."""
     path = run / "not_finite.jsonl"
-    with path.open("a", encoding="utf-8") as file:
+    with open_to_append(path, log) as file:
         for step, examples in steps.items():
             file.write(json.dumps({"step": step, "examples": examples}) + "\n")
             log(f"step {step}: loss or gradient not finite; the step was skipped, its examples are listed in {path}")

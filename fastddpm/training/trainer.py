@@ -23,9 +23,10 @@ from fastddpm.storage.files import write_json
 from fastddpm.unet import UNet, network_with
 
 from . import parallel, state
-from .loggers import JsonLines
 from .monitor import Monitor
 from .optimizer import PAPER_SHARDS, Optimizer, learning_rate
+from .run_log import JsonLines
+from .saved import Counters, TrainingData, document
 from .signals import Request, RunInterruptedError, SignalWatch
 from .statistics import LossAccumulator, SkippedSteps, first_not_finite, log_skipped_steps
 
@@ -232,7 +233,7 @@ class Trainer:
                 "tally": dict(zip(("loss_sum", "steps", "bad_in_a_row"), self.losses.read(), strict=True)),
                 "loss_by_t": self.monitor.losses_by_t.state_dict(),
             },
-            "data": {"source": dataset_source, "name": self.dataset.name, "checksum": self.dataset.checksum},
+            "data": to_dict(TrainingData.of(self.dataset, dataset_source)),
         }
         return state.save(run, self.step, self.optimizer, documents, self.preset.train.keep, self.strategy)
 
@@ -248,18 +249,18 @@ class Trainer:
                 )
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint. Raises `DataError` if it was trained on another data set."""
-        data: dict[str, Any] = saved.documents["data"]
-        if data["checksum"] != self.dataset.checksum:
+        """Continue from a checkpoint. Raises `DataError` if it was trained on another data set, or is damaged."""
+        data = document(TrainingData, saved.documents, "data", saved.path)
+        counters = document(Counters, saved.documents, "state", saved.path)
+        if data.checksum != self.dataset.checksum:
             raise DataError(
-                f"{saved.path} was trained on {data['name']} (sha256 {data['checksum'][:12]}), "
+                f"{saved.path} was trained on {data.name} (sha256 {data.checksum[:12]}), "
                 f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]}); name that data set with --data"
             )
         state.restore(self.optimizer, saved, self.strategy)
-        counters = saved.documents["state"]
-        self.step = counters["step"]
-        self.losses = LossAccumulator(self.device, **counters["tally"])
-        self.monitor.losses_by_t.load_state_dict(counters.get("loss_by_t"))
+        self.step = counters.step
+        self.losses = LossAccumulator(self.device, **vars(counters.tally))
+        self.monitor.losses_by_t.load_state_dict(counters.loss_by_t)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[UNet]:

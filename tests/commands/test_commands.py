@@ -257,6 +257,7 @@ def test_the_next_command_quotes_the_run(tmp_path: Path, capsys: pytest.CaptureF
     assert shlex.split(line.removeprefix("next: "))[:4] == ["python", "-m", "fastddpm.sample", str(run)]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_143_and_resumes(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -13,6 +13,7 @@ import torch
 from fastddpm import ablation, compress, curves, evaluate, inpaint, sample, train
 from fastddpm.errors import StorageError, UsageError
 from fastddpm.runtime import cli
+from fastddpm.storage.files import check_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,13 +60,14 @@ def test_a_picture_of_curves_and_a_compressed_file_need_a_place(checkpoint: str,
         compress.main(["encode", checkpoint, "digits", checkpoint])
 
 
-def test_check_out_makes_nothing_and_asks_for_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cli.check_out(tmp_path / "new" / "deep")
-    cli.check_out(tmp_path)
+def test_check_out_makes_nothing_and_asks_for_permission(tmp_path: Path) -> None:
+    check_out(tmp_path / "new" / "deep")
+    check_out(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(StorageError, match="is not writable by this user"):
-        cli.check_out(tmp_path / "new")
+    with pytest.raises(StorageError, match=r"cannot write into /proc/a/b: /proc cannot be written to"):
+        check_out(Path("/proc/a/b"))
+    with pytest.raises(StorageError, match="holds no NUL"):
+        check_out(tmp_path / "a\0b")
 
 
 def run(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:

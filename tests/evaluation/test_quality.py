@@ -5,6 +5,8 @@ import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage.files import host
 from fastddpm.unet import UNet
 
 linalg = pytest.importorskip("scipy.linalg")
@@ -196,7 +199,9 @@ def test_an_interrupted_run_is_finished(network: Pretrained, tmp_path: Path, mon
         measure_quality(context, network, QUALITY_METRICS, OPTIONS)
     left = files(tmp_path / "out")
     assert len(left) == 3
-    (tmp_path / "out" / "features" / "corners" / ".shard-00005.npz.99.tmp").write_bytes(b"half")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "out" / "features" / "corners" / f".shard-00005.npz.{host()}.{dead.pid}.tmp").write_bytes(b"half")
     assert quality_cost(context, network, ["is"], OPTIONS, 0.0).images == 50 - 21
     found = values(measure_quality(context, network, QUALITY_METRICS, OPTIONS))
     assert found == expected and left.items() <= files(tmp_path / "out").items()

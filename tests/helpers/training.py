@@ -13,8 +13,8 @@ from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, 
 from fastddpm.data import Dataset
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.storage import checkpoint
-from fastddpm.training.loggers import JsonLines
 from fastddpm.training.monitor import MEASURED
+from fastddpm.training.run_log import JsonLines
 from fastddpm.training.trainer import Trainer
 
 CPU = torch.device("cpu")

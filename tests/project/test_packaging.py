@@ -120,6 +120,7 @@ def editable_status(prefix: Path, checkout: Path) -> tuple[str, str]:
     return cpu, cuda
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_everything_and_works_elsewhere(stale_checkout: Path, tmp_path: Path) -> None:
     pip("wheel", "-w", str(tmp_path / "dist"), str(stale_checkout), cwd=tmp_path)
     wheel = only_file(tmp_path / "dist")

@@ -18,7 +18,7 @@ import torch
 from helpers.saved_checkpoint import DOCUMENTS, saved, snapshot, some_tensors
 
 from fastddpm.errors import DataError, UsageError
-from fastddpm.storage import checkpoint
+from fastddpm.storage import checkpoint, locks
 
 __all__ = ["saved"]
 
@@ -348,7 +348,7 @@ def test_unreadable_is_not_absent(saved: Path, monkeypatch: pytest.MonkeyPatch) 
 # Locking
 
 
-@pytest.mark.skipif(checkpoint.fcntl is None, reason="this system has no flock")
+@pytest.mark.skipif(locks.fcntl is None, reason="this system has no flock")
 def test_a_second_run_is_refused_and_told_who_holds_the_first(tmp_path: Path) -> None:
     run = tmp_path / "run"
     read, write = os.pipe()
@@ -382,7 +382,7 @@ def test_a_garbled_lock_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_no_lock_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     with checkpoint.lock(tmp_path / "run"), checkpoint.lock(tmp_path / "run"):
         checkpoint.save(tmp_path / "run", 1, {}, {}, keep=1)
     assert checkpoint.load(tmp_path / "run").step == 1

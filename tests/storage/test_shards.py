@@ -20,13 +20,14 @@ from PIL import Image
 from fastddpm import sample
 from fastddpm.config import DiffusionConfig
 from fastddpm.diffusion import Diffusion
-from fastddpm.errors import StorageError, UsageError
+from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.presets import PRESETS
 from fastddpm.pretrained import load as load_model
 from fastddpm.sampling import batch_size
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.shards import Shards, ranges
+from fastddpm.storage.files import host
+from fastddpm.storage.shards import Shards, numbers, ranges
 from fastddpm.unet import UNet
 
 STEPS = ["--steps", "4"]
@@ -113,7 +114,7 @@ def test_a_killed_run_is_finished(run: Path, tmp_path: Path) -> None:
     killed.communicate()
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("shard-*.npz")}
     assert 2 <= len(left) < 10
-    (tmp_path / "killed" / ".shard-00009.npz.12345.tmp").write_bytes(b"half of one")
+    (tmp_path / "killed" / f".shard-00009.npz.{host()}.{killed.pid}.tmp").write_bytes(b"half of one")
     sample.main([*command(run, tmp_path / "killed"), *arguments])
     assert all(path.stat().st_mtime_ns == before for path, before in left.items())
     whole, finished = images_of(tmp_path / "whole"), images_of(tmp_path / "killed")
@@ -159,7 +160,8 @@ def test_a_damaged_shard_is_drawn_again(
         (["--steps", "5"], "steps 4, not 5"),
         (["--noise-seed", "1"], "noise_seed 0, not 1"),
         (["--precision", "bf16"], "precision float32, not bfloat16"),
-        (["--seeds", "0-8"], "seeds 0-7, not 0-8"),
+        (["--seeds", "1-8"], "seeds 0-7, not 1-8"),
+        (["--seeds", "0-6"], "seeds 0-7, not 0-6"),
         (["--labels", "3"], "labels 0-7, not 3,3,3,3,3,3,3,3"),
         (["--shard-size", "2"], "shard_size 4, not 2"),
     ],
@@ -172,6 +174,33 @@ def test_other_settings_are_refused(change: list[str], name: str, run: Path, tmp
     with pytest.raises(UsageError, match=f"holds images with {name}.*sample into another --out"):
         sample.main([*arguments, *change])
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("labels", [[], ["--labels", "3"]])
+def test_more_seeds_extend_a_directory(
+    labels: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole shards stay as they are; the last one, which was not full, is drawn again with its further seeds."""
+    arguments = command(run, tmp_path / "out", *labels, "--shard-size", "4")
+    sample.main([*arguments, "--seeds", "5-14"])
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*")}
+    capsys.readouterr()
+    sample.main([*arguments, "--seeds", "5-22"])
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*")}
+    assert [name for name in before if before[name] == after[name]] == ["shard-00000.npz", "shard-00001.npz"]
+    assert len(after) == 5 and "2 of 5 shards are there already" in capsys.readouterr().err
+    sample.main([*command(run, tmp_path / "whole", *labels, "--shard-size", "4"), "--seeds", "5-22"])
+    extended, whole = images_of(tmp_path / "out"), images_of(tmp_path / "whole")
+    assert list(extended) == list(range(5, 23)) and all(np.array_equal(extended[seed], whole[seed]) for seed in whole)
+    assert (tmp_path / "out" / "sampling.json").read_text() == (tmp_path / "whole" / "sampling.json").read_text()
+
+
+def test_numbers_are_what_ranges_wrote() -> None:
+    for given in ([0], [5, 6, 7], [3, 1, 2, 9, 10], [2**32 - 1, 0]):
+        found = numbers(ranges(given))
+        assert found is not None and list(found) == given
+    for text in ("", "5-", "7-5", "0-99999999999", "a", "1" * 5000, None, 3, "0-9999999,5"):
+        assert numbers(text) is None
 
 
 def test_png_asked_for_later_are_of_the_shards_that_are_there(run: Path, tmp_path: Path) -> None:
@@ -199,7 +228,7 @@ def some(tmp_path: Path) -> Shards:
 def test_one_process_at_a_time_for_each_rank(tmp_path: Path) -> None:
     mine = some(tmp_path)
     with mine.locked(0), mine.locked(1):
-        refused = pytest.raises(UsageError, match=r"another process is sampling into .* as rank 0")
+        refused = pytest.raises(UsageError, match=rf"process {os.getpid()} on .* is sampling into .* as rank 0")
         with refused, some(tmp_path).locked(0):
             pass
     with mine.locked(0):
@@ -240,6 +269,30 @@ def test_a_damaged_description_is_named(tmp_path: Path) -> None:
     (tmp_path / "sampling.json").write_text("{")
     with pytest.raises(ValueError, match=r"sampling.json is damaged; sample into another --out"):
         some(tmp_path).claim({})
+
+
+@pytest.mark.parametrize("text", ["[]", "4", "[" * 5000, '{"seeds": ' + "1" * 5000 + "}", '{"seeds": [1]}'])
+def test_forged_settings_are_one_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sampling.json").write_text(text)
+    with pytest.raises((DataError, UsageError), match=r"is damaged; sample|holds images with"):
+        some(tmp_path).claim({})
+
+
+def test_a_pipe_in_place_of_any_file_is_no_wait(run: Path, tmp_path: Path) -> None:
+    arguments = command(run, tmp_path, "--seeds", "0-7", "--shard-size", "4")
+    sample.main(arguments)
+    before = images_of(tmp_path)
+    for name, problem in (("sampling.json", "is damaged"), (".rank-0.lock", "is not a regular file")):
+        os.rename(tmp_path / name, tmp_path / "kept")
+        os.mkfifo(tmp_path / name)
+        with pytest.raises((DataError, StorageError), match=problem):
+            sample.main(arguments)
+        os.replace(tmp_path / "kept", tmp_path / name)
+    (tmp_path / "shard-00001.npz").unlink()
+    os.mkfifo(tmp_path / "shard-00001.npz")
+    sample.main(arguments)
+    after = images_of(tmp_path)
+    assert all(np.array_equal(before[seed], after[seed]) for seed in range(8))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.training import CPU, digest, log_digest, losses_of, noise_images, tiny_preset, train, whole_state
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -23,7 +24,7 @@ from fastddpm.ops.noise import NoiseKey
 from fastddpm.runtime.distributed import SINGLE_PROCESS
 from fastddpm.storage import checkpoint, manifest
 from fastddpm.training import samples, signals
-from fastddpm.training.loggers import JsonLines
+from fastddpm.training.run_log import JsonLines
 from fastddpm.training.signals import RunInterruptedError, SignalWatch, interruptible
 from fastddpm.training.trainer import Trainer, in_one_graph
 
@@ -189,7 +190,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--timesteps", "30", "--override"], "cannot continue as another model: timesteps: 20 -> 30"),
         (["--lr", "0.1"], r"was trained with other options: lr: 0\.002 -> 0\.1\. --override continues with the new"),
         (["--batch", "4", "--seed", "3"], "was trained with other options: batch: 8 -> 4; seed: 0 -> 3"),
-        (["--timeout", "0"], "--timeout must be positive"),
+        (["--timeout", "0"], "--timeout must be more than 0 and at most"),
+        (["--timeout", "inf"], "--timeout must be more than 0 and at most"),
     ],
 )
 def test_a_run_goes_on_as_it_was(begun: Path, options: list[str], message: str) -> None:
@@ -320,7 +322,7 @@ def test_a_step_reads_nothing_back(options: dict[str, Any]) -> None:
     assert len(reads.found) == 1  # the count itself counts
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", slow("bf16")])
 def test_network_noise_and_loss_are_one_graph(precision: str) -> None:
     """No break, and no other graph for another step."""
     trainer = Trainer(tiny_preset(precision=precision), noise_images(), CPU)

@@ -18,8 +18,9 @@ from fastddpm.runtime import progress
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.runtime.progress import Meter
 from fastddpm.training import statistics
-from fastddpm.training.loggers import JsonLines, Loggers, read_log
+from fastddpm.training.loggers import Loggers
 from fastddpm.training.monitor import Monitor
+from fastddpm.training.run_log import JsonLines, read_log
 from fastddpm.training.statistics import Clock, LossByTimestep, memory_mib
 
 CPU = torch.device("cpu")

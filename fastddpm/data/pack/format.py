@@ -12,7 +12,6 @@ All numbers are little-endian. The checksum of the pixels equals that of the sam
 """
 
 import hashlib
-import json
 import os
 import struct
 import weakref
@@ -28,6 +27,8 @@ from fastddpm.data.dataset import Dataset, class_names
 from fastddpm.data.image import RESIZES, BadImageError, Preprocessing, decode
 from fastddpm.data.readers.source import MAX_ENCODED_BYTES, EncodedImage, ImageSource
 from fastddpm.errors import DataError
+from fastddpm.storage.documents import parse_json
+from fastddpm.storage.reading import open_regular
 
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
 
@@ -163,7 +164,7 @@ def open_pack(path: Path) -> Pack:
     Images are verified when they are read, and all bytes by `inspect.faults`.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _opened(path, file.fileno())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -182,7 +183,7 @@ def _opened(path: Path, descriptor: int) -> Pack:
     text = os.pread(descriptor, length, start)
     if hashlib.sha256(text).digest() != text_sha256:
         raise ValueError("the description's checksum differs")
-    said = json.loads(text)
+    said = parse_json(text, "its description")
     preprocessing, store = _rule(said)
     index, labels = _index(descriptor, said, start)
     return Pack(

@@ -23,7 +23,7 @@ from fastddpm.data.ingest import Labels, Problems, Report, map_images, raise_or_
 from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import StorageError
 from fastddpm.runtime.progress import announced
-from fastddpm.storage.files import temporary_beside
+from fastddpm.storage.files import hold, temporary_beside
 
 from .format import (
     INDEX,
@@ -126,6 +126,7 @@ class _Writer:
     def __enter__(self) -> "_Writer":
         with _storing(self._path):
             self._file = self.temporary.open("wb")
+            hold(self._file.fileno())
             self._write(MAGIC)
         return self
 

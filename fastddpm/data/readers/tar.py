@@ -9,7 +9,6 @@ header claims, stops at a damaged header as if the file ended there, and keeps e
 """
 
 import itertools
-import json
 import os
 import tarfile
 import weakref
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from fastddpm.errors import DataError
+from fastddpm.storage.documents import parse_json
 
 from .labels import LABEL_FILES, MAX_LISTS, with_listed_labels
 from .layout import choose, whole_split
@@ -216,9 +216,8 @@ def _label(tar: Tar, file: Member) -> int | None:
     """
     check_size(file.size, _MAX_LABEL_BYTES)
     try:
-        text = tar.read(file).decode()
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(tar.read(file), file.path.name)
+    except ValueError:
         value = None
     if file.ending == ".cls":
         if type(value) is not int or value < 0:
