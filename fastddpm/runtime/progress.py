@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -37,14 +37,16 @@ def _later(action: Callable[[], object]) -> threading.Timer:
     """Call `action` in another thread after `PATIENCE_S` seconds, unless the timer is cancelled before."""
     timer = threading.Timer(PATIENCE_S, action)
     timer.daemon = True
-    timer.start()
+    with suppress(RuntimeError):  # no more threads may be started: the work goes on unannounced
+        timer.start()
     return timer
 
 
 def _cancel(timer: threading.Timer) -> None:
     """Cancel a timer, or wait until what it has begun is done."""
     timer.cancel()
-    timer.join()
+    if timer.ident is not None:
+        timer.join()
 
 
 class _Bar(Progress):

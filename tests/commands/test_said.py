@@ -90,6 +90,18 @@ def test_work_is_announced_if_it_lasts(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert announced.__module__ == progress.__name__ and progress.PATIENCE_S < 2
 
 
+def test_work_goes_on_if_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with announced("work"), Meter("more work", 1, "steps") as meter:
+        meter.update(1)
+    assert "more work 1/1 steps" in capsys.readouterr().err
+
+
 def test_a_meter_shows_its_first_line_while_nothing_is_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

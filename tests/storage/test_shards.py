@@ -260,7 +260,7 @@ def test_damaged_shards_are_told_by_reason(tmp_path: Path) -> None:
     wanted, told = shards.missing(0, 1)
     assert wanted == [0, 2, 3, 4]
     assert told == [
-        f"{shards.path(0)} and 2 more: cannot be read (ValueError): drawn again",
+        f"{shards.path(0)} and 2 more: cannot be read (BadZipFile: File is not a zip file): drawn again",
         f"{shards.path(3)} has images uint8 (2, 1, 3, 3): drawn again",
     ]
 
