@@ -28,6 +28,7 @@ Network = Callable[..., Tensor]
 _COSINE_OFFSET = 0.008  # s of Nichol and Dhariwal 2021, equation 17
 _COSINE_MAX_BETA = 0.999
 _LOG_2 = math.log(2.0)
+_LARGEST_PIXEL = 16.0  # of floats that may be images or latents in units of about 1; levels reach 255
 
 
 def betas(config: DiffusionConfig) -> np.ndarray:
@@ -136,6 +137,7 @@ class Diffusion:
             # At t = 0 the posterior's value at t = 1, because beta_0 would cost bits in the decoder's likelihood.
             self.model_log_variance = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        self._range_seen = False
         self._check_signal()
 
     def _check_signal(self) -> None:
@@ -178,11 +180,31 @@ class Diffusion:
 
         `x0`: uint8 or floats in [-1, 1], (N, C, H, W). `t`: int64 (N,). `flip`: bool (N,), images to mirror; default
         none. eps is `noise` if given, otherwise drawn from `key`. Default key: drawn from torch's default generator.
+        Raises ValueError for floats that are no images in [-1, 1], such as levels of 0..255 (on a GPU looked for in the
+        first call only, because it waits for them).
         """
+        if x0.is_floating_point() and not torch.compiler.is_compiling():
+            self._refuse_levels(x0)
         if key is None:
             key = NoiseKey.draw(len(x0), x0.device)
         table = self._table("forward", np.stack([np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)], 1), x0.device)
         return q_sample(x0, t, table, key.images, key.seed, key.step, flip=flip, noise=noise)
+
+    def _refuse_levels(self, x0: Tensor) -> None:
+        if (x0.device.type != "cpu" and self._range_seen) or not x0.numel():
+            return
+        if x0.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        try:
+            largest = float(x0.detach().abs().amax())
+        except RuntimeError:  # inside vmap or a fake tensor mode there are no values
+            return
+        self._range_seen = True
+        if largest > _LARGEST_PIXEL:
+            raise ValueError(
+                f"images must be uint8, or floats in [-1, 1]; got {x0.dtype} of up to {largest:.4g}: divide levels of "
+                "0..255 by 127.5 and subtract 1, or pass them as uint8"
+            )
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
         """Return q(x_{t-1} | x_t, x_0), equations 6 and 7."""

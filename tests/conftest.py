@@ -26,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the options
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite in one process per core, at most 8; `-n 0`: in this one. A GPU's tests share no device."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of those processes, or started by its tests
+        return
     option = config.option
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     alone = option.usepdb or option.collectonly or torch.cuda.is_available()
