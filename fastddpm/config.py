@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from fastddpm.errors import UsageError
 
@@ -199,7 +199,7 @@ class TrainConfig:
     """Learning rate after warm-up: constant (none), or a cosine to zero at the last step."""
     clip_gradient: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
-    ema: float | tuple[float, ...] = 0.9999
+    ema: Annotated[float | tuple[float, ...], arg(metavar="FLOAT [FLOAT ...]")] = 0.9999
     """Decay of the exponential moving average (EMA) of the weights. With several decays, an average is kept for each;
     samples are drawn from the first."""
     ema_ramp: bool = False

@@ -206,12 +206,12 @@ def test_recomputed_blocks_change_no_bit_and_keep_less() -> None:
 
 
 def described(group: ProcessGroup, kind: str) -> str:
-    return describe_run(tiny_preset(parallel=kind), noise_images(), CPU, group)
+    return describe_run(Trainer(tiny_preset(parallel=kind), noise_images(), CPU, group))
 
 
 @pytest.mark.slow
 def test_a_dry_run_tells_what_each_process_holds() -> None:
-    alone = describe_run(tiny_preset(batch=4), noise_images(), CPU).splitlines()
+    alone = describe_run(Trainer(tiny_preset(batch=4), noise_images(), CPU)).splitlines()
     for kind in ("ddp", "fsdp"):
         for report in team.values(2, team.grouped, described, kind):
             lines = report.splitlines()
