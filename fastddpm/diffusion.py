@@ -22,13 +22,13 @@ from fastddpm.kernels.philox.eager import per_image_words
 from fastddpm.kernels.q_sample.reference import scale_images
 from fastddpm.ops import q_sample
 from fastddpm.ops.noise import NoiseKey
+from fastddpm.ops.q_sample import refuse_levels
 
 Network = Callable[..., Tensor]
 
 _COSINE_OFFSET = 0.008  # s of Nichol and Dhariwal 2021, equation 17
 _COSINE_MAX_BETA = 0.999
 _LOG_2 = math.log(2.0)
-_LARGEST_PIXEL = 16.0  # of floats that may be images or latents in units of about 1; levels reach 255
 
 
 def betas(config: DiffusionConfig) -> np.ndarray:
@@ -184,27 +184,11 @@ class Diffusion:
         first call only, because it waits for them).
         """
         if x0.is_floating_point() and not torch.compiler.is_compiling():
-            self._refuse_levels(x0)
+            self._range_seen = refuse_levels(x0, self._range_seen)
         if key is None:
             key = NoiseKey.draw(len(x0), x0.device)
         table = self._table("forward", np.stack([np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)], 1), x0.device)
         return q_sample(x0, t, table, key.images, key.seed, key.step, flip=flip, noise=noise)
-
-    def _refuse_levels(self, x0: Tensor) -> None:
-        if (x0.device.type != "cpu" and self._range_seen) or not x0.numel():
-            return
-        if x0.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        try:
-            largest = float(x0.detach().abs().amax())
-        except RuntimeError:  # inside vmap or a fake tensor mode there are no values
-            return
-        self._range_seen = True
-        if largest > _LARGEST_PIXEL:
-            raise ValueError(
-                f"images must be uint8, or floats in [-1, 1]; got {x0.dtype} of up to {largest:.4g}: divide levels of "
-                "0..255 by 127.5 and subtract 1, or pass them as uint8"
-            )
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
         """Return q(x_{t-1} | x_t, x_0), equations 6 and 7."""
