@@ -29,3 +29,8 @@ class StorageError(FastddpmError, OSError):
     """The disk is full, read-only or failing: exit code 5."""
 
     exit_code = 5
+
+
+def printable(text: str) -> str:
+    """Return a message with control characters escaped, for a terminal: names and values in it may be from a file."""
+    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)

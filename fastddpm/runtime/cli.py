@@ -21,7 +21,7 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
-from fastddpm.errors import FastddpmError, StorageError, UsageError
+from fastddpm.errors import FastddpmError, StorageError, UsageError, printable
 
 from . import distributed
 
@@ -48,7 +48,7 @@ def _exit_code(main: Callable[[Sequence[str]], None]) -> int:
         if sys.stdout is not None:  # so that a full disk or a closed pipe raises here, not while Python exits
             sys.stdout.flush()
     except FastddpmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

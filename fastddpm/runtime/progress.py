@@ -11,12 +11,14 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fastddpm.errors import printable
+
 PATIENCE_S = 1.0  # seconds after which work says what it is doing
 
 
 def log(line: str) -> None:
     """Print a line to standard error at once: the default of every `report` parameter."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -33,10 +33,15 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 def read_bytes(path: Path, limit: int) -> bytes:
     """Return the bytes of a regular file. Raises `OSError`, and `ValueError` if it has more than `limit` bytes."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise ValueError(f"{size:,} bytes; at most {limit:,} are read")
-        return file.read(size)
+        return file.read(check_size(file, limit))
+
+
+def check_size(file: BinaryIO, limit: int) -> int:
+    """Return the bytes of an open file. Raises `ValueError` if it has more than `limit`."""
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        raise ValueError(f"{size:,} bytes; at most {limit:,} are read")
+    return size
 
 
 def read_arrays(path: Path, names: Collection[str], limit: int) -> "dict[str, np.ndarray]":

@@ -10,10 +10,11 @@ from fastddpm.errors import DataError, StorageError
 from fastddpm.runtime.progress import log
 from fastddpm.storage.documents import parse_json
 from fastddpm.storage.files import open_to_append, set_aside, write_whole
-from fastddpm.storage.reading import open_regular
+from fastddpm.storage.reading import check_size, open_regular
 
 Record = dict[str, Any]
 _MAX_LINE_BYTES = 2**16
+_MAX_BYTES = 2**30
 
 
 class JsonLines:
@@ -73,6 +74,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
     """Yield each line with its record, None if it is damaged. Raises `DataError` if the file cannot be read."""
     try:
         with open_regular(path) as file:
+            check_size(file, _MAX_BYTES)
             while line := file.readline(_MAX_LINE_BYTES):
                 end = line
                 while len(end) == _MAX_LINE_BYTES and not end.endswith(b"\n"):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastddpm import ablation, compress, curves, evaluate, inpaint, sample, train
-from fastddpm.errors import StorageError, UsageError
+from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.runtime import cli
+from fastddpm.runtime.progress import log
 from fastddpm.storage.files import check_out
 
 ROOT = Path(__file__).parents[2]
@@ -133,3 +134,16 @@ def test_an_output_that_is_full_is_told_once() -> None:
         done = printing("x", full, "utf-8")
     assert done.returncode == 5
     assert done.stderr == b"error: a file or the output: No space left on device\n"
+
+
+def test_control_characters_from_a_file_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    """They could clear the terminal or pass for other lines; letters of any language stay."""
+
+    def main(arguments: Sequence[str]) -> None:
+        log("class \x1b[31mrøv\r")
+        raise DataError("\x1b[2J\0\ud800 of 月\nlisted: \x9b")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == 3
+    assert capsys.readouterr().err == "class \\x1b[31mrøv\\r\nerror: \\x1b[2J\\x00\\ud800 of 月\nlisted: \\x9b\n"

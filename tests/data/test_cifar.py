@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tarfile
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -262,6 +263,18 @@ def test_damaged_tar_files(tmp_path: Path) -> None:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 255]) + whole[position + 1 :])
         assert "c.tar.gz" in refusal(path), f"byte {position} of {len(whole)}"
     assert len(positions) >= 200
+
+
+def test_a_tar_file_grown_by_zeros_is_refused_and_not_read_one_by_one(tmp_path: Path) -> None:
+    """gzip skips zeros at the end of a file, a byte at a time; four gigabytes of them take hours."""
+    path = write_tar(tmp_path / "c.tar.gz", contents(python2))
+    with path.open("ab") as file:
+        file.write(bytes(1000))
+    check(path)  # some programs pad to whole blocks
+    os.truncate(path, 2**32)
+    begun = time.monotonic()
+    assert "more than 1,048,576 zeros follow its end" in refusal(path)
+    assert time.monotonic() - begun < 20
 
 
 def test_batches_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """LSUN's LMDB and data sets of the hub: libraries that are asked for only when they are used."""
 
+import re
+import struct
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,70 @@ def test_an_lmdb_cut_short_is_refused_before_it_crashes(lsun: Path, tmp_path: Pa
     (lsun / "data.mdb").write_bytes(whole[:40] + b"\xff\xff\0\0" + whole[44:])
     with pytest.raises(DataError, match="is damaged: its page size is 65,535 bytes"):
         opened(lsun, tmp_path)
+
+
+def _pages_of(path: Path) -> tuple[bytes, int, int]:
+    """The file, its page size, and the number of the root, which is a branch above several leaves."""
+    import lmdb
+
+    with lmdb.open(str(path.parent), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for number in range(200):
+            transaction.put(b"%040d" % number, WEBP[number % 20] if number else bytes(9000))
+    data = path.read_bytes()
+    metas = [struct.unpack_from("<QQ", data, 4096 * number + 128) for number in (0, 1)]
+    root = max(metas, key=lambda meta: struct.unpack_from("<Q", data, 4096 * metas.index(meta) + 144))[0]
+    return data, 4096, root
+
+
+FORGED: dict[str, Callable[[bytearray, int, int], None]] = {
+    "the kind of a page": lambda data, root, leaf: struct.pack_into("<H", data, root + 10, 4),
+    "a page's number": lambda data, root, leaf: struct.pack_into("<Q", data, leaf, 1),
+    "a table longer than the page": lambda data, root, leaf: struct.pack_into("<H", data, leaf + 12, 65534),
+    "an empty table": lambda data, root, leaf: struct.pack_into("<H", data, leaf + 12, 16),
+    "a node in the table": lambda data, root, leaf: struct.pack_into("<H", data, leaf + 16, 2),
+    "a node beyond the page": lambda data, root, leaf: struct.pack_into("<H", data, leaf + 16, 4095),
+    "a child beyond the file": lambda data, root, leaf: _put(data, root + _node(data, root), 2**32 - 1),
+    "a child that is its parent": lambda data, root, leaf: _put(data, root + _node(data, root), root // 4096),
+    "a key beyond its page": lambda data, root, leaf: struct.pack_into("<H", data, root + _node(data, root) + 6, 65535),
+    "a value beyond its page": lambda data, root, leaf: _put(data, leaf + _node(data, leaf, 1), 60_000),
+    "a value beyond the file": lambda data, root, leaf: _put(data, leaf + _node(data, leaf), 2**31),
+    "a value on pages beyond it": lambda data, root, leaf: _put(data, leaf + _node(data, leaf) + 48, 2**32 - 1),
+    "another database": lambda data, root, leaf: struct.pack_into("<H", data, leaf + _node(data, leaf, 1) + 4, 2),
+}
+
+
+def _put(data: bytearray, offset: int, value: int) -> None:
+    struct.pack_into("<I", data, offset, value)
+
+
+def _node(data: bytes | bytearray, page: int, number: int = 0) -> int:
+    return int(struct.unpack_from("<H", data, page + 16 + 2 * number)[0])
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_an_lmdb_with_damaged_pages_is_refused_before_it_crashes(kind: str, lsun: Path, tmp_path: Path) -> None:
+    """The library trusts every number in the file and would end the process by SIGSEGV or SIGBUS."""
+    path = lsun / "data.mdb"
+    whole, size, root = _pages_of(path)
+    assert struct.unpack_from("<H", whole, root * size + 10)[0] == 1
+    leaf = struct.unpack_from("<I", whole, root * size + _node(whole, root * size))[0]
+    data = bytearray(whole)
+    FORGED[kind](data, root * size, leaf * size)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"{re.escape(str(path))} is damaged: .*; copy it again"):
+        opened(lsun, tmp_path)
+
+
+def test_an_lmdb_with_a_wrong_count_or_two_page_sizes_is_refused(lsun: Path, tmp_path: Path) -> None:
+    path = lsun / "data.mdb"
+    whole = path.read_bytes()
+    for offset, message in ((120, "it has 20 values, not"), (40, "its two meta pages differ in the size of a page")):
+        data = bytearray(whole)
+        for meta in (0, 4096) if offset == 120 else (4096,):
+            data[meta + offset + 1] ^= 0x20
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"is damaged: {message}"):
+            opened(lsun, tmp_path)
 
 
 def test_the_test_split_of_lsun_is_named_so(lsun: Path, tmp_path: Path) -> None:

@@ -89,3 +89,15 @@ def test_reading_what_is_no_log_is_one_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log.jsonl")
     with pytest.raises(DataError, match=r"log\.jsonl cannot be read: not a regular file"):
         read_log(tmp_path / "log.jsonl")
+
+
+def test_a_log_grown_to_gigabytes_is_not_read(tmp_path: Path) -> None:
+    path, said = tmp_path / "log.jsonl", []
+    path.write_text('{"step": 1, "loss": 1.0}\n')
+    os.truncate(path, 2**32)
+    with pytest.raises(
+        DataError, match=r"log\.jsonl cannot be read: 4,294,967,296 bytes; at most 1,073,741,824 are read"
+    ):
+        read_log(path)
+    JsonLines(path, 1, said.append).close()
+    assert len(said) == 1 and (tmp_path / "log.jsonl.damaged").exists() and path.stat().st_size == 0

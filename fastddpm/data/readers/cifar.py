@@ -22,6 +22,7 @@ IMAGE_SIZE = 32
 _PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
 _MAX_BATCH_BYTES = 64 * 2**20  # a batch is 31 MB
 _MAX_TAR_BYTES = 512 * 2**20  # the unpacked archive is 186 MB
+_MAX_PADDING = 2**20
 _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 _BATCH = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin)?")
 
@@ -75,6 +76,23 @@ def _file_reader(path: Path) -> Callable[[], bytes]:
     return read
 
 
+class _Unpadded(io.RawIOBase):
+    """A stream that raises OSError after _MAX_PADDING zeros that are read one by one, as gzip skips zeros at its end.
+
+    A file that grew to gigabytes of zeros would otherwise take hours.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._zeros = file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._zeros = self._zeros + 1 if data == b"\0" else 0
+        if self._zeros > _MAX_PADDING:
+            raise OSError(f"more than {_MAX_PADDING:,} zeros follow its end")
+        return data
+
+
 class _Bounded(io.RawIOBase):
     """A stream that raises OSError after _MAX_TAR_BYTES, which bounds all that headers and members can unpack to."""
 
@@ -107,7 +125,7 @@ def _tar_batches(source: Path) -> Batches:
         with source.open("rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            stream = _Bounded(gzip.GzipFile(fileobj=raw) if packed else raw)  # type: ignore[arg-type]
+            stream = _Bounded(gzip.GzipFile(fileobj=_Unpadded(raw)) if packed else raw)  # type: ignore[arg-type]
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
                     if member.isreg() and _BATCH.fullmatch(Path(member.name).name):

@@ -1,22 +1,15 @@
 """Read LSUN as distributed: an LMDB of WebP files. The `lmdb` library is imported only when it is used."""
 
-import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastddpm.errors import DataError, UsageError
 
+from .lmdb_pages import read_meta, verify
 from .source import MAX_ENCODED_BYTES, EncodedImage, ImageSource, check_regular, check_size, status_of
 
 FILE = "data.mdb"
-# A file begins with two meta pages; the one of the later transaction holds. After the header of a page (16 bytes):
-# magic, version, address, map size, two databases of 48 bytes, of which the first begins with the page size, last page,
-# transaction.
-_META = struct.Struct("<16x I I 8x 8x I 44x 48x Q Q")
-_MAGIC = 0xBEEFC0DE
-_PAGE_SIZES = tuple(2**i for i in range(8, 17))
 
 
 def lmdb_file(path: Path) -> Path | None:
@@ -30,10 +23,10 @@ def lmdb_source(file: Path) -> ImageSource:
     """Return all values of an LMDB, in the order of their keys, without labels. Nothing is written, not even a lock.
 
     The file is opened again for each purpose, because an LMDB environment must not be shared between processes. Raises
-    UsageError if the lmdb library is missing, and DataError if the file is not an LMDB or is cut short. The library
-    trusts the file: a malicious one may crash the process.
+    UsageError if the lmdb library is missing, and DataError if the file is not an LMDB, damaged or cut short. The
+    library trusts the file, so that all pages but the values' are verified first.
     """
-    environment = _opened(file)
+    environment = _opened(file, whole=True)
     try:
         count = environment.stat()["entries"]
     finally:
@@ -56,43 +49,22 @@ def lmdb_source(file: Path) -> ImageSource:
     return ImageSource(name, count, status_of([file]), items)
 
 
-def _opened(file: Path) -> Any:
+def _opened(file: Path, *, whole: bool = False) -> Any:
+    """Open the environment, with `whole` after verifying all pages that lead to the values."""
     try:
         import lmdb
     except ImportError as error:
         raise UsageError("reading LSUN's LMDB needs lmdb: pip install 'fastddpm[lmdb]'") from error
     check_regular(file)
-    _check_length(file)
+    meta = read_meta(file)
+    if meta is not None and whole:  # otherwise the library says what is wrong
+        verify(file, meta)
     try:
         return lmdb.open(
             str(file), subdir=False, readonly=True, create=False, lock=False, readahead=False, max_readers=1
         )
     except lmdb.Error as error:
         raise DataError(f"{file} cannot be read as LMDB: {error}") from error
-
-
-def _check_length(file: Path) -> None:
-    """Raise DataError if the file is shorter than its pages, because the library would crash when it reads beyond."""
-    try:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            first = opened.read(_META.size)
-            if len(first) < _META.size or _META.unpack(first)[0] != _MAGIC:
-                return  # not an LMDB: the library says so
-            page_size = _META.unpack(first)[2]
-            if page_size not in _PAGE_SIZES:
-                raise DataError(f"{file} is damaged: its page size is {page_size:,} bytes")
-            opened.seek(page_size)
-            second = opened.read(_META.size)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-    metas = [_META.unpack(data) for data in (first, second) if len(data) == _META.size]
-    _, _, _, last_page, _ = max((meta for meta in metas if meta[0] == _MAGIC), key=lambda meta: meta[4])
-    expected = (last_page + 1) * page_size
-    if size < expected:
-        raise DataError(
-            f"{file} is cut short: it has {size:,} bytes of the {expected:,} that its last page needs; copy it again"
-        )
 
 
 def _item(key: bytes, value: memoryview) -> EncodedImage:
