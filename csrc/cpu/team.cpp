@@ -19,6 +19,14 @@ namespace {
 bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+// Whether the user has OpenMP's threads sleep while they wait. They then leave the core to those that they wait for, and
+// all are worth having: two threads get twice the share of one.
+bool asked_to_sleep() {
+    const char *policy = getenv("OMP_WAIT_POLICY");
+    return policy != nullptr && strcasecmp(policy, "passive") == 0;
+}
+const bool sleeping = asked_to_sleep();
+
 fastddpm::Contention contention;  // of the process: its threads wait for the same cores
 bool looking = false;             // whether a thread is in `look`, which one does at a time
 int64_t next_look = 0;
@@ -90,7 +98,7 @@ void look(int64_t now, int32_t threads) {
 int32_t fastddpm::team_size(int32_t threads) {
     if (threads <= 1 || forked) return 1;
     int32_t limit = __atomic_load_n(&fixed, __ATOMIC_RELAXED);
-    if (limit == 0) {
+    if (limit == 0 && !sleeping) {
         const int64_t now = clock_ns();
         if (now >= __atomic_load_n(&next_look, __ATOMIC_RELAXED) &&
             !__atomic_test_and_set(&looking, __ATOMIC_ACQUIRE)) {
