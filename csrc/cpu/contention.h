@@ -23,7 +23,8 @@ public:
     // `now`: of a clock; `waited`: how long all threads of the process have waited for a core so far, both in ns.
     // `threads`: how many there would be without a limit.
     void look(int64_t now, int64_t waited, int32_t threads) {
-        const int64_t window = now - last_, lost = waited > waited_ ? waited - waited_ : 0;  // a thread's end takes some off
+        // What a thread that has ended waited is no longer counted.
+        const int64_t window = now - last_, lost = waited > waited_ ? waited - waited_ : 0;
         last_ = now;
         waited_ = waited;
         if (kShare * lost >= window) {

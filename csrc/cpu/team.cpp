@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,8 +20,8 @@ namespace {
 bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// Whether the user has OpenMP's threads sleep while they wait. They then leave the core to those that they wait for, and
-// all are worth having: two threads get twice the share of one.
+// Whether the user has OpenMP's threads sleep while they wait. They then leave the core to those that they wait for,
+// and all are worth having: two threads get twice the share of one.
 bool asked_to_sleep() {
     const char *policy = getenv("OMP_WAIT_POLICY");
     return policy != nullptr && strcasecmp(policy, "passive") == 0;
