@@ -75,6 +75,11 @@ def open_dataset(
     if channels not in (1, 3) or image_size < 1:
         raise UsageError(f"images have 1 or 3 channels and a positive size; got {channels} channels, size {image_size}")
     if source is None:
+        if split == "test":
+            raise UsageError(
+                "the embedded digits have no test split: training takes all 5,000; use --split train, or name other "
+                "images with --data"
+            )
         with announced("reading the embedded digits", report or log):
             digits = Dataset.of(*load_digits(image_size, channels), "digits", DIGITS_CLASSES)
         if report is not None:

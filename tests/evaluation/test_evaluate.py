@@ -114,13 +114,22 @@ def test_the_table_is_of_this_command_and_names_what_else_the_file_holds(
 def test_another_command_adds_to_the_figures(
     run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate.main(command(run, tmp_path, "--metrics", "is"))
-    first = document(tmp_path)["train"]
+    out, photos = tmp_path / "out", tmp_path / "photos"
+    for i, image in enumerate(open_dataset(None, image_size=16, channels=1).images[:40]):
+        path = photos / ("train", "test")[i % 2] / f"{i % 10}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(path)
+    evaluate.main(command(run, out, "--metrics", "is"))
+    first = document(out)["train"]
     assert set(first) == {"classifier_score[digits]"}
     capsys.readouterr()
-    evaluate.main(command(run, tmp_path, "--metrics", "fid,pr", "--split", "test"))
+    with pytest.raises(UsageError, match=r"the embedded digits have no test split: .*use --split train"):
+        evaluate.main(command(run, out, "--metrics", "fid", "--split", "test"))
+    evaluate.main(
+        command(run, out, "--metrics", "fid,pr", "--split", "test", "--data", str(photos), "--features", "digits")
+    )
     assert "0 samples to draw" in capsys.readouterr().err
-    both = document(tmp_path)
+    both = document(out)
     assert both["train"] == first and set(both["test"]) == SCORES - {
         "classifier_score[digits]", "kernel_distance[digits]",
     }  # fmt: skip
