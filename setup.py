@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -70,6 +71,22 @@ class BuildNative(build_ext):
         return [path for ext in self.extensions for path in self.places(ext) if path.exists()]
 
 
+class Wheel(bdist_wheel):
+    """A wheel without a compiled library is for any platform (py3-none-any), and the build says so."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        left = self.get_finalized_command("build_ext").left()
+        if not left or any(path.suffix != ".txt" for path in left):
+            return super().get_tag()
+        if not self.root_is_pure:
+            print(
+                "this wheel has no compiled library, so it runs on any platform and is slow on each: py3-none-any",
+                file=sys.stderr,
+            )
+        self.root_is_pure = True
+        return "py3", "none", "any"
+
+
 def replace(path: Path, source: Path) -> None:
     """Copies, written elsewhere and renamed: a process that has the old file loaded keeps it."""
     new = path.with_name(f"{path.name}.new")
@@ -100,7 +117,7 @@ setup(
     packages=[*find_packages(include=["fastddpm", "fastddpm.*"], exclude=["fastddpm.kernels*"]), *KERNELS],
     package_dir={"fastddpm.kernels": "kernels"},
     ext_modules=[library("_native"), library("_native_cuda")],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},  # one wheel for every version of Python: see library()
     package_data={
         "fastddpm": ["py.typed"],
@@ -129,6 +146,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "lmdb",
             "diffusers>=0.42.1",

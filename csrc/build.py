@@ -23,6 +23,8 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
+# Sources without arithmetic, compiled once.
+PLAIN = {"dispatch", "team"}
 # Sources that draw noise, which must have the same bits on every machine. In others a * b + c is one instruction.
 UNCONTRACTED = {"random_normal", "q_sample", "reverse_step"}
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
@@ -146,7 +148,7 @@ def _cpu_lines(folder: Path, openmp: str, sanitize: list[str]) -> Iterator[str]:
 
 def _variants(stem: str, x86: bool) -> dict[str, list[str]]:
     """Return the options for a source of csrc/cpu, by instruction set: it is compiled once for each."""
-    if stem == "dispatch":
+    if stem in PLAIN:
         return {"all": ["-DFASTDDPM_X86"] if x86 else []}
     contraction = "-ffp-contract=" + ("off" if stem in UNCONTRACTED else "fast")
     sets = INSTRUCTION_SETS if x86 else {"baseline": INSTRUCTION_SETS["baseline"]}

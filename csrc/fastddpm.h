@@ -149,6 +149,10 @@ FASTDDPM_API const char *fastddpm_error_text(int32_t code);
 /* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512. If the machine lacks `wanted`, the best that it has. */
 FASTDDPM_API int32_t fastddpm_cpu_isa(int32_t wanted /* or -1: only ask */);
 
+/* The most threads that an operation runs on at present, 0 without a limit. `wanted` fixes it; with 0, as at first, it
+ * is what the cores left by other programs are enough for (cpu/contention.h). The results do not depend on it. */
+FASTDDPM_API int32_t fastddpm_cpu_most_threads(int32_t wanted /* or -1: only ask */);
+
 FASTDDPM_API int32_t fastddpm_cpu_random_normal(const fastddpm_random_normal_args *args, int32_t threads);
 /* The raw output words of blocks 0 .. num - 1 of each image: out[(n * num + block) * 4 + word]. */
 FASTDDPM_API int32_t fastddpm_cpu_philox(const fastddpm_random_normal_args *args, uint32_t *words, int32_t threads);

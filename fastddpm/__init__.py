@@ -6,7 +6,7 @@ Public names are imported at their first use, so that the commands answer `--hel
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "Diffusion": ".diffusion",

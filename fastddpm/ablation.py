@@ -14,7 +14,7 @@ from fastddpm.evaluation.table2 import CELLS, chosen_cells, configuration
 from fastddpm.presets import PRESETS, preset
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Device, parse_numbers
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, log
 from fastddpm.storage.files import check_out
 
 PROGRAM = "fastddpm.ablation"
@@ -63,18 +63,32 @@ def main(arguments: Sequence[str]) -> None:
     ]
     check_out(command.out)
 
-    from fastddpm.data import open_dataset
-    from fastddpm.evaluation.ablation import AblationRunner, Result, Scorer, split, write_tables
-    from fastddpm.runtime.device import choose_device
+    with announced("loading PyTorch"):
+        from fastddpm.data import open_dataset
+        from fastddpm.evaluation.ablation import AblationRunner, Result, Scorer, split, write_tables
+        from fastddpm.evaluation.bits_per_dim import Plan
+        from fastddpm.metrics.networks import check_network
+        from fastddpm.ops.backend import report_obstacles
+        from fastddpm.runtime.device import choose_device
+        from fastddpm.training.length import report_too_short
 
     device = choose_device(command.device)
-    dataset = open_dataset(command.data, image_size=base.unet.image_size, channels=base.unet.image_channels)
+    size, channels = base.unet.image_size, base.unet.image_channels
+    if command.network != "none":
+        check_network(command.network, image_size=size, channels=channels)
+    dataset = open_dataset(command.data, image_size=size, channels=channels)
     trained_on, held_out = split(dataset)
+    config = runs[0][2]  # all have these steps, timesteps and averages
+    Plan.of(len(held_out.images), config.diffusion.timesteps, command.bits)
+    report_obstacles(device.type, log)
+    report_too_short(config.train, config.train.steps, log)
     scorer = None if command.network == "none" else Scorer.of(command.network, trained_on, device)
     runner = AblationRunner(command.out, trained_on, held_out, scorer, command.samples, command.bits, device)
+    for cell, seed, own in runs:
+        runner.recorded(f"{cell.name}-{seed}", own)
     results: dict[str, list[Result]] = {}
     described = (
-        f"{base.name} network on {dataset.name}, {runs[0][2].train.steps} steps, T = {runs[0][2].diffusion.timesteps}, "
+        f"{base.name} network on {dataset.name}, {config.train.steps} steps, T = {config.diffusion.timesteps}, "
         f"seeds {command.seeds}, {command.samples} samples against {len(trained_on.images)} images, bits/dim of "
         f"{command.bits.images or len(held_out.images)} held-out images. The paper's numbers are from CIFAR-10 after "
         "800,000 steps and the Inception network: compare their order, not their size."

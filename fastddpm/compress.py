@@ -12,13 +12,14 @@ from fastddpm.config import CodecOptions, EngineConfig
 from fastddpm.errors import UsageError
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Checkpoint, Device, Resize, check_checkpoint, check_positive
-from fastddpm.runtime.progress import Meter, log
+from fastddpm.runtime.progress import Meter, announced, log
 from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fastddpm.codec import Encoded
+    from fastddpm.pretrained.model import Model
     from fastddpm.sampling.sampler import Sampler
 
 PROGRAM = "fastddpm.compress"
@@ -85,14 +86,18 @@ def _encode(action: Encode) -> None:
         raise UsageError(f"{action.out} is a directory; name the file to write, such as {action.out / 'images.fdz'}")
     check_out(action.out.parent)
 
-    from fastddpm.codec import encode, file_format
+    with announced("loading PyTorch"):
+        from fastddpm.codec import encode, file_format
+        from fastddpm.training.length import report_notes
 
-    sampler = _sampler(action)
+    model = _model(action)
+    sampler = _sampler(action, model)
     images, labels = _images(action, sampler)
     if action.labels and labels is None:
         raise UsageError(f"--labels needs images with classes; {action.images} has none")
     most = sampler.diffusion.timesteps - action.codec.last(sampler.diffusion.timesteps)
     steps = min(action.codec.steps or most, most)
+    report_notes(model, log)
     log(f"{len(images)} images, {steps} steps: {len(images) * steps:,} evaluations of the network")
     with Meter("coding", len(images) * steps, "image steps") as meter:
 
@@ -105,17 +110,20 @@ def _encode(action: Encode) -> None:
 
 
 def _decode(action: Decode) -> None:
-    from fastddpm.codec import decode, file_format
-    from fastddpm.codec.file_format import Header
-    from fastddpm.sampling.images import grid, save_png
-    from fastddpm.storage.files import save_arrays
-
     arrays = action.out.suffix == ".npz"
     check_out(action.out.parent if arrays else action.out)
+    with announced("loading PyTorch"):
+        from fastddpm.codec import decode, file_format
+        from fastddpm.codec.file_format import Header
+        from fastddpm.sampling.images import grid, save_png
+        from fastddpm.storage.files import save_arrays
+        from fastddpm.training.length import report_notes
+
     data = file_format.read(action.file)
     header = Header.of(file_format.unpack(data, action.file)[0], str(action.file))
-    sampler = _sampler(action)
-    steps = len(header.timesteps)
+    model = _model(action)
+    sampler, steps = _sampler(action, model), len(header.timesteps)
+    report_notes(model, log)
     with Meter("decoding", header.num_images * steps, "image steps") as meter:
 
         def progress(done: int) -> None:
@@ -133,12 +141,18 @@ def _decode(action: Decode) -> None:
     print(f"{action.out}: {len(decoded.images)} images")
 
 
-def _sampler(action: Encode | Decode) -> "Sampler":
+def _model(action: Encode | Decode) -> "Model":
     from fastddpm import pretrained
     from fastddpm.runtime.device import choose_device
+
+    device = choose_device(action.device)
+    with announced(f"reading {action.checkpoint}"):
+        return pretrained.load(action.checkpoint, device)
+
+
+def _sampler(action: Encode | Decode, model: "Model") -> "Sampler":
     from fastddpm.sampling.sampler import Sampler
 
-    model = pretrained.load(action.checkpoint, choose_device(action.device))
     return Sampler(model.unet, model.diffusion, engine=action.engine)
 
 

@@ -1,11 +1,13 @@
 """Configuration of a run as frozen dataclasses, whose field docstrings are the help texts. Imports no torch."""
 
 import math
+import numbers
+import operator
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from fastddpm.errors import UsageError
 
@@ -16,17 +18,29 @@ Loss = Literal["simple", "vlb", "hybrid", "min_snr"]
 Method = Literal["ancestral", "ddim"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MOST_IN_GRID = 10_000
+MAX_TIMESTEPS = 100_000
 MAX_GUIDANCE = 1e6  # far above any useful scale, far below an overflow of float32
 
 
+def integer(value: Any, name: str) -> int:
+    """Return `value` as an int. Raises `UsageError`, with the value's `name`, for anything but an integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} must be an integer; got {value!r:.100}") from None
+
+
 def check_seed(seed: int) -> None:
-    """Raise `UsageError` for a seed of more than 64 bits."""
-    if not -(2**63) <= seed < 2**63:
+    """Raise `UsageError` for a seed that is no integer of 64 bits."""
+    if not -(2**63) <= integer(seed, "seed") < 2**63:
         raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
 
 
 def check_chain(method: str, eta: float, guidance: float) -> None:
     """Raise `UsageError` for a positive `eta` without DDIM, and for a guidance scale out of range."""
+    for name, value in (("eta", eta), ("guidance", guidance)):
+        if not isinstance(value, numbers.Real):
+            raise UsageError(f"{name} must be a number; got {value!r:.100}")
     if eta and method != "ddim":
         raise UsageError(f"eta is of method ddim, ancestral sampling has none; got {eta}")
     if not 0 <= guidance <= MAX_GUIDANCE:
@@ -143,8 +157,8 @@ class DiffusionConfig:
     """Clip the prediction of x_0 to [-1, 1] when sampling."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.timesteps <= 100_000:
-            raise UsageError(f"timesteps must be in 2..100000; got {self.timesteps}")
+        if not 2 <= self.timesteps <= MAX_TIMESTEPS:
+            raise UsageError(f"timesteps must be in 2..{MAX_TIMESTEPS}; got {self.timesteps}")
         if not 0 < self.beta_start < 1 or not 0 < self.beta_end < 1:
             raise UsageError(f"beta_start and beta_end must be in (0, 1); got {self.beta_start}, {self.beta_end}")
         for name in ("schedule", "prediction", "variance", "loss"):
@@ -185,7 +199,7 @@ class TrainConfig:
     """Learning rate after warm-up: constant (none), or a cosine to zero at the last step."""
     clip_gradient: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
-    ema: float | tuple[float, ...] = 0.9999
+    ema: Annotated[float | tuple[float, ...], arg(metavar="FLOAT [FLOAT ...]")] = 0.9999
     """Decay of the exponential moving average (EMA) of the weights. With several decays, an average is kept for each;
     samples are drawn from the first."""
     ema_ramp: bool = False

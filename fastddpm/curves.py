@@ -10,7 +10,7 @@ import tyro
 from fastddpm.errors import UsageError
 from fastddpm.presets import read_preset
 from fastddpm.runtime import cli
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, log
 from fastddpm.storage.files import check_out
 
 PROGRAM = "fastddpm.curves"
@@ -36,11 +36,13 @@ def main(arguments: Sequence[str]) -> None:
         if not (run / "log.jsonl").is_file():
             raise UsageError(f"{run} is not a run directory: it has no log.jsonl")
     try:
-        from fastddpm.training.plots import curves
+        with announced("loading matplotlib"):
+            from fastddpm.training.plots import Curve, curves
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise UsageError("curves need matplotlib: pip install 'fastddpm[report]'") from None
+    from fastddpm.training.environment import changes
     from fastddpm.training.run_log import read_log
 
     logs = {}
@@ -49,12 +51,13 @@ def main(arguments: Sequence[str]) -> None:
         if not records:
             log(f"{run} has no line in its log yet")
             continue
-        logs[name] = records, read_preset(run / "config.json").diffusion.timesteps
+        logs[name] = Curve(records, read_preset(run / "config.json").diffusion.timesteps, changes(run))
     if not logs:
         raise UsageError("nothing to draw: no run has a line in its log")
     check_out(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
-    curves(logs, out)
+    with announced("drawing the curves"):
+        curves(logs, out)
     print(out)
 
 

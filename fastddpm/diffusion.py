@@ -22,6 +22,7 @@ from fastddpm.kernels.philox.eager import per_image_words
 from fastddpm.kernels.q_sample.reference import scale_images
 from fastddpm.ops import q_sample
 from fastddpm.ops.noise import NoiseKey
+from fastddpm.ops.q_sample import refuse_levels
 
 Network = Callable[..., Tensor]
 
@@ -136,6 +137,7 @@ class Diffusion:
             # At t = 0 the posterior's value at t = 1, because beta_0 would cost bits in the decoder's likelihood.
             self.model_log_variance = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        self._range_seen = False
         self._check_signal()
 
     def _check_signal(self) -> None:
@@ -178,7 +180,11 @@ class Diffusion:
 
         `x0`: uint8 or floats in [-1, 1], (N, C, H, W). `t`: int64 (N,). `flip`: bool (N,), images to mirror; default
         none. eps is `noise` if given, otherwise drawn from `key`. Default key: drawn from torch's default generator.
+        Raises ValueError for floats that are no images in [-1, 1], such as levels of 0..255 (on a GPU looked for in the
+        first call only, because it waits for them).
         """
+        if x0.is_floating_point() and not torch.compiler.is_compiling():
+            self._range_seen = refuse_levels(x0, self._range_seen)
         if key is None:
             key = NoiseKey.draw(len(x0), x0.device)
         table = self._table("forward", np.stack([np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)], 1), x0.device)

@@ -6,14 +6,14 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastddpm import __version__
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Device, check_positive
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, log
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,13 @@ def main(arguments: Sequence[str]) -> None:
     command = cli.parse(Command, arguments, program=PROGRAM)
     check_positive(batch=command.batch)
 
-    import torch
+    with announced("loading PyTorch"):
+        import torch
 
-    from fastddpm.ops import selftest, status
-    from fastddpm.runtime.device import choose_device
-    from fastddpm.sampling.engine import PRECISIONS
+        from fastddpm.ops import selftest, status
+        from fastddpm.ops.backend import implementations
+        from fastddpm.runtime.device import choose_device
+        from fastddpm.sampling.engine import PRECISIONS
 
     device = choose_device(command.device)
     on_gpu = device.type == "cuda"
@@ -59,17 +61,17 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(_lines(system(device))))
         if busy():
             print("note: other programs keep this machine busy, so the speeds below are unreliable")
-        log(f"\ntrying each operation on {batch} images in {_name(dtype)} ...")
+        print(flush=True)  # the lines above come before those of standard error below
+    log(f"trying each operation on {batch} images in {_name(dtype)} ..")
     findings = selftest.run(device, dtype, batch)
-    runs = status(device.type)
     failed = [finding.operation for finding in findings if not finding.passed]
     if command.json:
-        report = {**system(device), "precision": _name(dtype), "batch": batch, "backends": runs}
+        report = {**system(device), "precision": _name(dtype), "batch": batch}
+        report["backends"] = status(device.type)
         print(json.dumps(report | {"trials": [asdict(finding) for finding in findings]}, indent=1))
     else:
         print(table(findings))
-        print("\nthe implementation of each operation, and why no faster one runs")
-        print("\n".join(f"  {operation:16} {line}" for operation, line in runs.items()))
+        print("\n".join(_implementation_lines(implementations(device.type))))
     if failed:
         log(f"error against float64 above the tolerance: {', '.join(failed)}")
         sys.exit(1)
@@ -82,6 +84,22 @@ def table(findings: Sequence[Any]) -> str:
         speed = f"{found.speed:.2f} times as fast" + ("" if found.passed else "   FAILED")
         lines.append(f"  {found.operation:28} {found.error:8.1e} {found.tolerance:8.0e}   {speed}")
     return "\n".join(lines)
+
+
+def _implementation_lines(found: Mapping[str, tuple[str, Sequence[str]]]) -> list[str]:
+    """Return the implementation of each operation, a line each, and below them each note with its operations."""
+    lines = ["", "the implementation of each operation"]
+    lines += [f"  {operation:16} {running}" for operation, (running, _) in found.items()]
+    notes: dict[str, list[str]] = {}
+    for operation, (_, own) in found.items():
+        for note in own:
+            notes.setdefault(note, []).append(operation)
+    if notes:
+        lines += ["", "their limits, and why no faster one runs"]
+    for note, operations in notes.items():
+        who = "every operation" if len(operations) == len(found) else ", ".join(operations)
+        lines += [f"  {who}:", f"    {note}"]
+    return lines
 
 
 def system(device: "torch.device") -> dict[str, Any]:

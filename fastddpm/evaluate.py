@@ -1,7 +1,7 @@
 """python -m fastddpm.evaluate CHECKPOINT: the paper's scores, bits per dimension and pictures of a trained model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,14 +12,18 @@ from fastddpm.errors import UsageError
 from fastddpm.evaluation.options import PICTURE_NAMES, QUALITY_METRICS, BitsOptions, PictureOptions, QualityOptions
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, Resize, SkipBad, check_checkpoint, check_positive
-from fastddpm.runtime.progress import duration, log
+from fastddpm.runtime.progress import announced, discard, duration, log
 from fastddpm.sampling.options import ChainOptions
 from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
+    import torch
+
     from fastddpm.evaluation.context import EvaluationContext
     from fastddpm.evaluation.report import Report
     from fastddpm.metrics.features import FeatureNetwork
+    from fastddpm.pretrained.model import Model
+    from fastddpm.sampling.sampler import Sampler
 
 PROGRAM = "fastddpm.evaluate"
 BITS_METRICS = ("bpd", "rate-distortion")
@@ -82,58 +86,101 @@ def main(arguments: Sequence[str]) -> None:
     check_checkpoint(command.checkpoint)
     check_out(_out(command))
     group = distributed.group_from_environment()
+    report = log if group.is_main else discard
+    with announced("loading PyTorch", report):
+        from fastddpm.evaluation.report import Report
+        from fastddpm.runtime.device import choose_device
+        from fastddpm.training.length import report_notes
+
     # Rank 0 computes the scores alone, which may take hours, while the other ranks wait.
     with distributed.process_group(group, timeout_s=7 * 24 * 3600):
-        context = _context(command, group)
-        network = _network(command, context) if set(metrics).intersection(QUALITY_METRICS) else None
-        if network is None:
+        device = choose_device(command.device, distributed.local_rank())
+        with announced(f"reading {command.checkpoint}", report):
+            opened = command.chain.open(command.checkpoint, device, command.batch)
+        features = _features(command, metrics, opened[0], report)
+        if features is None:
             metrics = [metric for metric in metrics if metric not in QUALITY_METRICS]
-        if command.pictures == "all" and not context.sampler.unet.config.num_classes:
+        if command.pictures == "all" and not opened[0].unet.config.num_classes:
             pictures.remove("classes")
-        _evaluate(command, context, network, metrics, pictures)
+        context = _context(command, *opened, device, group)
+        with announced(f"checking the options against the data and {context.out}", report):
+            _check(command, context, metrics, pictures)
+            context.out.mkdir(parents=True, exist_ok=True)
+            results = Report(context, command.checkpoint) if group.is_main else None
+        report_notes(context.model, report)
+        network = None if features is None else _network(features, context, report)
+        _evaluate(command, context, network, metrics, pictures, results)
 
 
-def _context(command: Command, group: distributed.ProcessGroup) -> "EvaluationContext":
-    from fastddpm.data import open_dataset
-    from fastddpm.evaluation.context import EvaluationContext
-    from fastddpm.runtime.device import choose_device
+def _features(command: Command, metrics: Sequence[str], model: "Model", report: Callable[[str], None]) -> str | None:
+    """Return the name of the feature network of the scores, None if no scores are to be measured.
 
-    device = choose_device(command.device, distributed.local_rank())
-    model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
-    dataset = open_dataset(
-        command.data, image_size=model.preset.unet.image_size, channels=model.preset.unet.image_channels,
-        resize=command.resize, skip_bad=command.skip_bad, split=command.split,
-    )  # fmt: skip
-    out = _out(command)
-    out.mkdir(parents=True, exist_ok=True)
-    return EvaluationContext(model, sampler, dataset, batch, device, out, group)
-
-
-def _network(command: Command, context: "EvaluationContext") -> "FeatureNetwork | None":
-    """Open the feature network of the scores.
-
-    If none is available, log the reason and return None, or raise `UsageError` if --metrics asked for the scores.
+    If none is available, report the reason and return None, or raise `UsageError` if --metrics asked for the scores.
+    Raises `UsageError` for a network that is missing or does not take the model's images.
     """
     from fastddpm.metrics import inception
+    from fastddpm.metrics.networks import check_network
+
+    if not set(metrics).intersection(QUALITY_METRICS):
+        return None
+    name, config = command.features, model.unet.config
+    if name is not None:
+        check_network(name, image_size=config.image_size, channels=config.image_channels)
+        return name
+    if inception.find_weights() is not None:
+        return "inception"
+    if command.data is None:
+        return "digits"
+    problem = f"{inception.how_to_get_them()}; or use --features efficientnet-lite0, whose scores are not FID"
+    if command.metrics is not None:
+        raise UsageError(problem)
+    report(f"{', '.join(QUALITY_METRICS)} are left out: {problem}")
+    return None
+
+
+def _context(
+    command: Command,
+    model: "Model",
+    sampler: "Sampler",
+    batch: int,
+    device: "torch.device",
+    group: distributed.ProcessGroup,
+) -> "EvaluationContext":
+    from fastddpm.data import open_dataset
+    from fastddpm.evaluation.context import EvaluationContext
+
+    config = model.unet.config
+    dataset = open_dataset(
+        command.data, image_size=config.image_size, channels=config.image_channels,
+        resize=command.resize, skip_bad=command.skip_bad, split=command.split,
+    )  # fmt: skip
+    return EvaluationContext(model, sampler, dataset, batch, device, _out(command), group)
+
+
+def _check(command: Command, context: "EvaluationContext", metrics: Sequence[str], pictures: Sequence[str]) -> None:
+    """Raise `UsageError`, before anything long, for options that do not fit the model, the data or earlier results."""
+    from fastddpm.evaluation.figures.draw import check_picture
+    from fastddpm.evaluation.likelihood import check_bits
+    from fastddpm.evaluation.quality import check_quality
+
+    check_quality(context, [metric for metric in metrics if metric in QUALITY_METRICS], command.quality)
+    if set(metrics).intersection(BITS_METRICS):
+        check_bits(_split_context(command, context), command.bits)
+    for name in pictures:
+        check_picture(name, context, command.picture)
+
+
+def _network(name: str, context: "EvaluationContext", report: Callable[[str], None]) -> "FeatureNetwork":
+    """Open the feature network. Rank 0 may have to train it; the others then find it in the cache."""
     from fastddpm.metrics.networks import open_network
 
-    name = command.features
-    if name is None and inception.find_weights() is not None:
-        name = "inception"
-    elif name is None and command.data is None:
-        name = "digits"
-    if name is None:
-        problem = f"{inception.how_to_get_them()}; or use --features efficientnet-lite0, whose scores are not FID"
-        if command.metrics is not None:
-            raise UsageError(problem)
-        if context.group.is_main:
-            log(f"{', '.join(QUALITY_METRICS)} are left out: {problem}")
-        return None
     size, network = context.dataset.images.shape[-1], None
-    for main_rank in (True, False):  # rank 0 may have to train the network; the others then find it in the cache
+    for main_rank in (True, False):
         if context.group.is_main == main_rank:
-            network = open_network(name, image_size=size, device=context.device, report=log)
+            with announced(f"opening the feature network {name}", report):
+                network = open_network(name, image_size=size, device=context.device, report=log)
         distributed.all_gather_object(None, context.group)
+    assert network is not None
     return network
 
 
@@ -143,13 +190,10 @@ def _evaluate(
     network: "FeatureNetwork | None",
     metrics: Sequence[str],
     pictures: Sequence[str],
+    report: "Report | None",
 ) -> None:
     """Measure and draw on all ranks. Rank 0 also logs the estimates, writes the results and prints the table."""
-    from fastddpm.evaluation.report import Report
-
-    first = context.group.is_main
-    report = Report(context, command.checkpoint) if first else None
-    if first:
+    if report is not None:
         for line in _estimates(command, context, network, metrics, pictures):
             log(line)
     if network is not None:
@@ -158,7 +202,9 @@ def _evaluate(
         _add_bits(command, context, metrics, report)
     if report is not None:
         _add_pictures(command, context, pictures, report)
-        print(report.table())
+        table = report.table()
+        if table:
+            print(table)
 
 
 def _estimates(
@@ -173,13 +219,15 @@ def _estimates(
     from fastddpm.evaluation.likelihood import bits_cost
     from fastddpm.evaluation.quality import quality_cost, seconds_per_evaluation
 
-    seconds = seconds_per_evaluation(context)
+    with announced("timing the network"):
+        seconds = seconds_per_evaluation(context)
     count = context.group.world_size
     where, in_each = (f"{context.device}, {count} processes", " in each") if count > 1 else (f"{context.device}", "")
     lines = [f"{context.model.preset.name} on {where}: {1 / seconds:,.0f} evaluations of one image per second{in_each}"]
     if network is not None:
         wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
-        cost = quality_cost(context, network, wanted, command.quality, seconds)
+        with announced(f"timing the feature network {network.name}"):
+            cost = quality_cost(context, network, wanted, command.quality, seconds)
         lines.append(
             f"{','.join(wanted)}: {cost.images:,} samples to draw, {cost.evaluations:,} evaluations; {cost.features:,} "
             f"images through {network.name}: about {duration(cost.seconds)}"
@@ -215,14 +263,18 @@ def _add_bits(command: Command, context: "EvaluationContext", metrics: Sequence[
     from fastddpm.evaluation.likelihood import measure_bits
     from fastddpm.evaluation.rate_distortion import measure_rate_distortion
 
-    # A directory for each split, so that the results of one do not replace those of the other.
-    split_context = dataclasses.replace(context, out=context.out / command.split)
+    split_context = _split_context(command, context)
     split_context.out.mkdir(exist_ok=True)
     for name, measure in (("bpd", measure_bits), ("rate-distortion", measure_rate_distortion)):
         if name in metrics:
             record = measure(split_context, command.bits)
             if report is not None:
                 report.add(command.split, name, record | _data(context))
+
+
+def _split_context(command: Command, context: "EvaluationContext") -> "EvaluationContext":
+    """Return the context with a directory of the split, whose results do not replace those of the other split."""
+    return dataclasses.replace(context, out=context.out / command.split)
 
 
 def _add_pictures(command: Command, context: "EvaluationContext", pictures: Sequence[str], report: "Report") -> None:

@@ -20,11 +20,12 @@ from fastddpm.runtime.options import (
     check_positive,
     parse_numbers,
 )
-from fastddpm.runtime.progress import Meter, log
+from fastddpm.runtime.progress import Meter, announced, log
 from fastddpm.sampling.options import ChainOptions
 from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
+    from fastddpm.pretrained.model import Model
     from fastddpm.sampling.inpainting import Inpainted
     from fastddpm.sampling.sampler import Sampler
 
@@ -58,7 +59,7 @@ class Command:
     chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
     batch: BatchSize = None
     frames: int = 40
-    """Frames of the animation, 0..1000. 0: no animation."""
+    """Frames of the animation, 0..1000; fewer if it would be larger than 2 MB. 0: no animation."""
     out: Path | None = None
     """Directory for the pictures. Default: inpainting in the run directory."""
     device: Device = "auto"
@@ -75,18 +76,24 @@ def main(arguments: Sequence[str]) -> None:
     out = command.out or cli.run_of(command.checkpoint) / "inpainting"
     check_out(out)
 
-    from fastddpm.runtime.device import choose_device
+    with announced("loading PyTorch"):
+        from fastddpm.runtime.device import choose_device
 
-    _, sampler, batch = command.chain.open(command.checkpoint, choose_device(command.device), command.batch)
-    for path in _complete(command, sampler, seeds, batch, out):
+    device = choose_device(command.device)
+    with announced(f"reading {command.checkpoint}"):
+        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
+    for path in _complete(command, model, sampler, seeds, batch, out):
         print(path)
 
 
-def _complete(command: Command, sampler: "Sampler", seeds: list[int], batch: int, out: Path) -> list[Path]:
+def _complete(
+    command: Command, model: "Model", sampler: "Sampler", seeds: list[int], batch: int, out: Path
+) -> list[Path]:
     """Read the images, complete them and write the files; return their paths."""
     from fastddpm.data.image import Preprocessing
     from fastddpm.data.inputs import read_hole, read_images
     from fastddpm.sampling.inpainting import cost, inpaint
+    from fastddpm.training.length import report_notes
 
     preprocessing = Preprocessing(sampler.unet.config.image_size, sampler.unet.config.image_channels, command.resize)
     known = ~read_hole(command.mask, preprocessing)
@@ -94,6 +101,7 @@ def _complete(command: Command, sampler: "Sampler", seeds: list[int], batch: int
     pick = _pick(command.pick, len(everything))
     given = everything[pick]
     labels = _labels(command.labels, None if classes is None else classes[pick].tolist(), len(given), sampler)
+    report_notes(model, log)
     total = cost(sampler, known, len(given) * len(seeds), command.jump_length, command.resamplings)
     log(
         f"{len(given)} images, {len(seeds)} completions of each, {sampler.steps} steps, "

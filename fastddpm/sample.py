@@ -11,7 +11,7 @@ import tyro
 from fastddpm.errors import UsageError
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, check_checkpoint, check_positive, parse_numbers
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.sampling.options import ChainOptions
 from fastddpm.storage.files import check_out
 
@@ -41,7 +41,8 @@ class Command:
     png: bool = False
     """Also write one PNG for each image, named by its seed."""
     gif: bool = False
-    """Also write an animation of the x_0 predictions of the first batch. Not available with shards."""
+    """Also write an animation of at most 2 MB: the noise, then x_0 predictions, of up to 64 images of the first batch.
+    Not available with shards."""
     device: Device = "auto"
 
 
@@ -62,25 +63,33 @@ def main(arguments: Sequence[str]) -> None:
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
     check_out(out)
 
-    from fastddpm.runtime.device import choose_device
-    from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
+    report = log if group.is_main else discard
+    with announced("loading PyTorch", report):
+        from fastddpm.runtime.device import choose_device
+        from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
+        from fastddpm.sampling.sampler import image_seeds
+        from fastddpm.training.length import report_notes
 
     device = choose_device(command.device, distributed.local_rank())
-    _, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
-    log(f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}")
+    with announced(f"reading {command.checkpoint}", report):
+        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
+    image_seeds(seeds)
+    classes = sampler.labels_for(seeds, labels)
+    report_notes(model, report)
+    report(f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}")
     if sharded:
-        _sample_shards(command, sampler, seeds, labels, out, batch, group)
+        _sample_shards(command, sampler, seeds, classes, out, batch, group)
         return
-    recorder = FrameRecorder(sampler.steps, min(batch, 64)) if command.gif else None
+    recorder = FrameRecorder(sampler, min(batch, len(seeds))) if command.gif else None
     parts = []
-    for drawn in sample_batches(sampler, seeds, labels, batch=batch, recorder=recorder):
+    for drawn in sample_batches(sampler, seeds, classes, batch=batch, recorder=recorder):
         parts.append(drawn.images)
         if command.png:
             save_png_of_each(drawn, out)
     frames = recorder.frames if recorder is not None else []
     import numpy as np
 
-    for path in save_pictures(np.concatenate(parts), seeds, sampler.labels_for(seeds, labels), frames, out):
+    for path in save_pictures(np.concatenate(parts), seeds, classes, frames, out):
         print(path)
 
 
@@ -101,10 +110,13 @@ def _sample_shards(
     config = sampler.unet.config
     shape = (config.image_channels, config.image_size, config.image_size)
     size = command.shard_size or SHARD_SIZE
-    shards = Shards(out, seeds, sampler.labels_for(seeds, labels), size, shape)
-    shards.claim(sampler.settings())
+    report = log if group.is_main else discard
+    shards = Shards(out, seeds, labels, size, shape)
+    with announced(f"checking the settings of {out}", report):
+        shards.claim(sampler.settings())
     with shards.locked(rank):
-        missing, damaged = shards.missing(rank, count)
+        with announced(f"checking the shards in {out}", report):
+            missing, damaged = shards.missing(rank, count)
         for line in damaged:
             log(line)
         own = range(rank, len(shards), count)

@@ -18,14 +18,12 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import Device, Resize, SkipBad
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import difference, to_dict
 from fastddpm.storage.files import check_out
 from fastddpm.training.saved import RunOptions
 
 if TYPE_CHECKING:
-    import torch
-
     from fastddpm.data import Dataset
     from fastddpm.storage import checkpoint
     from fastddpm.training.trainer import Trainer
@@ -89,33 +87,55 @@ def main(arguments: Sequence[str]) -> None:
     group = distributed.group_from_environment()
     command, base, run = _parse(arguments, group)
     wanted = command.resolved()
-    report = log if group.is_main else _discard
-    report(describe(wanted, base))
+    report = log if group.is_main else discard
+    with announced("loading PyTorch", report):
+        from fastddpm.runtime.device import choose_device
+        from fastddpm.training.loggers import check_wandb
+        from fastddpm.training.signals import nothing_to_save
+        from fastddpm.training.trainer import Trainer, check_options
 
-    from fastddpm.ops.backend import OPERATIONS, obstacles
-    from fastddpm.runtime.device import choose_device
-    from fastddpm.training.signals import nothing_to_save
-
+    check_options(wanted, group)
+    check_wandb(command.wandb)
     device = choose_device(command.device, distributed.local_rank())
-    for reason in sorted({reason for operation in OPERATIONS for reason in obstacles(operation, device.type)}):
-        report(f"note: {reason}")
-    with nothing_to_save(), distributed.process_group(group, device=device.type, timeout_s=command.timeout):
+    with (
+        nothing_to_save(),
+        distributed.process_group(group, device=device.type, timeout_s=command.timeout),
+        contextlib.ExitStack() as held,
+    ):
         distributed.assert_same(
             (to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", group
         )
         dataset = _open_data(command, wanted, group, report)
-        if command.dry_run:
-            from fastddpm.training.dry_run import describe_run
 
-            description = describe_run(wanted, dataset, device, group)
-            if group.is_main:
-                print(description)
+        def build() -> Trainer:
+            with announced("building the network", report):
+                trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
+            held.callback(trainer.batches.close)
+            return trainer
+
+        if not command.dry_run:
+            _train(command, arguments, wanted, base, run, build, group, report)
             return
-        _train(command, arguments, wanted, run, dataset, device, group, report)
+        from fastddpm.training.dry_run import describe_run
+
+        trainer = build()
+        _describe(trainer, base, report)
+        description = describe_run(trainer, report)
+        if group.is_main:
+            print(description)
 
 
-def _discard(line: str) -> None:
-    """Report nothing; the `report` callback of every rank but 0."""
+def _describe(trainer: "Trainer", base: Preset, report: Callable[[str], None]) -> None:
+    """Report the configuration, and what makes the run slow or too short. Comes last before the work, after errors."""
+    from fastddpm.ops.backend import report_obstacles
+    from fastddpm.training.length import report_too_short
+
+    report(describe(trainer.preset, base))
+    report_obstacles(trainer.device.type, report)
+    config = trainer.preset.train
+    report_too_short(config, config.steps, report)
+    if config.compile:
+        report("note: the first step compiles the network, which takes minutes")
 
 
 def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[Command, Preset, Path]:
@@ -176,11 +196,16 @@ def _refuse_changes(base: Preset, command: Command, run: Path) -> None:
     ]
     if refused:
         raise UsageError(f"{run} cannot continue as another model: {'; '.join(refused)}. Start a new run instead")
-    changed = [line for line in difference(base.train, wanted.train) if line.partition(":")[0] not in FREE_TO_CHANGE]
+    changed = _changed(base, wanted)
     if changed and not command.override:
         raise UsageError(
             f"{run} was trained with other options: {'; '.join(changed)}. --override continues with the new ones"
         )
+
+
+def _changed(base: Preset, wanted: Preset) -> list[str]:
+    """Return the options of training, as in "lr: 0.002 -> 0.001", that change the result of the run `base`."""
+    return [line for line in difference(base.train, wanted.train) if line.partition(":")[0] not in FREE_TO_CHANGE]
 
 
 def _open_data(
@@ -243,9 +268,9 @@ def _train(
     command: Command,
     arguments: Sequence[str],
     wanted: Preset,
+    base: Preset,
     run: Path,
-    dataset: "Dataset",
-    device: "torch.device",
+    build: Callable[[], "Trainer"],
     group: distributed.ProcessGroup,
     report: Callable[[str], None],
 ) -> None:
@@ -254,7 +279,6 @@ def _train(
     from fastddpm.training.run_log import JsonLines
     from fastddpm.training.samples import draw_final_samples
     from fastddpm.training.signals import interruptible
-    from fastddpm.training.trainer import Trainer
 
     with contextlib.ExitStack() as held:
 
@@ -266,11 +290,11 @@ def _train(
         saved = None
         if command.resume:
             distributed.on_main(claim, group)
-            saved = _newest_checkpoint(run, group, report)
+            with announced(f"reading the newest checkpoint of {run}", report):
+                saved = _newest_checkpoint(run, group, report)
             if saved is not None:
                 check_fit(wanted.unet, saved)  # before the network takes memory
-        trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
-        held.callback(trainer.batches.close)
+        trainer = build()
         if command.resume:
             _resume(trainer, run, saved, report)
         else:  # only now, because the lines above can raise, and this makes the run directory
@@ -281,7 +305,9 @@ def _train(
             command.run_options().write(run)
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
-        _attach_loggers(command, arguments, trainer, run, held, report)
+        with announced("opening the loggers", report):
+            _attach_loggers(command, arguments, trainer, base, run, held, report)
+        _describe(trainer, base, report)
         last = trainer.run(run, log, dataset_source=command.data)
         with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
             pictures = draw_final_samples(unet, trainer.diffusion, wanted, run, group)
@@ -314,6 +340,7 @@ def _attach_loggers(
     command: Command,
     arguments: Sequence[str],
     trainer: "Trainer",
+    base: Preset,
     run: Path,
     held: contextlib.ExitStack,
     report: Callable[[str], None],
@@ -331,7 +358,8 @@ def _attach_loggers(
     def begin() -> None:
         data = to_dict(TrainingData.of(dataset, command.data))
         line = ["python", "-m", PROGRAM, *arguments]
-        record_session(run, line, trainer.device, data, step=trainer.step, group=group)
+        changed = _changed(base, preset) if command.resume else []
+        record_session(run, line, trainer.device, data, step=trainer.step, changed=changed, group=group)
         resume_step = trainer.step if command.resume else None
         own.append(open_loggers(run, preset, resume_step=resume_step, wandb=command.wandb, report=report))
         held.callback(own[0].close)

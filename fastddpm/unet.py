@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.config import UNetConfig
+from fastddpm.config import MAX_TIMESTEPS, UNetConfig
 from fastddpm.ops import attention, conv3x3, group_norm_silu
 from fastddpm.ops.noise import NoiseKey
 
@@ -184,11 +184,12 @@ class Middle(nn.Module):
 class UNet(nn.Module):
     """The network eps_theta(x_t, t); depending on the diffusion it predicts eps, x_0, x_{t-1} or v.
 
-    `unet(x_t, t)` or `unet(x_t, t, label)`: x_t floating (N, C, H, W) of the configured size; t int64 (N,)
-    in 0..T-1; label int64 (N,) in 0..num_classes-1, or num_classes for "no label" if the network is
-    configured with label_dropout. In training mode dropout masks are a function of `noise_key`. Default: a
-    key drawn from torch's default generator. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance.
-    Raises ValueError for other shapes, a missing label, and a label for a network without labels.
+    `unet(x_t, t)` or `unet(x_t, t, label)`: x_t floating (N, C, H, W) of the configured size; t int64 (N,) in 0..T-1,
+    or one number for all; label int64 (N,) in 0..num_classes-1, or num_classes for "no label" if the network is
+    configured with label_dropout. In training mode dropout masks are a function of `noise_key`. Default: a key drawn
+    from torch's default generator. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance.
+    Raises ValueError for other shapes and types, a missing label, a label for a network without labels, and on
+    a CPU for values out of range.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -247,7 +248,11 @@ class UNet(nn.Module):
         """Convert the weights to torch.channels_last, in which convolutions are fastest, and return the network."""
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, noise_key: NoiseKey | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor | int, label: Tensor | None = None, noise_key: NoiseKey | None = None
+    ) -> Tensor:
+        if isinstance(t, int):
+            t = torch.full(x_t.shape[:1], t, dtype=torch.int64, device=x_t.device)
         self.check(x_t, t, label)
         if self.training and self.config.dropout > 0 and noise_key is None:
             noise_key = NoiseKey.draw(len(x_t), x_t.device)
@@ -282,11 +287,16 @@ class UNet(nn.Module):
         return self.time2(F.silu(self.time1(timestep_embedding(t, self.config.width).to(self.time1.weight.dtype))))
 
     def check(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> None:
-        """Raise ValueError, with the expected shape, for arguments that `forward` does not accept."""
+        """Raise ValueError, with the expected shape, for arguments that `forward` does not accept.
+
+        The ranges of `t` and `label` are checked on a CPU only; a GPU would have to wait for their values.
+        """
         config = self.config
         expected = (config.image_channels, config.image_size, config.image_size)
         if x_t.ndim != 4 or x_t.shape[1:] != expected:
             raise ValueError(f"UNet: x_t must be (N, {', '.join(map(str, expected))}); got {tuple(x_t.shape)}")
+        if not x_t.is_floating_point():
+            raise ValueError(f"UNet: x_t must be floating; got {x_t.dtype}")
         if t.shape != x_t.shape[:1] or t.dtype.is_floating_point:
             raise ValueError(f"UNet: t must be integer ({x_t.shape[0]},); got {t.dtype} {tuple(t.shape)}")
         if (label is None) != (config.num_classes == 0):
@@ -295,9 +305,24 @@ class UNet(nn.Module):
             )
         if label is not None and (label.shape != t.shape or label.dtype.is_floating_point):
             raise ValueError(f"UNet: label must be integer ({x_t.shape[0]},); got {label.dtype} {tuple(label.shape)}")
+        _check_range("t", t, MAX_TIMESTEPS)
+        if label is not None and self.label is not None:
+            _check_range("label", label, self.label.num_embeddings)
 
 
 # Networks without weights of their own
+
+
+def _check_range(name: str, values: Tensor, limit: int) -> None:
+    """Raise ValueError for a value outside 0..limit-1, where values can be read: on a CPU, outside of tracing."""
+    if values.device.type != "cpu" or not values.numel() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    try:
+        low, high = (int(value) for value in torch.aminmax(values))
+    except RuntimeError:  # inside vmap or a fake tensor mode there are no values
+        return
+    if low < 0 or high >= limit:
+        raise ValueError(f"UNet: {name} must be in 0..{limit - 1}; got {low if low < 0 else high}")
 
 
 def network_with(config: UNetConfig, weights: Mapping[str, Tensor]) -> UNet:

@@ -73,6 +73,16 @@ def isa(wanted: str | None = None) -> str:
     return ISAS[library().fastddpm_cpu_isa(-1 if wanted is None else ISAS.index(wanted))]
 
 
+def most_threads(wanted: int | None = None) -> int | None:
+    """Return the most threads that operations run on at present, or None without a limit.
+
+    `wanted`: fix it to this many from now on, or with 0 let it follow the cores that other programs leave, as it does
+    at first. Default: only ask. The bits of results do not depend on it.
+    """
+    most: int = library().fastddpm_cpu_most_threads(-1 if wanted is None else wanted)
+    return most or None
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPES[dtype]
 

@@ -23,6 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="device that the operator tests run on")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in one process per core, at most 8; `-n 0`: in this one. A GPU's tests share no device."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of those processes, or started by its tests
+        return
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    alone = option.usepdb or option.collectonly or torch.cuda.is_available()
+    if whole and not alone and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        option.numprocesses, option.dist = min(cores, 8), "loadfile"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The tensors are small: one thread is faster than several, and sums are in the same order on every machine.
     torch.set_num_threads(1)
@@ -30,10 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not ask for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
+        if item.get_closest_marker("large") and "triton" in item.callspec.params.values():  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
 

@@ -88,7 +88,7 @@ int32_t for_sequences(const AttentionArgs &p, int32_t threads, int64_t sequence_
     if (memory.failed()) return FASTDDPM_NO_MEMORY;
     float *sequences = memory.take<float>(memories * sequence_floats);
     float *own = memory.take<float>(threads * thread_floats);
-#pragma omp parallel num_threads(threads) if (threads > 1 && p.n * p.l * p.l * p.c > 65536)
+#pragma omp parallel num_threads(team_size(threads)) if (threads > 1 && p.n * p.l * p.l * p.c > 65536)
     {
         float *of_thread = own + thread_number() * thread_floats;
         if (whole) {

@@ -105,7 +105,7 @@ int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads) {
     const Plan plan(p, threads);
     float *workspace = static_cast<float *>(p.workspace);
     const float *packed = p.packed ? p.packed : workspace;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
         float *own = workspace + plan.shared_floats + thread_number() * plan.thread_floats;
         if (!p.packed) {

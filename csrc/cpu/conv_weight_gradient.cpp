@@ -180,7 +180,7 @@ int32_t winograd_weight_gradient(const fastddpm_conv_args &p, int32_t threads) {
     const Tiling &tiling = plan.tiling;
     const Shared shared(plan, p.workspace);
     const int64_t lines = plan.channel_lines + plan.k_lines;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
         float *own = shared.v + plan.shared_floats + thread_number() * plan.thread_floats;
         for (int64_t block = 0; block < tiling.blocks; ++block) {

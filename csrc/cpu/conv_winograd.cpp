@@ -150,7 +150,7 @@ int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads) {
     const Tiling &tiling = plan.tiling;
     float *v = static_cast<float *>(p.workspace);
     const int64_t channel_lines = divide_up(plan.size.channels, kLine);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
         float *own = v + plan.shared_floats + thread_number() * plan.thread_floats;
         for (int64_t first = 0; first < tiling.strips; first += tiling.block_strips) {

@@ -48,12 +48,13 @@ uint64_t block_digest(const uint8_t *data, int64_t bytes, uint64_t number) {
 
 int32_t digest(const fastddpm_digest_args &args, int32_t threads) {
     uint64_t total = 0;
+    const int32_t team = team_size(threads);
     int64_t before = 0;  // blocks of the parts already taken
     for (int64_t part = 0; part < args.num; ++part) {
         const uint8_t *data = static_cast<const uint8_t *>(args.parts[part]);
         const int64_t bytes = args.bytes[part], blocks = (bytes + kBlock - 1) / kBlock;
         uint64_t sum = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static) if (blocks > 8 && threads > 1)
+#pragma omp parallel for num_threads(team) reduction(+ : sum) schedule(static) if (blocks > 8 && team > 1)
         for (int64_t i = 0; i < blocks; ++i) {
             const int64_t first = i * kBlock, left = bytes - first;
             sum += block_digest(data + first, left < kBlock ? left : kBlock, static_cast<uint64_t>(before + i));

@@ -1,6 +1,4 @@
-// The library's exported functions: they choose the instruction set and the number of threads, and do no arithmetic.
-#include <pthread.h>
-
+// The library's exported functions: they choose the instruction set, and do no arithmetic.
 #define FASTDDPM_ISA baseline
 #include "kernels.h"
 #undef FASTDDPM_ISA
@@ -32,11 +30,7 @@ Isa best_isa() {
 const Isa best = best_isa();
 Isa chosen = best;
 
-// A child of fork() has none of its parent's OpenMP threads and would wait for them forever.
-bool forked = false;
-const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-int32_t usable(int32_t threads) { return forked || threads < 1 ? 1 : threads; }
+int32_t usable(int32_t threads) { return threads < 1 ? 1 : threads; }
 
 }  // namespace
 

@@ -45,7 +45,7 @@ int32_t forward(const NormArgs &p, int32_t threads) {
                          memory.take<float>(p.n * channels)};
     uint8_t *masks = memory.take<uint8_t>(threads * DropoutMask::bytes(p));
     const float *temb = static_cast<const float *>(p.temb);
-#pragma omp parallel num_threads(threads) if (threads > 1 && norm_is_large(p))
+#pragma omp parallel num_threads(team_size(threads)) if (threads > 1 && norm_is_large(p))
     {
 #pragma omp for
         for (int64_t task = 0; task < p.n * tasks; ++task)

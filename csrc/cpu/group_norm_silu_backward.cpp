@@ -166,7 +166,7 @@ int32_t backward(const NormArgs &p, int32_t threads) {
     float *of_chunks = memory.take<float>(images * chunks * kSums);
     double *of_channels = memory.take<double>(images * kSums);
     uint8_t *masks = memory.take<uint8_t>(threads * DropoutMask::bytes(p));
-#pragma omp parallel num_threads(threads) if (threads > 1 && norm_is_large(p))
+#pragma omp parallel num_threads(team_size(threads)) if (threads > 1 && norm_is_large(p))
     {
 #pragma omp for
         for (int64_t task = 0; task < p.n * p.groups; ++task) {

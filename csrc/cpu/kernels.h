@@ -5,6 +5,7 @@
 // Nothing in this folder uses the C++ standard library: the linker keeps one copy of an inline function for all sets,
 // and that could be the one compiled for AVX-512.
 #include "../fastddpm.h"
+#include "team.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

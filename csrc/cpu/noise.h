@@ -5,6 +5,7 @@
 // The error before rounding, against exact logarithms and sines, is below 1e-10.
 #pragma once
 #include "../philox.h"
+#include "team.h"
 #include "vec.h"
 
 namespace fastddpm {
@@ -97,7 +98,7 @@ template <typename Body>
 inline void for_normals(int64_t images, int64_t num, int32_t threads, Body body) {
     const int64_t groups = divide_up(num, kNormals), total = groups * images;
     // For fewer than about ten thousand normals, waking threads costs more than they save.
-#pragma omp parallel for schedule(static) num_threads(threads) if (total > 64)
+#pragma omp parallel for schedule(static) num_threads(team_size(threads)) if (total > 64)
     for (int64_t i = 0; i < total; ++i) body(i / groups, i % groups * kNormals);
 }
 

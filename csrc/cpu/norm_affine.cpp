@@ -21,7 +21,7 @@ int32_t norm_affine(const fastddpm_norm_affine_args &p, int32_t threads) {
     if (p.workspace_bytes < norm_affine_workspace(p)) return FASTDDPM_NO_MEMORY;
     float *moments = static_cast<float *>(p.workspace);
     const int64_t width = channels / p.groups;
-#pragma omp parallel num_threads(threads) if (threads > 1 && p.n * p.pixels * channels > 32768)
+#pragma omp parallel num_threads(team_size(threads)) if (threads > 1 && p.n * p.pixels * channels > 32768)
     {
 #pragma omp for
         for (int64_t task = 0; task < p.n * tasks; ++task)

@@ -8,7 +8,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
@@ -30,7 +29,7 @@ Report = Callable[[str], None]
 REASONS = 20  # reasons that a message names
 EXAMPLES = 5  # bad images that it names for each
 _VARIABLE = re.compile(r"\d|\w\.\w")  # in a word of a reason that is a number or a file's name
-_SHOWN_FROM = 10_000  # images: progress is shown from this number on, since fewer take only seconds
+_SHOWN_FROM = 10_000  # images: from this number on progress is shown from the beginning
 _TASK = 8  # images per task of a thread; with one each, small images would spend more time in the queue
 _TASKS_AHEAD = 2  # for each thread
 
@@ -190,14 +189,14 @@ def map_images(
     """Yield (number, image, work(image)) in order, with `work` done by threads.
 
     An image for which `work` raises BadImageError, OSError or ValueError is added to `problems` instead. At most 16
-    images per processor are in memory, with their results. For sources of 10,000 images or more, progress is shown on
-    stderr.
+    images per processor are in memory, with their results. Progress is shown on stderr, of fewer
+    than 10,000 images only after a second.
     """
     items = enumerate(image_source.items())
-    meter = Meter(title, image_source.count, "images") if image_source.count >= _SHOWN_FROM else None
+    meter = Meter(title, image_source.count, "images", brief=image_source.count < _SHOWN_FROM)
     threads = os.cpu_count() or 1
     running: deque[Future[list[tuple[int, EncodedImage, T | _Reason]]]] = deque()
-    with meter or nullcontext(), warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+    with meter, warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` has a lower limit of its own
         task = list(islice(items, _TASK))
         while task or running:
@@ -212,8 +211,7 @@ def map_images(
                     problems.add(item.name, result)
                 else:
                     yield number, item, result
-            if meter:
-                meter.update(meter.done + len(done), f"{problems.count} bad" if problems.count else "")
+            meter.update(meter.done + len(done), f"{problems.count} bad" if problems.count else "")
 
 
 class _Reason(str):

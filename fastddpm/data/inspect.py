@@ -19,6 +19,7 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from fastddpm.errors import DataError, StorageError
+from fastddpm.runtime.progress import announced
 
 from .dataset import Checksum
 from .image import Brightness, Preprocessing, decode, fitted, open_picture
@@ -192,15 +193,16 @@ def _compare(found: Findings, digests: Duplicates, image_source: ImageSource) ->
     """Count the equal images and name up to 20 of them; the names are read from the source again."""
     found.duplicates = 0
     pairs: list[tuple[int, int]] = []
-    for pair in digests.pairs():
-        found.duplicates += 1
-        if len(pairs) < _SHOWN_PAIRS:
-            pairs.append(pair)
-    if pairs:
-        wanted = {number for pair in pairs for number in pair}
-        items = enumerate(islice(image_source.items(), max(wanted) + 1))
-        names = {number: item.name for number, item in items if number in wanted}
-        found.equal = [(names[first], names[later]) for first, later in pairs]
+    with announced("looking for equal images"):
+        for pair in digests.pairs():
+            found.duplicates += 1
+            if len(pairs) < _SHOWN_PAIRS:
+                pairs.append(pair)
+        if pairs:
+            wanted = {number for pair in pairs for number in pair}
+            items = enumerate(islice(image_source.items(), max(wanted) + 1))
+            names = {number: item.name for number, item in items if number in wanted}
+            found.equal = [(names[first], names[later]) for first, later in pairs]
 
 
 # Verification of a pack
@@ -212,7 +214,9 @@ def faults(pack: Pack, *, full_list: Path, report: Report) -> list[str]:
     Raises DataError if the pack cannot be read.
     """
     found = []
-    if _sha256(pack) != pack.sha256:
+    with announced(f"reading the bytes of {pack.path}"):
+        whole = _sha256(pack) == pack.sha256
+    if not whole:
         found.append(f"{pack.path}: its bytes are not the ones that were written: their SHA-256 differs")
     images, image_source = pack.images(), pack.image_source()
     pixels = Checksum(images.shape)

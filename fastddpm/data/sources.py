@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fastddpm.errors import DataError, UsageError
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, log
 
 from . import cache as image_cache
 from .dataset import Dataset
@@ -75,22 +75,30 @@ def open_dataset(
     if channels not in (1, 3) or image_size < 1:
         raise UsageError(f"images have 1 or 3 channels and a positive size; got {channels} channels, size {image_size}")
     if source is None:
-        digits = Dataset.of(*load_digits(image_size, channels), "digits", DIGITS_CLASSES)
+        if split == "test":
+            raise UsageError(
+                "the embedded digits have no test split: training takes all 5,000; use --split train, or name other "
+                "images with --data"
+            )
+        with announced("reading the embedded digits", report or log):
+            digits = Dataset.of(*load_digits(image_size, channels), "digits", DIGITS_CLASSES)
         if report is not None:
             _report_classes(digits, report)
         return digits
     preprocessing = Preprocessing(image_size, channels, resize)
     report = report or log
-    found = _locate(source, split)
+    with announced(f"looking for images in {source}", report):
+        found = _locate(source, split)
     directory = cache or image_cache.default_directory()
-    if isinstance(found, ImageSource):
-        large = found.count * math.prod(preprocessing.shape) > DECODED_LIMIT_BYTES
-        make = image_cache.packed if keep == "encoded" or (keep == "auto" and large) else image_cache.decoded
-        dataset = make(found, preprocessing, skip_bad=skip_bad, directory=directory, report=report)
-    elif isinstance(found, Pack):
-        dataset = _pack_dataset(found, preprocessing, keep, directory, report)
-    else:
-        dataset = _cifar_dataset(Path(source), found, preprocessing, split)
+    with announced(f"reading the images of {source}", report):
+        if isinstance(found, ImageSource):
+            large = found.count * math.prod(preprocessing.shape) > DECODED_LIMIT_BYTES
+            make = image_cache.packed if keep == "encoded" or (keep == "auto" and large) else image_cache.decoded
+            dataset = make(found, preprocessing, skip_bad=skip_bad, directory=directory, report=report)
+        elif isinstance(found, Pack):
+            dataset = _pack_dataset(found, preprocessing, keep, directory, report)
+        else:
+            dataset = _cifar_dataset(Path(source), found, preprocessing, split)
     _report_classes(dataset, report)
     return dataset
 
@@ -113,7 +121,8 @@ def open_image_source(source: str | os.PathLike[str], split: Split = "train") ->
 
     Raises UsageError and DataError as `open_dataset` does.
     """
-    found = _locate(source, split)
+    with announced(f"looking for images in {source}"):
+        found = _locate(source, split)
     if isinstance(found, ImageSource):
         return found
     if isinstance(found, Pack):

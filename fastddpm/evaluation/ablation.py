@@ -18,7 +18,7 @@ from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.metrics import FeatureNetwork, Moments, frechet_distance, inception_score, open_network
 from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, log
 from fastddpm.sampling import batch_size
 from fastddpm.sampling.generate import sample_batches, save_pictures
 from fastddpm.sampling.sampler import Sampler
@@ -62,18 +62,21 @@ class Scorer:
     @staticmethod
     def of(name: str, dataset: Dataset, device: torch.device) -> "Scorer":
         """Open the feature network `name` and compute the moments of its features of all images in `dataset`."""
-        network = open_network(name, image_size=dataset.images.shape[-1], device=device, report=log)
+        with announced(f"opening the feature network {name}"):
+            network = open_network(name, image_size=dataset.images.shape[-1], device=device, report=log)
         batches = (dataset.images[start : start + _AT_ONCE] for start in range(0, len(dataset.images), _AT_ONCE))
         features = (network(torch.from_numpy(np.array(images)).to(device)).features for images in batches)
-        return Scorer(network, Moments.of_batches(features), device)
+        with announced(f"computing the features of {len(dataset.images):,} images"):
+            return Scorer(network, Moments.of_batches(features), device)
 
     def scores(self, images: np.ndarray) -> Result:
         """Return the scores of images uint8 (N, C, H, W).
 
         `frechet_distance`, and `score` if the network has classes: exp(mean KL(p(y|x) || p(y))).
         """
-        features, logits = self.network(torch.from_numpy(images).to(self.device))
-        found: Result = {"frechet_distance": frechet_distance(Moments.of(features), self.moments)}
+        with announced(f"scoring {len(images):,} samples"):
+            features, logits = self.network(torch.from_numpy(images).to(self.device))
+            found: Result = {"frechet_distance": frechet_distance(Moments.of(features), self.moments)}
         if logits is not None:
             found["score"] = inception_score(logits, splits=1)[0]
         return found
@@ -102,18 +105,26 @@ class AblationRunner:
         interrupted run is resumed from its checkpoint. Raises `UsageError` if the directory holds a run with other
         settings.
         """
-        run = self.out / name
-        path, settings = run / _RECORD, self._settings(config)
-        record = _read(path) if path.exists() else {}
-        if record and record["settings"] != settings:
-            raise UsageError(f"{path} was measured with other settings; choose another --out, or remove {run}")
-        if "result" in record:
-            found: Result = record["result"]
+        found = self.recorded(name, config)
+        if found is not None:
             return found
+        run, settings = self.out / name, self._settings(config)
         run.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"settings": settings})
+        write_json(run / _RECORD, {"settings": settings})
         found = self._measure(run, config)
-        write_json(path, {"settings": settings, "result": found})
+        write_json(run / _RECORD, {"settings": settings, "result": found})
+        return found
+
+    def recorded(self, name: str, config: Preset) -> Result | None:
+        """Return the result of `config` in the directory `name`, None if there is none yet.
+
+        Raises `UsageError` if the directory holds a run with other settings.
+        """
+        path = self.out / name / _RECORD
+        record = _read(path) if path.exists() else {}
+        if record and record["settings"] != self._settings(config):
+            raise UsageError(f"{path} was measured with other settings; choose another --out, or remove {path.parent}")
+        found: Result | None = record.get("result")
         return found
 
     def _settings(self, config: Preset) -> Result:

@@ -106,11 +106,18 @@ class Plan:
         """
         wanted, every = options.images or num_images, options.every
         if wanted > num_images:
-            raise UsageError(f"images must be at most {num_images}, the size of the data set; got {wanted}")
-        if every > 1 and (every >= timesteps or wanted < 2 * every):
+            raise UsageError(f"--bits.images must be at most {num_images}, the size of the data set; got {wanted}")
+        if every > 1 and every >= timesteps:
             raise UsageError(
-                f"every {every} needs at least {every + 1} timesteps and {2 * every} images, two for each timestep; "
-                f"got {timesteps} timesteps and {wanted} images"
+                f"--bits.every must be below {timesteps}, the number of timesteps of the model; got {every}"
+            )
+        if wanted < 2 * every and every > 1:
+            given = f"--bits.images is {wanted}" if options.images else f"the data set has {wanted}"
+            more = f"use --bits.images {2 * every} or more, or" if 2 * every <= num_images else "use"
+            most = f"--bits.every {wanted // 2} or less" if wanted >= 4 else "--bits.every 1"
+            raise UsageError(
+                f"too few images for --bits.every {every}: it needs {2 * every}, two for each timestep, and {given}; "
+                f"{more} {most}"
             )
         indices = np.arange(num_images)
         if wanted < num_images:

@@ -19,7 +19,7 @@ from fastddpm.data.cache import default_directory
 from fastddpm.errors import DataError, StorageError
 from fastddpm.metrics.features import Activations, FeatureNetwork
 from fastddpm.metrics.frechet import Moments
-from fastddpm.runtime.progress import Meter, log
+from fastddpm.runtime.progress import Meter, announced, discard, log
 from fastddpm.sampling.trajectories import parts
 from fastddpm.storage.files import save_arrays
 from fastddpm.storage.reading import read_arrays
@@ -109,6 +109,13 @@ def fill(
             shards.put(index, Activations(features, torch.cat(logits) if logits else None))
 
 
+def missing_shards(context: EvaluationContext, shards: Shards) -> tuple[list[int], list[str]]:
+    """Return what `Shards.missing` returns for this process, saying so if it takes long: it reads all shards."""
+    group = context.group
+    with announced(f"checking the shards in {shards.directory}", log if group.is_main else discard):
+        return shards.missing(group.rank, group.world_size)
+
+
 # Features of the data set that samples are compared with
 
 
@@ -146,7 +153,7 @@ def fill_reference(context: EvaluationContext, network: FeatureNetwork, shards: 
             yield np.array(context.dataset.images[indices[part][0] : indices[part][-1] + 1])
 
     with shards.locked(group.rank, lambda: log(f"another process is filling {shards.directory}; waiting for it")):
-        missing, damaged = shards.missing(group.rank, group.world_size)
+        missing, damaged = missing_shards(context, shards)
         for line in damaged:
             log(line)
         if missing:

@@ -25,6 +25,7 @@ from fastddpm.storage.shards import Shards
 
 from .bits_per_dim import BLOCK, BitsPerDim, ImageSums, Plan, bits_per_dim, or_none
 from .context import EvaluationContext
+from .features import missing_shards
 from .options import BitsOptions
 
 __all__ = ["BitsPerDim", "bits_cost", "bits_of", "bits_per_dim", "measure_bits"]
@@ -40,6 +41,16 @@ def bits_cost(context: EvaluationContext, options: BitsOptions) -> int:
     """Return the number of network evaluations, each of one image, by all processes together."""
     plan = Plan.of(len(context.dataset.images), context.sampler.diffusion.timesteps, options)
     return int(plan.evaluated().sum())
+
+
+def check_bits(context: EvaluationContext, options: BitsOptions) -> None:
+    """Raise `UsageError`, as `bits_of` would, for options that do not fit the data set or the result in `context.out`.
+
+    Evaluates nothing.
+    """
+    Plan.of(len(context.dataset.images), context.sampler.diffusion.timesteps, options)
+    if context.group.is_main:
+        _kept(context.out / _CACHE, _settings(context, options))
 
 
 def measure_bits(context: EvaluationContext, options: BitsOptions) -> dict[str, Any]:
@@ -125,7 +136,7 @@ def _evaluated(context: EvaluationContext, options: BitsOptions, settings: dict[
     shards = _SumShards(context.out / _PARTS, indices, None, BLOCK, dataset.images.shape[1:], timesteps)  # type: ignore[arg-type]
     shards.claim(settings)
     with shards.locked(group.rank), contextlib.ExitStack() as stack:
-        missing, damaged = shards.missing(group.rank, group.world_size)
+        missing, damaged = missing_shards(context, shards)
         for line in damaged:
             log(line)
         known = {i: shards.sums(i) for i in range(group.rank, len(shards), group.world_size) if i not in missing}

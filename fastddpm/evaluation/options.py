@@ -96,7 +96,7 @@ class PictureOptions:
     scales: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Guidance scales in the picture of classes; only 1 is drawn if the network was not trained for guidance."""
     frames: int = 40
-    """Frames of an animation."""
+    """Frames of an animation; fewer if it would be larger than 2 MB."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "lambdas", "continuations", "neighbours", "frames"):

@@ -22,13 +22,21 @@ from fastddpm.metrics.inception_score import inception_score
 from fastddpm.metrics.kid import kernel_distance, kernel_distance_of_subsets
 from fastddpm.metrics.precision_recall import precision_recall
 from fastddpm.runtime.distributed import all_gather_object
-from fastddpm.runtime.progress import Meter, log
+from fastddpm.runtime.progress import Meter, announced, discard, log
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.trajectories import evaluations as evaluations_of
 from fastddpm.sampling.trajectories import trajectories
 
 from .context import EvaluationContext
-from .features import SIZE, FeatureShards, fill, fill_reference, reference_moments, reference_shards
+from .features import (
+    SIZE,
+    FeatureShards,
+    fill,
+    fill_reference,
+    missing_shards,
+    reference_moments,
+    reference_shards,
+)
 from .options import QUALITY_METRICS, QualityOptions
 
 Record = dict[str, Any]
@@ -117,18 +125,22 @@ def measure_quality(
     `UsageError` for unknown metrics and unsuitable options, and if the directory holds samples of another model or
     other settings.
     """
-    _check(context, network, metrics, options)
+    check_quality(context, metrics, options)
+    if "is" in metrics and not network.classes:
+        raise UsageError(f"metric is needs a network with classes; {network.name} has none")
     samples = sample_shards(context, network, options)
     _fill_samples(context, network, samples)
     reference = None
     if set(metrics).difference(_WITHOUT_REFERENCE):
         reference = reference_shards(context, network)
         fill_reference(context, network, reference)
-    all_gather_object(None, context.group)  # wait until all processes have written their shards
+    with announced("waiting for the shards of the other processes", log if context.group.is_main else discard):
+        all_gather_object(None, context.group)
     if not context.group.is_main:
         return {}
     common = _common(context, network, options)
-    fake = samples.together()
+    with announced("reading the features of the samples"):
+        fake = samples.together()
     scores: dict[str, Record] = {}
     for metric in metrics:
         for name, record in _scores(metric, fake, reference, context.device, options).items():
@@ -136,21 +148,20 @@ def measure_quality(
     return scores
 
 
-def _check(
-    context: EvaluationContext, network: FeatureNetwork, metrics: Sequence[str], options: QualityOptions
-) -> None:
+def check_quality(context: EvaluationContext, metrics: Sequence[str], options: QualityOptions) -> None:
+    """Raise `UsageError` for unknown metrics, and for options that do not suit them or the data set."""
     unknown = [metric for metric in metrics if metric not in QUALITY_METRICS]
     if unknown:
         raise UsageError(f"metrics of samples are {', '.join(QUALITY_METRICS)}; got {unknown[0]!r}")
-    if "is" in metrics and not network.classes:
-        raise UsageError(f"metric is needs a network with classes; {network.name} has none")
     if "is" in metrics and options.samples < options.splits:
-        raise UsageError(f"{options.samples} samples cannot be split into {options.splits} parts; use --splits 1")
+        raise UsageError(
+            f"--samples {options.samples} cannot be split into --splits {options.splits} parts; use --splits 1"
+        )
     fewest = min(options.samples, len(context.dataset.images))
     if "pr" in metrics and fewest <= options.neighbours:
-        least = options.neighbours + 1
         raise UsageError(
-            f"{options.neighbours} neighbours need more images of each set, at least {least}; got {fewest}"
+            f"metric pr with --neighbours {options.neighbours} needs {options.neighbours + 1} samples and images at "
+            f"least; got --samples {options.samples} and {len(context.dataset.images)} images"
         )
 
 
@@ -178,7 +189,7 @@ def _fill_samples(context: EvaluationContext, network: FeatureNetwork, shards: F
             yield to_uint8(state.x)
 
     with shards.locked(group.rank):
-        missing, damaged = shards.missing(group.rank, group.world_size)
+        missing, damaged = missing_shards(context, shards)
         for line in damaged:
             log(line)
         if missing:
@@ -195,8 +206,9 @@ def _scores(
         return {"is": {"value": mean, "std": std, "splits": options.splits}}
     assert reference is not None
     if metric == "fid":
-        moments = Moments.of_batches(fake.features.split(SIZE))
-        return {"fid": {"value": frechet_distance(moments, reference_moments(reference))}}
+        with announced("computing the Fréchet distance"):
+            moments = Moments.of_batches(fake.features.split(SIZE))
+            return {"fid": {"value": frechet_distance(moments, reference_moments(reference))}}
     x, y = reference.together().features.to(device), fake.features.to(device)
     if metric == "kid":
         return {"kid": _kid(x, y, options)}

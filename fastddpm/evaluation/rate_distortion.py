@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import announced, log
 from fastddpm.storage.files import write_text
 
 from .bits_per_dim import BitsPerDim, or_none
@@ -72,7 +72,8 @@ def measure_rate_distortion(context: EvaluationContext, options: BitsOptions) ->
     pictures: list[str] = []
     if context.group.is_main:
         write_text(context.out / _TABLE, _csv(curve))
-        pictures = _draw(context, curve, result.num_images)
+        with announced("drawing rate and distortion"):
+            pictures = _draw(context, curve, result.num_images)
     return {
         "rate": or_none(float(curve.rate[-1])),
         "rmse": or_none(float(curve.rmse[-1])),

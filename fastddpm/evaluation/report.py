@@ -45,6 +45,7 @@ class Report:
         self._preset = context.model.preset.name
         self._network: str = context.sampler.settings()["network"]
         self._checkpoint = {"path": str(checkpoint), "preset": self._preset, "network": self._network}
+        self._added: list[tuple[str, str]] = []  # part and name of each result of this command
         self._document = self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -81,14 +82,24 @@ class Report:
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
             write_json(self._path, self._document)
+        self._added.append((part, name))
 
     def table(self) -> str:
-        """Return a Markdown table of all metrics in the file, with the paper's numbers if the preset is the paper's."""
-        lines = ["| metric | measured | paper | data |", "|---|---|---|---|"]
+        """Return a Markdown table of the metrics that were added, with the paper's numbers for its presets.
+
+        A line below it names the earlier metrics in the file with their dates. Without metrics there is no table.
+        """
+        rows, earlier = [], []
         for split in ("train", "test"):
             for name, record in self._document.get(split, {}).items():
+                if (split, name) not in self._added:
+                    earlier.append(f"{name}, {split} ({record['date'].partition('T')[0]})")
+                    continue
                 paper = _PAPER.get((self._preset, name, split)) or _PAPER.get((self._preset, name, None)) or ""
-                lines.append(f"| {name}, {split} | {_measured(name, record)} | {paper} | {_data(record)} |")
+                rows.append(f"| {name}, {split} | {_measured(name, record)} | {paper} | {_data(record)} |")
+        lines = ["| metric | measured | paper | data |", "|---|---|---|---|", *rows] if rows else []
+        if earlier:
+            lines.append(f"{self._path} also holds, of earlier commands: {'; '.join(earlier)}")
         return "\n".join(lines)
 
 

@@ -164,6 +164,17 @@ def train_nets(digits: Dataset, seeds: Sequence[int], epochs: int) -> DigitNets:
     return nets.requires_grad_(False)
 
 
+def check(size: int, channels: int = 1) -> None:
+    """Raise `UsageError` for images that the classifier does not take: below 8 pixels, or in colour."""
+    if channels != 1:
+        raise UsageError(
+            "the classifier of digits takes grey images, of 1 channel, and the model has "
+            f"{channels}; choose the feature network inception or efficientnet-lite0"
+        )
+    if size < SMALLEST:
+        raise UsageError(f"the classifier of digits takes images of {SMALLEST}x{SMALLEST} or more; got {size}")
+
+
 def load(
     size: int, device: torch.device | str = "cpu", *, cache: Path | None = None, report: Report | None = None
 ) -> Pretrained:
@@ -174,8 +185,7 @@ def load(
     process only. `cache`: its directory. Default: ~/.cache/fastddpm. `report` gets a line before training. Raises
     `UsageError` if `size` is below 8.
     """
-    if size < SMALLEST:
-        raise UsageError(f"the classifier of digits takes images of {SMALLEST}x{SMALLEST} or more; got {size}")
+    check(size)
     digits = open_dataset(None, image_size=size, channels=1)
     recipe = [_VERSION, size, SEEDS, EPOCHS, digits.checksum]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]

@@ -43,15 +43,36 @@ def open_network(
     if name == "inception":
         path = _required(inception.find_weights(), inception.how_to_get_them())
     else:
-        path = Path(name)
-        if path.suffix not in (".pth", ".safetensors"):
-            raise UsageError(f"a feature network is {', '.join(NAMES)}, or a .pth or .safetensors file; got {name!r}")
-        if not path.is_file():
-            raise UsageError(f"there is no weights file at {path}")
+        path = _weights_file(name)
     network = _inception(path, device)
     if name == "inception" and not network.is_inception:
         raise DataError(f"{path} is not the published file, or damaged: its sha256 is {network.checksum}")
     return network
+
+
+def check_network(name: str, *, image_size: int, channels: int) -> None:
+    """Raise `UsageError` if `open_network` would refuse `name`, or its network images of this size; opens nothing.
+
+    `channels`: 1 for grey images, 3 for colour.
+    """
+    if name == "digits":
+        digits.check(image_size, channels)
+    elif name == "efficientnet-lite0":
+        _required(efficientnet.find_weights(), efficientnet.how_to_get_them())
+    elif name == "inception":
+        _required(inception.find_weights(), inception.how_to_get_them())
+    else:
+        _weights_file(name)
+
+
+def _weights_file(name: str) -> Path:
+    """Return `name` as the path of an existing weights file. Raises `UsageError` for anything else."""
+    path = Path(name)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise UsageError(f"a feature network is {', '.join(NAMES)}, or a .pth or .safetensors file; got {name!r}")
+    if not path.is_file():
+        raise UsageError(f"there is no weights file at {path}")
+    return path
 
 
 def _required(path: Path | None, how_to_get_it: str) -> Path:

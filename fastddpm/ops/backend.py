@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import ModuleType
 
@@ -84,12 +84,20 @@ def _resolve(operation: str, device_type: str, backend: str) -> ModuleType:
 
 def status(device_type: str = "cpu") -> dict[str, str]:
     """Return, for each operation, its implementation on a type of device, with its limits and why none faster runs."""
-    lines = {}
+    return {
+        operation: running + "".join(f" ({note})" for note in notes)
+        for operation, (running, notes) in implementations(device_type).items()
+    }
+
+
+def implementations(device_type: str) -> dict[str, tuple[str, list[str]]]:
+    """Return, for each operation, the name of its implementation, and notes: its limits and why none faster runs."""
+    found = {}
     for operation in OPERATIONS:
         module = implementation(operation, device_type)
         notes = [getattr(module, "LIMITS", None), *obstacles(operation, device_type)]
-        lines[operation] = _rung(module) + "".join(f" ({note})" for note in notes if note)
-    return lines
+        found[operation] = _rung(module), [note for note in notes if note]
+    return found
 
 
 def obstacles(operation: str, device_type: str) -> list[str]:
@@ -98,6 +106,12 @@ def obstacles(operation: str, device_type: str) -> list[str]:
     faster = ladder[: ladder.index(active)] if active in ladder else ()
     problems = [_problem(operation, rung) for rung in faster if _exists(operation, rung)]
     return [problem for problem in dict.fromkeys(problems) if problem is not None]
+
+
+def report_obstacles(device_type: str, report: Callable[[str], None]) -> None:
+    """Report why no faster implementations run on a type of device, each reason once."""
+    for reason in sorted({reason for operation in OPERATIONS for reason in obstacles(operation, device_type)}):
+        report(f"note: {reason}")
 
 
 def _ladder(device_type: str) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from .derivatives import refuse_tangents
 from .random_normal import check_counter
 from .registry import register, register_without_gradient
 
+_LARGEST_PIXEL = 16.0  # of floats that may be images, or latents in units of about 1; levels reach 255
+
 
 def q_sample(
     x0: Tensor,
@@ -43,6 +45,27 @@ def q_sample(
         raise ValueError(f"q_sample: images must be ({x0.shape[0]},); got {tuple(images.shape)}")
     refuse_tangents("q_sample", x0, table, noise)
     return torch.ops.fastddpm.q_sample(x0, t, table, flip, noise, images, seed, step)
+
+
+def refuse_levels(x0: Tensor, seen: bool) -> bool:
+    """Raise ValueError if floating `x0` hold levels of 0..255, not images in [-1, 1]; return whether they were read.
+
+    `seen`: earlier images were read; then those on a GPU are not, because reading waits for them. Nothing is read
+    inside vmap, a fake tensor mode or the capture of a CUDA graph.
+    """
+    waits = x0.device.type != "cpu"
+    if not x0.numel() or (waits and (seen or torch.cuda.is_current_stream_capturing())):
+        return seen
+    try:
+        largest = float(x0.detach().abs().amax())
+    except RuntimeError:
+        return seen
+    if largest > _LARGEST_PIXEL:
+        raise ValueError(
+            f"images must be uint8, or floats in [-1, 1]; got {x0.dtype} of up to {largest:.4g}: divide levels of "
+            "0..255 by 127.5 and subtract 1, or pass them as uint8"
+        )
+    return True
 
 
 def _fake(a: Arguments) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,10 @@ from .parts import Parts
 
 @dataclass(frozen=True)
 class Model(Parts):
-    """A network with its weights (`unet`), its diffusion (`diffusion`), and the configuration of both (`preset`)."""
+    """A network with its weights (`unet`), its diffusion (`diffusion`), and the configuration of both (`preset`).
+
+    `steps`: the training steps that the weights have taken; None if unknown, as of a pipeline.
+    """
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Model":
@@ -25,7 +28,7 @@ class Model(Parts):
         source = Path(path)
         is_pipeline = (source / "model_index.json").exists() or (source / "unet" / "config.json").exists()
         parts = diffusers.load(source) if is_pipeline else run.load(source)
-        return cls(parts.unet.to(device), parts.diffusion, parts.preset)
+        return cls(parts.unet.to(device), parts.diffusion, parts.preset, parts.steps)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model as a `DDPMPipeline` directory of diffusers, atomically.

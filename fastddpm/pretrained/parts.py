@@ -9,8 +9,12 @@ from fastddpm.unet import UNet
 
 @dataclass(frozen=True)
 class Parts:
-    """A network with its weights, the diffusion that it was trained for, and the configuration of both."""
+    """A network with its weights, the diffusion that it was trained for, and the configuration of both.
+
+    `steps`: the training steps that the weights have taken; None if unknown.
+    """
 
     unet: UNet
     diffusion: Diffusion
     preset: Preset
+    steps: int | None = None

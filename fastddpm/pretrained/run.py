@@ -27,7 +27,7 @@ def load(path: str | os.PathLike[str]) -> Parts:
     check_fit(preset.unet, saved)
     weights = {name: tensor.to(torch.float32) for name, tensor in saved.tensors["model"].items()}
     unet = network_with(preset.unet, weights).requires_grad_(True)
-    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset)
+    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset, saved.step)
 
 
 def check_fit(config: UNetConfig, saved: checkpoint.Checkpoint) -> None:

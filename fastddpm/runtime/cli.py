@@ -1,15 +1,25 @@
 """The frame of every command: options from dataclasses, one-line errors, exit codes. Imports no torch."""
 
+import dataclasses
 import errno
+import functools
 import io
+import operator
 import os
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
 
 from fastddpm.errors import FastddpmError, StorageError, UsageError, printable
 
@@ -108,7 +118,27 @@ def parse(command: type[T], arguments: Sequence[str], *, program: str, default: 
     `program`: the module name in the usage line. `default`: default values other than the dataclass's own.
     """
     options: Any = {} if default is None else {"default": default}
-    return tyro.cli(command, args=list(arguments), prog=f"python -m {program}", **options)
+    rules = ConstructorRegistry()
+    rules.primitive_rule(_optional)
+    return tyro.cli(command, args=list(arguments), prog=f"python -m {program}", registry=rules, **options)
+
+
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
+    """Show an option of type T | None as T alone: the help says INT, not {None}|INT. None is still a value."""
+    kinds = typing.get_args(info.type)
+    if type(None) not in kinds:
+        return None
+    others: Any = functools.reduce(operator.or_, (kind for kind in kinds if kind is not type(None)))
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(others, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return spec
+    return dataclasses.replace(
+        spec,
+        instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+        choices=None if spec.choices is None else (*spec.choices, "None"),
+    )
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:

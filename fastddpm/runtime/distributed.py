@@ -18,6 +18,8 @@ from typing import TypeVar
 
 from fastddpm.errors import FastddpmError, UsageError
 
+from .progress import announced, discard, log
+
 T = TypeVar("T")
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 # Messages of gloo, NCCL and the TCP store about a process that is gone or does not answer, when they raise a plain
@@ -151,12 +153,13 @@ def _form(group: ProcessGroup, device: str, limit: timedelta) -> None:
     stuck.daemon = True
     stuck.start()
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", group.rank, group.world_size, timeout=limit))
-        # torchrun keeps its store over restarts. Without a prefix of its own an attempt would find the addresses of the
-        # last attempt's processes, which are gone.
-        attempt = dist.PrefixStore(f"attempt-{os.environ.get(_RESTARTS[0], '0')}", store)
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
+        with announced(f"waiting for all {group.world_size} processes", log if group.is_main else discard):
+            store, rank, world_size = next(dist.rendezvous("env://", group.rank, group.world_size, timeout=limit))
+            # torchrun keeps its store over restarts. Without a prefix of its own an attempt would find the addresses of
+            # the last attempt's processes, which are gone.
+            attempt = dist.PrefixStore(f"attempt-{os.environ.get(_RESTARTS[0], '0')}", store)
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=limit)
     finally:
         stuck.cancel()
         _exit_when_uncaught()

@@ -1,8 +1,10 @@
-"""Progress on the terminal: reported lines, progress bars, durations."""
+"""Progress on the terminal: reported lines, announcements of long work, progress bars, durations."""
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -11,10 +13,42 @@ from rich.text import Text
 
 from fastddpm.errors import printable
 
+PATIENCE_S = 1.0  # seconds after which work says what it is doing
+
 
 def log(line: str) -> None:
     """Print a line to standard error at once: the default of every `report` parameter."""
     print(printable(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def announced(work: str, report: Callable[[str], None] = log) -> Iterator[None]:
+    """Report "`work` .." if the block takes more than a second. `work`: as in "reading the checkpoint"."""
+    timer = _later(lambda: report(f"{work} .."))
+    try:
+        yield
+    finally:
+        _cancel(timer)
+
+
+def discard(line: str) -> None:
+    """Report nothing: the `report` parameter of all processes but the first."""
+
+
+def _later(action: Callable[[], object]) -> threading.Timer:
+    """Call `action` in another thread after `PATIENCE_S` seconds, unless the timer is cancelled before."""
+    timer = threading.Timer(PATIENCE_S, action)
+    timer.daemon = True
+    with suppress(RuntimeError):  # no more threads may be started: the work goes on unannounced
+        timer.start()
+    return timer
+
+
+def _cancel(timer: threading.Timer) -> None:
+    """Cancel a timer, or wait until what it has begun is done."""
+    timer.cancel()
+    if timer.ident is not None:
+        timer.join()
 
 
 class _Bar(Progress):
@@ -32,14 +66,22 @@ class Meter:
     """Show the progress of a known amount of work on standard error: a bar on a terminal, otherwise lines.
 
     `total`: the amount of work, in `unit` (a plural noun). `done`: units done before. `seconds_between_lines`: without
-    a terminal, print a line every so many seconds (default: 10). None: print a line with each new note.
+    a terminal, print a line every so many seconds (default: 10), the first one after a second. None: instead of every
+    so many seconds, print a line with each new note. `brief`: show nothing of work that ends within a second.
     """
 
     def __init__(
-        self, title: str, total: int, unit: str, *, done: int = 0, seconds_between_lines: float | None = 10.0
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        seconds_between_lines: float | None = 10.0,
+        brief: bool = False,
     ) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
-        self._pause = seconds_between_lines
+        self._pause, self._shown = seconds_between_lines, not brief
         self._start, self._first = time.monotonic(), done
         self._last_line = self._start
         self._note = ""
@@ -53,11 +95,21 @@ class Meter:
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> "Meter":
-        if self._bar:
+        if self._bar and self._shown:
             self._bar.start()
+        self._timer = _later(self._begin)
         return self
 
+    def _begin(self) -> None:
+        """Show that the work has begun, if nothing has shown it yet."""
+        if self._bar:
+            self._bar.start()
+        elif self._last_line == self._start:
+            log(f"{self.title} {self.done}/{self.total} {self.unit}")
+        self._shown = True
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _cancel(self._timer)
         if self._bar:
             self._bar.stop()
 
@@ -79,7 +131,7 @@ class Meter:
             return
         now = time.monotonic()
         due = noted if self._pause is None else now - self._last_line >= self._pause
-        if due or done == self.total:
+        if due or (done == self.total and self._shown):
             self._last_line = now
             left = (self.total - done) / max(1e-9, self.rate)
             parts = [f"{self.title} {done}/{self.total} {self.unit}", note, f"{duration(left)} left"]

@@ -1,11 +1,13 @@
 """Draw images and write them to files: grids, animations, arrays, and shards of many images."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from fastddpm.runtime.progress import Meter
 from fastddpm.storage.files import save_arrays
@@ -13,9 +15,12 @@ from fastddpm.storage.shards import Shards
 
 from .images import grid, save_animation, save_png, to_uint8
 from .sampler import Sampler, State
-from .trajectories import evaluations, trajectories
+from .trajectories import evaluations, image_shape, latents, part_of, trajectories
 
-ANIMATION_FRAMES = 40
+ANIMATION_FRAMES = 24  # of x_0 predictions, beside the noise
+_ANIMATION_PIXELS = 300  # the greatest width of an animation, unless one image is wider
+_MOST_SHOWN = 64  # images in it
+_NOISE_FRAMES = 6  # as long as so many frames the noise is shown
 
 
 @dataclass(frozen=True)
@@ -27,21 +32,30 @@ class Batch:
 
 
 class FrameRecorder:
-    """Collects the frames of an animation: grids of x_0 predictions.
+    """Collects the frames of an animation: a grid of the noise x_T, then grids of x_0 predictions.
 
-    `steps`: steps of the chain, of which 40 are kept, evenly spread, or all if there are fewer. `images`: number of
-    images in a frame, the first ones of the batch.
+    `sampler`: takes the chain; 24 of its steps are kept, evenly spread, or all if there are fewer. `images`: number of
+    images in the batch. A frame shows the first ones: at most 64, in a square about 300 pixels wide, at least one.
     """
 
-    def __init__(self, steps: int, images: int) -> None:
+    def __init__(self, sampler: Sampler, images: int) -> None:
+        steps, (_, _, side) = sampler.steps, image_shape(sampler)
         self.chosen = set(np.linspace(0, steps - 1, min(steps, ANIMATION_FRAMES)).round().astype(int).tolist())
-        self._images = images
+        self.images = min(images, _MOST_SHOWN, max(1, _ANIMATION_PIXELS // side) ** 2)
+        self._scale = max(1, _ANIMATION_PIXELS // (max(1, math.ceil(math.sqrt(self.images))) * side))
         self.frames: list[Image.Image] = []
+
+    def begin(self, noise: Tensor) -> None:
+        """Keep x_T, float32 (N, C, H, W), as the first frames; equal frames are stored as one that lasts as long."""
+        self.frames = [self._frame(noise)] * _NOISE_FRAMES
 
     def add(self, state: State) -> None:
         """Keep the x_0 prediction of `state` if its step is one of those chosen."""
         if state.step in self.chosen:
-            self.frames.append(grid(to_uint8(state.x0[: self._images])))
+            self.frames.append(self._frame(state.x0))
+
+    def _frame(self, x: Tensor) -> Image.Image:
+        return grid(to_uint8(x[: self.images]), scale=self._scale)
 
 
 def sample_batches(
@@ -65,6 +79,9 @@ def sample_batches(
             steps = evaluated // evaluations(sampler, 1, 1)
             meter.update(meter.done + steps, lambda rate: f"{rate / sampler.steps:.2f} images/s")
 
+        if recorder is not None and len(seeds):
+            shown = slice(0, min(recorder.images, batch))
+            recorder.begin(latents(sampler, seeds[shown], part_of(labels, shown), [0], batch=batch)[0])
         for part, state in trajectories(sampler, seeds, labels, watch, batch=batch, progress=progress):
             if recorder is not None and part.start == 0:
                 recorder.add(state)

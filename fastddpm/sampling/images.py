@@ -1,5 +1,6 @@
 """Grids, PNG files and animations of uint8 images. A file is written whole or not at all."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fastddpm.errors import DataError, UsageError
+from fastddpm.runtime.progress import announced
 from fastddpm.storage.files import write_whole
 
 GRID_PIXELS = 512  # small images are enlarged until the grid is about this wide
+ANIMATION_BYTES = 2_000_000  # of an animation at most: browsers and repositories show it at once
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -108,30 +111,48 @@ def save_png(image: Image.Image, path: Path) -> None:
     write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
-def save_animation(frames: Sequence[Image.Image], path: Path, *, duration_ms: int = 80, hold_ms: int = 2000) -> None:
+def save_animation(
+    frames: Sequence[Image.Image],
+    path: Path,
+    *,
+    duration_ms: int = 80,
+    hold_ms: int = 2000,
+    most_bytes: int = ANIMATION_BYTES,
+) -> None:
     """Write a GIF that repeats endlessly and rests on its last frame.
 
     `frames` have one size and one mode: L, whose grey levels stay exact, or RGB, whose frames share 256 colours.
     `duration_ms`: time of a frame; `hold_ms`: time of the last one; 10 to 600,000 ms, stored in hundredths of a second.
-    Equal frames in a row are stored as one that lasts as long. Raises `UsageError` for other frames and times, and
-    `StorageError`.
+    Equal frames in a row are stored as one that lasts as long. If the file would be larger than `most_bytes` (default:
+    2 MB), half of the frames are left out, evenly and again until it is not; the first, the last and the time stay.
+    Raises `UsageError` for other frames and times, and `StorageError`.
     """
     kinds = {(frame.mode, frame.size) for frame in frames}
     if len(kinds) != 1 or kinds.pop()[0] not in ("L", "RGB"):
         raise UsageError("an animation needs one or more frames of one size, all of mode L or all of mode RGB")
     if not all(10 <= duration <= 600_000 for duration in (duration_ms, hold_ms)):
         raise UsageError(f"a frame lasts 10 to 600,000 ms; got duration_ms {duration_ms} and hold_ms {hold_ms}")
-    if frames[0].mode == "RGB":
-        palette = _shared_palette(frames)
-        frames = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
     durations = [duration_ms] * (len(frames) - 1) + [hold_ms]
+    with announced(f"writing {path}"):
+        if frames[0].mode == "RGB":
+            palette = _shared_palette(frames)
+            frames = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
+        data = _gif(frames, durations)
+        while len(data) > most_bytes and len(frames) > 2:
+            kept = np.linspace(0, len(frames) - 1, max(2, len(frames) // 2)).round().astype(int).tolist()
+            durations = [sum(durations[a:b]) for a, b in zip(kept, [*kept[1:], len(frames)], strict=True)]
+            frames = [frames[i] for i in kept]
+            data = _gif(frames, durations)
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
 
-    def write(temporary: Path) -> None:
-        frames[0].save(
-            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False
-        )
 
-    write_whole(path, write)
+def _gif(frames: Sequence[Image.Image], durations: Sequence[int]) -> bytes:
+    """Encode frames that last `durations` ms each as a GIF."""
+    file = io.BytesIO()
+    frames[0].save(
+        file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False
+    )
+    return file.getvalue()
 
 
 def _shared_palette(frames: Sequence[Image.Image]) -> Image.Image:

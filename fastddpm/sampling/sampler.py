@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-import operator
+import numbers
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.config import EngineConfig, check_chain, check_seed
+from fastddpm.config import EngineConfig, check_chain, check_seed, integer
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.unet import UNet
@@ -29,11 +29,11 @@ MAX_IMAGE = 2**32 - 1
 def image_seeds(seeds: Sequence[int]) -> list[int]:
     """Return `seeds` as a list of image numbers, each a 32-bit word of the Philox counter.
 
-    Raises `UsageError` for anything but one or more seeds in 0..2^32-1, and TypeError for a seed that is no integer.
+    Raises `UsageError` for anything but one or more integers in 0..2^32-1.
     """
     if isinstance(seeds, int):
         raise UsageError(f"seeds must be a sequence, such as range({max(seeds, 1)}) or [{seeds}]; got {seeds}")
-    values = [operator.index(seed) for seed in seeds]
+    values = [integer(seed, "an image's seed") for seed in seeds]
     if not values:
         raise UsageError("at least one seed is needed")
     wrong = [seed for seed in values if not 0 <= seed <= MAX_IMAGE]
@@ -86,7 +86,7 @@ class Sampler:
     ) -> None:
         if method not in ("ancestral", "ddim"):
             raise UsageError(f"method must be ancestral or ddim; got {method!r}")
-        if not 0 <= eta <= 1:
+        if isinstance(eta, numbers.Real) and not 0 <= eta <= 1:
             raise UsageError(f"eta must be in [0, 1]; got {eta}")
         check_chain(method, eta, guidance)
         check_seed(seed)
@@ -335,10 +335,11 @@ class Sampler:
             return [seed % num_classes for seed in seeds]
         if len(labels) != len(seeds):
             raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(seeds)} seeds")
-        wrong = [label for label in labels if not 0 <= label < num_classes and label != self.unet.null_label]
+        classes = [integer(label, "a label") for label in labels]
+        wrong = [label for label in classes if not 0 <= label < num_classes and label != self.unet.null_label]
         if wrong:
             raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
-        return [operator.index(label) for label in labels]
+        return classes
 
 
 def _watched(first: int, steps: int, watch: Collection[int] | None) -> set[int]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fastddpm.config import integer
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.kernels.reverse_step import StepTable
@@ -12,7 +13,7 @@ def spread_timesteps(timesteps: int, steps: int) -> np.ndarray:
 
     A single step is timestep timesteps - 1. Raises `UsageError` unless 1 <= `steps` <= `timesteps`.
     """
-    if not 1 <= steps <= timesteps:
+    if not 1 <= integer(steps, "steps") <= timesteps:
         raise UsageError(f"steps must be in 1..{timesteps}; got {steps}")
     return np.round(np.linspace(timesteps - 1, 0, steps)).astype(np.int64)
 

@@ -137,15 +137,22 @@ class Shards:
             yield
 
     def missing(self, rank: int, world_size: int) -> tuple[list[int], list[str]]:
-        """Return the shards that `rank` still has to draw, and a message about each existing one that is unusable."""
-        wanted, damaged = [], []
+        """Return the shards that `rank` still has to draw, and messages about existing ones that are unusable.
+
+        There is one message for each reason.
+        """
+        wanted: list[int] = []
+        damaged: dict[str, list[Path]] = {}
         for index in range(rank, len(self), world_size):
             problem = self._problem(index)
             if problem is not None:
                 wanted.append(index)
                 if problem:
-                    damaged.append(f"{self.path(index)} {problem}: drawn again")
-        return wanted, damaged
+                    damaged.setdefault(problem, []).append(self.path(index))
+        return wanted, [
+            f"{paths[0]} {'' if len(paths) == 1 else f'and {len(paths) - 1} more: '}{problem}: drawn again"
+            for problem, paths in damaged.items()
+        ]
 
     def _problem(self, index: int) -> str | None:
         """Return why the file of a shard cannot be used, "" if there is none, or None if it can."""

@@ -2,16 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from fastddpm.config import Preset
-from fastddpm.data import Dataset
-from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from fastddpm.runtime.progress import duration
+from fastddpm.runtime.progress import announced, duration, log
 from fastddpm.unet import AttnBlock, Down, ResBlock, Up
 
 from .parallel import FSDP
@@ -20,29 +17,31 @@ from .trainer import Trainer
 _MIB = 2**20
 
 
-def describe_run(preset: Preset, dataset: Dataset, device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> str:
-    """Return a report on a run without starting it: takes two training steps and writes no files.
+def describe_run(trainer: Trainer, report: Callable[[str], None] = log) -> str:
+    """Return a report on the run of a new `trainer`: takes two training steps and writes no files.
 
-    Every process calls this.
+    Every process calls this. `report` gets a line about each part that takes long.
     """
-    trainer = Trainer(preset, dataset, device, group)
     num_parameters = sum(p.numel() for p in trainer.unet.parameters())
     state_bytes = _state_bytes(trainer)
-    shapes, activation_bytes = _activations(_undivided(trainer))
-    trainer.train_step()  # the first step allocates, and compiles
-    started = time.perf_counter()
-    loss, _, _ = trainer.train_step()
-    loss.item()  # waits for the device
-    seconds = time.perf_counter() - started
+    config, group = trainer.preset.train, trainer.group
+    with announced("taking the shapes and the memory of one micro-batch", report):
+        shapes, activation_bytes = _activations(_undivided(trainer))
+    with announced("compiling and taking the first step" if config.compile else "taking the first step", report):
+        trainer.train_step()  # the first step allocates, and compiles
+    with announced("timing one step", report):
+        started = time.perf_counter()
+        loss, _, _ = trainer.train_step()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - started
 
-    config = preset.train
     each = f" in each of {group.world_size} processes" if group.world_size > 1 else ""
     lines = [f"{name:<28} {'x'.join(map(str, shape))}" for name, shape in shapes.items()]
     lines += [
         f"parameters    {num_parameters:,}",
         f"state         {state_bytes / _MIB:,.0f} MiB: weights, gradients, Adam, EMA{each}",
         f"activations   {activation_bytes / _MIB:,.0f} MiB kept for the backward pass of one micro-batch{each}",
-        f"one step      {seconds:.2f} s on {device}, batch {config.batch}",
+        f"one step      {seconds:.2f} s on {trainer.device}, batch {config.batch}",
         f"whole run     {duration(seconds * config.steps)} for {config.steps:,} steps, without sampling",
     ]
     return "\n".join(lines)

@@ -38,11 +38,13 @@ def record_session(
     data: Mapping[str, Any],
     *,
     step: int = 0,
+    changed: Sequence[str] = (),
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Append a session that starts at `step` to `run`/environment.json and return the file's path.
 
-    `data`: name, checksum and source of the images. No environment variable is written, and anything in `command` that
+    `data`: name, checksum and source of the images. `changed`: the options that --override changed, as in
+    "lr: 0.002 -> 0.001". No environment variable is written, and anything in `command` that
     looks like a secret is replaced by ***. Raises `StorageError` if the file cannot be written.
     """
     path = run / "environment.json"
@@ -50,6 +52,7 @@ def record_session(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "step": step,
         "command": without_secrets(command, os.environ),
+        "changed": list(changed),
         "processes": group.world_size,
         "data": dict(data),
         **_system(device),
@@ -99,6 +102,17 @@ def _earlier(path: Path) -> list[Any]:
         problem = str(error)
     log(f"{problem}; a new one begins, and the old one is {set_aside(path).name} beside it")
     return []
+
+
+def changes(run: Path) -> list[tuple[int, str]]:
+    """Return the steps at which --override changed options of `run`, each with the changes as text."""
+    try:
+        sessions = read_object(run / "environment.json").get("sessions")
+    except (FileNotFoundError, DataError):  # it is told when the run goes on
+        return []
+    listed = sessions if isinstance(sessions, list) else []
+    changed = [session for session in listed if isinstance(session, dict) and session.get("changed")]
+    return [(session["step"], "\n".join(session["changed"])) for session in changed]
 
 
 def _system(device: torch.device) -> dict[str, Any]:

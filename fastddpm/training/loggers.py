@@ -158,11 +158,16 @@ def open_loggers(
     return Loggers(loggers, report)
 
 
-def _open_wandb(project: str, run: Path, preset: Preset) -> Logger:
-    if not project:
+def check_wandb(project: str | None) -> None:
+    """Raise `UsageError` if Weights & Biases is asked for without a name, or is not installed. None: not asked for."""
+    if project == "":
         raise UsageError("--wandb takes the name of a project; got an empty one")
-    if not _installed("wandb"):
+    if project is not None and not _installed("wandb"):
         raise UsageError("--wandb needs the library: pip install 'fastddpm[wandb]', or leave the option out")
+
+
+def _open_wandb(project: str, run: Path, preset: Preset) -> Logger:
+    check_wandb(project)
     try:
         return WeightsAndBiases(project, run, preset)
     except Exception as error:

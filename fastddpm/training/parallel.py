@@ -153,7 +153,18 @@ class FSDP(DDP):
 
 
 def make_strategy(unet: UNet, config: TrainConfig, group: ProcessGroup) -> SingleProcess:
-    """Return the strategy that `config` chooses for `unet`. Raises `UsageError` if the batch does not divide evenly."""
+    """Return the strategy that `config` chooses for `unet`. Raises `UsageError` as `check_processes` does."""
+    check_processes(config, group)
+    if config.checkpoint_blocks:
+        _recompute_blocks(unet)
+    if group.world_size == 1:
+        return SingleProcess(unet.channels_last(), config)
+    # FSDP2 takes contiguous parameters only.
+    return FSDP(unet, config, group) if config.parallel == "fsdp" else DDP(unet.channels_last(), config, group)
+
+
+def check_processes(config: TrainConfig, group: ProcessGroup) -> None:
+    """Raise `UsageError` if the batch does not divide evenly among the processes."""
     if config.mode == "paper" and PAPER_SHARDS % group.world_size:
         raise UsageError(
             f"mode paper divides its {PAPER_SHARDS} shards among 1, 2, 4 or 8 processes; got {group.world_size}"
@@ -163,12 +174,6 @@ def make_strategy(unet: UNet, config: TrainConfig, group: ProcessGroup) -> Singl
             f"batch must be a multiple of processes x accumulate, {group.world_size} x {config.accumulate}; got "
             f"{config.batch}"
         )
-    if config.checkpoint_blocks:
-        _recompute_blocks(unet)
-    if group.world_size == 1:
-        return SingleProcess(unet.channels_last(), config)
-    # FSDP2 takes contiguous parameters only.
-    return FSDP(unet, config, group) if config.parallel == "fsdp" else DDP(unet.channels_last(), config, group)
 
 
 def _recompute_blocks(unet: UNet) -> None:

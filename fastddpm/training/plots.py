@@ -1,6 +1,7 @@
 """Plots of runs: loss, gradient norm and loss by timestep. Needs matplotlib (the extra "report")."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ Records = Sequence[Mapping[str, Any]]  # the lines of a log
 
 _SIZE, _DPI = (5.4, 4.0), 110  # width and height of a panel in inches, dots per inch
 _PARTS = 4  # parts of a run, each with its own curve of the loss by timestep
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is plotted of a run: its log, T, and the steps at which options were changed, with the changes as text."""
+
+    records: Records
+    timesteps: int
+    changes: Sequence[tuple[int, str]] = ()
 
 
 def loss_by_t(records: Records, timesteps: int, path: Path, caption: str) -> bool:
@@ -50,28 +60,39 @@ def mean_by_t(records: Records, timesteps: int) -> tuple[np.ndarray, np.ndarray]
     return (np.arange(bins) + 0.5) * timesteps / bins, means
 
 
-def curves(runs: Mapping[str, tuple[Records, int]], path: Path) -> None:
+def curves(runs: Mapping[str, Curve], path: Path) -> None:
     """Plot runs into `path`: loss and gradient norm against steps, and loss by t over the last quarter of the log.
 
-    `runs` maps the name in the legend to (log records, number of timesteps).
+    `runs`: by the names in the legend. A vertical line in the run's colour marks each change of its options.
     """
     figure = Figure((3 * _SIZE[0], _SIZE[1]), _DPI, layout="constrained")
     panels = figure.subplots(1, 3)
     _axes(panels[0], "step", "loss", "loss, mean since the line before")
     _axes(panels[1], "step", "gradient norm", "gradient norm before clipping")
     _axes(panels[2], "t", "loss", "loss by timestep, last quarter")
-    for name, (records, timesteps) in runs.items():
+    for name, run in runs.items():
         for axes, field in zip(panels, ("loss", "gradient_norm"), strict=False):
-            points = [(r["step"], r[field]) for r in records if r.get(field) is not None]
-            axes.plot(*np.array(points, dtype=np.float64).reshape(-1, 2).T, label=name)
-        known = [record for record in records if record.get("loss_by_t")]
+            points = [(r["step"], r[field]) for r in run.records if r.get(field) is not None]
+            (line,) = axes.plot(*np.array(points, dtype=np.float64).reshape(-1, 2).T, label=name)
+            for step, text in run.changes:
+                _mark(axes, step, text, line.get_color())
+        known = [record for record in run.records if record.get("loss_by_t")]
         if known:
-            panels[2].plot(*mean_by_t(known[-max(1, len(known) // _PARTS) :], timesteps), marker=".", label=name)
+            panels[2].plot(*mean_by_t(known[-max(1, len(known) // _PARTS) :], run.timesteps), marker=".", label=name)
     for axes in panels:
         axes.set_yscale("log")
         if len(runs) > 1 and axes.lines:
             axes.legend(fontsize="small")
     save_figure(figure, path)
+
+
+def _mark(axes: Axes, step: int, text: str, color: Any) -> None:
+    """Draw a vertical line at a step, with a text along its upper part."""
+    axes.axvline(step, color=color, linestyle="--", linewidth=1)
+    axes.annotate(
+        text, (step, 0.98), xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points",
+        rotation=90, ha="right", va="top", fontsize="x-small", color=color,
+    )  # fmt: skip
 
 
 def _axes(axes: Axes, x: str, y: str, title: str) -> Axes:

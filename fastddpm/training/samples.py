@@ -89,7 +89,7 @@ def draw_final_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: Pa
         return []
     sampler = Sampler(unet, diffusion, config.steps, config.method, config.eta, guidance=config.guidance)
     seeds = group.share(config.count)
-    recorder = FrameRecorder(sampler.steps, len(seeds))
+    recorder = FrameRecorder(sampler, len(seeds))
     drawn = [batch.images for batch in sample_batches(sampler, seeds, recorder=recorder)]
     parts = [part for of_rank in all_gather_object(drawn, group) for part in of_rank]
     if not group.is_main:

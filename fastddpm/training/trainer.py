@@ -269,6 +269,12 @@ class Trainer:
         yield network_with(self.preset.unet, whole).channels_last()
 
 
+def check_options(preset: Preset, group: ProcessGroup) -> None:
+    """Raise `UsageError` for a configuration that no data set can train, before any is read."""
+    parallel.check_processes(preset.train, group)
+    Diffusion(preset.diffusion)
+
+
 def _check_labels(preset: Preset, dataset: Dataset) -> None:
     if not preset.unet.num_classes:
         return

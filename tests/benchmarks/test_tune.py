@@ -134,6 +134,7 @@ def test_a_tile_with_other_numbers_is_dropped(monkeypatch: pytest.MonkeyPatch) -
     assert timed.best == timed.rule != wrong
 
 
+@pytest.mark.slow
 def test_shapes_already_timed_are_not_timed_again() -> None:
     clock = Clock(None, 1.0)
     (timed,) = tune.tune(norm(), CPU, clock, 1)

@@ -142,7 +142,7 @@ def test_a_folder_named_digits_does_not_hide_the_embedded_ones(
 
 def test_arrays_without_images(run: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
-    with pytest.raises(DataError, match="holds no array images; expected an .npz"):
+    with pytest.raises(DataError, match=r"holds no array images; expected an \.npz"):
         encode(run, str(tmp_path / "other.npz"), tmp_path / "x.fdz")
     np.savez(tmp_path / "unlabelled.npz", images=np.zeros((2, 1, 16, 16), np.uint8))
     with pytest.raises(UsageError, match="has none"):

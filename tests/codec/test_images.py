@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import oracle
+from helpers.marks import slow
 from helpers.networks import SMALLEST, Formula, shaken
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def coded(sampler: Sampler, images: np.ndarray, labels: np.ndarray | None = None
 
 @pytest.mark.parametrize(
     ("variance", "steps", "timesteps", "num"),
-    [("fixedsmall", 30, 1000, 300), ("fixedlarge", 30, 1000, 300), ("fixedsmall", None, 60, 200)],
+    [slow("fixedsmall", 30, 1000, 300), ("fixedlarge", 30, 1000, 300), slow("fixedsmall", None, 60, 200)],
 )
 def test_length_is_the_bound(
     variance: str, steps: int | None, timesteps: int, num: int, rng: np.random.Generator

@@ -9,7 +9,7 @@ import torch
 from helpers import oracle
 
 from fastddpm import doctor
-from fastddpm.ops import selftest, use_backend
+from fastddpm.ops import backend, selftest, use_backend
 
 FLOAT32 = (torch.device("cpu"), torch.float32)
 
@@ -74,6 +74,17 @@ def test_the_report_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch             {torch.__version__}" in out
     assert re.search(r"attention +\d\.\de-\d\d +2e-05 +\d+\.\d\d times as fast\n", out)
     assert re.search(r"\n  attention        reference", out)
+
+
+def test_a_reason_is_told_once_with_its_operations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backend, "obstacles", lambda operation, _: ["other"] if operation == "conv3x3_fp8" else ["one"])
+    doctor.main(["--batch", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("    one")
+    assert lines[place - 1] == "  group_norm_silu, attention, conv3x3, q_sample, reverse_step, random_normal:"
+    assert lines[place + 1 :] == ["  conv3x3_fp8:", "    other"]
 
 
 @pytest.mark.parametrize(("load", "said"), [(0.1, False), (1e4, True)])

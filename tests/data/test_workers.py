@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.packs import numbered, numbers_of, packed
 
 from fastddpm.data import Dataset, batch_indices, open_dataset
@@ -59,7 +60,7 @@ def expected(step: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, slow(4)])
 def test_the_global_order_depends_on_the_step_alone(pack: Pack, workers: int, world: int) -> None:
     """For two epochs and a half, the ranks' parts make up the batch, and an epoch has each image at most once."""
     ranks = [

@@ -82,6 +82,7 @@ def test_rows_are_the_papers() -> None:
         chosen_cells("simple")
 
 
+@pytest.mark.slow
 def test_the_whole_sweep(
     tmp_path: Path, quadrants: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

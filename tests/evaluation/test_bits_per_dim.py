@@ -241,9 +241,19 @@ def test_the_estimate_is_unbiased_and_knows_its_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": 9}, "images must be at most 8, the size of the data set; got 9"),
-        ({"every": 5}, "every 5 needs at least 6 timesteps and 10 images"),
-        ({"every": 13, "images": 8}, "got 13 timesteps and 8 images"),
+        ({"images": 9}, "--bits.images must be at most 8, the size of the data set; got 9"),
+        (
+            {"every": 5},
+            "too few images for --bits.every 5: it needs 10, two for each timestep, and the data set has 8; "
+            "use --bits.every 4 or less",
+        ),
+        (
+            {"every": 3, "images": 4},
+            "it needs 6, two for each timestep, and --bits.images is 4; use --bits.images 6 or more, or "
+            "--bits.every 2 or less",
+        ),
+        ({"every": 2, "images": 3}, "use --bits.images 4 or more, or --bits.every 1$"),
+        ({"every": 13, "images": 8}, "--bits.every must be below 13, the number of timesteps of the model; got 13"),
     ],
 )
 def test_plans_that_cannot_be(options: dict[str, int], message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.runs import trained
 from PIL import Image
 
@@ -20,6 +21,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.evaluation import quality, report
 from fastddpm.metrics import digits, open_network
 from fastddpm.runtime import distributed
+from fastddpm.sampling.options import ChainOptions
 
 SHORT = ["--steps", "2", "--batch", "16", "--samples", "40", "--kid-subsets", "3", "--bits.images", "2"]
 SCORES = {
@@ -91,25 +93,43 @@ def test_before_anything_long_it_says_what_that_takes(
     assert next(i for i, line in enumerate(lines) if line.startswith("sampling")) > cost + 1
 
 
-def test_the_table_is_markdown(whole: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate.main(command(run, whole, "--metrics", "none"))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["| metric | measured | paper | data |", "|---|---|---|---|"] and len(lines) == 2 + 7
+def test_the_table_is_of_this_command_and_names_what_else_the_file_holds(
+    whole: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = document(whole)["train"]
+    evaluate.main(command(run, whole, "--metrics", "fid,bpd"))
+    *lines, earlier = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["| metric | measured | paper | data |", "|---|---|---|---|"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| frechet_distance[digits], train", "| bpd, train"]
     value = document(whole)["train"]["frechet_distance[digits]"]["value"]
-    row = next(line for line in lines if line.startswith("| frechet_distance[digits], train |"))
-    assert f"| {value:.5g} |" in row and "40 samples, ancestral, 2 steps; 5,000 images of digits" in row
+    assert f"| {value:.5g} |" in lines[2] and "40 samples, ancestral, 2 steps; 5,000 images of digits" in lines[2]
+    others = before.keys() - {"frechet_distance[digits]", "bpd"}
+    named = [f"{name}, train ({before[name]['date'][:10]})" for name in before if name in others]
+    assert earlier == f"{whole / 'metrics.json'} also holds, of earlier commands: {'; '.join(named)}"
+    evaluate.main(command(run, whole, "--metrics", "none"))
+    (only,) = capsys.readouterr().out.splitlines()
+    assert only.startswith(str(whole / "metrics.json")) and only.count("train (") == 7
 
 
 def test_another_command_adds_to_the_figures(
     run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate.main(command(run, tmp_path, "--metrics", "is"))
-    first = document(tmp_path)["train"]
+    out, photos = tmp_path / "out", tmp_path / "photos"
+    for i, image in enumerate(open_dataset(None, image_size=16, channels=1).images[:40]):
+        path = photos / ("train", "test")[i % 2] / f"{i % 10}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(path)
+    evaluate.main(command(run, out, "--metrics", "is"))
+    first = document(out)["train"]
     assert set(first) == {"classifier_score[digits]"}
     capsys.readouterr()
-    evaluate.main(command(run, tmp_path, "--metrics", "fid,pr", "--split", "test"))
+    with pytest.raises(UsageError, match=r"the embedded digits have no test split: .*use --split train"):
+        evaluate.main(command(run, out, "--metrics", "fid", "--split", "test"))
+    evaluate.main(
+        command(run, out, "--metrics", "fid,pr", "--split", "test", "--data", str(photos), "--features", "digits")
+    )
     assert "0 samples to draw" in capsys.readouterr().err
-    both = document(tmp_path)
+    both = document(out)
     assert both["train"] == first and set(both["test"]) == SCORES - {
         "classifier_score[digits]", "kernel_distance[digits]",
     }  # fmt: skip
@@ -124,6 +144,7 @@ def test_pictures(run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureF
     assert str(tmp_path / "strips.gif") in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_measure_the_same(whole: Path, run: Path, tmp_path: Path, home: Path) -> None:
     """To the bit for what the samples are scored by: the first process reads the shards in their order."""
     main = tmp_path / "main.py"  # with the changes of `home`
@@ -212,6 +233,75 @@ def test_mistakes(arguments: list[str], message: str, run: Path, tmp_path: Path,
     assert not (tmp_path / "metrics.json").exists()
 
 
+def refused_before_anything_long(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, *, data_first: bool = False
+) -> None:
+    """A mistake that ends the command before a net is trained or timed and, unless `data_first`, images are read."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("work began before the mistake was told")
+
+    monkeypatch.setattr(digits, "load", never)
+    monkeypatch.setattr(quality, "seconds_per_evaluation", never)
+    if not data_first:
+        monkeypatch.setattr("fastddpm.data.open_dataset", never)
+    with pytest.raises(UsageError, match=message):
+        evaluate.main(arguments)
+
+
+def test_the_classifier_of_digits_is_refused_for_colour_before_it_is_trained(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 0, 255)).save(photos / f"{i}.png")
+    options = ["--image-channels", "3", "--num-classes", "0", "--label-dropout", "0", "--sample.guidance", "1"]
+    run = trained(tmp_path / "run", *options, "--data", str(photos))
+    message = (
+        "the classifier of digits takes grey images, of 1 channel, and the model has 3; choose the feature network"
+    )
+    arguments = command(run, tmp_path / "out", "--data", str(photos))
+    refused_before_anything_long([*arguments, "--features", "digits"], message, monkeypatch)
+    more = [
+        "--metrics",
+        "none",
+        "--pictures",
+        "neighbours",
+        "--picture.features",
+        "digits",
+        "--picture.neighbours",
+        "1",
+    ]
+    monkeypatch.undo()
+    refused_before_anything_long([*arguments, *more], message, monkeypatch, data_first=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits.every", "30", "--bits.images", "4"], "too few images for --bits.every 30: it needs 60"),
+        (["--bits.every", "100", "--bits.images", "400"], "--bits.every must be below 100, the number of timesteps"),
+        (["--samples", "9"], "--samples 9 cannot be split into --splits 10 parts"),
+        (["--pictures", "neighbours", "--picture.crop", "17"], "crop must be in 1..16"),
+        (["--pictures", "neighbours", "--picture.features", "nowhere.pth"], "no weights file at nowhere.pth"),
+        (["--pictures", "shared-latent", "--picture.depths", "101"], "a depth counts steps"),
+    ],
+)
+def test_options_that_do_not_fit_the_data_are_refused_before_anything_long(
+    arguments: list[str], message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused_before_anything_long(command(run, tmp_path, *arguments), message, monkeypatch, data_first=True)
+
+
+def test_other_settings_than_those_of_bits_npz_are_refused_before_the_scores(
+    whole: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = r"bits.npz holds a result with images 2, not 3; choose another --out"
+    refused_before_anything_long(command(run, whole, "--bits.images", "3"), message, monkeypatch, data_first=True)
+
+
 def test_help_answers_without_torch() -> None:
     program = "import sys, fastddpm.evaluate, fastddpm.evaluation.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
@@ -231,7 +321,9 @@ def test_names_are_taken_once_and_in_order() -> None:
 
 def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: Path) -> None:
     """Of a model of the paper's preset: Table 1, and the FID against the test set of section 4.1."""
-    context = evaluate._context(evaluate.Command(run, out=tmp_path), distributed.ProcessGroup())
+    device = torch.device("cpu")
+    opened = ChainOptions().open(run, device, 16)
+    context = evaluate._context(evaluate.Command(run, out=tmp_path), *opened, device, distributed.ProcessGroup())
     of_paper = dataclasses.replace(context.model, preset=dataclasses.replace(context.model.preset, name="cifar10"))
     ours = report.Report(dataclasses.replace(context, model=of_paper), run)
     score = {

@@ -145,7 +145,7 @@ def test_neighbours(tmp_path: Path) -> None:
 def test_neighbours_by_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network that is opened by its name: here one that sees the mean level and nothing else."""
 
-    def open_network(name: str, *, image_size: int, device: torch.device) -> Any:
+    def open_network(name: str, *, image_size: int, device: torch.device, report: Any) -> Any:
         assert (name, image_size) == ("means", SIZE)
         return lambda images: Activations(images.float().mean((1, 2, 3))[:, None], None)
 

@@ -294,8 +294,13 @@ def test_the_cost_counts_what_is_left(network: Pretrained, tmp_path: Path) -> No
     [
         (["fvd"], {}, 3, "metrics of samples are fid, is, kid, pr; got 'fvd'"),
         (["is"], {}, 0, "metric is needs a network with classes; .* has none"),
-        (["is"], {"samples": 2}, 3, "2 samples cannot be split into 3 parts"),
-        (["pr"], {"samples": 2}, 3, "2 neighbours need more images of each set, at least 3; got 2"),
+        (["is"], {"samples": 2}, 3, "--samples 2 cannot be split into --splits 3 parts"),
+        (
+            ["pr"],
+            {"samples": 2},
+            3,
+            "--neighbours 2 needs 3 samples and images at least; got --samples 2 and 40 images",
+        ),
     ],
 )
 def test_mistakes(

@@ -20,10 +20,13 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(nat
 
 
 @pytest.fixture(autouse=True)
-def as_many_threads_as_before() -> Iterator[None]:
+def threads_as_asked_for() -> Iterator[None]:
+    """Not fewer because other programs run, and afterwards as before."""
     threads = torch.get_num_threads()
+    native.most_threads(64)
     yield
     torch.set_num_threads(threads)
+    native.most_threads(0)
 
 
 def images(n: int, c: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,6 +113,32 @@ def test_threads_of_a_networks_preparation_do_not_matter(timesteps: int) -> None
         found.append(PreparedUNet(unet, range(timesteps))(x_t, t))
         assert torch.get_num_threads() == threads
     assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_limit_changes_no_bit(operation: str, instruction_set: None) -> None:
+    found = set()
+    for most in (1, 2, 3, 8):
+        native.most_threads(most)
+        found |= {digest(operation, threads) for threads in (1, 2, 8)}
+    assert len(found) == 1
+
+
+def test_a_limit_that_changes_between_the_calls_of_a_plan_changes_no_bit() -> None:
+    """The plan and its memory are made for one number of threads, and its calls run on others."""
+    config = UNetConfig(image_size=16, width=32, multipliers=(1, 2), attention_resolutions=(8,), dropout=0.0, groups=8)
+    torch.manual_seed(0)
+    unet, x_t, t = UNet(config).eval(), torch.randn(3, 3, 16, 16), torch.tensor([0, 3, 3])
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.set_num_threads(6)
+    native.most_threads(6)
+    prepared = PreparedUNet(unet, [0, 3])
+    expected = prepared(x_t, t)
+    for most in (1, 4, 2, 5, 3, 6):
+        native.most_threads(most)
+        assert torch.equal(prepared(x_t, t), expected)
 
 
 def test_a_network_of_no_images() -> None:

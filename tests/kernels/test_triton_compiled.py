@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from helpers.marks import slow
 
 pytest.importorskip("triton")
 if importlib.util.find_spec("triton.backends.nvidia") is None:
@@ -34,7 +35,7 @@ def test_mnist_fits_every_chip(chip: str) -> None:
     assert compiled(jobs) == []
 
 
-@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("chip", ["sm_90", slow("sm_100")])
 def test_8_bit_convolutions_use_the_matrix_unit(chip: str) -> None:
     """At the CIFAR-10 network's shapes: no spills, 16-byte accesses, 8-bit products."""
 

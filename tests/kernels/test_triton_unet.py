@@ -77,6 +77,7 @@ def test_output_and_gradients_are_those_of_the_reference(unet: UNet, monkeypatch
     assert kinds["attention"] == 3 * attentions  # forward; gradients of q; gradients of k and v
 
 
+@pytest.mark.slow
 def test_no_hot_path_goes_around_the_kernels(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training step asks torch for nothing that a kernel is there for."""
     with use_backend("reference"), Calls() as before:

@@ -5,12 +5,13 @@ import pytest
 import torch
 from helpers import contract, oracle
 from helpers.attention_cases import SHAPES, expected_gradients, inputs, low_precision
+from helpers.marks import with_large
 from torch import Tensor
 
 from fastddpm.ops import attention
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", with_large(SHAPES, "cifar 16x16"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers(name: str, dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = inputs(SHAPES[name], dtype, device)
@@ -21,7 +22,7 @@ def test_numbers(name: str, dtype: torch.dtype, device: torch.device) -> None:
     np.testing.assert_allclose(contract.float64(out), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", with_large(SHAPES, "cifar 16x16", "256x256 model, middle 8x8"))
 def test_gradient_numbers(name: str, device: torch.device) -> None:
     q, k, v = (x.requires_grad_() for x in inputs(SHAPES[name], torch.float32, device))
     out = attention(q, k, v)
@@ -34,7 +35,11 @@ def test_gradient_numbers(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar 16x16", "256x256 model, middle 8x8", "odd tokens and channels, no multiple of a tile"]
+    "name",
+    with_large(
+        ["cifar 16x16", "256x256 model, middle 8x8", "odd tokens and channels, no multiple of a tile"],
+        "cifar 16x16",
+    ),
 )
 @pytest.mark.parametrize("dtype", contract.LOW_PRECISION)
 def test_low_precision_error_is_that_of_its_inputs(name: str, dtype: torch.dtype, device: torch.device) -> None:

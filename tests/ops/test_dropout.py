@@ -42,6 +42,7 @@ def test_mask_is_that_of_the_philox_stream(shape: tuple[int, int, int, int], p: 
     np.testing.assert_allclose(contract.float64(ours), expected, rtol=1e-6)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
 def test_fraction_and_scale(p: float, device: torch.device) -> None:
     """Zero with probability p, otherwise 1/(1-p), so that the mean is 1; within five standard errors."""
@@ -53,6 +54,7 @@ def test_fraction_and_scale(p: float, device: torch.device) -> None:
     assert abs(values.mean() - 1) < 5 * np.sqrt(p / (1 - p) / num)
 
 
+@pytest.mark.large
 def test_every_position_is_dropped_alike(device: torch.device) -> None:
     """Fractions by channel, row and column: a counter used twice would show as a stripe."""
     dropped = contract.float64(factor(device)) == 0
@@ -95,6 +97,7 @@ def test_dtype_does_not_change_the_mask(device: torch.device) -> None:
     assert all(torch.equal(mask.double(), masks[0].double()) for mask in masks)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("change", [{"layer": 1}, {"step": 1}, {"seed": 1}, {"images": (2, 3)}])
 def test_masks_differ_by_every_part_of_the_key(change: dict, device: torch.device) -> None:
     """Two masks agree where both keep or both drop: p^2 + (1-p)^2 of the elements if independent."""

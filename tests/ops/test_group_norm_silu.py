@@ -15,6 +15,7 @@ from helpers.group_norm_silu_cases import (
     low_precision,
     require_grad,
 )
+from helpers.marks import with_large
 from torch import Tensor
 
 from fastddpm.ops import group_norm_silu
@@ -22,7 +23,7 @@ from fastddpm.ops import group_norm_silu
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_large(CASES, "32x32, 128", "seam in a group", "batch 33"))
 def test_numbers(name: str, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     """Output and every gradient."""
     case = CASES[name]
@@ -46,7 +47,12 @@ def test_numbers(name: str, dtype: torch.dtype, layout: str, device: torch.devic
 
 
 @pytest.mark.parametrize(
-    "name", ["32x32, 128", "seam in a group", "seam, all options", "non-square", "no SiLU", "1x1 image"]
+    "name",
+    with_large(
+        ["32x32, 128", "seam in a group", "seam, all options", "non-square", "no SiLU", "1x1 image"],
+        "32x32, 128",
+        "seam in a group",
+    ),
 )
 @pytest.mark.parametrize("dtype", contract.LOW_PRECISION)
 def test_low_precision_error_is_that_of_its_inputs(name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -86,6 +92,7 @@ def test_mean_far_above_the_deviation(mean: float, dtype: torch.dtype, device: t
         assert (np.abs(contract.float64(gradient) - reference) <= rounding + limit).all(), name
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("value", [0.0, 3.3, -40.0])
 def test_constant_input_gives_the_bias(value: float, device: torch.device) -> None:
     """A group without deviation: 1/sqrt(eps) = 1000 times whatever the mean is off by, here at most 8 units."""
@@ -171,6 +178,7 @@ def test_gradcheck(name: str, dropout: float, device: torch.device) -> None:
     assert torch.autograd.gradcheck(function, tuple(tensors.values()))
 
 
+@pytest.mark.large
 def test_backward_is_deterministic(device: torch.device) -> None:
     case = CASES["seam, all options"]
     tensors = require_grad(case.inputs(torch.float32, device))

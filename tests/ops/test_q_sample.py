@@ -85,6 +85,7 @@ def test_flip_mirrors_the_image_and_not_its_noise(device: torch.device) -> None:
     assert not torch.allclose(signal[1], signal[0], atol=1e-3)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("t", [0, 9, 300, 999])
 def test_moments_of_x_t(t: int, device: torch.device) -> None:
     """Over 2e5 draws x_t has mean sqrt(alpha_bar) x_0 and variance 1 - alpha_bar, within five errors."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers.marks import slow
 from helpers.networks import SMALL, random_model
 
 import fastddpm
@@ -54,7 +55,7 @@ class Compared:
     gradients: dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", params=[*LAYOUTS, "full"])
+@pytest.fixture(scope="module", params=[*(slow(name) if name == "256" else name for name in LAYOUTS), slow("full")])
 def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     model = random_model(LAYOUTS.get(request.param, UNetConfig()))
     path = tmp_path_factory.mktemp("compared") / "pipe"
@@ -137,11 +138,11 @@ def test_classes_equal_diffusers(tmp_path: Path) -> None:
         ("fixedsmall", "v", "auto", 1e-4),
         # Predicted x_0 enters undivided, and little noise is drawn over it: what a step adds is carried through all
         # others. The compiled kernels come to 1.1e-4 with AVX-512, 8e-5 with AVX2, plain PyTorch to 4e-5.
-        ("fixedsmall", "x0", "auto", 2e-4),
-        ("fixedsmall", "x0", "reference", 1e-4),
+        slow("fixedsmall", "x0", "auto", 2e-4),
+        slow("fixedsmall", "x0", "reference", 1e-4),
         ("fixedlarge", "eps", "auto", 1e-4),
-        ("fixedlarge", "v", "auto", 1e-4),
-        ("fixedlarge", "x0", "auto", 1e-4),
+        slow("fixedlarge", "v", "auto", 1e-4),
+        slow("fixedlarge", "x0", "auto", 1e-4),
     ],
 )
 def test_fifty_ancestral_steps_equal_ddpm_scheduler(
@@ -188,7 +189,7 @@ def _deviation(scheduler: Any, t: int) -> float:
     return float(scheduler._get_variance(t) ** 0.5)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("eta", [0.0, slow(1.0)])
 def test_fifty_ddim_steps_equal_ddim_scheduler(eta: float, tmp_path: Path) -> None:
     model = random_model(SMALL)
     pipelines.save(model, tmp_path)

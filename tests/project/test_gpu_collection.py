@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.marks import slow
 from helpers.pretended_gpu import PROGRAM
 
 from fastddpm.kernels import native
@@ -29,7 +30,7 @@ def _implementations(parameters: str) -> set[str]:
     return {"reference", "auto", "triton", "cuda", *native.ISAS} & set(parameters.split("-"))
 
 
-@pytest.mark.parametrize("options", [["-m", "gpu"], ["--device", "cuda"]], ids=" ".join)
+@pytest.mark.parametrize("options", [["-m", "gpu"], slow(["--device", "cuda"])], ids=" ".join)
 def test_kernels_of_every_operator_run_on_the_gpu(options: list[str]) -> None:
     found = collected(*options)
     both = {(op, name) for op in ("group_norm_silu", "q_sample", "reverse_step", "random_normal")

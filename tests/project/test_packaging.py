@@ -120,6 +120,7 @@ def editable_status(prefix: Path, checkout: Path) -> tuple[str, str]:
     return cpu, cuda
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_everything_and_works_elsewhere(stale_checkout: Path, tmp_path: Path) -> None:
     pip("wheel", "-w", str(tmp_path / "dist"), str(stale_checkout), cwd=tmp_path)
     wheel = only_file(tmp_path / "dist")
@@ -153,6 +154,18 @@ def test_without_a_compiler_it_installs_and_says_what_is_slower(checkout: Path, 
     assert digits == "5000"
     assert status.startswith("reference (no compiled library: ") and status[len("reference (") : -1] in said[0]
     assert NO_NVCC_NOTE in cuda_status
+
+
+def test_a_wheel_without_a_compiler_is_for_any_platform_and_the_build_says_so(checkout: Path, tmp_path: Path) -> None:
+    log = pip("wheel", "-v", "-w", str(tmp_path / "dist"), str(checkout), cwd=tmp_path, **NO_COMPILER)
+    wheel = only_file(tmp_path / "dist")
+    assert wheel.name.split("-")[2:] == ["py3", "none", "any.whl"]
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/WHEEL")]
+        lines = archive.read(name).decode().splitlines()
+    assert "Tag: py3-none-any" in lines and "Root-Is-Purelib: true" in lines
+    assert log.count("this wheel has no compiled library") == 1
+    assert log.count("operations on the CPU are several times slower") == 1
 
 
 @pytest.mark.slow

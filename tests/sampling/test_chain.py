@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import oracle
 from helpers.chains import FUSED, STEPS, chain_of, sampler
+from helpers.marks import slow
 from helpers.networks import SMALLEST, TINY, Formula, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,7 +239,7 @@ def test_guided_changes_the_scale_alone() -> None:
 SWITCHES = ("channels_last", "time_table", "fused_qkv", "phase_convolutions", "accumulate", "native", "compile")
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("switch", [*SWITCHES[:-1], slow(SWITCHES[-1])])
 def test_every_switch_gives_the_images_of_the_plain_network(switch: str) -> None:
     """Whole chains, against the network itself with everything off."""
     off = dict.fromkeys(SWITCHES, False)

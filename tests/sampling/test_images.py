@@ -218,6 +218,18 @@ def test_few_colours_stay_exact(tmp_path: Path) -> None:
     assert np.array_equal(np.stack(read), np.stack(frames))
 
 
+def test_an_animation_too_large_loses_frames_but_no_time(tmp_path: Path) -> None:
+    frames = [Image.fromarray(random_images(64, 64, seed=k)) for k in range(12)]
+    save_animation(frames, tmp_path / "whole.gif", duration_ms=50, hold_ms=700)
+    most = int(0.55 * (tmp_path / "whole.gif").stat().st_size)
+    save_animation(frames, tmp_path / "a.gif", duration_ms=50, hold_ms=700, most_bytes=most)
+    assert most / 2 < (tmp_path / "a.gif").stat().st_size <= most
+    read, durations, _ = read_animation(tmp_path / "a.gif")
+    kept = [0, 2, 4, 7, 9, 11]  # 0 to 11 in 5 equal steps, rounded
+    assert [frame[:, :, 0].tolist() for frame in read] == [np.asarray(frames[k]).tolist() for k in kept]
+    assert durations == [100, 100, 150, 100, 100, 700] and sum(durations) == 11 * 50 + 700
+
+
 def test_animation_refuses_other_frames(tmp_path: Path) -> None:
     grey, colour = Image.new("L", (4, 4)), Image.new("RGB", (4, 4))
     for frames in ([], [grey, colour], [grey, Image.new("L", (4, 5))], [Image.new("RGBA", (4, 4))]):

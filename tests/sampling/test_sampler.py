@@ -216,7 +216,7 @@ def test_sampler_refuses(options: dict[str, Any], message: str) -> None:
 def test_seeds_and_labels_are_not_rounded() -> None:
     sampler = Sampler(Formula(by_label, num_classes=3), Diffusion(), 2)
     for seeds, labels in (([1.5], [0]), ([1], [0.5])):
-        with pytest.raises(TypeError):
+        with pytest.raises(UsageError, match="must be an integer; got"):
             sampler.sample(seeds, labels)  # type: ignore[arg-type]
     numbers = np.array([2, 1])
     assert torch.equal(sampler.sample(numbers, numbers), sampler.sample([2, 1], [2, 1]))  # type: ignore[arg-type]

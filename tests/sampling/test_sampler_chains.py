@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import oracle
 from helpers.chains import coefficient_table
+from helpers.marks import slow
 from helpers.networks import Formula
 
 from fastddpm.config import DiffusionConfig
@@ -136,7 +137,7 @@ def chain_moments(variance: str) -> tuple[float, float]:
 
 
 # p's variance is exact for deviations 1 (large) and 0 (small) of the data; between them T = 1000 steps leave this.
-@pytest.mark.parametrize(("variance", "bias"), [("fixedlarge", 0.0077), ("fixedsmall", -0.0369)])
+@pytest.mark.parametrize(("variance", "bias"), [("fixedlarge", 0.0077), slow("fixedsmall", -0.0369)])
 def test_ancestral_sampling_recovers_a_gaussian(variance: str, bias: float) -> None:
     """4096 scalars through all 1000 steps: mean and deviation within four standard errors."""
     num = 4096

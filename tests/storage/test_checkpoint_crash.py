@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow
 
 from fastddpm.storage import checkpoint, manifest
 
@@ -69,7 +70,7 @@ def fork(action: Callable[[], None]) -> int:
 # SIGKILL
 
 
-@pytest.mark.parametrize("same_step", [False, True], ids=["next_step", "same_step"])
+@pytest.mark.parametrize("same_step", [slow(False), True], ids=["next_step", "same_step"])
 def test_killed_at_random_moments(tmp_path: Path, same_step: bool) -> None:
     draw = random.Random(7)
     begin = time.monotonic()
@@ -125,7 +126,7 @@ def count_calls(patch: pytest.MonkeyPatch, calls: list[tuple[Any, str]], before:
 
 
 @pytest.mark.parametrize("step", [3, 2], ids=["next_step", "same_step"])
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, slow(2)])
 def test_killed_before_every_call(tmp_path: Path, step: int, keep: int) -> None:
     start = tmp_path / "start"
     save(start, 1, seed=1)

@@ -250,6 +250,21 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half(tmp_path: Path, monk
     assert ours.missing(0, 1)[0] == [1, 2] and ours.missing(1, 2)[0] == [1] and ours.missing(0, 2)[0] == [2]
 
 
+def test_damaged_shards_are_told_by_reason(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, range(10), None, 2, (1, 2, 2))
+    for index in range(5):
+        shards.write(index, np.zeros((2, 1, 2, 2), np.uint8))
+    for index in (0, 2, 4):
+        shards.path(index).write_bytes(b"text")
+    shards.write(3, np.zeros((2, 1, 3, 3), np.uint8))
+    wanted, told = shards.missing(0, 1)
+    assert wanted == [0, 2, 3, 4]
+    assert told == [
+        f"{shards.path(0)} and 2 more: cannot be read (BadZipFile: File is not a zip file): drawn again",
+        f"{shards.path(3)} has images uint8 (2, 1, 3, 3): drawn again",
+    ]
+
+
 def test_a_damaged_description_is_named(tmp_path: Path) -> None:
     (tmp_path / "sampling.json").write_text("{")
     with pytest.raises(ValueError, match=r"sampling.json is damaged; sample into another --out"):

@@ -49,6 +49,20 @@ def test_the_lines_drawn_are_those_of_the_log(tmp_path: Path, monkeypatch: pytes
     assert by_t.lines[0].get_ydata()[0] == pytest.approx(expected)
 
 
+def test_a_line_marks_where_options_were_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    changed = {"step": 200, "changed": ["lr: 0.002 -> 0.001", "batch: 16 -> 32"]}
+    run, other = a_run(tmp_path / "a"), a_run(tmp_path / "b")
+    (run / "environment.json").write_text(json.dumps({"sessions": [{"step": 0, "changed": []}, {"step": 9}, changed]}))
+    curves.main([str(other), str(run), "--out", str(tmp_path / "x.png")])
+    for axes in drawn[0].axes[:2]:
+        _, line, mark = axes.lines
+        assert list(mark.get_xdata()) == [200, 200] and mark.get_color() == line.get_color()
+        assert [text.get_text() for text in axes.texts] == ["lr: 0.002 -> 0.001\nbatch: 16 -> 32"]
+    assert len(drawn[0].axes[2].lines) == 2 and not drawn[0].axes[2].texts
+
+
 def test_quarters_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))

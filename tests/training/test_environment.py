@@ -9,7 +9,7 @@ import torch
 import fastddpm
 from fastddpm.errors import StorageError
 from fastddpm.runtime.distributed import ProcessGroup
-from fastddpm.training.environment import record_session, without_secrets
+from fastddpm.training.environment import changes, record_session, without_secrets
 
 CPU = torch.device("cpu")
 DATA = {"name": "digits", "checksum": "ab" * 32, "source": None}
@@ -22,10 +22,19 @@ def sessions(run: Path) -> list[dict[str, object]]:
 
 def test_each_start_is_added(tmp_path: Path) -> None:
     record_session(tmp_path, ["python", "-m", "x", "--batch", "8"], CPU, DATA)
-    record_session(tmp_path, ["python", "-m", "x", "--resume"], CPU, DATA, step=40, group=ProcessGroup(0, 2))
+    record_session(
+        tmp_path,
+        ["python", "-m", "x", "--resume"],
+        CPU,
+        DATA,
+        step=40,
+        changed=["lr: 1 -> 2"],
+        group=ProcessGroup(0, 2),
+    )
     first, second = sessions(tmp_path)
     assert first["command"] == ["python", "-m", "x", "--batch", "8"] and first["step"] == 0
     assert second["command"] == ["python", "-m", "x", "--resume"]
+    assert first["changed"] == [] and changes(tmp_path) == [(40, "lr: 1 -> 2")]
     assert second["step"] == 40 and second["processes"] == 2 and second["data"] == DATA
     assert first["fastddpm"] == fastddpm.__version__
     assert first["libraries"]["torch"] == torch.__version__.partition("+")[0] or "+" in torch.__version__

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.training import CPU, digest, log_digest, losses_of, noise_images, tiny_preset, train, whole_state
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -321,7 +322,7 @@ def test_a_step_reads_nothing_back(options: dict[str, Any]) -> None:
     assert len(reads.found) == 1  # the count itself counts
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", slow("bf16")])
 def test_network_noise_and_loss_are_one_graph(precision: str) -> None:
     """No break, and no other graph for another step."""
     trainer = Trainer(tiny_preset(precision=precision), noise_images(), CPU)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.team import grouped, values
 from helpers.training import CPU, digest, noise_images, tiny_preset, train, whole_state
 
@@ -70,7 +71,7 @@ def plain_and_watched(group: ProcessGroup, preset: Preset, directory: Path) -> l
     return [watched(group, preset, directory / name, watch=name == "watched") for name in ("plain", "watched")]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", slow("fsdp")])
 def test_two_processes_draw_previews_and_train_the_same_bits(tmp_path: Path, kind: str) -> None:
     preset = tiny_preset(parallel=kind, steps=6)
     first, second = values(2, grouped, plain_and_watched, preset, tmp_path)
@@ -95,7 +96,9 @@ def losses_and_t(preset: Preset) -> list[tuple[np.ndarray, np.ndarray]]:
     return seen
 
 
-@pytest.mark.parametrize("mode", [{}, {"mode": "paper"}, {"accumulate": 2}], ids=["standard", "paper", "accumulate"])
+@pytest.mark.parametrize(
+    "mode", [{}, slow({"mode": "paper"}), slow({"accumulate": 2})], ids=["standard", "paper", "accumulate"]
+)
 def test_loss_by_t_is_of_every_image_since_the_line_before(tmp_path: Path, mode: dict[str, object]) -> None:
     preset = tiny_preset(**mode)
     train(SINGLE_PROCESS, preset, tmp_path / "run")

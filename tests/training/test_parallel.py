@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import team
+from helpers.marks import slow
 from helpers.training import CPU, digest, log_digest, losses_of, noise_images, tiny_preset, train, whole_state
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def alone() -> dict[str, Any]:
     return curves(SINGLE_PROCESS, {name: REFERENCE.get(name, {}) for name in WAYS})
 
 
-@pytest.mark.parametrize(("count", "names"), [(2, [*WAYS]), (4, ["ddp-accumulate", "paper"])])
+@pytest.mark.parametrize(("count", "names"), [(2, [*WAYS]), slow(4, ["ddp-accumulate", "paper"])])
 def test_several_processes_train_as_one(alone: dict[str, Any], count: int, names: list[str]) -> None:
     """Within the order of summation. In bfloat16 that includes where a weight's gradient is rounded to 8 bits: once in
     one process, twice in two; without AVX-512 PyTorch also rounds between blocks (4.7e-3 of the norm was seen)."""
@@ -120,7 +121,7 @@ def whole_and_parts(group: ProcessGroup, options: dict[str, Any], directory: Pat
     return [(digest(s), log_digest(directory / n)) for s, n in ((whole, "whole"), (parts, "parts"))]
 
 
-@pytest.mark.parametrize(("count", "kind"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("count", "kind"), [(2, "ddp"), slow(4, "ddp"), slow(2, "fsdp")])
 def test_resume_is_bit_exact(tmp_path: Path, count: int, kind: str) -> None:
     for whole, parts in team.values(count, team.grouped, whole_and_parts, {"parallel": kind}, tmp_path):
         assert whole == parts
@@ -158,6 +159,7 @@ def test_any_number_of_processes_loads_a_checkpoint(tmp_path: Path, kind: str, c
         assert torch.equal(tensor, saved[f"ema0.9.{name}"])
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_found_before_it_is_used(tmp_path: Path) -> None:
     run = tmp_path / "run"
     team.values(2, team.grouped, trained, tiny_preset(parallel="fsdp", steps=2, save_every=1), run)
@@ -204,12 +206,12 @@ def test_recomputed_blocks_change_no_bit_and_keep_less() -> None:
 
 
 def described(group: ProcessGroup, kind: str) -> str:
-    return describe_run(tiny_preset(parallel=kind), noise_images(), CPU, group)
+    return describe_run(Trainer(tiny_preset(parallel=kind), noise_images(), CPU, group))
 
 
 @pytest.mark.slow
 def test_a_dry_run_tells_what_each_process_holds() -> None:
-    alone = describe_run(tiny_preset(batch=4), noise_images(), CPU).splitlines()
+    alone = describe_run(Trainer(tiny_preset(batch=4), noise_images(), CPU)).splitlines()
     for kind in ("ddp", "fsdp"):
         for report in team.values(2, team.grouped, described, kind):
             lines = report.splitlines()

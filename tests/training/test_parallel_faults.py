@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import team
+from helpers.marks import slow
 from helpers.training import CPU, digest, log_digest, noise_images, tiny_preset, train, whole_state
 
 from fastddpm import train as command
@@ -44,7 +45,7 @@ def with_fault(group: ProcessGroup, run: Path, fault: str, kind: str) -> None:
     train(group, tiny_preset(save_every=1, parallel=kind), run)
 
 
-@pytest.mark.parametrize(("fault", "kind"), [("killed", "ddp"), ("hung", "ddp"), ("killed", "fsdp")])
+@pytest.mark.parametrize(("fault", "kind"), [("killed", "ddp"), slow("hung", "ddp"), slow("killed", "fsdp")])
 def test_the_others_stop_when_a_process_is_lost(tmp_path: Path, fault: str, kind: str) -> None:
     run = tmp_path / "run"
     arguments = {"timeout_s": TIMEOUT_S if fault == "hung" else 60.0}
@@ -109,6 +110,7 @@ def lost_at_reading(group: ProcessGroup, run: Path) -> None:
     train(group, preset, run, resume=True)
 
 
+@pytest.mark.slow
 def test_a_process_lost_while_shards_are_read_is_not_taken_for_damage(tmp_path: Path) -> None:
     first, second = team.run(2, team.grouped, lost_at_reading, tmp_path / "run")
     assert (first.code, second.code) == (LostProcessError.exit_code, -signal.SIGKILL)
@@ -158,7 +160,7 @@ def poisoned(group: ProcessGroup, kind: str) -> tuple[list[bool], str, str]:
     return applied, digests[1], digests[2]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", slow("fsdp")])
 def test_nan_in_one_process_changes_none(kind: str) -> None:
     for applied, before, after in team.values(2, team.grouped, poisoned, kind):
         assert applied == [True, True, False, True] and before == after
@@ -174,7 +176,7 @@ def on_a_full_disk(group: ProcessGroup, run: Path, kind: str) -> None:
     train(group, tiny_preset(save_every=2, parallel=kind), run)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", slow("fsdp")])
 def test_a_full_disk_stops_all_with_the_same_error(tmp_path: Path, kind: str) -> None:
     run = tmp_path / "run"
     for one in team.run(2, team.grouped, on_a_full_disk, run, kind):
@@ -249,6 +251,7 @@ def uninterrupted(run: Path) -> None:
     command.main([*TINY, "--out", str(run)])
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
     """The same command, and the bits of a run that nothing happened to."""
     script = tmp_path / "killed_once.py"
@@ -307,7 +310,7 @@ cli.run(main)
     [
         ([], 0, ""),
         (["LostProcessError"], 75, "error: gone\n"),
-        (["ZeroDivisionError"], 1, "[rank0]: ZeroDivisionError: gone\n"),
+        slow(["ZeroDivisionError"], 1, "[rank0]: ZeroDivisionError: gone\n"),
     ],
 )
 def test_a_process_ends_although_threads_of_its_group_wait(
@@ -341,6 +344,7 @@ cli.run(train.main)
 """
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_caught_in_one_process_ends_all(tmp_path: Path) -> None:
     """At once: the one with its traceback and 1, the other with 75."""
     script = tmp_path / "raises.py"

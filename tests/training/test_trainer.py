@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.training import CPU, noise_images, tiny_preset
 
 from fastddpm.config import Preset
@@ -77,7 +78,7 @@ def assert_same_state(a: Trainer, b: Trainer) -> None:
 
 @pytest.mark.parametrize(
     "mode",
-    [{}, {"mode": "paper"}, {"accumulate": 2, "decay": "cosine"}, {"precision": "bf16"}],
+    [{}, slow({"mode": "paper"}), slow({"accumulate": 2, "decay": "cosine"}), slow({"precision": "bf16"})],
     ids=["standard", "paper", "accumulate", "bf16"],
 )
 def test_resume_is_bit_exact(tmp_path: Path, dataset: Dataset, mode: dict[str, object]) -> None:
@@ -115,6 +116,7 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path, dataset: Dataset) -
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path: Path, dataset: Dataset) -> None:
     trained(tiny_preset(steps=120, log_every=20), dataset, tmp_path / "run")
     losses = losses_of(tmp_path / "run")

@@ -22,6 +22,7 @@ from fastddpm.data.image import Brightness, Preprocessing, as_planes, fitted, op
 from fastddpm.data.ingest import Labels, Problems, Report, map_images, raise_or_report
 from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import StorageError
+from fastddpm.runtime.progress import announced
 from fastddpm.storage.files import hold, temporary_beside
 
 from .format import (
@@ -74,7 +75,8 @@ def write_pack(
         if len(labels) == image_source.count:
             value = pixels.result(classes)
         else:  # a checksum starts with the number of images, and some were left out
-            value = checksum(writer.images(decoding(preprocessing, store)), classes)
+            with announced("reading the images that were packed again", report):
+                value = checksum(writer.images(decoding(preprocessing, store)), classes)
         writer.close(
             classes,
             {

@@ -13,7 +13,7 @@ import torch
 
 from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.options import PictureOptions
-from fastddpm.runtime.progress import Meter
+from fastddpm.runtime.progress import Meter, announced, log
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.trajectories import Progress, draw, evaluations, evenly, step_at
 from fastddpm.storage.files import save_arrays
@@ -32,7 +32,7 @@ from .chains import (
     shared_latents,
 )
 from .layout import Panel, levels, save_frames, save_panels
-from .neighbours import Features, nearest_features, nearest_pixels
+from .neighbours import Features, check_search, nearest_features, nearest_pixels
 
 # Depths at which chains are stopped or images are mixed, as fractions of T, from the paper's figures.
 _DEPTHS = {
@@ -102,9 +102,11 @@ def draw_neighbours(context: EvaluationContext, options: PictureOptions) -> list
     with _progress("neighbours", context, options) as progress:
         samples = draw(context.sampler, options.seeds, batch=context.batch, progress=progress)
     images, k = context.dataset.images, options.neighbours
-    found = {"neighbours": nearest_pixels(samples, images, k, crop=options.crop)}
+    with announced(f"comparing the pixels of {len(images):,} images"):
+        found = {"neighbours": nearest_pixels(samples, images, k, crop=options.crop)}
     if features is not None:
-        found["neighbours-features"] = nearest_features(samples, images, k, features, batch=context.batch)
+        with announced(f"comparing the features of {len(images):,} images"):
+            found["neighbours-features"] = nearest_features(samples, images, k, features, batch=context.batch)
     paths = []
     for name, nearest in found.items():
         shown = images[nearest.indices.reshape(-1)].reshape(len(samples), k, *samples.shape[1:])
@@ -166,6 +168,19 @@ Of several processes only one may call it.
 """
 
 
+def check_picture(name: str, context: EvaluationContext, options: PictureOptions) -> None:
+    """Raise `UsageError` if picture `name` cannot be drawn for this network, data set or options. Draws nothing."""
+    picture_cost(name, context, options)
+    if name != "neighbours":
+        return
+    check_search(context.dataset.images, options.neighbours, options.crop)
+    if options.features is not None:
+        from fastddpm.metrics.networks import check_network
+
+        config = context.sampler.unet.config
+        check_network(options.features, image_size=config.image_size, channels=config.image_channels)
+
+
 def picture_cost(name: str, context: EvaluationContext, options: PictureOptions) -> int:
     """Return the number of network evaluations, each of one image, that picture `name` takes.
 
@@ -219,7 +234,8 @@ def _features(name: str, context: EvaluationContext) -> Features:
     """Return a function that computes the features of feature network `name`."""
     from fastddpm.metrics.networks import open_network
 
-    network = open_network(name, image_size=context.dataset.images.shape[-1], device=context.device)
+    with announced(f"opening the feature network {name}"):
+        network = open_network(name, image_size=context.dataset.images.shape[-1], device=context.device, report=log)
 
     def features(images: np.ndarray) -> np.ndarray:
         return network(torch.from_numpy(np.ascontiguousarray(images)).to(context.device)).features.cpu().numpy()

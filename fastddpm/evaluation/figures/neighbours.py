@@ -34,9 +34,7 @@ def nearest_pixels(queries: np.ndarray, images: Images, k: int, *, crop: int | N
     side of the central square that is compared, in pixels. Default: the whole image. At most 64 MiB of `images` are
     held in float64 at a time. Raises `UsageError` for shapes that do not match, and unless 1 <= k <= N.
     """
-    _check(queries, images, k)
-    if crop is not None and not 1 <= crop <= min(images.shape[2:]):
-        raise UsageError(f"crop must be in 1..{min(images.shape[2:])}, the images' side; got {crop}")
+    _check(queries, images, k, crop)
 
     def flat(chosen: np.ndarray) -> np.ndarray:
         return _central(chosen, crop).reshape(len(chosen), -1).astype(np.float64)
@@ -91,11 +89,18 @@ def _central(images: np.ndarray, crop: int | None) -> np.ndarray:
     return images[:, :, top : top + crop, left : left + crop]
 
 
-def _check(queries: np.ndarray, images: Images, k: int) -> None:
+def check_search(images: Images, k: int, crop: int | None = None) -> None:
+    """Raise `UsageError` unless 1 <= `k` <= N, and for a `crop` larger than the images."""
+    if not 1 <= k <= len(images):
+        raise UsageError(f"neighbours must be in 1..{len(images)}, the number of images; got {k}")
+    if crop is not None and not 1 <= crop <= min(images.shape[2:]):
+        raise UsageError(f"crop must be in 1..{min(images.shape[2:])}, the images' side; got {crop}")
+
+
+def _check(queries: np.ndarray, images: Images, k: int, crop: int | None = None) -> None:
     if queries.dtype != np.uint8 or images[:1].dtype != np.uint8 or queries.shape[1:] != images.shape[1:]:
         raise UsageError(
             f"nearest neighbours need uint8 images of one shape; "
             f"got {queries.dtype} {queries.shape} and {images[:1].dtype} {images.shape}"
         )
-    if not 1 <= k <= len(images):
-        raise UsageError(f"neighbours must be in 1..{len(images)}, the number of images; got {k}")
+    check_search(images, k, crop)
