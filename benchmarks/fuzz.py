@@ -18,6 +18,7 @@ import contextlib
 import faulthandler
 import fnmatch
 import gc
+import importlib.metadata
 import json
 import os
 import random
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,7 @@ _POLL_S = 0.25
 _REFUSALS = (2, 3, 4, 5)
 _DEVICES = ("/dev/zero", "/dev/null", "/dev/full")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+LIBRARIES = ("numpy", "pillow", "safetensors", "pyarrow", "lmdb")
 FAILURES = ("traceback", "hang", "growth", "untidy")
 
 
@@ -195,15 +197,16 @@ class Fuzzer:
 
     def _set_up(self, tree: str) -> None:
         """Put the whole files of `tree` in place."""
+        kept = self._kept / tree
         shutil.rmtree(self._place, ignore_errors=True)
-        if not (self._kept / tree).exists():
+        if not kept.exists():
             self._place.mkdir()
             ended = run_child(fuzz_trees.TREES[tree], self._place, 600.0)
             if ended.code != 0:
                 raise RuntimeError(f"the tree {tree} could not be made:\n{ended.output}")
-            shutil.copytree(self._place, self._kept / tree)
-            shutil.rmtree(self._place)
-        shutil.copytree(self._kept / tree, self._place)
+            shutil.copytree(self._place, kept)
+        else:
+            shutil.copytree(kept, self._place)
 
     def peak_on_whole_files(self, tree: str, line: Line) -> int:
         """Return the peak memory of a command on whole files, where it must succeed."""
@@ -222,13 +225,16 @@ class Fuzzer:
     def attempt(self, case: Case, seed: int) -> tuple[str, str, Ended, float]:
         """Damage one file and run one command: the outcome, what was done, how the command ended, growth in MB."""
         draw = random.Random(f"{case.name}/{seed}")
-        self._set_up(case.tree)
-        files = sorted(path for path in self._place.glob(case.files) if path.is_file())
-        file = draw.choice(files)
-        line = draw.choice(fuzz_trees.lines_of(case, file))
+        kept = self._kept / case.tree
+        if not kept.exists():
+            self._set_up(case.tree)
+        files = sorted(path for path in kept.glob(case.files) if path.is_file())
+        chosen = draw.choice(files)
+        line = draw.choice(fuzz_trees.lines_of(case, chosen))
         whole = self.peak_on_whole_files(case.tree, line)
         self._set_up(case.tree)
-        others = sorted(path for path in self._place.rglob("*") if path.is_file() and path != file)
+        file = self._place / chosen.relative_to(kept)
+        others = sorted(path for path in kept.rglob("*") if path.is_file() and path != chosen)
         what = fuzz_mutations.damage(draw, file, others, written=case.written, content_only=case.sealed)
         if case.sealed:
             _seal(file.parent)
@@ -268,7 +274,7 @@ def fuzzed(fuzzer: Fuzzer, case: Case, tries: int, first_seed: int) -> Count:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tries", type=int, default=110, help="of each kind of file")
+    parser.add_argument("--tries", type=int, default=100, help="of each kind of file")
     parser.add_argument("--kinds", nargs="+", default=["*"], help="patterns of the kinds to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="KIND", help="make one try again and print everything")
@@ -288,27 +294,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(fuzzer: Fuzzer, options: argparse.Namespace) -> int:
-    document = {
-        "machine": machine.description(),
-        "tries_of_each": options.tries,
-        "first_seed": options.seed,
-        "kinds": {},
-    }
+    kinds: dict[str, dict[str, float]] = {}
     if options.out and options.out.exists():
-        document["kinds"] = json.loads(options.out.read_text(encoding="utf-8"))["kinds"]
-    kinds = document["kinds"]
+        kinds = json.loads(options.out.read_text(encoding="utf-8"))["kinds"]
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     for case in CASES:
         if case.name in kinds or not any(fnmatch.fnmatch(case.name, pattern) for pattern in options.kinds):
             continue
         kinds[case.name] = asdict(fuzzed(fuzzer, case, options.tries, options.seed))
         print(f"{case.name}: {kinds[case.name]}", flush=True)
-        document["sum"] = {
-            name: sum(kind[name] for kind in kinds.values()) for name in ("tries", "refused", "survived", *FAILURES)
+        document = {
+            "machine": machine.description() | versions,
+            "limits": {"seconds": LIMIT_S, "growth_mb": GROWTH_BYTES / 2**20},
+            "first_seed": options.seed,
+            "sum": _sum(kinds),
+            "kinds": {case.name: kinds[case.name] for case in CASES if case.name in kinds},
         }
         if options.out:
             options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(document.get("sum"))
-    return 1 if any(kind[name] for kind in kinds.values() for name in FAILURES) else 0
+    print(_sum(kinds))
+    return 1 if any(_sum(kinds)[name] for name in FAILURES) else 0
+
+
+def _sum(kinds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(kind[name] for kind in kinds.values()) for name in ("tries", "refused", "survived", *FAILURES)}
 
 
 if __name__ == "__main__":

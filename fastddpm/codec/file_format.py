@@ -11,19 +11,20 @@ The checksum is verified before anything else is read.
 """
 
 import hashlib
+import io
 import json
 import struct
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.storage.documents import MAX_JSON_BYTES, parse_json
 from fastddpm.storage.files import write_whole
-from fastddpm.storage.reading import read_bytes
+from fastddpm.storage.reading import check_size, open_regular
 
 from .ans import EMPTY
 
@@ -163,10 +164,7 @@ def unpack(data: bytes, where: str | Path) -> tuple[dict[str, Any], int, np.ndar
 
     Raises `DataError` if the file was not made by this codec, is cut short or was changed.
     """
-    if data[: len(_MAGIC)] != _MAGIC:
-        raise DataError(f"{where} is not a file of fastddpm.compress")
-    if len(data) < _SMALLEST or hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
-        raise DataError(f"{where} is damaged: it was cut short or changed, since its checksum is wrong")
+    _verify(io.BytesIO(data), len(data), where)
     length = _LENGTH.unpack_from(data, len(_MAGIC))[0]
     start = len(_MAGIC) + _LENGTH.size
     rest = len(data) - _DIGEST - _HEAD.size - start - length
@@ -196,22 +194,43 @@ def _inflated(data: bytes, where: str | Path) -> bytes:
 
 
 def read(path: Path) -> bytes:
-    """Return a file's bytes. Raises `UsageError` if there is no such file and `DataError` if it cannot be read."""
+    """Return a file's bytes, verified block by block before they take memory.
+
+    Raises `UsageError` if there is no such file and `DataError` if it cannot be read or is damaged.
+    """
     try:
-        return read_bytes(path, _MAX_BYTES)
-    except FileNotFoundError as error:
+        with open_regular(path) as file:
+            size = check_size(file, _MAX_BYTES)
+            _verify(file, size, path)
+            file.seek(0)
+            return file.read(size)
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"no file at {path}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
+def _verify(file: BinaryIO, size: int, where: str | Path) -> None:
+    """Raise `DataError` unless the `size` bytes of a file begin as this codec's and end with their checksum."""
+    start = file.read(len(_MAGIC))
+    if start != _MAGIC:
+        raise DataError(f"{where} is not a file of fastddpm.compress")
+    digest, left = hashlib.sha256(start), size - len(start) - _DIGEST
+    while left > 0 and (block := file.read(min(2**20, left))):
+        digest.update(block)
+        left -= len(block)
+    if size < _SMALLEST or digest.digest() != file.read(_DIGEST):
+        raise DataError(f"{where} is damaged: it was cut short or changed, since its checksum is wrong")
+
+
 def write(data: bytes, path: Path) -> None:
     """Write a file completely or not at all, making its directory if needed. Raises `StorageError` on failure."""
-
-    def make(temporary: Path) -> None:
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-
-    write_whole(path, make)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    write_whole(path, lambda temporary: temporary.write_bytes(data))

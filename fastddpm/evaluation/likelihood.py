@@ -34,7 +34,7 @@ _CACHE = "bits.npz"
 _PARTS = "bits-parts"
 _TABLE = "bits.csv"
 _VERSION = 1
-_MAX_BYTES = 2**30  # of a result: a few numbers for each image and timestep
+_SLACK = 2**20  # bytes of a result beside its numbers for each image and timestep
 
 
 def bits_cost(context: EvaluationContext, options: BitsOptions) -> int:
@@ -84,8 +84,9 @@ def bits_of(context: EvaluationContext, options: BitsOptions) -> BitsPerDim:
     holds a result of another model, data set or options, and `StorageError` if it cannot be written.
     """
     settings, path = _settings(context, options), context.out / _CACHE
+    limit = 8 * (5 * (context.sampler.diffusion.timesteps + 1) + 2 * len(context.dataset.images)) + _SLACK
     # The main process reads it for all, because another one might find the file that the main one has just written.
-    kept = all_gather_object(_kept(path, settings) if context.group.is_main else None, context.group)[0]
+    kept = all_gather_object(_kept(path, settings, limit) if context.group.is_main else None, context.group)[0]
     result = _evaluated(context, options, settings) if kept is None else BitsPerDim(**kept)
     if context.group.is_main:
         if kept is None:
@@ -165,13 +166,13 @@ def _settings(context: EvaluationContext, options: BitsOptions) -> dict[str, Any
     }
 
 
-def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _kept(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any] | None:
     """Return the fields of the result in the file; None if there is no file or, after a line to stderr, a damaged one.
 
-    Raises `UsageError` if it was evaluated with other settings.
+    At most `limit` bytes are read. Raises `UsageError` if it was evaluated with other settings.
     """
     try:
-        arrays = read_arrays(path, ["settings", *(f.name for f in fields(BitsPerDim))], _MAX_BYTES)
+        arrays = read_arrays(path, ["settings", *(f.name for f in fields(BitsPerDim))], limit)
         found = parse_json(str(arrays.pop("settings")).encode(), f"{path}: settings")
         _check_result(path, arrays, found)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from . import digits, efficientnet, inception
 from .features import Pretrained
 
 NAMES = ("inception", "digits", "efficientnet-lite0")
-_MAX_BYTES = 2**30
+_MAX_BYTES = 2**28
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,7 +117,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """Return the tensors of a .pth or .safetensors file, by name, and the file's sha256.
 
     A .pth file is a pickle; torch loads it with `weights_only`, which runs no code from it. Raises `DataError` for a
-    file that cannot be read or has more than 1 GiB.
+    file that cannot be read or has more than 256 MiB.
     """
     try:
         data = read_bytes(path, _MAX_BYTES)

@@ -67,7 +67,9 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         lists = [arg for arg in wanted if typing.get_origin(arg) is tuple]
         return _parse((lists if lists and isinstance(value, list) else wanted)[0], value, where)
     if origin is Literal:
-        return value  # the dataclass checks its own choices
+        if value not in typing.get_args(hint):
+            raise UsageError(f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}; got {value!r:.100}")
+        return value
     if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not hint:
@@ -78,6 +80,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
 # Parsed JSON takes up to 50 times its size in memory: these limits keep the worst case near 100 MB.
 MAX_JSON_BYTES = 2**21
 _JSON_DEPTH = 64
+_MAX_DIGITS = 20
 
 
 def read_json(path: Path) -> Any:
@@ -107,12 +110,13 @@ def read_object(path: Path) -> dict[str, Any]:
 def parse_json(data: bytes, where: str | Path) -> Any:
     """Parse JSON from an untrusted source. `where`: the name of the source in messages.
 
-    Raises `DataError` for more than 2 MiB or 64 levels, a key given twice, or malformed text.
+    Raises `DataError` for more than 2 MiB or 64 levels, a key given twice, an integer of more than 20 digits, which may
+    not fit a float, or malformed text.
     """
     if len(data) > MAX_JSON_BYTES:
         raise DataError(f"{where}: {len(data):,} bytes of JSON; at most {MAX_JSON_BYTES:,} are read")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer)
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply; at most {_JSON_DEPTH} levels are read") from None
     except ValueError as error:
@@ -125,6 +129,12 @@ def parse_json(data: bytes, where: str | Path) -> Any:
     if level:
         raise DataError(f"{where}: JSON nested too deeply; at most {_JSON_DEPTH} levels are read")
     return value
+
+
+def _integer(text: str) -> int:
+    if len(text.lstrip("-")) > _MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text):,} digits")
+    return int(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8, with `write_whole`."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write text as UTF-8, with `write_whole`; halves of characters, which names and JSON may hold, are escaped."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, document: Any) -> None:

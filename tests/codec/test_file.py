@@ -1,7 +1,9 @@
 """The file: refused whole when a bit of it is wrong, and bounded in what a stranger's header can ask for."""
 
 import json
+import os
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from hashlib import sha256
@@ -191,3 +193,16 @@ def test_files_are_written_whole(tmp_path: Path, data: bytes) -> None:
     for missing in (tmp_path / "nothing.fdz", tmp_path):
         with pytest.raises(UsageError, match="no file at"):
             file_format.read(missing)
+
+
+def test_a_file_that_grew_is_refused_before_it_takes_memory(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "x.fdz"
+    path.write_bytes(data)
+    os.truncate(path, 2**27)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"x\.fdz is damaged: it was cut short or changed"):
+            file_format.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()

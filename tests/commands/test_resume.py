@@ -125,6 +125,8 @@ def test_a_damaged_log_stops_no_run(home: Path, capsys: pytest.CaptureFixture[st
         ("{", "not valid JSON"),
         ('{"skip_bad": "yes"}', "skip_bad must be bool; got 'yes'"),
         ('{"colour": 1}', "has no field 'colour'"),
+        ('{"resize": "bicubic"}', "resize must be one of none, area, lanczos; got 'bicubic'; give the options again"),
+        ('{"resize": []}', "resize must be one of none, area, lanczos; got .*; give the options again"),
     ],
 )
 def test_damaged_options_are_one_error(text: str, problem: str, home: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastddpm import ablation
 from fastddpm.data import Dataset, open_dataset
-from fastddpm.errors import DivergedError, UsageError
+from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.evaluation import ablation as sweeping
 from fastddpm.evaluation.bits_per_dim import bits_per_dim
 from fastddpm.evaluation.options import BitsOptions
@@ -148,6 +148,21 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert table_of(tmp_path / "stopped") == table_of(tmp_path / "whole")
     row = table_of(tmp_path / "whole")["eps-simple"]
     assert row["frechet_distance"] is None and row["bits_per_dim"] > 0
+
+
+def test_forged_results_are_one_error_or_text(tmp_path: Path) -> None:
+    options = [*SMALL, "--cells", "eps-simple", "--network", "none", "--out", str(tmp_path)]
+    ablation.main(options)
+    path = tmp_path / "eps-simple-0" / "result.json"
+    record = json.loads(path.read_text())
+    record["result"]["outcome"] = "half of a character: \ud800"
+    path.write_text(json.dumps(record))
+    ablation.main(options)
+    assert "half of a character: \\ud800" in (tmp_path / "table.md").read_text()
+    record["result"]["bits_per_dim"] = 10**400
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"result\.json: not valid JSON: an integer of 401 digits; remove it"):
+        ablation.main(options)
 
 
 def test_unstable_runs_are_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

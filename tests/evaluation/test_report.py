@@ -65,6 +65,7 @@ def test_many_at_once_lose_nothing(tmp_path: Path) -> None:
         (lambda document: document | {"test": {"is": 1}}, "test holds no results by name"),
         (lambda document: document | {"train": {"is": {}}}, "train has no valid is"),
         (lambda document: document | {"train": {"is": RECORD | {"value": "x"}}}, "train has no valid is"),
+        (lambda document: document | {"train": {"is": RECORD | {"value": 10**400}}}, "an integer of 401 digits"),
         (lambda document: document | {"train": {"is": RECORD | {"data": 1}}}, "train has no valid is"),
         (lambda document: document | {"train": {"bpd": RECORD}}, "train has no valid bpd"),
         (lambda document: document | {"pictures": 1}, "pictures holds no results by name"),

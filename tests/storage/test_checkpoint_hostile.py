@@ -73,6 +73,7 @@ HOSTILE_JSON = {
     "UTF-16": "{}".encode("utf-16"),
     "key twice": b'{"a": 1, "a": 2}',
     "number of a million digits": b"1" * 10**6,
+    "number too large for a float": b'{"a": -' + b"9" * 400 + b"}",
     "trailing text": b"{} {}",
     "truncated": b'{"a": [1, 2',
 }
