@@ -50,7 +50,7 @@ def check_bits(context: EvaluationContext, options: BitsOptions) -> None:
     """
     Plan.of(len(context.dataset.images), context.sampler.diffusion.timesteps, options)
     if context.group.is_main:
-        _kept(context.out / _CACHE, _settings(context, options))
+        _kept(context, options)
 
 
 def measure_bits(context: EvaluationContext, options: BitsOptions) -> dict[str, Any]:
@@ -84,9 +84,8 @@ def bits_of(context: EvaluationContext, options: BitsOptions) -> BitsPerDim:
     holds a result of another model, data set or options, and `StorageError` if it cannot be written.
     """
     settings, path = _settings(context, options), context.out / _CACHE
-    limit = 8 * (5 * (context.sampler.diffusion.timesteps + 1) + 2 * len(context.dataset.images)) + _SLACK
     # The main process reads it for all, because another one might find the file that the main one has just written.
-    kept = all_gather_object(_kept(path, settings, limit) if context.group.is_main else None, context.group)[0]
+    kept = all_gather_object(_kept(context, options) if context.group.is_main else None, context.group)[0]
     result = _evaluated(context, options, settings) if kept is None else BitsPerDim(**kept)
     if context.group.is_main:
         if kept is None:
@@ -166,11 +165,13 @@ def _settings(context: EvaluationContext, options: BitsOptions) -> dict[str, Any
     }
 
 
-def _kept(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any] | None:
+def _kept(context: EvaluationContext, options: BitsOptions) -> dict[str, Any] | None:
     """Return the fields of the result in the file; None if there is no file or, after a line to stderr, a damaged one.
 
-    At most `limit` bytes are read. Raises `UsageError` if it was evaluated with other settings.
+    Raises `UsageError` if it was evaluated with other settings.
     """
+    settings, path = _settings(context, options), context.out / _CACHE
+    limit = 8 * (5 * (context.sampler.diffusion.timesteps + 1) + 2 * len(context.dataset.images)) + _SLACK
     try:
         arrays = read_arrays(path, ["settings", *(f.name for f in fields(BitsPerDim))], limit)
         found = parse_json(str(arrays.pop("settings")).encode(), f"{path}: settings")
