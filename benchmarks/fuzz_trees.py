@@ -115,7 +115,7 @@ def _checkpoint_cases() -> list[Case]:
 CASES: tuple[Case, ...] = (
     Case("run: config.json", "runs", "run/config.json", (_RESUME, _CURVES), written=True),
     Case("run: options.json", "runs", "run/options.json", (_RESUME,), written=True),
-    Case("run: environment.json", "runs", "run/environment.json", (_RESUME,), written=True),
+    Case("run: environment.json", "runs", "run/environment.json", (_RESUME, _CURVES), written=True),
     Case("run: log.jsonl", "runs", "run/log.jsonl", (_RESUME, _CURVES), written=True),
     Case("run: .lock", "runs", "run/.lock", (_RESUME,), written=True),
     *_checkpoint_cases(),

@@ -28,6 +28,7 @@ _SECRET = re.compile(r"token|secret|password|passwd|credential|api[-_]?key|acces
 _USER_IN_ADDRESS = re.compile(r"(\w+://)[^/@\s]+@")
 # Prefixes of Hugging Face, GitHub, OpenAI, AWS and W&B tokens; older W&B tokens are 40 hexadecimal digits.
 _TOKEN = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{8,}|\b[0-9a-f]{40}\b|wandb_v1_[\w-]{8,}")
+_SHOWN_LINES, _SHOWN_CHARACTERS = 20, 200  # of the changes at a start of the run
 _SHORTEST_SECRET = 6  # characters of a variable's value; shorter values also occur in harmless words
 
 
@@ -105,14 +106,21 @@ def _earlier(path: Path) -> list[Any]:
 
 
 def changes(run: Path) -> list[tuple[int, str]]:
-    """Return the steps at which --override changed options of `run`, each with the changes as text."""
+    """Return the steps at which --override changed options of `run`, each with the changes as text.
+
+    Sessions that are damaged are left out.
+    """
     try:
         sessions = read_object(run / "environment.json").get("sessions")
     except (FileNotFoundError, DataError):  # it is told when the run goes on
         return []
     listed = sessions if isinstance(sessions, list) else []
-    changed = [session for session in listed if isinstance(session, dict) and session.get("changed")]
-    return [(session["step"], "\n".join(session["changed"])) for session in changed]
+    pairs = [(session.get("step"), session.get("changed")) for session in listed if isinstance(session, dict)]
+    return [
+        (step, "\n".join(line[:_SHOWN_CHARACTERS] for line in lines[:_SHOWN_LINES]))
+        for step, lines in pairs
+        if type(step) is int and isinstance(lines, list) and lines and all(isinstance(line, str) for line in lines)
+    ]
 
 
 def _system(device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fastddpm.errors import printable
 from fastddpm.sampling.images import save_png
 
 Records = Sequence[Mapping[str, Any]]  # the lines of a log
@@ -33,7 +34,7 @@ def loss_by_t(records: Records, timesteps: int, path: Path, caption: str) -> boo
     known = [record for record in records if record.get("loss_by_t")]
     if not known:
         return False
-    figure, axes = panel("t", "loss", caption)
+    figure, axes = panel("t", "loss", _as_is(caption))
     parts = [part for part in np.array_split(np.arange(len(known)), _PARTS) if len(part)]
     for i, part in enumerate(parts):
         chosen = [known[j] for j in part]
@@ -73,12 +74,14 @@ def curves(runs: Mapping[str, Curve], path: Path) -> None:
     for name, run in runs.items():
         for axes, field in zip(panels, ("loss", "gradient_norm"), strict=False):
             points = [(r["step"], r[field]) for r in run.records if r.get(field) is not None]
-            (line,) = axes.plot(*np.array(points, dtype=np.float64).reshape(-1, 2).T, label=name)
+            (line,) = axes.plot(*np.array(points, dtype=np.float64).reshape(-1, 2).T, label=_as_is(name))
             for step, text in run.changes:
                 _mark(axes, step, text, line.get_color())
         known = [record for record in run.records if record.get("loss_by_t")]
         if known:
-            panels[2].plot(*mean_by_t(known[-max(1, len(known) // _PARTS) :], run.timesteps), marker=".", label=name)
+            panels[2].plot(
+                *mean_by_t(known[-max(1, len(known) // _PARTS) :], run.timesteps), marker=".", label=_as_is(name)
+            )
     for axes in panels:
         axes.set_yscale("log")
         if len(runs) > 1 and axes.lines:
@@ -90,9 +93,14 @@ def _mark(axes: Axes, step: int, text: str, color: Any) -> None:
     """Draw a vertical line at a step, with a text along its upper part."""
     axes.axvline(step, color=color, linestyle="--", linewidth=1)
     axes.annotate(
-        text, (step, 0.98), xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points",
+        _as_is(text), (step, 0.98), xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points",
         rotation=90, ha="right", va="top", fontsize="x-small", color=color,
     )  # fmt: skip
+
+
+def _as_is(text: str) -> str:
+    """Return a text that matplotlib shows as it is: it would read what stands between two $ as a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _axes(axes: Axes, x: str, y: str, title: str) -> Axes:

@@ -15,6 +15,7 @@ from fastddpm.storage.reading import check_size, open_regular
 Record = dict[str, Any]
 _MAX_LINE_BYTES = 2**16
 _MAX_BYTES = 2**30
+_LISTS = ("loss_by_t",)
 
 
 class JsonLines:
@@ -47,7 +48,8 @@ class JsonLines:
 def read_log(path: Path) -> list[Record]:
     """Return the records of a log, in order, without lines that are incomplete or damaged.
 
-    A record is {"step": int, NAME: number, None or a list of these}. Raises `DataError` if there is no file to read.
+    A record is {"step": int, "loss_by_t": list, NAME: number}; values may be None. Raises `DataError` if there is no
+    file to read.
     """
     return [record for _, record in _lines(path) if record is not None]
 
@@ -94,8 +96,11 @@ def _record(line: bytes) -> Record | None:
         return None
     if not isinstance(value, dict) or type(value.get("step")) is not int or not 0 <= value["step"] < 10**12:
         return None
-    fields = [item for field in value.values() for item in (field if isinstance(field, list) else [field])]
-    return value if all(item is None or _is_number(item) for item in fields) else None
+    for name, field in value.items():
+        items = field if name in _LISTS and field is not None else [field]
+        if not isinstance(items, list) or not all(item is None or _is_number(item) for item in items):
+            return None
+    return value
 
 
 def _is_number(value: object) -> bool:

@@ -381,6 +381,22 @@ def test_what_is_measured_is_written_and_kept(every: int, tmp_path: Path, rng: n
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bits.csv", "bits.npz"]
 
 
+def test_a_result_larger_than_it_can_be_is_not_read(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Zeros pack to a thousandth: a forged file of a megabyte would take a gigabyte of memory."""
+    context, evaluated = context_of(levels(3, rng), tmp_path)
+    found = measure_bits(context, BitsOptions())
+    with np.load(tmp_path / "bits.npz") as kept:
+        forged = dict(kept)
+    for name in ("terms", "term_errors", "mse", "mse_errors", "counts"):
+        forged[name] = np.zeros(2**16, forged[name].dtype)
+    np.savez_compressed(tmp_path / "bits.npz", **forged)
+    evaluated.clear()
+    assert measure_bits(context, BitsOptions()) == found and evaluated
+    assert "bits.npz cannot be read (ValueError: its arrays take 2,6" in capsys.readouterr().err
+
+
 def test_another_network_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     context, _ = context_of(levels(3, rng), tmp_path)
     measure_bits(context, BitsOptions())

@@ -98,3 +98,13 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     with pytest.raises(UsageError, match=r"curves need matplotlib: pip install 'fastddpm\[report\]'"):
         curves.main([str(run)])
+
+
+def test_no_text_is_read_as_a_formula(tmp_path: Path) -> None:
+    """matplotlib raises for a formula that it cannot parse, in the name of a run or among its changes."""
+    runs = [a_run(tmp_path / name) for name in ("$\\no$", "b")]
+    session = {"step": 100, "changed": ["data: $\\x$\x00\ud800 -> $"]}
+    (runs[0] / "environment.json").write_text(json.dumps({"sessions": [session]}))
+    curves.main([*map(str, runs), "--out", str(tmp_path / "x.png")])
+    assert (tmp_path / "x.png").stat().st_size
+    assert plots.loss_by_t([{"step": 1, "loss_by_t": [1.0]}], 10, tmp_path / "y.png", "$\\no$")

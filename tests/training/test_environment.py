@@ -43,6 +43,20 @@ def test_each_start_is_added(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
 
 
+def test_damaged_sessions_tell_of_no_changes(tmp_path: Path) -> None:
+    good = {"step": 7, "changed": ["lr: 1 -> " + "2" * 1000]}
+    bad = [
+        5,
+        {},
+        {"changed": ["x"]},
+        {"step": "7", "changed": ["x"]},
+        {"step": 7, "changed": [1]},
+        {"step": 7, "changed": 3},
+    ]
+    (tmp_path / "environment.json").write_text(json.dumps({"sessions": [*bad, good]}))
+    assert changes(tmp_path) == [(7, ("lr: 1 -> " + "2" * 1000)[:200])]
+
+
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"])
 def test_no_variable_of_the_environment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, PLANTED)

@@ -25,6 +25,8 @@ BAD = [
     b'{"step": true, "loss": 1.0}',
     b'{"step": 4, "loss": "1.0"}',
     b'{"step": 4, "loss_by_t": [[1.0]]}',
+    b'{"step": 4, "loss_by_t": 1.0}',
+    b'{"step": 4, "loss": [1.0, 2.0]}',
     b'{"step": 4, "loss": {"a": 1}}',
     b'{"loss": 1.0}',
     b"4",
