@@ -4,6 +4,7 @@ import harness
 import peers
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.networks import tiny
 from plain import PlainUNet
 
@@ -24,7 +25,7 @@ def test_the_plain_network_is_the_network(labels: int) -> None:
         torch.testing.assert_close(PlainUNet(unet)(x, t, label), unet(x, t, label), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("peer", EAGER)
+@pytest.mark.parametrize("peer", [EAGER[0], *map(slow, EAGER[1:])])
 def test_every_peer_evaluates_the_same_network(peer: str) -> None:
     """The CIFAR-10 network with random weights, one image: within float32 rounding of float64."""
     if harness.ON_GPU:

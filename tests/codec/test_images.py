@@ -223,6 +223,7 @@ def test_a_machine_with_other_last_bits_is_refused(rng: np.random.Generator) -> 
 # Lossy
 
 
+@pytest.mark.slow
 def test_lossy_is_shorter_and_as_exact_as_it_says(rng: np.random.Generator) -> None:
     """The error stays within a cell, and is at most what the middles of the cells would leave."""
     sampler, images = gaussian_sampler("fixedsmall"), gaussian_images(40, rng)

@@ -128,6 +128,7 @@ def test_invalid_arguments(pack: Pack) -> None:
         Batches(pack.dataset(), 104, SEED, CPU)
 
 
+@pytest.mark.slow
 def test_the_default_number_of_workers(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     """One per processor, at most 8, divided by the training processes on this machine."""
     for available, world, here, expected_count in ((6, 1, None, 6), (40, 1, None, 8), (6, 4, None, 1), (6, 4, "2", 3)):

@@ -304,6 +304,7 @@ def of_a_unet(group: ProcessGroup) -> BitsPerDim:
     return bits_per_dim(sampler, images, None, BitsOptions(every=2), batch=16 + group.rank, group=group)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds() -> None:
     """As torchrun starts them, with a network and its compiled kernels; each returns the whole, with the same bits."""
     expected = of_a_unet(ProcessGroup()).to_dict()

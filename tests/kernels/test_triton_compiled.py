@@ -35,6 +35,7 @@ def test_mnist_fits_every_chip(chip: str) -> None:
     assert compiled(jobs) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["sm_90", slow("sm_100")])
 def test_8_bit_convolutions_use_the_matrix_unit(chip: str) -> None:
     """At the CIFAR-10 network's shapes: no spills, 16-byte accesses, 8-bit products."""
@@ -52,6 +53,7 @@ def test_8_bit_convolutions_use_the_matrix_unit(chip: str) -> None:
     assert all(found.matrix for found in resources.compile_all(list(jobs)))
 
 
+@pytest.mark.slow
 def test_sizes_of_one_compile() -> None:
     """Triton makes a constant of every argument that is 1, which is another program: one of each thing."""
 

@@ -138,6 +138,7 @@ def test_empty_batch(device: torch.device) -> None:
     assert out.shape == q.grad.shape == (0, 5, 4)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "fused"])
 def test_opcheck(dtype: torch.dtype, layout: str, device: torch.device) -> None:

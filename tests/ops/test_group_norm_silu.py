@@ -108,7 +108,7 @@ def test_constant_input_gives_the_bias(value: float, device: torch.device) -> No
     assert all(torch.isfinite(gradient).all() for gradient in gradients(y, tensors, torch.ones_like(y)).values())
 
 
-@pytest.mark.parametrize("layout", contract.LAYOUTS)
+@pytest.mark.parametrize("layout", with_large(contract.LAYOUTS, "sliced", "strided", "offset", "transposed"))
 @pytest.mark.parametrize("skip_layout", ["contiguous", "channels_last", "strided"])
 def test_layouts(layout: str, skip_layout: str, device: torch.device) -> None:
     """Any mixture gives the numbers; the result is channels_last when x is, contiguous otherwise."""
@@ -162,6 +162,7 @@ GRADCHECKS = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("name", GRADCHECKS)
 def test_gradcheck(name: str, dropout: float, device: torch.device) -> None:
@@ -217,6 +218,7 @@ OPCHECKS = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("name", OPCHECKS)
 def test_opcheck(name: str, dropout: float, device: torch.device) -> None:

@@ -283,6 +283,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 def test_fewest_passes_that_a_chip_has_room_for(emulated: ctypes.CDLL) -> None:
     """The launches alone: the images are made of one value, and shared by a whole batch's addresses."""
     for (n, c, side), chips in PLANS.values():
@@ -313,6 +314,7 @@ def test_a_large_image(emulated: ctypes.CDLL) -> None:
             assert_rounded_once(a, b, 1e-5)
 
 
+@pytest.mark.slow
 def test_more_images_than_other_grid_dimensions_take() -> None:
     arguments = Case(66_000, 2, (1, 1), 1, affine=False).arguments(torch.float32, "nhwc") | {"eps": 0.1}
     assert_rounded_once(forward(cuda, arguments)[0], forward(reference, wide(arguments))[0], 2e-6)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import contract, oracle
 from helpers.chains import coefficient_table
+from helpers.marks import with_large
 from torch import Tensor
 
 from fastddpm.config import DiffusionConfig
@@ -58,7 +59,7 @@ def noise_at(timestep: int) -> np.ndarray:
     return oracle.normals(SHAPE[1:], np.array([5, 2**32 - 1]), -9, timestep, STREAM_REVERSE)
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", with_large(CHAINS, "all"))
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -103,7 +104,7 @@ def test_ancestral(
         np.testing.assert_allclose(contract.float64(a["x"]), expected, rtol=0, atol=5e-6 + from_x0 * x0_error)
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", with_large(CHAINS, "all"))
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -246,6 +247,7 @@ def test_is_never_differentiable(rng: np.random.Generator, device: torch.device)
     assert not reverse_step(**a).requires_grad
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("variance", [0, 1, 2])
 @pytest.mark.parametrize("given", [False, True])
 def test_opcheck(variance: int, given: bool, rng: np.random.Generator, device: torch.device) -> None:

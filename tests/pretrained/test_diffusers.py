@@ -189,6 +189,7 @@ def _deviation(scheduler: Any, t: int) -> float:
     return float(scheduler._get_variance(t) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, slow(1.0)])
 def test_fifty_ddim_steps_equal_ddim_scheduler(eta: float, tmp_path: Path) -> None:
     model = random_model(SMALL)

@@ -30,6 +30,7 @@ def _implementations(parameters: str) -> set[str]:
     return {"reference", "auto", "triton", "cuda", *native.ISAS} & set(parameters.split("-"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["-m", "gpu"], slow(["--device", "cuda"])], ids=" ".join)
 def test_kernels_of_every_operator_run_on_the_gpu(options: list[str]) -> None:
     found = collected(*options)

@@ -123,6 +123,7 @@ def test_the_network_compiles_without_a_break(name: str, monkeypatch: pytest.Mon
     assert torch.equal(ours, FusedUNet(unet, 1000, ENGINES["all"], torch.float32)(*inputs))
 
 
+@pytest.mark.slow
 def test_more_sizes_of_batches_than_torch_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those beyond its limit are computed all the same."""
     torch._dynamo.reset()

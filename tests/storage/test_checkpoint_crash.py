@@ -70,6 +70,7 @@ def fork(action: Callable[[], None]) -> int:
 # SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_step", [slow(False), True], ids=["next_step", "same_step"])
 def test_killed_at_random_moments(tmp_path: Path, same_step: bool) -> None:
     draw = random.Random(7)

@@ -40,6 +40,7 @@ def files(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in checkpoint.load(run).path.iterdir()}
 
 
+@pytest.mark.slow
 def test_watching_changes_no_bit_of_a_checkpoint(tmp_path: Path) -> None:
     preset = tiny_preset()
     digests = [
@@ -71,6 +72,7 @@ def plain_and_watched(group: ProcessGroup, preset: Preset, directory: Path) -> l
     return [watched(group, preset, directory / name, watch=name == "watched") for name in ("plain", "watched")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", slow("fsdp")])
 def test_two_processes_draw_previews_and_train_the_same_bits(tmp_path: Path, kind: str) -> None:
     preset = tiny_preset(parallel=kind, steps=6)

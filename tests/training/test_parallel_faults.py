@@ -84,7 +84,7 @@ def lost_before_meeting(fault: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, slow(1)])
 def test_a_process_lost_while_the_group_forms(tmp_path: Path, fault: str, rank: int) -> None:
     """The first holds the store of both."""
     started = team.start(2, lost_before_meeting, fault, rank, directory=tmp_path)
