@@ -2,10 +2,10 @@
 
 python benchmarks/busy.py [--preset mnist cifar10] [--batch 1 8] [--programs 0 2] [--rounds 5] [--out FILE.json]
 
-Ours is `Sampler.denoise`'s network. The sides take turns in one process, a block of calls each, and a round visits
-every number of busy programs; the figure is a block's time over its calls, so what a side loses in between counts. By
-default no program runs, then one on each core. `--before FOLDER` names another build of the compiled library, the
-`_native.so` of `csrc/build.py` in another checkout, and adds it as a side. Needs a system that can stop programs.
+Ours is `Sampler.denoise`'s network. The sides take turns in one process, a block of calls each; the figure is the
+median of the blocks' time over their calls, so what a side loses between calls counts. By default no program runs, then
+one on each core. `--before FOLDER` names another build of the compiled library, the `_native.so` of `csrc/build.py` in
+another checkout, and adds it as a side. Needs a system that can stop programs.
 """
 
 import contextlib
@@ -36,11 +36,16 @@ Side = Callable[[], object]
 
 
 class Programs:
-    """Programs that do nothing but take a core each; all are stopped until `run`."""
+    """Programs that do nothing but take a core each; all are stopped until `run`.
+
+    Linux shares cores among sessions first, so each has one of its own, as other users' programs have.
+    """
 
     def __init__(self, count: int) -> None:
         command = [sys.executable, "-c", SPIN]
-        self._processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+        self._processes = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) for _ in range(count)
+        ]
         for process in self._processes:
             assert process.stdout is not None
             process.stdout.readline()
@@ -115,9 +120,10 @@ def sides(unet: fastddpm.UNet, batch: int, before: Path | None) -> dict[str, Sid
 
 
 def block(call: Side, seconds: float) -> float:
-    """Milliseconds a call, of at least three calls in a row."""
+    """Milliseconds a call, of at least two calls in a row, after one that reads what the side before it left."""
+    call()
     calls, start = 0, perf_counter()
-    while calls < 3 or perf_counter() - start < seconds:
+    while calls < 2 or perf_counter() - start < seconds:
         call()
         calls += 1
     return 1e3 * (perf_counter() - start) / calls
@@ -125,17 +131,18 @@ def block(call: Side, seconds: float) -> float:
 
 def measure(calls: dict[str, Side], states: Sequence[int], programs: Programs, options: Any) -> list[dict[str, Any]]:
     """One row for each number of busy programs."""
-    times: dict[int, dict[str, list[float]]] = {count: {name: [] for name in calls} for count in states}
-    for number in range(options.rounds):
-        order = list(calls) if number % 2 == 0 else list(reversed(calls))
-        for count in states:
-            with programs.run(count):
-                for name in order:
-                    times[count][name].append(block(calls[name], options.seconds))
     rows = []
     for count in states:
-        ms = {name: median(found) for name, found in times[count].items()}
-        rows.append({"programs": count, "ms": ms, "ratio": ms["prepared"] / ms["plain"], "blocks": times[count]})
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        with programs.run(count):
+            for number in range(options.rounds):
+                for name in list(calls) if number % 2 == 0 else list(reversed(calls)):
+                    times[name].append(block(calls[name], options.seconds))
+        ms = {name: median(found) for name, found in times.items()}
+        row = {"programs": count, "ms": ms, "ratio": ms["prepared"] / ms["plain"], "blocks": times}
+        if "before" in times:  # block by block, as neighbours in time are alike
+            row["to_before"] = median(new / old for new, old in zip(times["prepared"], times["before"], strict=True))
+        rows.append(row)
     return rows
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
+    from fastddpm.storage.shards import Shards
 
 PROGRAM = "fastddpm.sample"
 MOST_IN_ONE_FILE = 1024
@@ -43,6 +44,10 @@ class Command:
     gif: bool = False
     """Also write an animation of at most 2 MB: the noise, then x_0 predictions, of up to 64 images of the first batch.
     Not available with shards."""
+    npz: Literal["own", "adm"] = "own"
+    """Layout of the arrays. own: images uint8 (N, C, H, W), seeds and labels. adm: also adm.npz with arr_0, uint8
+    (N, H, W, 3), which the evaluators of ADM and other tools for FID read. With several processes run the command once
+    more when all have finished."""
     device: Device = "auto"
 
 
@@ -66,6 +71,8 @@ def main(arguments: Sequence[str]) -> None:
     report = log if group.is_main else discard
     with announced("loading PyTorch", report):
         from fastddpm.runtime.device import choose_device
+        from fastddpm.sampling.adm import FILE as ADM_FILE
+        from fastddpm.sampling.adm import write_adm
         from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
         from fastddpm.sampling.sampler import image_seeds
         from fastddpm.training.length import report_notes
@@ -89,8 +96,12 @@ def main(arguments: Sequence[str]) -> None:
     frames = recorder.frames if recorder is not None else []
     import numpy as np
 
-    for path in save_pictures(np.concatenate(parts), seeds, classes, frames, out):
+    images = np.concatenate(parts)
+    for path in save_pictures(images, seeds, classes, frames, out):
         print(path)
+    if command.npz == "adm":
+        write_adm([images], len(images), classes, out / ADM_FILE)
+        print(out / ADM_FILE)
 
 
 def _sample_shards(
@@ -128,8 +139,23 @@ def _sample_shards(
         rate = fill(shards, missing, sampler, batch, png=command.png)
         if rank == 0:
             print(save_first_grid(shards))
+            if command.npz == "adm":
+                _write_adm_of(shards)
         drawn = f", {rate:.2f} images/s" if missing else ""
         print(f"{out}: {mine} shards of {size} images{drawn}")
+
+
+def _write_adm_of(shards: "Shards") -> None:
+    """Write the images of all shards as adm.npz, if all are there."""
+    from fastddpm.sampling.adm import FILE, write_adm
+
+    missing, _ = shards.missing(0, 1)
+    path = shards.directory / FILE
+    if missing:
+        log(f"{path} is not written yet: {len(missing)} shards of other processes are missing; run the command again")
+        return
+    write_adm(map(shards.read, range(len(shards))), len(shards.seeds), shards.labels, path)
+    print(path)
 
 
 def _labels(command: Command, num_seeds: int) -> list[int] | None:

@@ -297,6 +297,7 @@ def _train(
         trainer = build()
         if command.resume:
             _resume(trainer, run, saved, report)
+            saved = None  # its tensors are several times the network's memory
         else:  # only now, because the lines above can raise, and this makes the run directory
             distributed.on_main(claim, group)
         log = None

@@ -27,16 +27,19 @@ public:
         const int64_t window = now - last_, lost = waited > waited_ ? waited - waited_ : 0;
         last_ = now;
         waited_ = waited;
-        if (kShare * lost >= window) {
+        next_ = now + kWindow;
+        if (kShare * lost < window) {
+            if (most_ == kAll) hold_ = kWindow / 2;
+            most_ = kAll;
+            doubted_ = false;
+        } else if (hold_ < kWindow && !doubted_) {
+            doubted_ = true;  // the first time may be a moment's disturbance
+        } else {
             const int64_t taken = (2 * lost + window - 1) / window, team = limited(threads);
             most_ = static_cast<int32_t>(team > taken ? team - taken : 1);
             // A trial with all threads costs what was to be avoided. The longer it goes on, the rarer they are.
             hold_ = hold_ < kLongest / 2 ? 2 * hold_ : kLongest;
             next_ = now + hold_;
-        } else {
-            if (most_ == kAll) hold_ = kWindow / 2;
-            most_ = kAll;
-            next_ = now + kWindow;
         }
     }
 
@@ -44,6 +47,7 @@ public:
 
 private:
     int32_t most_ = kAll;
+    bool doubted_ = false;
     int64_t last_ = 0, waited_ = 0, next_ = 0, hold_ = kWindow / 2;
 };
 

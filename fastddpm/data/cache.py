@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from .pack.format import ENDING, open_pack
 from .pack.writer import write_pack
 from .readers.source import ImageSource, check_regular, read_file
 
-_VERSION = 3
+_VERSION = 4
 _VERIFY_ALL_BYTES = 2**30
 _MAX_META_BYTES = 2**21
 _SAMPLE = 1024  # images that are verified of an entry larger than _VERIFY_ALL_BYTES
@@ -169,6 +170,7 @@ def _make(
             "checksum": checksum(images, labels),
             "sample": _sample_checksum(images, labels),
         }
+        meta["meta"] = _meta_checksum(meta)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         dataset = _open(temporary, image_source, preprocessing, lambda _: None)
         if dataset is None:
@@ -206,12 +208,20 @@ def _sample_checksum(images: np.ndarray, labels: np.ndarray | None) -> str:
     return checksum(images[:: max(1, len(images) // _SAMPLE)], labels)
 
 
+def _meta_checksum(meta: dict[str, Any]) -> str:
+    """Return the checksum of all other fields of meta.json."""
+    others = {name: value for name, value in meta.items() if name != "meta"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
 def _open(entry: Path, image_source: ImageSource, preprocessing: Preprocessing, report: Report) -> Dataset | None:
     """Open and verify an entry; None if it does not exist or, after a line to `report`, if it is damaged."""
     if not os.path.exists(entry):
         return None
     try:
         meta = parse_json(read_file(entry / "meta.json", _MAX_META_BYTES), "meta.json")
+        if meta.get("meta") != _meta_checksum(meta):
+            raise ValueError("meta.json is not as it was written")
         check_regular(entry / "images.npy")
         images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
         labels = None

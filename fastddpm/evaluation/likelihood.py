@@ -50,7 +50,7 @@ def check_bits(context: EvaluationContext, options: BitsOptions) -> None:
     """
     Plan.of(len(context.dataset.images), context.sampler.diffusion.timesteps, options)
     if context.group.is_main:
-        _kept(context, options)
+        _kept(context, _settings(context, options))
 
 
 def measure_bits(context: EvaluationContext, options: BitsOptions) -> dict[str, Any]:
@@ -83,13 +83,13 @@ def bits_of(context: EvaluationContext, options: BitsOptions) -> BitsPerDim:
     Blocks of images that an interrupted call has finished are not evaluated again. Raises `UsageError` if the directory
     holds a result of another model, data set or options, and `StorageError` if it cannot be written.
     """
-    settings, path = _settings(context, options), context.out / _CACHE
+    settings = _settings(context, options)
     # The main process reads it for all, because another one might find the file that the main one has just written.
-    kept = all_gather_object(_kept(context, options) if context.group.is_main else None, context.group)[0]
+    kept = all_gather_object(_kept(context, settings) if context.group.is_main else None, context.group)[0]
     result = _evaluated(context, options, settings) if kept is None else BitsPerDim(**kept)
     if context.group.is_main:
         if kept is None:
-            _keep(path, result, settings)
+            _keep(context.out / _CACHE, result, settings)
         shutil.rmtree(context.out / _PARTS, ignore_errors=True)
     return result
 
@@ -165,12 +165,12 @@ def _settings(context: EvaluationContext, options: BitsOptions) -> dict[str, Any
     }
 
 
-def _kept(context: EvaluationContext, options: BitsOptions) -> dict[str, Any] | None:
-    """Return the fields of the result in the file; None if there is no file or, after a line to stderr, a damaged one.
+def _kept(context: EvaluationContext, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the fields of the result in bits.npz; None if there is none or, after a line to stderr, a damaged one.
 
     Raises `UsageError` if it was evaluated with other settings.
     """
-    settings, path = _settings(context, options), context.out / _CACHE
+    path = context.out / _CACHE
     limit = 8 * (5 * (context.sampler.diffusion.timesteps + 1) + 2 * len(context.dataset.images)) + _SLACK
     try:
         arrays = read_arrays(path, ["settings", *(f.name for f in fields(BitsPerDim))], limit)

@@ -209,7 +209,7 @@ def test_damaged_entries_are_never_used(load: Load, tmp_path: Path, rng: np.rand
             assert {path.name: path.read_bytes() for path in entry.iterdir()} == whole, "it was not made again"
         for path, data in whole.items():
             (entry / path).write_bytes(data)
-    # What is not noticed is in the spaces and names of meta.json, which nothing depends on, or in padding.
+    # What is not noticed is in the spaces of meta.json, which nothing depends on, or in padding.
     assert noticed > len(cases) / 2
     assert entries(tmp_path) == [entry]
 

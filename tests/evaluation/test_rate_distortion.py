@@ -136,7 +136,7 @@ def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.Monke
     """The second one is given everything by the first: here, what the first has kept."""
     context = context_of(tmp_path, timesteps=10)
     found = measure_rate_distortion(context, BitsOptions())
-    kept = likelihood._kept(context, BitsOptions())
+    kept = likelihood._kept(context, likelihood._settings(context, BitsOptions()))
     for path in tmp_path.iterdir():
         path.unlink()
     monkeypatch.setattr(likelihood, "all_gather_object", lambda value, group: [kept, value])

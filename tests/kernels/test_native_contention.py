@@ -79,18 +79,24 @@ def decisions(program: Path, looks: Sequence[Look]) -> list[tuple[int, float]]:
     ],
 )
 def test_as_many_threads_fewer_as_cores_are_taken(decide: Path, threads: int, waiting: float, most: int) -> None:
-    assert [limit for limit, _ in decisions(decide, [Look(20, waiting, threads)])] == [most]
+    found = decisions(decide, [Look(20, waiting, threads), Look(20, waiting, threads)])
+    assert [limit for limit, _ in found] == [0, most]
+
+
+def test_a_moments_disturbance_changes_nothing(decide: Path) -> None:
+    assert decisions(decide, [Look(20, 1.0), Look(20, 0), Look(20, 1.0), Look(20, 0)]) == [(0, 20)] * 4
 
 
 def test_a_short_disturbance_is_short(decide: Path) -> None:
-    assert decisions(decide, [Look(20, 0.5), Look(20, 0), Look(20, 0)]) == [(1, 20), (0, 20), (0, 20)]
+    short = [Look(20, 0.5), Look(20, 0.5), Look(20, 0), Look(20, 0)]
+    assert decisions(decide, short) == [(0, 20), (1, 20), (0, 20), (0, 20)]
     # Again, after a time without: the pause is as short as the first.
-    assert decisions(decide, [Look(20, 0.5), Look(20, 0), Look(20, 0), Look(20, 0.5)])[-1] == (1, 20)
+    assert decisions(decide, short + short)[-4:] == [(0, 20), (1, 20), (0, 20), (0, 20)]
 
 
 def test_all_threads_are_tried_again_and_ever_more_rarely(decide: Path) -> None:
     """One program on one of two cores does not hinder one thread: only a trial shows that it is still there."""
-    looks, pauses = [], []
+    looks, pauses = [Look(20, 0.6)], [(0, 20)]
     for pause in (20, 40, 80, 160, 320, 640, 1280, 1280):
         looks += [Look(20, 0.6), Look(pause, 0.0)]
         pauses += [(1, pause), (0, 20)]
@@ -98,13 +104,13 @@ def test_all_threads_are_tried_again_and_ever_more_rarely(decide: Path) -> None:
 
 
 def test_there_is_no_trial_while_even_the_limited_threads_wait(decide: Path) -> None:
-    found = decisions(decide, [Look(20, 1.0), Look(20, 0.4), Look(40, 0.4), Look(80, 0.4), Look(160, 0.1)])
-    assert found == [(1, 20), (1, 40), (1, 80), (1, 160), (0, 20)]
+    looks = [Look(20, 1.0), Look(20, 1.0), Look(20, 0.4), Look(40, 0.4), Look(80, 0.4), Look(160, 0.1)]
+    assert decisions(decide, looks) == [(0, 20), (1, 20), (1, 40), (1, 80), (1, 160), (0, 20)]
 
 
 def test_a_limit_is_lowered_further(decide: Path) -> None:
-    found = decisions(decide, [Look(20, 1.0, 8), Look(20, 0.5, 8), Look(40, 2.0, 8)])
-    assert [most for most, _ in found] == [6, 5, 1]
+    found = decisions(decide, [Look(20, 1.0, 8), Look(20, 1.0, 8), Look(20, 0.5, 8), Look(40, 2.0, 8)])
+    assert [most for most, _ in found] == [0, 6, 5, 1]
 
 
 def test_a_thread_that_ends_takes_its_waiting_along(decide: Path) -> None:
