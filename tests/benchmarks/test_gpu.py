@@ -1,6 +1,7 @@
 """The driver of everything that needs a GPU, with commands of the tests' own where there is none."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,9 @@ def test_a_stopped_suite_goes_on_with_what_it_has_not_measured(tmp_path: Path) -
 
 def collected(stage: gpu.Stage) -> list[str]:
     command = [*stage.command, "--collect-only"]
-    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=True)
+    # A process of pytest-xdist, which this may be, disables benchmarks in its children.
+    alone = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=True, env=alone)
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 

@@ -34,7 +34,16 @@ def main() -> int:
             return 0
         tests = str(Path(__file__).parents[1])
         chosen = "numbers or layouts or gradient or precision or batch or nan or dropout"
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "", "-k", f"({chosen}) and not emulated"]
+        options = [
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "",
+            "-k",
+            f"({chosen}) and not emulated and not triton and not reference",
+        ]
         return int(pytest.main([f"{tests}/ops", f"{tests}/kernels/test_native_threads.py", *options]))
 
 
