@@ -139,10 +139,13 @@ def test_class_names_are_kept_and_verified(load: Load, source: Path, tmp_path: P
     (entry,) = entries(tmp_path)
     meta = json.loads((entry / "meta.json").read_text())
     assert meta["classes"] == ["0", "1", "2"]
-    (entry / "meta.json").write_text(json.dumps(meta | {"classes": ["0", "2", "1"]}))
-    lines: list[str] = []
-    assert load(report=lines.append).classes == ("0", "1", "2")
-    assert "its class names differ" in lines[0] and lines[1] == "3 classes: 0, 1, 2"
+    changed = meta | {"classes": ["0", "2", "1"]}
+    sealed = changed | {"meta": cache._meta_checksum(changed)}
+    for document, problem in ((changed, "meta.json is not as it was written"), (sealed, "its class names differ")):
+        (entry / "meta.json").write_text(json.dumps(document))
+        lines: list[str] = []
+        assert load(report=lines.append).classes == ("0", "1", "2")
+        assert problem in lines[0] and lines[1] == "3 classes: 0, 1, 2"
     assert load(keep="encoded").classes == ("0", "1", "2")
 
 
