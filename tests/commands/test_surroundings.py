@@ -17,17 +17,17 @@ TRAIN = ["fastddpm.train", "--steps", "1", "--batch", "2", "--width", "8", "--gr
          "--sample.count", "0", "--device", "cpu"]  # fmt: skip
 
 
-def command(
+def python(
     *arguments: str,
     cwd: Path | None = None,
     before: Callable[[], object] | None = None,
     without: tuple[str, ...] = (),
-    **environment: str,
 ) -> "subprocess.CompletedProcess[str]":
+    """Run Python with this checkout's package; `before`: in the child; `without`: variables that it does not get."""
     kept = {name: value for name, value in os.environ.items() if name not in without}
     return subprocess.run(
-        [sys.executable, "-m", *arguments], text=True, capture_output=True, cwd=cwd, preexec_fn=before,
-        env=kept | {"PYTHONPATH": str(Path(__file__).parents[2])} | environment,
+        [sys.executable, *arguments], text=True, capture_output=True, cwd=cwd, preexec_fn=before,
+        env=kept | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
 
 
@@ -91,17 +91,13 @@ def test_a_user_without_a_home_is_told_what_to_set() -> None:
         "try: default_directory()\n"
         "except UsageError as error: print(error)"
     )
-    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], text=True, capture_output=True,
-        env=kept | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    done = python("-c", program, without=("HOME", "XDG_CACHE_HOME"))
     assert "this user has no home directory for the cache; set XDG_CACHE_HOME" in done.stdout, done.stderr
 
 
 def test_a_directory_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
-    done = command(*TRAIN, cwd=tmp_path / "gone", before=lambda: os.rmdir(tmp_path / "gone"))
+    done = python("-m", *TRAIN, cwd=tmp_path / "gone", before=lambda: os.rmdir(tmp_path / "gone"))
     assert_one_message(done, 2, "the current directory cannot be used (No such file or directory); change to another")
 
 
@@ -115,17 +111,15 @@ def test_no_directory_for_temporary_files(tmp_path: Path) -> None:
         "sys.argv = ['doctor']\n"
         "cli.run(doctor.main)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], text=True, capture_output=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    done = python("-c", program, cwd=tmp_path)
     assert_one_message(done, 2, "set TMPDIR to a directory that can be written to")
 
 
 @pytest.mark.parametrize("limit", [8, 12, 20])
 def test_few_files_may_be_open(limit: int, tmp_path: Path) -> None:
     """The command does its work, or says in one line which limit is in the way."""
-    done = command(
+    done = python(
+        "-m",
         *TRAIN,
         "--out",
         str(tmp_path / "run"),
@@ -142,10 +136,7 @@ def test_no_more_threads_may_be_started(tmp_path: Path) -> None:
         "threading.Thread.start = refuse\n"
         "cli.run(lambda arguments: threading.Thread().start())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], text=True, capture_output=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    done = python("-c", program, cwd=tmp_path)
     assert_one_message(done, 2, "the system allows this user no more threads; raise ulimit -u")
 
 
@@ -163,10 +154,7 @@ def test_options_that_cannot_be(arguments: list[str], code: int, message: str, t
         f"import sys\nfrom fastddpm import train\nfrom fastddpm.runtime import cli\nsys.argv = ['x', *{arguments!r}]\n"
     )
     program = program.replace("\\\\0", "\\0") + "cli.run(train.main)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], text=True, capture_output=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    done = python("-c", program, cwd=tmp_path)
     assert_one_message(done, code, message)
 
 

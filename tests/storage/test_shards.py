@@ -24,7 +24,6 @@ from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.presets import PRESETS
 from fastddpm.pretrained import load as load_model
 from fastddpm.sampling import batch_size
-from fastddpm.sampling.adm import write_adm
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.files import host
@@ -194,44 +193,6 @@ def test_more_seeds_extend_a_directory(
     extended, whole = images_of(tmp_path / "out"), images_of(tmp_path / "whole")
     assert list(extended) == list(range(5, 23)) and all(np.array_equal(extended[seed], whole[seed]) for seed in whole)
     assert (tmp_path / "out" / "sampling.json").read_text() == (tmp_path / "whole" / "sampling.json").read_text()
-
-
-@pytest.mark.parametrize("more", [[], ["--shard-size", "4"]])
-def test_arrays_for_other_tools(more: list[str], run: Path, tmp_path: Path) -> None:
-    sample.main(command(run, tmp_path, "--seeds", "0-9", "--labels", "3", "--npz", "adm", *more))
-    with np.load(tmp_path / "adm.npz", allow_pickle=False) as arrays:
-        assert sorted(arrays) == ["arr_0", "arr_1"]
-        pixels, labels = arrays["arr_0"], arrays["arr_1"]
-    if more:
-        ours = np.stack(list(images_of(tmp_path).values()))
-    else:
-        with np.load(tmp_path / "samples.npz") as arrays:
-            ours = arrays["images"]
-    assert pixels.shape == (10, 16, 16, 3) and pixels.dtype == np.uint8 and labels.tolist() == [3] * 10
-    for channel in range(3):
-        np.testing.assert_array_equal(pixels[..., channel], ours[:, 0])
-
-
-def test_arrays_for_other_tools_in_colour(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 6), dtype=np.uint8)
-    write_adm([images[:2], images[2:]], 5, None, tmp_path / "x.npz")
-    with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
-        assert arrays.files == ["arr_0"]
-        np.testing.assert_array_equal(arrays["arr_0"], images.transpose(0, 2, 3, 1))
-
-
-def test_they_are_not_written_before_all_shards_are_there(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = command(run, tmp_path, "--seeds", "0-7", "--shard-size", "4", "--npz", "adm")
-    for rank in (0, 1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert not (tmp_path / "adm.npz").exists()
-        sample.main(arguments)
-    assert "1 shards of other processes are missing; run the command again" in capsys.readouterr().err
-    with np.load(tmp_path / "adm.npz") as arrays:
-        assert len(arrays["arr_0"]) == 8
 
 
 def test_numbers_are_what_ranges_wrote() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastddpm.data.image import SUFFIXES
 from fastddpm.errors import DataError
+from fastddpm.storage.reading import read_bytes
 
 EXTENSIONS = tuple(extension for extensions in SUFFIXES.values() for extension in extensions)
 MAX_ENCODED_BYTES = 256 * 2**20
@@ -76,11 +77,7 @@ def read_file(path: Path, limit: int = MAX_ENCODED_BYTES) -> bytes:
 
     Raises ValueError if the file is larger than `limit` bytes or not a regular file, whose reading could block.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    check_size(status.st_size, limit)
-    return path.read_bytes()
+    return read_bytes(path, limit)
 
 
 def check_regular(path: Path) -> None:
