@@ -3,6 +3,7 @@
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,14 @@ __all__ = ["load", "source"]
 @pytest.fixture
 def locked(monkeypatch: pytest.MonkeyPatch) -> None:
     """locked.png cannot be opened; permissions would not stop a test that runs as root."""
-    read_bytes = Path.read_bytes
+    os_open = os.open
 
-    def refuse(path: Path) -> bytes:
-        if path.name == "locked.png":
+    def refuse(path: str | Path, *arguments: Any, **options: Any) -> int:
+        if Path(path).name == "locked.png":
             raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
+        return os_open(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
 
 
 @pytest.mark.usefixtures("locked")
