@@ -4,12 +4,13 @@ import math
 import numbers
 import operator
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, refuse
 
 Schedule = Literal["linear", "cosine", "quad", "const", "jsd"]
 Prediction = Literal["eps", "x0", "xprev", "v"]
@@ -32,39 +33,44 @@ def integer(value: Any, name: str) -> int:
 
 def check_seed(seed: int) -> None:
     """Raise `UsageError` for a seed that is no integer of 64 bits."""
-    if not -(2**63) <= integer(seed, "seed") < 2**63:
-        raise UsageError(f"seed must be in -2^63..2^63-1; got {seed}")
+    refuse([] if -(2**63) <= integer(seed, "seed") < 2**63 else [f"seed must be in -2^63..2^63-1; got {seed}"])
 
 
 def check_chain(method: str, eta: float, guidance: float) -> None:
     """Raise `UsageError` for a positive `eta` without DDIM, and for a guidance scale out of range."""
+    refuse(_chain_problems(method, eta, guidance))
+
+
+def _chain_problems(method: str, eta: float, guidance: float) -> Iterator[str]:
     for name, value in (("eta", eta), ("guidance", guidance)):
         if not isinstance(value, numbers.Real):
-            raise UsageError(f"{name} must be a number; got {value!r:.100}")
+            yield f"{name} must be a number; got {value!r:.100}"
+            return
     if eta and method != "ddim":
-        raise UsageError(f"eta is of method ddim, ancestral sampling has none; got {eta}")
+        yield f"eta is of method ddim, ancestral sampling has none; got {eta}"
     if not 0 <= guidance <= MAX_GUIDANCE:
-        raise UsageError(f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}")
+        yield f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}"
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def positive(config: Any, *names: str) -> Iterator[str]:
+    """Yield a problem for each of the fields `names` that is not above 0."""
     for name in names:
         value = getattr(config, name)
         if not value > 0:
-            raise UsageError(f"{name} must be positive; got {value}")
+            yield f"{name} must be positive; got {value}"
 
 
-def _require_range(config: Any, name: str, low: float, high: float, *, closed: bool = False) -> None:
+def _range(config: Any, name: str, low: float, high: float, *, closed: bool = False) -> Iterator[str]:
     value = getattr(config, name)
     if not (low <= value < high or (closed and value == high)):
-        raise UsageError(f"{name} must be in [{low}, {high}{']' if closed else ')'}; got {value}")
+        yield f"{name} must be in [{low}, {high}{']' if closed else ')'}; got {value}"
 
 
-def _require_choice(config: Any, name: str) -> None:
+def _choice(config: Any, name: str) -> Iterator[str]:
     choices = typing.get_args(typing.get_type_hints(type(config))[name])
     value = getattr(config, name)
     if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        yield f"{name} must be one of {', '.join(choices)}; got {value!r}"
 
 
 @dataclass(frozen=True)
@@ -95,39 +101,45 @@ class UNetConfig:
     """Whether the output has C more channels, for the variance. Set from the diffusion's variance."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "image_size", "image_channels", "width", "blocks", "groups")
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        sizes = list(positive(self, "image_size", "image_channels", "width", "blocks", "groups"))
         if not self.multipliers or min(self.multipliers) < 1:
-            raise UsageError(f"multipliers must be one or more positive integers; got {self.multipliers}")
-        if self.width % 2 or self.width < 4:
-            raise UsageError(f"width must be even and at least 4 (the time embedding halves it); got {self.width}")
-        divisor = 2 ** (len(self.multipliers) - 1)
-        if self.image_size % divisor:
-            raise UsageError(
-                f"image_size must be divisible by {divisor} for {len(self.multipliers)} levels; got {self.image_size}"
-            )
-        for multiplier in (1, *self.multipliers):  # the first convolution's output has one width
-            if self.width * multiplier % self.groups:
-                raise UsageError(
-                    f"groups must divide each level's channels; {self.groups} does not divide {self.width * multiplier}"
-                )
-        _require_range(self, "dropout", 0.0, 0.999)
-        _require_range(self, "label_dropout", 0.0, 1.0)
-        if self.num_classes < 0:
-            raise UsageError(f"num_classes must be 0 or more; got {self.num_classes}")
-        if self.label_dropout > 0 and self.num_classes == 0:
-            raise UsageError("label_dropout needs num_classes > 0")
-        too_large = {
+            sizes.append(f"multipliers must be one or more positive integers; got {self.multipliers}")
+        most = {
             "image_size": (self.image_size, 4096),
             "image_channels": (self.image_channels, 64),
             "width": (self.width, 4096),
             "blocks": (self.blocks, 64),
             "levels": (len(self.multipliers), 12),
-            "the largest multiplier": (max(self.multipliers), 64),
+            "the largest multiplier": (max(self.multipliers, default=0), 64),
             "num_classes": (self.num_classes, 1_000_000),
         }
-        for name, (value, limit) in too_large.items():
-            if value > limit:
-                raise UsageError(f"{name} must be at most {limit}; got {value}")
+        sizes += [
+            f"{name} must be at most {limit}; got {value}" for name, (value, limit) in most.items() if value > limit
+        ]
+        yield from sizes or self._misfits()
+        yield from _range(self, "dropout", 0.0, 0.999)
+        yield from _range(self, "label_dropout", 0.0, 1.0)
+        if self.num_classes < 0:
+            yield f"num_classes must be 0 or more; got {self.num_classes}"
+        if self.label_dropout > 0 and self.num_classes == 0:
+            yield "label_dropout needs num_classes > 0"
+
+    def _misfits(self) -> Iterator[str]:
+        if self.width % 2 or self.width < 4:
+            yield f"width must be even and at least 4 (the time embedding halves it); got {self.width}"
+        divisor = 2 ** (len(self.multipliers) - 1)
+        if self.image_size % divisor:
+            yield (
+                f"image_size must be divisible by {divisor} for {len(self.multipliers)} levels; got {self.image_size}"
+            )
+        for multiplier in (1, *self.multipliers):  # the first convolution's output has one width
+            if self.width * multiplier % self.groups:
+                yield (
+                    f"groups must divide each level's channels; {self.groups} does not divide {self.width * multiplier}"
+                )
 
 
 @dataclass(frozen=True)
@@ -157,23 +169,22 @@ class DiffusionConfig:
     """Clip the prediction of x_0 to [-1, 1] when sampling."""
 
     def __post_init__(self) -> None:
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         if not 2 <= self.timesteps <= MAX_TIMESTEPS:
-            raise UsageError(f"timesteps must be in 2..{MAX_TIMESTEPS}; got {self.timesteps}")
+            yield f"timesteps must be in 2..{MAX_TIMESTEPS}; got {self.timesteps}"
         if not 0 < self.beta_start < 1 or not 0 < self.beta_end < 1:
-            raise UsageError(f"beta_start and beta_end must be in (0, 1); got {self.beta_start}, {self.beta_end}")
+            yield f"beta_start and beta_end must be in (0, 1); got {self.beta_start}, {self.beta_end}"
         for name in ("schedule", "prediction", "variance", "loss"):
-            _require_choice(self, name)
-        _require_positive(self, "hybrid_weight", "min_snr_gamma")
+            yield from _choice(self, name)
+        yield from positive(self, "hybrid_weight", "min_snr_gamma")
         if self.loss == "hybrid" and not self.variance.startswith("learned"):
-            raise UsageError(
-                f"loss hybrid trains a learned variance; variance is {self.variance}, use learned or learned_range"
-            )
+            yield (f"loss hybrid trains a learned variance; variance is {self.variance}, use learned or learned_range")
         if self.variance.startswith("learned") and self.loss in ("simple", "min_snr"):
-            raise UsageError(f"variance {self.variance} gets no gradient from loss {self.loss}; use hybrid or vlb")
+            yield f"variance {self.variance} gets no gradient from loss {self.loss}; use hybrid or vlb"
         if self.loss == "min_snr" and self.prediction == "xprev":
-            raise UsageError(
-                "min_snr weighting is defined for predictions eps, x0 and v, not xprev; choose another prediction"
-            )
+            yield ("min_snr weighting is defined for predictions eps, x0 and v, not xprev; choose another prediction")
 
     @property
     def learned_variance(self) -> bool:
@@ -234,37 +245,37 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite after which the run stops."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience")
-        _require_positive(self, "preview_steps")
-        if self.preview_every < 0:
-            raise UsageError(f"preview_every must be 0 (for none) or more; got {self.preview_every}")
-        _require_positive(self, "lr", "clip_gradient")
-        if self.lr == math.inf:
-            raise UsageError("lr must be finite; got inf")
-        for name in ("mode", "precision", "decay", "parallel"):
-            _require_choice(self, name)
-        check_seed(self.seed)
-        if self.warmup < 0:
-            raise UsageError(f"warmup must be 0 or more; got {self.warmup}")
-        self._check_decays()
-        if self.batch % self.accumulate:
-            raise UsageError(f"accumulate must divide batch; {self.accumulate} does not divide {self.batch}")
-        if self.mode == "paper" and self.batch % 8:
-            raise UsageError(f"mode paper clips each of 8 shards of a batch; 8 does not divide batch {self.batch}")
-        if self.mode == "paper" and self.accumulate != 1:
-            raise UsageError("mode paper takes its batch in 8 shards already; leave accumulate at 1")
-        if self.parallel == "fsdp" and (self.mode == "paper" or self.compile):
-            conflict = "mode paper, which clips gradients before they are summed" if self.mode == "paper" else "compile"
-            raise UsageError(f"parallel fsdp does not go with {conflict}; use parallel ddp")
-
-    def _check_decays(self) -> None:
         if isinstance(self.ema, tuple) and len(self.ema) == 1:
             object.__setattr__(self, "ema", self.ema[0])
+        check_seed(self.seed)
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        yield from positive(self, "steps", "batch", "accumulate", "log_every", "save_every", "keep", "patience")
+        yield from positive(self, "preview_steps")
+        if self.preview_every < 0:
+            yield f"preview_every must be 0 (for none) or more; got {self.preview_every}"
+        yield from positive(self, "lr", "clip_gradient")
+        if self.lr == math.inf:
+            yield "lr must be finite; got inf"
+        for name in ("mode", "precision", "decay", "parallel"):
+            yield from _choice(self, name)
+        if self.warmup < 0:
+            yield f"warmup must be 0 or more; got {self.warmup}"
         if not self.decays or len(set(self.decays)) < len(self.decays):
-            raise UsageError(f"ema must be one decay, or several that differ; got {self.ema}")
+            yield f"ema must be one decay, or several that differ; got {self.ema}"
         for decay in self.decays:
             if not 0.0 <= decay < 1.0:
-                raise UsageError(f"ema must be in [0.0, 1.0); got {decay}")
+                yield f"ema must be in [0.0, 1.0); got {decay}"
+        if self.accumulate > 0 and self.batch % self.accumulate:
+            yield f"accumulate must divide batch; {self.accumulate} does not divide {self.batch}"
+        if self.mode == "paper" and self.batch % 8:
+            yield f"mode paper clips each of 8 shards of a batch; 8 does not divide batch {self.batch}"
+        if self.mode == "paper" and self.accumulate != 1:
+            yield "mode paper takes its batch in 8 shards already; leave accumulate at 1"
+        if self.parallel == "fsdp" and (self.mode == "paper" or self.compile):
+            conflict = "mode paper, which clips gradients before they are summed" if self.mode == "paper" else "compile"
+            yield f"parallel fsdp does not go with {conflict}; use parallel ddp"
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -288,13 +299,16 @@ class SampleConfig:
     """Images in the grid of final samples. 0: no samples."""
 
     def __post_init__(self) -> None:
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         if self.steps is not None:
-            _require_positive(self, "steps")
-        _require_choice(self, "method")
-        _require_range(self, "eta", 0.0, 1.0, closed=True)
-        check_chain(self.method, self.eta, self.guidance)
+            yield from positive(self, "steps")
+        yield from _choice(self, "method")
+        yield from _range(self, "eta", 0.0, 1.0, closed=True)
+        yield from _chain_problems(self.method, self.eta, self.guidance)
         if not 0 <= self.count <= MOST_IN_GRID:
-            raise UsageError(f"count must be in 0..{MOST_IN_GRID}; got {self.count}")
+            yield f"count must be in 0..{MOST_IN_GRID}; got {self.count}"
 
 
 @dataclass(frozen=True)
@@ -324,7 +338,10 @@ class EngineConfig:
     images; a warning says how far the network's output is from that without."""
 
     def __post_init__(self) -> None:
-        _require_choice(self, "precision")
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        yield from _choice(self, "precision")
 
 
 @dataclass(frozen=True)
@@ -338,17 +355,18 @@ class Preset:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         if self.unet.learned_variance != self.diffusion.learned_variance:
-            raise UsageError(
+            yield (
                 f"variance {self.diffusion.variance} needs learned_variance={self.diffusion.learned_variance} "
                 f"in the network; got {self.unet.learned_variance}"
             )
         if self.sample.steps is not None and self.sample.steps > self.diffusion.timesteps:
-            raise UsageError(
-                f"sample steps must be at most timesteps, {self.diffusion.timesteps}; got {self.sample.steps}"
-            )
+            yield (f"sample steps must be at most timesteps, {self.diffusion.timesteps}; got {self.sample.steps}")
         if self.sample.guidance != 1.0 and self.unet.label_dropout == 0:
-            raise UsageError("guidance needs a network trained with label_dropout > 0")
+            yield "guidance needs a network trained with label_dropout > 0"
 
 
 @dataclass(frozen=True)
@@ -364,12 +382,15 @@ class CodecOptions:
     """Largest number of images coded side by side, 1..4096. Coding begins with one image and doubles up to this."""
 
     def __post_init__(self) -> None:
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         if self.steps is not None and self.steps < 2:
-            raise UsageError(f"steps must be at least 2; got {self.steps}")
+            yield f"steps must be at least 2; got {self.steps}"
         if self.lossy is not None and self.lossy < 0:
-            raise UsageError(f"lossy must be a timestep, 0 or more; got {self.lossy}")
+            yield f"lossy must be a timestep, 0 or more; got {self.lossy}"
         if not 1 <= self.batch <= 4096:
-            raise UsageError(f"batch must be in 1..4096; got {self.batch}")
+            yield f"batch must be in 1..4096; got {self.batch}"
 
     def last(self, timesteps: int) -> int:
         """Return the timestep at which the chain stops. Raises `UsageError` if it is not in 0..`timesteps` - 2."""

@@ -1,5 +1,9 @@
 """Errors that the user can fix, each with a clear message and an exit code for scripts."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+
 
 class FastddpmError(Exception):
     """An error with a message for the user. Commands print it as one line and exit with `exit_code`."""
@@ -34,3 +38,37 @@ class StorageError(FastddpmError, OSError):
 def printable(text: str) -> str:
     """Return a message with control characters escaped, for a terminal: names and values in it may be from a file."""
     return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+_collected: ContextVar[list[str] | None] = ContextVar("_collected", default=None)
+
+
+@contextlib.contextmanager
+def all_problems() -> Iterator[None]:
+    """Let configurations with impossible values be made inside the block, and refuse all of them at its end.
+
+    So a user with three mistakes reads of three. Raises `UsageError` at the end of the block, or of the outermost of
+    several, with one line for each problem.
+    """
+    if _collected.get() is not None:
+        yield
+        return
+    problems: list[str] = []
+    token = _collected.set(problems)
+    try:
+        yield
+    finally:
+        _collected.reset(token)
+    refuse(problems)
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise `UsageError` with all `problems`, if there are any; inside `all_problems`, keep them for its end."""
+    found = list(dict.fromkeys(problems))
+    collected = _collected.get()
+    if collected is not None:
+        collected += [problem for problem in found if problem not in collected]
+    elif found:
+        raise UsageError(
+            found[0] if len(found) == 1 else "\n  ".join([f"{len(found)} options cannot be used:", *found])
+        )

@@ -1,9 +1,10 @@
 """Options of the metrics and pictures, as frozen dataclasses. Imports no torch, which keeps `--help` fast."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastddpm.config import MOST_IN_GRID, check_seed
-from fastddpm.errors import UsageError
+from fastddpm.config import MOST_IN_GRID, check_seed, positive
+from fastddpm.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,8 @@ class BitsOptions:
     """Seed of the noise and of the choice of images and timesteps, a signed 64-bit number."""
 
     def __post_init__(self) -> None:
-        if self.images is not None and self.images < 1:
-            raise UsageError(f"images must be positive; got {self.images}")
-        if self.every < 1:
-            raise UsageError(f"every must be positive; got {self.every}")
         check_seed(self.seed)
+        refuse(positive(self, "every", *(() if self.images is None else ("images",))))
 
 
 QUALITY_METRICS = ("fid", "is", "kid", "pr")
@@ -46,13 +44,14 @@ class QualityOptions:
     """Precision and recall: the k-th nearest neighbour gives the radius of the manifold around an image."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "splits", "kid_subsets", "neighbours"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be positive; got {getattr(self, name)}")
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        yield from positive(self, "splits", "kid_subsets", "neighbours")
         if not 2 <= self.samples <= 2**32:
-            raise UsageError(f"samples must be in 2..{2**32}; got {self.samples}")
+            yield f"samples must be in 2..{2**32}; got {self.samples}"
         if self.kid_subset_size < 2:
-            raise UsageError(f"kid_subset_size must be 2 or more; got {self.kid_subset_size}")
+            yield f"kid_subset_size must be 2 or more; got {self.kid_subset_size}"
 
 
 PICTURE_NAMES = (
@@ -99,16 +98,19 @@ class PictureOptions:
     """Frames of an animation; fewer if it would be larger than 2 MB."""
 
     def __post_init__(self) -> None:
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         for name in ("rows", "columns", "lambdas", "continuations", "neighbours", "frames"):
             if not 1 <= getattr(self, name) <= MOST_IN_GRID:
-                raise UsageError(f"{name} must be in 1..{MOST_IN_GRID}; got {getattr(self, name)}")
+                yield f"{name} must be in 1..{MOST_IN_GRID}; got {getattr(self, name)}"
         if self.lambdas < 2:
-            raise UsageError(f"lambdas must be 2 or more, because both ends are shown; got {self.lambdas}")
+            yield f"lambdas must be 2 or more, because both ends are shown; got {self.lambdas}"
         highest = 2**32 - max(self.rows, self.columns)
         if not 0 <= self.first_seed <= highest:
-            raise UsageError(f"first_seed must be in 0..{highest}; got {self.first_seed}")
+            yield f"first_seed must be in 0..{highest}; got {self.first_seed}"
         if not self.scales:
-            raise UsageError("scales must hold at least one guidance scale; got none")
+            yield "scales must hold at least one guidance scale; got none"
 
     @property
     def seeds(self) -> range:

@@ -21,7 +21,7 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
-from fastddpm.errors import FastddpmError, StorageError, UsageError, printable
+from fastddpm.errors import FastddpmError, StorageError, UsageError, all_problems, printable
 
 from . import distributed
 
@@ -120,7 +120,8 @@ def parse(command: type[T], arguments: Sequence[str], *, program: str, default: 
     options: Any = {} if default is None else {"default": default}
     rules = ConstructorRegistry()
     rules.primitive_rule(_optional)
-    return tyro.cli(command, args=list(arguments), prog=f"python -m {program}", registry=rules, **options)
+    with all_problems():
+        return tyro.cli(command, args=list(arguments), prog=f"python -m {program}", registry=rules, **options)
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, all_problems
 from fastddpm.presets import PRESETS, preset
 from fastddpm.storage.documents import difference, from_dict, to_dict
 
@@ -248,3 +248,47 @@ def test_imports_no_torch(module: str) -> None:
     code = f"import sys, fastddpm.{module}; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+# All problems at once
+
+
+def test_a_configuration_lists_all_its_problems() -> None:
+    with pytest.raises(UsageError) as error:
+        TrainConfig(steps=0, lr=-1.0, ema=(0.5, 2.0), mode="paper", batch=12)
+    assert str(error.value).splitlines() == [
+        "4 options cannot be used:",
+        "  steps must be positive; got 0",
+        "  lr must be positive; got -1.0",
+        "  ema must be in [0.0, 1.0); got 2.0",
+        "  mode paper clips each of 8 shards of a batch; 8 does not divide batch 12",
+    ]
+
+
+def test_several_configurations_are_refused_together() -> None:
+    with pytest.raises(UsageError) as error, all_problems():
+        UNetConfig(width=3)
+        with all_problems():
+            SampleConfig(eta=2.0, method="ddim")
+        UNetConfig(width=3)  # said once
+    assert str(error.value).splitlines()[1:] == [
+        "  width must be even and at least 4 (the time embedding halves it); got 3",
+        "  groups must divide each level's channels; 32 does not divide 3",
+        "  groups must divide each level's channels; 32 does not divide 6",
+        "  eta must be in [0.0, 1.0]; got 2.0",
+    ]
+    with pytest.raises(UsageError, match="^width must"):  # the block has ended
+        UNetConfig(width=3, groups=1)
+
+
+def test_an_error_inside_the_block_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError), all_problems():
+        UNetConfig(width=3)
+        raise ZeroDivisionError
+    assert UNetConfig().width == 128
+
+
+@pytest.mark.parametrize("sizes", [{"groups": 0}, {"multipliers": ()}, {"multipliers": (1,) * 99}, {"width": 10**9}])
+def test_sizes_without_sense_are_refused_before_their_relations(sizes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="must be"):
+        UNetConfig(**sizes)
