@@ -45,6 +45,7 @@ def test_halves_are_disjoint_and_balanced() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_held_out_accuracy(judge: Any) -> None:
     assert (judge.probe.probabilities.argmax(axis=1) == judge.probe_labels).mean() > 0.93
 

@@ -114,6 +114,7 @@ def tried(kinds: Sequence[str], tries: int) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 
 
+@pytest.mark.slow
 def test_damaged_pictures_and_archives() -> None:
     tried(["images: folder, PNG", "images: .zip", "images: .fdpack", "images: LMDB"], 5)
 

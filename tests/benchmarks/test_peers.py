@@ -25,6 +25,7 @@ def test_the_plain_network_is_the_network(labels: int) -> None:
         torch.testing.assert_close(PlainUNet(unet)(x, t, label), unet(x, t, label), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", [EAGER[0], *map(slow, EAGER[1:])])
 def test_every_peer_evaluates_the_same_network(peer: str) -> None:
     """The CIFAR-10 network with random weights, one image: within float32 rounding of float64."""
@@ -75,6 +76,7 @@ def test_a_record_has_rates_and_the_share_of_the_limit(monkeypatch: pytest.Monke
     assert {"processor", "torch", "date", "threads"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_limits_are_measured() -> None:
     found = harness.limits()
     assert found.matrix_flops > 1e9 and found.copy_bytes > 1e8

@@ -125,6 +125,7 @@ def test_timed_again_and_no_longer_faster_is_removed(own_table: Path) -> None:
     assert json.loads(own_table.read_text()) == {}
 
 
+@pytest.mark.slow
 def test_a_tile_with_other_numbers_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile of fewer channels than its groups have loses some of them."""
     wrong = norm_tiles.Tile(block_p=64, block_c=4, groups=1, warps=4, chunks=0)

@@ -28,6 +28,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def of_one_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "mnist"
+    train.main([*TINY, "--steps", "1", "--out", str(run)])
+    return run
+
+
+@pytest.fixture
+def one_step(home: Path, of_one_step: Path) -> Path:
+    """A run in the current directory, where `train` puts it by itself."""
+    return shutil.copytree(of_one_step, home / "runs" / "mnist")
+
+
 @pytest.fixture
 def photos(home: Path) -> Path:
     """Two classes of grey pictures of mixed sizes, and one file that is none."""
@@ -129,19 +142,17 @@ def test_a_damaged_log_stops_no_run(home: Path, capsys: pytest.CaptureFixture[st
         ('{"resize": []}', "resize must be one of none, area, lanczos; got .*; give the options again"),
     ],
 )
-def test_damaged_options_are_one_error(text: str, problem: str, home: Path) -> None:
-    train.main([*TINY, "--steps", "1"])
-    (home / "runs" / "mnist" / "options.json").write_text(text)
+def test_damaged_options_are_one_error(text: str, problem: str, one_step: Path) -> None:
+    (one_step / "options.json").write_text(text)
     with pytest.raises(DataError, match=problem):
         train.main(["--resume", "--steps", "2"])
 
 
-def test_a_run_without_options_resumes_on_the_defaults(home: Path) -> None:
+def test_a_run_without_options_resumes_on_the_defaults(one_step: Path) -> None:
     """As one of an older version: it has no options.json."""
-    train.main([*TINY, "--steps", "1"])
-    (home / "runs" / "mnist" / "options.json").unlink()
+    (one_step / "options.json").unlink()
     train.main(["--resume", "--steps", "2"])
-    assert steps(home / "runs" / "mnist") == [1, 2]
+    assert steps(one_step) == [1, 2]
 
 
 def resealed(run: Path, name: str, text: str) -> None:
@@ -168,9 +179,8 @@ def resealed(run: Path, name: str, text: str) -> None:
         ("data.json", '{"name": "x", "checksum": 5}', r"checksum must be str; got 5"),
     ],
 )
-def test_forged_documents_of_a_checkpoint_are_one_error(name: str, text: str, problem: str, home: Path) -> None:
-    train.main([*TINY, "--steps", "1"])
-    resealed(home / "runs" / "mnist", name, text)
+def test_forged_documents_of_a_checkpoint_are_one_error(name: str, text: str, problem: str, one_step: Path) -> None:
+    resealed(one_step, name, text)
     with pytest.raises(DataError, match=problem):
         train.main(["--resume", "--steps", "2"])
 

@@ -244,6 +244,7 @@ def test_links_to_links_are_followed_so_many_times(tmp_path: Path, load: Load, m
         load(tmp_path / "0")
 
 
+@pytest.mark.slow
 def test_walking_a_folder_keeps_the_names_of_one_folder_at_a_time(tmp_path: Path) -> None:
     peaks = []
     for count in (3, 40):

@@ -59,7 +59,7 @@ def expected(step: int) -> np.ndarray:
     return batch_indices(step, NUM, BATCH, SEED)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("workers", [0, slow(1), 4])
 @pytest.mark.parametrize("world", [1, 2, slow(4)])
 def test_the_global_order_depends_on_the_step_alone(pack: Pack, workers: int, world: int) -> None:
     """For two epochs and a half, the ranks' parts make up the batch, and an epoch has each image at most once."""

@@ -119,6 +119,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root))
 
 
+@pytest.mark.slow
 def test_several_seeds(tmp_path: Path, quadrants: None) -> None:
     ablation.main([*SMALL, "--out", str(tmp_path), "--cells", "eps-simple", "--seeds", "0-1"])
     document = json.loads((tmp_path / "table.json").read_text())
@@ -150,6 +151,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert row["frechet_distance"] is None and row["bits_per_dim"] > 0
 
 
+@pytest.mark.slow
 def test_forged_results_are_one_error_or_text(tmp_path: Path) -> None:
     options = [*SMALL, "--cells", "eps-simple", "--network", "none", "--out", str(tmp_path)]
     ablation.main(options)
@@ -165,6 +167,7 @@ def test_forged_results_are_one_error_or_text(tmp_path: Path) -> None:
         ablation.main(options)
 
 
+@pytest.mark.slow
 def test_unstable_runs_are_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One diverges, another's weights are NaN; the third is not disturbed, and all are told of."""
     run = Trainer.run

@@ -222,6 +222,7 @@ def test_every_timestep_is_as_likely_for_every_image() -> None:
     assert (Plan.of(30, 20, BitsOptions(seed=7, every=5)).offsets[:12] == drawn[7]).all()
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased_and_knows_its_error() -> None:
     """400 estimates of fresh images: their mean is that of full evaluations, their spread what each of them says."""
     rng, sampler = np.random.default_rng(5), sampler_of()

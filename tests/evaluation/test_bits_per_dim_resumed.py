@@ -173,6 +173,7 @@ def of_two(group: ProcessGroup, out: Path, killed: bool) -> BitsPerDim:
     return bits_of(context, OPTIONS)
 
 
+@pytest.mark.slow
 def test_what_two_processes_left_one_or_two_finish(whole: BitsPerDim, tmp_path: Path) -> None:
     for count in (1, 2):
         out = tmp_path / f"{count}"

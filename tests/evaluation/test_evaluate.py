@@ -170,6 +170,7 @@ def test_two_processes_of_torchrun_measure_the_same(whole: Path, run: Path, tmp_
     assert done.stdout.count("| metric |") == 1 and "2 processes" in done.stderr
 
 
+@pytest.mark.slow
 def test_samples_of_other_settings_are_refused(run: Path, tmp_path: Path, home: Path) -> None:
     evaluate.main(command(run, tmp_path, "--metrics", "is"))
     before = (tmp_path / "metrics.json").read_bytes()
@@ -183,6 +184,7 @@ def test_samples_of_other_settings_are_refused(run: Path, tmp_path: Path, home: 
     assert (tmp_path / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_figures_of_other_weights_are_refused(run: Path, tmp_path: Path, home: Path) -> None:
     evaluate.main(command(run, tmp_path / "out", "--metrics", "is"))
     other = trained(tmp_path / "other", "--timesteps", "100", "--seed", "1", "--sample.steps", "2")

@@ -132,6 +132,7 @@ def test_without_matplotlib_the_numbers_are_written(
     assert "no plots: they need matplotlib, pip install 'fastddpm[report]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one is given everything by the first: here, what the first has kept."""
     context = context_of(tmp_path, timesteps=10)

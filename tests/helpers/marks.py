@@ -11,6 +11,6 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def with_large(names: Iterable[str], *large: str) -> list[Any]:
-    """The names, with the mark `large` on those that take seconds in Triton's interpreter."""
-    return [pytest.param(name, marks=pytest.mark.large) if name in large else name for name in names]
+def with_large(values: Iterable[Any], *large: Any) -> list[Any]:
+    """The parameters, with the mark `large` on those that are left out in Triton's interpreter, where they are slow."""
+    return [pytest.param(value, marks=pytest.mark.large) if value in large else value for value in values]

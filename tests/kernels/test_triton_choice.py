@@ -37,6 +37,7 @@ def said(hidden: bool = False, **environment: str) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_without_a_gpu() -> None:
     pytest.importorskip("triton")
     cuda, cpu, error = said()

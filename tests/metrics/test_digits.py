@@ -62,6 +62,7 @@ def test_the_feature_network(quick: None, tmp_path: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(found.exp(), expected)
 
 
+@pytest.mark.slow
 def test_it_is_trained_once(quick: None, tmp_path: Path) -> None:
     told: list[str] = []
     first = digits.load(8, cache=tmp_path, report=told.append)
@@ -72,6 +73,7 @@ def test_it_is_trained_once(quick: None, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".tmp*"))
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_is_made_again_and_gives_the_same_weights(quick: None, tmp_path: Path) -> None:
     first = digits.load(8, cache=tmp_path)
     (entry,) = tmp_path.iterdir()
@@ -85,6 +87,7 @@ def test_a_damaged_entry_is_made_again_and_gives_the_same_weights(quick: None, t
     assert manifest.read(entry)[1]["weights.safetensors"].sha256 == first.checksum
 
 
+@pytest.mark.slow
 def test_without_a_cache_it_is_trained_all_the_same(quick: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     network = digits.load(8, cache=tmp_path / "file")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers.marks import slow
 from helpers.oracle import conv
 from PIL import Image
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def activated(x: np.ndarray, layer: inception.Convolution, padding: tuple[int, i
     return np.maximum(scaled, 0)
 
 
-@pytest.mark.parametrize(("pool", "pooled"), [("average", averaged), ("max", largest)])
+@pytest.mark.parametrize(("pool", "pooled"), [("average", averaged), slow("max", largest)])
 def test_the_last_blocks(pool: str, pooled: Callable[[np.ndarray], np.ndarray], rng: np.random.Generator) -> None:
     """Forks, 1x3 and 3x1 kernels, and the two ways to pool, in the order of the published weights."""
     block = randomized(inception._block_8(pool, 6))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.marks import slow
 from helpers.networks import TINY, random_model
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -46,10 +47,11 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_mode_and_second_derivatives_are_finite_differences(name: str) -> None:
+@pytest.mark.parametrize("fast", [True, slow(False)])  # along random directions, or every derivative alone
+def test_forward_mode_and_second_derivatives_are_finite_differences(fast: bool, name: str) -> None:
     operation, inputs = CASES[name]
-    assert gradcheck(operation, inputs(), check_forward_ad=True, check_backward_ad=True)
-    assert gradgradcheck(operation, inputs(), check_fwd_over_rev=True)
+    assert gradcheck(operation, inputs(), check_forward_ad=True, check_backward_ad=True, fast_mode=fast)
+    assert gradgradcheck(operation, inputs(), check_fwd_over_rev=True, fast_mode=fast)
 
 
 def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

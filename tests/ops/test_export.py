@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import contract
+from helpers.marks import with_large
 from torch import Tensor
 
 from fastddpm.kernels.reverse_step import COLUMNS
@@ -79,7 +80,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[int, torch.device], Ar
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", with_large(OPERATIONS, *list(OPERATIONS)[1:]))
 def test_export_round_trip(name: str, device: torch.device) -> None:
     function, arguments = OPERATIONS[name]
 

@@ -60,7 +60,7 @@ def noise_at(timestep: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("chain", with_large(CHAINS, "all"))
-@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("clip", with_large([0.0, 1.0], 0.0))
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ancestral(
@@ -106,7 +106,7 @@ def test_ancestral(
 
 @pytest.mark.parametrize("chain", with_large(CHAINS, "all"))
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("clip", with_large([0.0, 1.0], 0.0))
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddim(
     prediction: str, clip: float, eta: float, chain: str, rng: np.random.Generator, device: torch.device

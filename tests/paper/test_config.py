@@ -277,7 +277,7 @@ def test_several_configurations_are_refused_together() -> None:
         "  groups must divide each level's channels; 32 does not divide 6",
         "  eta must be in [0.0, 1.0]; got 2.0",
     ]
-    with pytest.raises(UsageError, match="^width must"):  # the block has ended
+    with pytest.raises(UsageError, match=r"^width must"):  # the block has ended
         UNetConfig(width=3, groups=1)
 
 

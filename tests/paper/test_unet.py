@@ -231,6 +231,7 @@ def test_channels_last_gives_the_same_numbers_in_channels_last() -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [slow(False), True])
 def test_compiles_into_one_graph(training: bool) -> None:
     """Outputs and every parameter's gradient, in evaluation mode and with dropout."""

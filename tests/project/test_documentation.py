@@ -58,6 +58,7 @@ def beside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("beside_a_run")
 def test_the_programs_of_the_reference_run() -> None:
     """In order, as one program."""

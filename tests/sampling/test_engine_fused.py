@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from helpers.engines import arguments, in_float64, network, relative_error
+from helpers.marks import slow
 from helpers.networks import TINY, shaken, tiny
 from torch import Tensor
 
@@ -114,7 +115,7 @@ def count(network: FusedUNet, *inputs: Tensor) -> int:
 COMPILED = EngineConfig(native=False, compile=True)
 
 
-@pytest.mark.parametrize("name", ["tiny", "labels"])
+@pytest.mark.parametrize("name", [slow("tiny"), "labels"])
 def test_the_network_compiles_without_a_break(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))

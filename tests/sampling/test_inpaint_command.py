@@ -185,6 +185,7 @@ def test_mistakes(run: Path, arguments: list[str], message: str, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_answer_without_torch(tmp_path: Path) -> None:
     program = (
         "import sys, json, fastddpm.inpaint as i\nfrom fastddpm.errors import UsageError\n"

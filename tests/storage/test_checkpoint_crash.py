@@ -126,7 +126,7 @@ def count_calls(patch: pytest.MonkeyPatch, calls: list[tuple[Any, str]], before:
         patch.setattr(module, name, wrap(getattr(module, name, open)), raising=False)
 
 
-@pytest.mark.parametrize("step", [3, 2], ids=["next_step", "same_step"])
+@pytest.mark.parametrize("step", [3, slow(2)], ids=["next_step", "same_step"])
 @pytest.mark.parametrize("keep", [1, slow(2)])
 def test_killed_before_every_call(tmp_path: Path, step: int, keep: int) -> None:
     start = tmp_path / "start"

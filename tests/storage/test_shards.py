@@ -84,6 +84,7 @@ def test_above_a_thousand_images_there_are_shards(run: Path, tmp_path: Path, mon
     assert len(list((tmp_path / "many").glob("shard*"))) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_images_of_one(run: Path, tmp_path: Path) -> None:
     """As torchrun starts them, at once; neither waits for the other."""
     arguments = ["--seeds", "0-19", "--shard-size", "4", "--batch", "4"]

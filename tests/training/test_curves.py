@@ -100,6 +100,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         curves.main([str(run)])
 
 
+@pytest.mark.slow
 def test_no_text_is_read_as_a_formula(tmp_path: Path) -> None:
     """matplotlib raises for a formula that it cannot parse, in the name of a run or among its changes."""
     runs = [a_run(tmp_path / name) for name in ("$\\no$", "b")]

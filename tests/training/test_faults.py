@@ -152,6 +152,7 @@ def test_interruptible_in_another_thread_is_only_a_block() -> None:
     assert done == [True]
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_and_resumed(tmp_path: Path) -> None:
     """SIGKILL, as the out-of-memory killer sends it; `benchmarks/faults.py` does this many times over."""
     options = [*TINY, "--steps", "12", "--save-every", "3", "--sample.count", "0"]
@@ -257,7 +258,7 @@ def poison_weight(trainer: Trainer) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradient, poison_weight])
-@pytest.mark.parametrize("save_every", [2, 1000])
+@pytest.mark.parametrize("save_every", [2, slow(1000)])
 def test_nothing_is_made_of_a_step_that_is_not_finite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], poison: Any, save_every: int
 ) -> None:
@@ -380,6 +381,7 @@ def machine() -> str:
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+@pytest.mark.slow
 def test_the_loss_curve_is_the_golden_one() -> None:
     """Bit for bit where it was recorded; elsewhere to 1e-5: other instructions and kernels changed it by 2e-7.
 

@@ -115,6 +115,7 @@ def test_loss_by_t_is_of_every_image_since_the_line_before(tmp_path: Path, mode:
         assert line["loss"] == pytest.approx(losses.astype(np.float64).mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_logs_the_same_loss_by_t(tmp_path: Path) -> None:
     train(SINGLE_PROCESS, tiny_preset(), tmp_path / "whole")
     train(SINGLE_PROCESS, tiny_preset(), tmp_path / "parts", until=6)

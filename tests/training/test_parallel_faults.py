@@ -160,6 +160,7 @@ def poisoned(group: ProcessGroup, kind: str) -> tuple[list[bool], str, str]:
     return applied, digests[1], digests[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", slow("fsdp")])
 def test_nan_in_one_process_changes_none(kind: str) -> None:
     for applied, before, after in team.values(2, team.grouped, poisoned, kind):
@@ -214,6 +215,7 @@ def sampled(group: ProcessGroup, directory: Path) -> list[str]:
     return [path.name for path in paths]
 
 
+@pytest.mark.slow
 def test_closing_samples_are_those_of_one_process(tmp_path: Path) -> None:
     expected = sampled(SINGLE_PROCESS, tmp_path / "1")
     assert team.values(3, team.grouped, sampled, tmp_path / "3") == [expected, [], []]
@@ -308,7 +310,7 @@ cli.run(main)
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        ([], 0, ""),
+        slow([], 0, ""),
         (["LostProcessError"], 75, "error: gone\n"),
         slow(["ZeroDivisionError"], 1, "[rank0]: ZeroDivisionError: gone\n"),
     ],
@@ -380,6 +382,7 @@ def two_in_one(run: Path) -> None:
     command.main([*TINY, "--out", str(run)])
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_refused_to_all_processes(tmp_path: Path) -> None:
     with checkpoint.lock(tmp_path / "run"):
         for one in team.run(2, two_in_one, tmp_path / "run"):
