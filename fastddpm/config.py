@@ -75,7 +75,7 @@ def _choice(config: Any, name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The U-Net. Defaults are the paper's CIFAR-10 model."""
+    """The U-Net. Without a preset the defaults are the paper's CIFAR-10 model."""
 
     image_size: int = 32
     """Height and width of the images in pixels; must be divisible by 2^(levels - 1)."""
@@ -194,7 +194,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training. Defaults are the paper's for CIFAR-10."""
+    """Training. Without a preset the defaults are the paper's for CIFAR-10."""
 
     steps: int = 800_000
     """Optimizer steps of the whole run, including those before a resume."""

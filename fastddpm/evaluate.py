@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
 
 PROGRAM = "fastddpm.evaluate"
+COMMON = (  # what --help shows; --help-all shows the rest
+    "metrics", "pictures", "data", "split", "resize", "features", "out", "batch", "device", "method", "steps",
+    "guidance", "samples", "images", "every",
+)  # fmt: skip
 BITS_METRICS = ("bpd", "rate-distortion")
 METRICS = (*QUALITY_METRICS, *BITS_METRICS)
 
@@ -43,7 +47,7 @@ class Command:
     pictures: Annotated[str, tyro.conf.arg(metavar="all|none|NAME,..")] = "none"
     """Pictures to draw: one or more names, separated by commas, or all or none. The names are
     progressive, shared-latent, interpolation, interpolation-depths, neighbours, strips, classes."""
-    data: str | None = None
+    data: Annotated[str | None, tyro.conf.arg(metavar="PATH|hf:NAME")] = None
     """Images to compare with: any source that training takes as --data. Default: the embedded digits."""
     split: Literal["train", "test"] = "train"
     """Split of the data, if they have splits. The published FID is of train, the published bits/dim are of test."""
@@ -79,7 +83,7 @@ def parse_names(text: str, known: Sequence[str], option: str) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command on `arguments`, as `cli.run` passes them."""
-    command = cli.parse(Command, arguments, program=PROGRAM)
+    command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
     metrics = parse_names(command.metrics or "all", METRICS, "metrics")
     pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
     check_positive(batch=command.batch)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
 
 PROGRAM = "fastddpm.inpaint"
+COMMON = (  # what --help shows; --help-all shows the rest
+    "images", "pick", "mask", "seeds", "labels", "resize", "resamplings", "steps", "guidance", "out", "device",
+)  # fmt: skip
 MAX_FRAMES = 1000  # they are all in memory until the file is written
 _GREY = 128  # the level in which unknown pixels are shown
 
@@ -67,7 +70,7 @@ class Command:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command on `arguments`, as `cli.run` passes them."""
-    command = cli.parse(Command, arguments, program=PROGRAM)
+    command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
     seeds = parse_numbers(command.seeds, "seeds")
     check_positive(batch=command.batch)
     if not 0 <= command.frames <= MAX_FRAMES:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastddpm.storage.shards import Shards
 
 PROGRAM = "fastddpm.sample"
+COMMON = ("seeds", "labels", "method", "steps", "guidance", "batch", "out", "png", "gif", "device")  # in --help
 MOST_IN_ONE_FILE = 1024
 SHARD_SIZE = 1000
 
@@ -53,7 +54,7 @@ class Command:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command on `arguments`, as `cli.run` passes them."""
-    command = cli.parse(Command, arguments, program=PROGRAM)
+    command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
     seeds = parse_numbers(command.seeds, "seeds")
     labels = _labels(command, len(seeds))
     check_positive(batch=command.batch, shard_size=command.shard_size)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from fastddpm.training.trainer import Trainer
 
 PROGRAM = "fastddpm.train"
+COMMON = (  # what --help shows; --help-all shows the rest
+    "preset", "data", "resize", "skip_bad", "out", "resume", "device", "dry_run", "image_size", "image_channels",
+    "num_classes", "steps", "batch", "accumulate", "lr", "precision", "guidance",
+)  # fmt: skip
 DEFAULT_PRESET = "mnist"
 # Fields of TrainConfig that may change on --resume without --override.
 FREE_TO_CHANGE = {
@@ -43,7 +47,7 @@ class Command:
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = DEFAULT_PRESET
     """Configuration to start from; every option below overrides one of its values."""
-    data: str | None = None
+    data: Annotated[str | None, tyro.conf.arg(metavar="PATH|hf:NAME")] = None
     """Images: a folder, .zip or .tar shards, parquet, LSUN's LMDB, CIFAR-10 as distributed, a .fdpack, or hf:NAME.
     Default: the embedded digits."""
     resize: Resize = "none"
@@ -161,7 +165,9 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
     default = Command(
         base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample, **vars(options)
     )
-    command = dataclasses.replace(cli.parse(Command, arguments, program=PROGRAM, default=default), resume=resuming)
+    command = dataclasses.replace(
+        cli.parse(Command, arguments, program=PROGRAM, common=COMMON, default=default), resume=resuming
+    )
     if not 0 < command.timeout <= distributed.MAX_TIMEOUT_S:
         raise UsageError(
             f"--timeout must be more than 0 and at most {distributed.MAX_TIMEOUT_S:,} s; got {command.timeout}"

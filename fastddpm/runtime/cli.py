@@ -3,15 +3,16 @@
 import dataclasses
 import errno
 import functools
+import inspect
 import io
 import operator
 import os
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from tyro.constructors import (
@@ -26,6 +27,8 @@ from fastddpm.errors import FastddpmError, StorageError, UsageError, all_problem
 from . import distributed
 
 T = TypeVar("T")
+
+METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}  # what an option takes, in help and messages
 
 _STORAGE_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
@@ -112,16 +115,58 @@ def _out_of_memory_message(error: Exception) -> str:
     )
 
 
-def parse(command: type[T], arguments: Sequence[str], *, program: str, default: T | None = None) -> T:
+def parse(
+    command: type[T],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    default: T | None = None,
+    common: Collection[str] | None = None,
+) -> T:
     """Parse arguments into the command's dataclass; exits with 2 for an unknown flag or a value it refuses.
 
-    `program`: the module name in the usage line. `default`: default values other than the dataclass's own.
+    `program`: the module name in the usage line. `default`: default values other than the dataclass's own. `common`:
+    names of the options that `--help` shows; the others are shown by `--help-all`. Default: `--help` shows all.
     """
-    options: Any = {} if default is None else {"default": default}
     rules = ConstructorRegistry()
     rules.primitive_rule(_optional)
+    for kind, metavar in METAVARS.items():
+        rules.primitive_rule(functools.partial(_named, kind, metavar))
+    options: dict[str, Any] = {"prog": f"python -m {program}", "registry": rules}
+    if not {"-h", "--help", "--help-all"}.isdisjoint(arguments):
+        _print_help(command, arguments, default, common, options)
+    if default is not None:
+        options["default"] = default
     with all_problems():
-        return tyro.cli(command, args=list(arguments), prog=f"python -m {program}", registry=rules, **options)
+        return tyro.cli(command, args=list(arguments), **options)
+
+
+def _print_help(
+    command: Any, arguments: Sequence[str], default: Any, common: Collection[str] | None, options: dict[str, Any]
+) -> NoReturn:
+    """Print the options of a command, or of the subcommand that `arguments` name, and exit."""
+    from .help import COMMON_ONLY, described
+
+    if "--help-all" in arguments:
+        common = None
+    if common is not None:
+        options["description"] = f"{inspect.getdoc(command)}\n{COMMON_ONLY}"
+    words = ["--help" if word in ("-h", "--help-all") else word for word in arguments]
+    tyro.cli(described(command, default, common), args=words[: words.index("--help") + 1], **options)
+    raise SystemExit
+
+
+def _named(kind: type, metavar: str, info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Call what an option of type `kind` takes `metavar`."""
+    if info.type is not kind:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: isinstance(value, kind) or (kind is float and isinstance(value, int)),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:

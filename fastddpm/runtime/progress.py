@@ -3,13 +3,9 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from fastddpm.errors import printable
 
@@ -51,17 +47,6 @@ def _cancel(timer: threading.Timer) -> None:
         timer.join()
 
 
-class _Bar(Progress):
-    """Progress bars, each with a note on the line below."""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bars and their notes; rich calls this."""
-        yield self.make_tasks_table(self.tasks)
-        for task in self.tasks:
-            if task.fields["note"]:
-                yield Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
-
-
 class Meter:
     """Show the progress of a known amount of work on standard error: a bar on a terminal, otherwise lines.
 
@@ -80,19 +65,14 @@ class Meter:
         seconds_between_lines: float | None = 10.0,
         brief: bool = False,
     ) -> None:
+        from .bar import bar_on_terminal  # here, because importing rich takes a fifth of a second
+
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self._pause, self._shown = seconds_between_lines, not brief
         self._start, self._first = time.monotonic(), done
         self._last_line = self._start
         self._note = ""
-        console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = _Bar(
-                TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeRemainingColumn(), TextColumn("left"), console=console,
-            )  # fmt: skip
-            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+        self._bar = bar_on_terminal(title, total, done)
 
     def __enter__(self) -> "Meter":
         if self._bar and self._shown:
@@ -127,7 +107,7 @@ class Meter:
         noted = note is not None
         self._note = note = self._note if note is None else note(self.rate) if callable(note) else note
         if self._bar:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.advance_to(done, note)
             return
         now = time.monotonic()
         due = noted if self._pause is None else now - self._last_line >= self._pause

@@ -1,5 +1,6 @@
 """What the commands say, and when: mistakes before the work and alone, long work while it goes on, limits once."""
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,47 @@ def test_help_names_the_kind_of_an_optional_value(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         sample.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for option in ("--labels STR", "--batch INT", "--out PATH", "--method {ancestral,ddim}", "--eta FLOAT"):
+    for option in ("--labels TEXT", "--batch N", "--out PATH", "--method {ancestral,ddim}", "--guidance NUMBER"):
         assert option in text
+
+
+def shown(module: Any, *arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as done:
+        module.main([*arguments])
+    assert not done.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [train, sample, evaluate, inpaint], ids=lambda module: module.PROGRAM)
+def test_help_shows_the_common_options_and_help_all_the_rest(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    few, many = (shown(module, words, capsys=capsys) for words in ("--help", "--help-all"))
+    options = [set(re.findall(r"^\W* (--\w[\w.-]*)", text, re.M)) for text in (few, many)]
+    names = {name.rpartition(".")[2].removeprefix("--").replace("-", "_") for name in options[0]}
+    assert names <= {*module.COMMON, "help"} and options[0] < options[1]
+    every = {name.rpartition(".")[2].removeprefix("--").replace("-", "_") for name in options[1]}
+    assert {*module.COMMON} <= every  # each is an option
+    assert "--help-all" in few and "--help-all" not in many
+    assert few.splitlines()[0] == shown(module, "-h", capsys=capsys).splitlines()[0]
+
+
+def test_help_has_the_defaults_of_the_preset_and_texts_of_one_paragraph(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    for name, lr, image_size in (("mnist", "0.002", 16), ("lsun256", "2e-05", 256)):
+        text = shown(train, "--preset", name, "--help", capsys=capsys)
+        assert f"Learning rate of Adam after warm-up. (default: {lr})" in text
+        assert f"2^(levels - 1). (default: {image_size})" in text
+        assert "default: None" not in text and "default: False" not in text
+        assert "Default of --out: the run in runs/ with the newest checkpoint" in text
+    assert "--no-flip" in shown(train, "--preset", "cifar10", "--help-all", capsys=capsys)
+    assert "--no-resume" not in text  # it does nothing
+
+
+@pytest.mark.parametrize("words", [["encode", "--help"], ["encode", "--help-all"], ["encode", "x", "y", "z", "-h"]])
+def test_help_of_a_subcommand(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(compress, *words, capsys=capsys)
+    assert "compress encode" in text.splitlines()[0] and "--lossy N" in text
 
 
 def test_none_is_still_a_value() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fastddpm.config import DiffusionConfig, Preset, TrainConfig
 from fastddpm.errors import StorageError
-from fastddpm.runtime import progress
+from fastddpm.runtime import bar
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.runtime.progress import Meter
 from fastddpm.training import statistics
@@ -138,9 +138,7 @@ def test_a_note_made_of_the_rate_counts_what_was_just_done(capsys: pytest.Captur
 def test_a_terminal_of_80_columns_shows_all_of_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     note = "loss 0.0312  16.00 steps/s  2048 images/s  gradient 0.123  data 0%  12.3 GiB"
     screen = io.StringIO()
-    monkeypatch.setattr(
-        progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=80, height=24)
-    )
+    monkeypatch.setattr(bar, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=80, height=24))
     with Meter("training", 800_000, "steps", done=10) as meter:
         meter.update(150_001, note)
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
