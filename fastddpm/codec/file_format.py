@@ -24,7 +24,7 @@ import numpy as np
 from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.storage.documents import MAX_JSON_BYTES, parse_json
 from fastddpm.storage.files import write_whole
-from fastddpm.storage.reading import check_size, open_regular
+from fastddpm.storage.reading import check_size, open_regular, readable
 
 from .ans import EMPTY
 
@@ -198,20 +198,13 @@ def read(path: Path) -> bytes:
 
     Raises `UsageError` if there is no such file and `DataError` if it cannot be read or is damaged.
     """
-    try:
-        with open_regular(path) as file:
-            size = check_size(file, _MAX_BYTES)
-            _verify(file, size, path)
-            file.seek(0)
-            return file.read(size)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UsageError(f"no file at {path}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    if path.is_dir() or not path.exists():
+        raise UsageError(f"no file at {path}")
+    with readable(path), open_regular(path) as file:
+        size = check_size(file, _MAX_BYTES)
+        _verify(file, size, path)
+        file.seek(0)
+        return file.read(size)
 
 
 def _verify(file: BinaryIO, size: int, where: str | Path) -> None:

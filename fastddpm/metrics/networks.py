@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.errors import DataError, UsageError
-from fastddpm.storage.reading import read_bytes
+from fastddpm.storage.reading import read_bytes, readable
 from fastddpm.storage.tensors import parse_tensors
 
 from . import digits, efficientnet, inception
@@ -119,12 +119,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     A .pth file is a pickle; torch loads it with `weights_only`, which runs no code from it. Raises `DataError` for a
     file that cannot be read or has more than 256 MiB.
     """
-    try:
+    with readable(path):
         data = read_bytes(path, _MAX_BYTES)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read as weights: {error}") from error
     checksum = hashlib.sha256(data).hexdigest()
     if path.suffix == ".safetensors":
         return parse_tensors(data, path), checksum

@@ -25,7 +25,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.storage.documents import from_dict, read_json, to_dict
 from fastddpm.storage.files import sync, whole_directory
-from fastddpm.storage.reading import read_bytes
+from fastddpm.storage.reading import read_bytes, readable
 from fastddpm.storage.tensors import parse_tensors
 from fastddpm.unet import UNet
 
@@ -175,12 +175,8 @@ def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
         raise DataError(f"{root} lacks unet/{WEIGHTS} (or {WEIGHTS} in the directory itself)")
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.state_dict().items()}
     expected_bytes = sum(4 * parameter.numel() for parameter in unet.state_dict().values())
-    try:
+    with readable(path):
         data = read_bytes(path, 2 * expected_bytes + 2**20)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: {error}; the weights of this network take {expected_bytes:,}") from error
     theirs = {_new_attention_name(name): tensor for name, tensor in parse_tensors(data, path).items()}
     names = {name: their_name(name) for name in shapes}
     problems = [f"{theirs_name} is missing" for theirs_name in names.values() if theirs_name not in theirs]

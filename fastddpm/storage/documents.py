@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fastddpm.errors import DataError, UsageError
 
-from .reading import read_bytes
+from .reading import read_bytes, readable
 
 
 def to_dict(value: Any) -> Any:
@@ -88,15 +88,8 @@ def read_json(path: Path) -> Any:
 
     Raises `DataError` also for a file that is no regular file or cannot be read.
     """
-    try:
-        data = read_bytes(path, MAX_JSON_BYTES)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    return parse_json(data, path)
+    with readable(path):
+        return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -30,6 +30,22 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn `OSError` and `ValueError` inside the block into a `DataError` that names the file.
+
+    A missing file stays `FileNotFoundError`, which callers answer in their own words.
+    """
+    try:
+        yield
+    except (FileNotFoundError, DataError):
+        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """Return the bytes of a regular file. Raises `OSError`, and `ValueError` if it has more than `limit` bytes."""
     with open_regular(path) as file:
