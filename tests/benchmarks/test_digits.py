@@ -50,6 +50,7 @@ def test_held_out_accuracy(judge: Any) -> None:
     assert (judge.probe.probabilities.argmax(axis=1) == judge.probe_labels).mean() > 0.93
 
 
+@pytest.mark.slow
 def test_real_digits_score_high(real: dict[str, Any]) -> None:
     sets = real["sets"]
     assert sets["samples"]["confident_share"] > 0.75
@@ -63,12 +64,14 @@ def test_real_digits_score_high(real: dict[str, Any]) -> None:
         assert abs(sets["samples"][name] - floor[name]) < 5 * floor[f"{name}_sd"]
 
 
+@pytest.mark.slow
 def test_small_samples_have_a_higher_floor(real: dict[str, Any]) -> None:
     sets = real["sets"]
     distance = "classifier_frechet_distance"
     assert sets["real_held_out"][distance] < 0.5 * sets["real_at_this_size"][distance]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["uniform_noise", "shuffled_digits"])
 def test_noise_scores_low(real: dict[str, Any], noise: str) -> None:
     row = real["sets"][noise]
@@ -78,12 +81,14 @@ def test_noise_scores_low(real: dict[str, Any], noise: str) -> None:
     assert row["classifier_frechet_distance"] > 10 * real["sets"]["real_at_this_size"]["classifier_frechet_distance"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grey", [0, 128, 255])
 def test_constant_images_are_not_taken_for_digits(judge: Any, grey: int) -> None:
     images = np.full((4, 1, 16, 16), grey, dtype=np.uint8)
     assert judge(images).probabilities.max() < 0.9
 
 
+@pytest.mark.slow
 def test_one_digit_repeated_is_confident_and_bad(judge: Any, real: dict[str, Any]) -> None:
     one = judge.probe.probabilities[:, 1].argmax()
     images = np.repeat(judge.probe_images[one : one + 1], 64, axis=0)
@@ -98,12 +103,14 @@ def test_one_digit_repeated_is_confident_and_bad(judge: Any, real: dict[str, Any
     assert floor["samples"]["recall"] > 0.8
 
 
+@pytest.mark.slow
 def test_labels_are_the_classes_asked_for(judge: Any, chosen: np.ndarray) -> None:
     images, wrong = judge.probe_images[chosen], (judge.probe_labels[chosen] + 1) % 10
     assert digits.score(images, wrong, judge)["sets"]["samples"]["recognised_share"] < 0.1
     assert digits.score(images, None, judge)["sets"]["samples"]["recognised_share"] is None
 
 
+@pytest.mark.slow
 def test_shuffled_digits_keep_their_pixels(judge: Any) -> None:
     shuffled = digits.noise_images(judge, 500)["shuffled_digits"]
     real, fake = (np.sort(x.reshape(500, -1), axis=1) for x in (judge.probe_images, shuffled))
@@ -118,6 +125,7 @@ def test_temperature_recovers_a_known_one(rng: np.random.Generator) -> None:
         assert digits.fit_temperature(factor * logits[None], labels) == pytest.approx(factor, rel=0.05)
 
 
+@pytest.mark.slow
 def test_features_are_scaled_to_a_total_variance_of_one(judge: Any) -> None:
     for features in judge.reference.features:
         assert features.dtype == np.float64
@@ -127,6 +135,7 @@ def test_features_are_scaled_to_a_total_variance_of_one(judge: Any) -> None:
 IMAGES = np.zeros((5, 1, 16, 16), dtype=np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
@@ -148,6 +157,7 @@ def test_bad_samples(judge: Any, images: np.ndarray, labels: np.ndarray | None, 
         digits.score(images, labels, judge)
 
 
+@pytest.mark.slow
 def test_command(
     judge: Any, chosen: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.marks import slow
 from PIL import Image
 
 import fastddpm
@@ -35,10 +36,10 @@ def python(*arguments: str, cwd: Path, **options: object) -> subprocess.Complete
     ("module", "mistyped", "meant"),
     [
         ("fastddpm.train", "--stpes", "--steps"),
-        ("fastddpm.sample", "--stpes", "--steps"),
-        ("fastddpm.doctor", "--bacth", "--batch"),
+        slow("fastddpm.sample", "--stpes", "--steps"),
+        slow("fastddpm.doctor", "--bacth", "--batch"),
         ("fastddpm.evaluate", "--metircs", "--metrics"),
-        ("fastddpm.inpaint", "--gudance", "--guidance"),
+        slow("fastddpm.inpaint", "--gudance", "--guidance"),
     ],
 )
 def test_help_and_mistyped_flags_answer_without_torch(module: str, mistyped: str, meant: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import contract, oracle
 from helpers.attention_cases import SHAPES, expected_gradients, inputs, low_precision
-from helpers.marks import with_large
+from helpers.marks import slow, with_large
 from torch import Tensor
 
 from fastddpm.ops import attention
@@ -22,7 +22,7 @@ def test_numbers(name: str, dtype: torch.dtype, device: torch.device) -> None:
     np.testing.assert_allclose(contract.float64(out), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", with_large(SHAPES, "cifar 16x16", "256x256 model, middle 8x8"))
+@pytest.mark.parametrize("name", with_large(SHAPES, "cifar 16x16", "256x256 model, middle 8x8", "wide"))
 def test_gradient_numbers(name: str, device: torch.device) -> None:
     q, k, v = (x.requires_grad_() for x in inputs(SHAPES[name], torch.float32, device))
     out = attention(q, k, v)
@@ -39,6 +39,7 @@ def test_gradient_numbers(name: str, device: torch.device) -> None:
     with_large(
         ["cifar 16x16", "256x256 model, middle 8x8", "odd tokens and channels, no multiple of a tile"],
         "cifar 16x16",
+        "256x256 model, middle 8x8",
     ),
 )
 @pytest.mark.parametrize("dtype", contract.LOW_PRECISION)
@@ -140,7 +141,7 @@ def test_empty_batch(device: torch.device) -> None:
 
 @pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["contiguous", "fused"])
+@pytest.mark.parametrize("layout", [slow("contiguous"), "fused"])
 def test_opcheck(dtype: torch.dtype, layout: str, device: torch.device) -> None:
     q, k, v = inputs((2, 6, 4), dtype, device)
     if layout == "fused":
@@ -151,6 +152,7 @@ def test_opcheck(dtype: torch.dtype, layout: str, device: torch.device) -> None:
     contract.opcheck(torch.ops.fastddpm.attention, (*(x.detach().requires_grad_() for x in (q, k, v)), scale))
 
 
+@pytest.mark.large
 def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
     def arguments(n: int) -> tuple[list[Tensor], list[Tensor]]:
         torch.manual_seed(n)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import contract
+from helpers.marks import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -173,7 +174,7 @@ def test_low_precision_is_pytorchs(dtype: torch.dtype, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("doubled", [False, True])
-@pytest.mark.parametrize("case", [CASES["a residual block's"], CASES["few channels in"]])
+@pytest.mark.parametrize("case", [slow(CASES["a residual block's"]), CASES["few channels in"]])
 def test_opcheck(case: Case, doubled: bool, device: torch.device) -> None:
     tensors = case.inputs(torch.float32, device)
     contract.opcheck(torch.ops.fastddpm.conv3x3, [*tensors.values(), doubled])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import contract
+from helpers.marks import with_large
 from torch import Tensor
 
 from fastddpm.ops import conv3x3_fp8
@@ -31,7 +32,7 @@ def expected(a: dict[str, Any], of: Callable[[Tensor], Tensor] = torch.clone) ->
     return (out + exact["bias"][:, None, None]).numpy()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", with_large([torch.float32, torch.bfloat16], torch.float32))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_numbers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, implementation: str) -> None:
     """Within one rounding of the output, and of float32 sums of the largest. Triton's interpreter cuts bfloat16 off.
@@ -105,6 +106,7 @@ def test_opcheck(device: torch.device) -> None:
     assert all(torch.equal(a[name].view(torch.uint8), before[name].view(torch.uint8)) for name in a)
 
 
+@pytest.mark.large
 def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
     """Rounding included."""
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import contract, oracle
+from helpers.marks import with_large
 
 from fastddpm.ops import q_sample, random_normal
 
@@ -25,7 +26,9 @@ SHAPES = [(4, 3, 32, 32), (3, 1, 3, 5), (2, 1, 1, 1), (1, 3, 8, 8)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", with_large([torch.uint8, torch.float32, torch.float64, torch.bfloat16], torch.float64)
+)
 def test_numbers(shape: tuple[int, ...], dtype: torch.dtype, rng: np.random.Generator, device: torch.device) -> None:
     n, seed, step = shape[0], -(2**40) - 1, 31
     raw = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -100,7 +103,7 @@ def test_moments_of_x_t(t: int, device: torch.device) -> None:
     assert abs(values.var() / (1 - bar) - 1) < 5 * np.sqrt(2 / num)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", with_large([torch.uint8, torch.float32], torch.float32))
 @pytest.mark.parametrize("layout", contract.LAYOUTS)
 def test_layout_of_the_input_changes_nothing(layout: str, dtype: torch.dtype, device: torch.device) -> None:
     x0 = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8, device=device).to(dtype)
@@ -142,6 +145,7 @@ def test_opcheck(given: str, device: torch.device) -> None:
     contract.opcheck(torch.ops.fastddpm.q_sample, (x0, t, table(device), flip, noise, *key.values()))
 
 
+@pytest.mark.large
 def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
     def arguments(n: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         key = contract.key_tensors(range(n), 5, 6, device)

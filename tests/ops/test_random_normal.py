@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import contract, oracle
+from helpers.marks import with_large
 
 from fastddpm.ops import random_normal
 
 
 # One element; a count that is no multiple of a Philox block's 4; CIFAR's; a single dimension; many.
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (3, 32, 32), (10,), (2, 1, 3, 2)])
-@pytest.mark.parametrize("seed", [0, -3, 2**63 - 1])
+@pytest.mark.parametrize("seed", with_large([0, -3, 2**63 - 1], 0))
 def test_numbers(shape: tuple[int, ...], seed: int, device: torch.device) -> None:
     images, step, stream = [0, 7, 2**32 - 1], 999, 2
     z = random_normal(shape, **contract.key_tensors(images, seed, step, device), stream=stream)
@@ -42,6 +43,7 @@ def test_opcheck(device: torch.device) -> None:
     contract.opcheck(torch.ops.fastddpm.random_normal, ([3, 4, 4], key["images"], key["seed"], key["step"], 1))
 
 
+@pytest.mark.large
 def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
     def arguments(n: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         key = contract.key_tensors(range(n), 5, 6, device)

@@ -257,6 +257,7 @@ def test_opcheck(variance: int, given: bool, rng: np.random.Generator, device: t
     contract.opcheck(torch.ops.fastddpm.reverse_step, (*a.values(), 1.0, variance, noise, x0))
 
 
+@pytest.mark.large
 def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
     """A network and the step behind it, which writes into the state it was given."""
     coefficients = coefficient_table(diffusion("eps", "fixedlarge"), ALL_TIMESTEPS, "ancestral", 0.0)

@@ -47,7 +47,7 @@ def complete(trainer: Trainer, run: Path, *, resume: bool = False) -> None:
 # R1 and R2: killed or signalled, and resumed
 
 
-@pytest.mark.parametrize("at", [4, 6])
+@pytest.mark.parametrize("at", [4, slow(6)])
 def test_a_signal_inside_the_writing_of_a_checkpoint_waits_for_it(at: int, tmp_path: Path) -> None:
     preset = tiny_preset(steps=6, save_every=2, log_every=1)
     whole = train(SINGLE_PROCESS, preset, tmp_path / "whole")
@@ -114,7 +114,7 @@ def test_requests_to_save_are_forgotten_and_those_to_stop_are_not() -> None:
         assert watch.requested() == signals.Request(signal.SIGINT, False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_signal_inside_sampling_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
