@@ -92,7 +92,10 @@ def _texts(command: type) -> dict[str, str]:
     """Return the docstring below each field of a dataclass, and of those that it derives from."""
     texts: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(command.__mro__)):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        try:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except OSError:  # no source is at hand, as in a frozen program
+            continue
         assert isinstance(body, ast.ClassDef)
         for field, below in zip(body.body, body.body[1:], strict=False):
             match field, below:
