@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
             _check(command, context, metrics, pictures)
             context.out.mkdir(parents=True, exist_ok=True)
             results = Report(context, command.checkpoint) if group.is_main else None
-        report_notes(context.model, report)
+        report_notes(opened[0], report)
         network = None if features is None else _network(features, context, report)
         _evaluate(command, context, network, metrics, pictures, results)
 
@@ -154,7 +154,7 @@ def _context(
         command.data, image_size=config.image_size, channels=config.image_channels,
         resize=command.resize, skip_bad=command.skip_bad, split=command.split,
     )  # fmt: skip
-    return EvaluationContext(model, sampler, dataset, batch, device, _out(command), group)
+    return EvaluationContext(model.preset.name, sampler, dataset, batch, device, _out(command), group)
 
 
 def _check(command: Command, context: "EvaluationContext", metrics: Sequence[str], pictures: Sequence[str]) -> None:
@@ -223,7 +223,7 @@ def _estimates(
         seconds = seconds_per_evaluation(context)
     count = context.group.world_size
     where, in_each = (f"{context.device}, {count} processes", " in each") if count > 1 else (f"{context.device}", "")
-    lines = [f"{context.model.preset.name} on {where}: {1 / seconds:,.0f} evaluations of one image per second{in_each}"]
+    lines = [f"{context.name} on {where}: {1 / seconds:,.0f} evaluations of one image per second{in_each}"]
     if network is not None:
         wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
         with announced(f"timing the feature network {network.name}"):

@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 
 from fastddpm.data import Dataset
-from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """The model to evaluate, its sampler, the data set to compare it with, and the directory of the results.
+    """The sampler of the model to evaluate, the data set to compare it with, and the directory of the results.
 
-    `dataset`: images of the model's size and channels. `batch`: images evaluated at once. `out`: directory of the
-    results, which exists. `group`: the processes that evaluate together.
+    `name`: of the model, in the results; the paper's figures are shown beside those of its presets. `dataset`: images
+    of the model's size and channels. `batch`: images evaluated at once. `out`: directory of the results, which exists.
+    `group`: the processes that evaluate together.
     """
 
-    model: Model
+    name: str
     sampler: Sampler
     dataset: Dataset
     batch: int

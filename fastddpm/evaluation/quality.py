@@ -97,9 +97,7 @@ def quality_cost(
 
 def seconds_per_evaluation(context: EvaluationContext) -> float:
     """Return the seconds that the model takes for one image in a batch of `context.batch`, timed after a warm-up."""
-    config = context.model.unet.config
-    shape = (context.batch, config.image_channels, config.image_size, config.image_size)
-    x = torch.zeros(shape, device=context.device)
+    x = torch.zeros(context.batch, *context.sampler.interface.shape, device=context.device)
     return _timed(lambda: context.sampler.probe(x), context.device) / evaluations_of(context.sampler, context.batch, 1)
 
 
@@ -170,11 +168,11 @@ def sample_shards(context: EvaluationContext, network: FeatureNetwork, options: 
 
     Raises `UsageError` if the directory holds samples of another model or other settings.
     """
-    sampler, config = context.sampler, context.model.unet.config
+    sampler = context.sampler
     seeds = range(options.samples)
     shards = FeatureShards(
         context.out / "features" / network.name, seeds, sampler.labels_for(seeds), SIZE,
-        (config.image_channels, config.image_size, config.image_size), network.dimension, network.classes,
+        sampler.interface.shape, network.dimension, network.classes,
     )  # fmt: skip
     shards.claim(sampler.settings() | {"features": {"name": network.name, "sha256": network.checksum}})
     return shards

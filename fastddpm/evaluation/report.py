@@ -42,7 +42,7 @@ class Report:
 
     def __init__(self, context: EvaluationContext, checkpoint: Path) -> None:
         self._path = context.out / FILE
-        self._preset = context.model.preset.name
+        self._preset = context.name
         self._network: str = context.sampler.settings()["network"]
         self._checkpoint = {"path": str(checkpoint), "preset": self._preset, "network": self._network}
         self._added: list[tuple[str, str]] = []  # part and name of each result of this command

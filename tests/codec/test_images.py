@@ -123,7 +123,7 @@ def small(**options: object) -> Sampler:
 
 def noise_images(sampler: Sampler, num: int, rng: np.random.Generator) -> np.ndarray:
     """The worst there is for any code, with black and white corners."""
-    config: UNetConfig = sampler.unet.config
+    config: UNetConfig = sampler.network.config
     images = rng.integers(0, 256, (num, config.image_channels, config.image_size, config.image_size)).astype(np.uint8)
     images[0], images[-1, :, 0] = 0, 255
     return images
@@ -160,7 +160,7 @@ def test_one_image_and_two_steps(rng: np.random.Generator) -> None:
 
 def test_without_the_compiled_library(rng: np.random.Generator) -> None:
     sampler = small()
-    other = Sampler(sampler.unet, sampler.diffusion, engine=EngineConfig(native=False))
+    other = Sampler(sampler.network, sampler.diffusion, engine=EngineConfig(native=False))
     coded(other, noise_images(other, 9, rng), steps=6, batch=4)
 
 
@@ -195,7 +195,7 @@ def test_a_network_of_nan_is_refused(rng: np.random.Generator) -> None:
     images = noise_images(sampler, 2, rng)
     data = encode(sampler, images, None, CodecOptions(steps=4)).data
     with torch.no_grad():
-        next(sampler.unet.parameters()).fill_(float("nan"))
+        next(sampler.network.parameters()).fill_(float("nan"))
     with pytest.raises(DataError, match="another model"):
         decode(sampler, data)
     with pytest.raises(DataError, match="not finite"):
@@ -209,13 +209,13 @@ def test_another_models_file_is_refused(rng: np.random.Generator) -> None:
         decode(other, data)
     process = Diffusion(DiffusionConfig(timesteps=60, beta_end=0.19))
     with pytest.raises(DataError, match="last bits"):
-        decode(Sampler(sampler.unet, process), data)
+        decode(Sampler(sampler.network, process), data)
 
 
 def test_a_machine_with_other_last_bits_is_refused(rng: np.random.Generator) -> None:
     sampler = small()
     data = encode(sampler, noise_images(sampler, 2, rng), None, CodecOptions(steps=4)).data
-    half = Sampler(sampler.unet, sampler.diffusion, engine=EngineConfig(precision="bf16"))
+    half = Sampler(sampler.network, sampler.diffusion, engine=EngineConfig(precision="bf16"))
     with pytest.raises(DataError, match=r"coded by float32 on .*last bits, by bfloat16 on"):
         decode(half, data)
 

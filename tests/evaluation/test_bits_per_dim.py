@@ -23,8 +23,6 @@ from fastddpm.evaluation.bits_per_dim import BitsPerDim, Plan, bits_per_dim
 from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.likelihood import bits_cost, measure_bits
 from fastddpm.evaluation.options import BitsOptions
-from fastddpm.presets import PRESETS
-from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.unet import UNet
@@ -352,9 +350,8 @@ def context_of(images: np.ndarray, out: Path) -> tuple[EvaluationContext, list[i
         return formula(x, t, label)
 
     sampler = Sampler(Formula(counted), Diffusion(DiffusionConfig(**SHORT)))  # type: ignore[arg-type]
-    model = Model(sampler.unet, sampler.diffusion, PRESETS["mnist"])
     dataset = Dataset.of(images, None, "levels")
-    return EvaluationContext(model, sampler, dataset, 16, torch.device("cpu"), out, ProcessGroup()), evaluated
+    return EvaluationContext("mnist", sampler, dataset, 16, torch.device("cpu"), out, ProcessGroup()), evaluated
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -402,7 +399,7 @@ def test_another_network_is_refused(tmp_path: Path, rng: np.random.Generator) ->
     context, _ = context_of(levels(3, rng), tmp_path)
     measure_bits(context, BitsOptions())
     with torch.no_grad():
-        next(context.sampler.unet.parameters()).add_(1)
+        next(context.sampler.network.parameters()).add_(1)
     with pytest.raises(UsageError, match=r"bits.npz holds a result with network .*, not .*; choose another --out"):
         measure_bits(context, BitsOptions())
 

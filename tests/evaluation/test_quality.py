@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.networks import SMALLEST, shaken
 
-from fastddpm.config import DiffusionConfig, Preset
+from fastddpm.config import DiffusionConfig
 from fastddpm.data import Dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import StorageError, UsageError
@@ -24,7 +24,6 @@ from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.options import QUALITY_METRICS, QualityOptions
 from fastddpm.evaluation.quality import measure_quality, quality_cost, score_name, seconds_per_evaluation
 from fastddpm.metrics import Pretrained
-from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.sampler import Sampler
@@ -67,12 +66,11 @@ def subject_in(out: Path, *, group: ProcessGroup | None = None, seed: int = 0, i
     unet = shaken(UNet(SMALLEST))
     assert isinstance(unet, UNet)
     diffusion = Diffusion(DiffusionConfig())
-    model = Model(unet, diffusion, Preset("own", unet=SMALLEST))
     sampler = Sampler(unet, diffusion, 3)
     out.mkdir(exist_ok=True)
     data = np.random.default_rng(1).integers(0, 256, (images, 1, 4, 4), dtype=np.uint8)
     return EvaluationContext(
-        model, sampler, Dataset.of(data, None, "noise"), 3, torch.device("cpu"), out, group or ProcessGroup()
+        "own", sampler, Dataset.of(data, None, "noise"), 3, torch.device("cpu"), out, group or ProcessGroup()
     )
 
 

@@ -44,7 +44,7 @@ def test_commands_are_understood(module: str, arguments: list[str], monkeypatch:
         raise UnderstoodError
 
     monkeypatch.setattr(cli, "parse", only_parse)
-    name = "fastddpm.data.__main__" if module == "data" else f"fastddpm.{module}"
+    name = f"fastddpm.{module}.__main__" if module in ("data", "pretrained") else f"fastddpm.{module}"
     with pytest.raises(UnderstoodError):
         importlib.import_module(name).main([argument for argument in arguments if argument != "--resume"])
 
