@@ -70,10 +70,9 @@ def fitted(wanted: UNetConfig, of_model: UNetConfig) -> UNetConfig:
         return wanted
     sizes = tuple(wanted.image_size >> level for level in levels)
     if wanted.attention_resolutions != of_model.attention_resolutions:
-        fitting = " ".join(map(str, sizes)) or "another size"
         raise UsageError(
-            f"the weights that --init names have attention at {_named(sizes)} of {wanted.image_size} pixels, not at "
-            f"{_named(wanted.attention_resolutions)}; give --attention-resolutions {fitting}, or leave it out"
+            f"for images of {wanted.image_size} pixels the weights that --init names have attention at "
+            f"{_named(sizes)}, not at {_named(wanted.attention_resolutions)}; leave --attention-resolutions out"
         )
     return dataclasses.replace(wanted, attention_resolutions=sizes)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.networks import SMALLEST, shaken
+from helpers.own_networks import MLP
 
 from fastddpm.config import DiffusionConfig
 from fastddpm.data import Dataset
@@ -83,9 +84,12 @@ def seen(network: Pretrained) -> int:
     return network.module.seen
 
 
-def test_scores_are_those_of_the_images(network: Pretrained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["UNet", "network of one's own"])
+def test_scores_are_those_of_the_images(network: Pretrained, tmp_path: Path, own: bool) -> None:
     """Drawn here and looked at here, in one batch; the Fréchet distance by the formula, the score by its definition."""
     context = subject_in(tmp_path / "out")
+    if own:
+        context = dataclasses.replace(context, sampler=Sampler(MLP(16), Diffusion(), 3, shape=(1, 4, 4)))
     found = measure_quality(context, network, QUALITY_METRICS, OPTIONS)
     images = to_uint8(context.sampler.sample(range(50)))
     assert images.std() > 10

@@ -145,7 +145,20 @@ def test_every_command_takes_the_digits_model(
     main("inpaint", "digits", "--pick", "0", "--seeds", "0", "--steps", "2", "--resamplings", "1", "--frames", "0")
     main("compress", "encode", "digits", "digits", "two.fdz", "--count", "2", "--steps", "2")
     main("compress", "decode", "digits", "two.fdz", "two.npz")
-    main("evaluate", "digits", "--metrics", "none", "--pictures", "progressive", "--picture.rows", "1", "--steps", "2")
+    main(
+        "evaluate",
+        "digits",
+        "--metrics",
+        "none",
+        "--pictures",
+        "progressive",
+        "--picture.rows",
+        "1",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+    )
     results = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     expected = {"samples-0-1/samples.npz", "inpainting/inpainted.npz", "evaluation/metrics.json"}
     assert {f"runs/digits/{name}" for name in expected} | {"two.fdz", "two.npz"} <= results
