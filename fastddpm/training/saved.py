@@ -78,12 +78,12 @@ class RunOptions:
     """options.json of a run: the options of fastddpm.train beside the configuration, which --resume takes again."""
 
     data: str | None = None
-    init: str | None = None
     resize: ResizeName = "none"
     skip_bad: bool = False
     data_workers: int | None = None
     timeout: float = 600.0
     wandb: str | None = None
+    init: str | None = None
 
     def write(self, run: Path) -> None:
         """Write options.json into `run`. Paths of images and of a model are kept absolute. Raises `StorageError`."""
