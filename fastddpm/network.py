@@ -15,7 +15,7 @@ learned. Attributes, all optional:
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,8 @@ def interface_of(
         raise UsageError(f"a network must be a torch.nn.Module; got {type(network).__name__}: wrap it in a module")
     name = type(network).__name__
     own_shape = getattr(network, "image_shape", None)
-    own_shape = None if own_shape is None else tuple(own_shape)
+    if own_shape is not None:
+        own_shape = tuple(own_shape) if isinstance(own_shape, Sequence) else (own_shape,)
     if shape is not None and own_shape not in (None, tuple(shape)):
         raise UsageError(f"shape is {tuple(shape)}, but {name} is for images {own_shape}")
     known = shape if own_shape is None else own_shape

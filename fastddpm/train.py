@@ -274,7 +274,7 @@ def _train(
             with announced(f"reading the newest checkpoint of {run}", report):
                 saved = _newest_checkpoint(run, group, report)
             if saved is not None:
-                check_fit(wanted.unet, saved.tensors["model"], saved.path)  # before the network takes memory
+                check_fit(wanted.unet, saved.tensors.get("model", {}), saved.path)  # before the network takes memory
         trainer = build(saved is None)
         if command.resume:
             _resume(trainer, run, saved, report)

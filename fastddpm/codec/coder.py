@@ -87,7 +87,7 @@ def encode(
     _check_images(sampler, images)
     classes, conditioning = _conditioning(sampler, labels, len(images))
     last = options.last(sampler.diffusion.timesteps)
-    unguided = Sampler(sampler.network, sampler.diffusion, engine=sampler.engine)
+    unguided = sampler.unguided()
     timesteps = best_timesteps(unguided, images, classes, options.steps, last)
     levels, decoder = 256, None
     if options.lossy is not None:
@@ -138,7 +138,7 @@ class _Coder:
     @staticmethod
     def of(sampler: Sampler, timesteps: list[int], levels: int, decoder: float | None, conditioning: str) -> "_Coder":
         """Return a coder for a chain of `timesteps` and pixels of `levels` levels."""
-        chain = Sampler(sampler.network, sampler.diffusion, timesteps=timesteps, engine=sampler.engine)
+        chain = sampler.unguided(timesteps)
         return _Coder(chain, ChainConditionals(chain, pixel_cells(levels), decoder), decoder, conditioning)
 
     @property

@@ -238,7 +238,7 @@ class _Evaluator:
         self.labels, self.conditioning = _conditioning(sampler, labels, len(images))
         self.exact = _Float64Diffusion(sampler.diffusion.config)
         # The given sampler may take fewer steps or use guidance; the bound is that of the trained process.
-        self.sampler = Sampler(sampler.network, sampler.diffusion, engine=sampler.engine)
+        self.sampler = sampler.unguided()
         self.device = sampler.device
         self.seed = torch.tensor(seed, dtype=torch.int64, device=self.device)
         self.progress, self.done, self.total = progress, 0, 0

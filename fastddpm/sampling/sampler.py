@@ -196,6 +196,16 @@ class Sampler:
             shape=self.interface.shape, num_classes=self.interface.num_classes,
         )  # fmt: skip
 
+    def unguided(self, timesteps: Sequence[int] | None = None) -> "Sampler":
+        """Return a sampler of the same network that takes the trained process: ancestral, without guidance, of seed 0.
+
+        `timesteps`: descending. Default: all T.
+        """
+        return Sampler(
+            self.network, self.diffusion, timesteps=timesteps, engine=self.engine,
+            shape=self.interface.shape, num_classes=self.interface.num_classes,
+        )  # fmt: skip
+
     def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None, start: StartState | None) -> ReverseChain:
         """Return a chain at its first step, a kept one if there is one of this batch size.
 

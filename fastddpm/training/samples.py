@@ -72,11 +72,17 @@ class Previews:
         # A new sampler each time, because it would hold memory that training needs. No CUDA graph: capturing it costs
         # more than it saves in a few steps, and NCCL's threads may disturb the capture.
         engine = EngineConfig(graph=False)
-        sampler = Sampler(network, diffusion, steps, "ddim", guidance=self.preset.sample.guidance, engine=engine)
+        guidance = guidance_of(network, self.preset)
+        sampler = Sampler(network, diffusion, steps, "ddim", guidance=guidance, engine=engine)
         try:
             return to_uint8(sampler.sample(seeds))
         except (DataError, torch.OutOfMemoryError) as error:
             return str(error).partition("\n")[0]
+
+
+def guidance_of(network: nn.Module, preset: Preset) -> float:
+    """Return the preset's scale of guidance, or 1 for a network without a null label, which cannot be guided."""
+    return 1.0 if interface_of(network).null_label is None else preset.sample.guidance
 
 
 def draw_final_samples(
@@ -89,7 +95,8 @@ def draw_final_samples(
     config = preset.sample
     if config.count == 0:
         return []
-    sampler = Sampler(network, diffusion, config.steps, config.method, config.eta, guidance=config.guidance)
+    guidance = guidance_of(network, preset)
+    sampler = Sampler(network, diffusion, config.steps, config.method, config.eta, guidance=guidance)
     seeds = group.share(config.count)
     recorder = FrameRecorder(sampler, len(seeds))
     drawn = [batch.images for batch in sample_batches(sampler, seeds, recorder=recorder)]

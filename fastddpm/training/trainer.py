@@ -15,7 +15,7 @@ from fastddpm.data import Dataset, batch_indices
 from fastddpm.data.batches import Batches
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, DivergedError
-from fastddpm.network import constants, stored
+from fastddpm.network import checksum, constants, stored
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.pretrained.run import check_weights
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
@@ -62,9 +62,13 @@ class Trainer:
     ) -> None:
         self.preset, self.dataset, self.device, self.group = preset, dataset, device, group
         config = preset.train
+        # The model that the run began with, which checkpoints record: its weights are not random ones.
+        self.origin: Origin | None = None
         if network is None:
             torch.manual_seed(config.seed)
             network = UNet(preset.unet)
+        else:
+            self.origin = Origin(f"a {type(network).__name__} that was given", checksum(network))
         self.interface = check_network(network, preset, dataset)
         self._plain = is_plain(network)
         self.network = network.to(device).train()
@@ -81,7 +85,6 @@ class Trainer:
             workers=data_workers,
         )
         self.step = 0
-        self.origin: Origin | None = None  # the model that the run began with, which checkpoints record
         self.losses, self.skipped_steps = LossAccumulator(device), SkippedSteps(device)
         self.monitor = Monitor(preset, device, group)
         self._settled = group.world_size == 1
@@ -283,7 +286,8 @@ class Trainer:
                 f"{saved.path} was trained on {data.name} (sha256 {data.checksum[:12]}), "
                 f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]}); name that data set with --data"
             )
-        check_weights(stored(self.network), saved.tensors["model"], saved.path, f"this {type(self.network).__name__}")
+        found, name = saved.tensors.get("model", {}), type(self.network).__name__
+        check_weights(stored(self.network), found, saved.path, f"this {name}")
         state.restore(self.optimizer, saved, self.strategy, constants(self.network))
         self.step = counters.step
         self.losses = LossAccumulator(self.device, **vars(counters.tally))

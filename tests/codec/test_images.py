@@ -10,6 +10,7 @@ import torch
 from helpers import oracle
 from helpers.marks import slow
 from helpers.networks import SMALLEST, Formula, shaken
+from helpers.own_networks import MLP
 from torch import Tensor
 
 from fastddpm.codec import Encoded, decode, encode
@@ -292,3 +293,12 @@ def test_the_shortest_path_is_the_shortest(rng: np.random.Generator) -> None:
         every = [(0, *middle, 8) for middle in combinations(range(1, 8), points - 2)]
         best = min(every, key=lambda path: sum(costs[a, b] for a, b in pairwise(path)))
         assert tuple(shortest_path(costs, points)) == best
+
+
+def test_a_network_of_ones_own_codes_images(rng: np.random.Generator) -> None:
+    """One that says nothing about itself: its shape is the sampler's."""
+    torch.manual_seed(0)
+    sampler = Sampler(MLP(), Diffusion(DiffusionConfig(timesteps=30, beta_end=0.3)), shape=(1, 2, 2))
+    images = rng.integers(0, 256, (12, 1, 2, 2), dtype=np.uint8)
+    coded = encode(sampler, images, options=CodecOptions(steps=10))
+    np.testing.assert_array_equal(decode(sampler, coded.data).images, images)

@@ -12,6 +12,7 @@ import torch
 from helpers import gaussian_source as source
 from helpers import oracle, team
 from helpers.networks import SMALLEST, Formula, shaken
+from helpers.own_networks import MLP
 from torch import Tensor
 
 from fastddpm.config import DiffusionConfig
@@ -408,3 +409,17 @@ def test_one_image_has_no_standard_error(tmp_path: Path, rng: np.random.Generato
     context, _ = context_of(levels(1, rng), tmp_path)
     found = measure_bits(context, BitsOptions())
     assert found["standard_error"] is None and found["bits_per_dim"] > 0
+
+
+def test_the_bound_of_a_network_of_ones_own(rng: np.random.Generator) -> None:
+    """One that says nothing about itself has the terms of the same function in a network that does."""
+    torch.manual_seed(0)
+    network, diffusion = MLP(), Diffusion(DiffusionConfig(**SHORT))
+    images = rng.integers(0, 256, (5, 1, 2, 2), dtype=np.uint8)
+    told = Formula(lambda x, t, label: network(x, t.flatten()))
+    ours, expected = (
+        bits_per_dim(sampler, images, None, BitsOptions(), batch=64)
+        for sampler in (Sampler(network, diffusion, shape=(1, 2, 2)), Sampler(told, diffusion))
+    )
+    np.testing.assert_array_equal(ours.terms, expected.terms)
+    np.testing.assert_array_equal(ours.per_image, expected.per_image)

@@ -141,6 +141,7 @@ def test_a_network_without_parameters_will_do() -> None:
         (MLP(), {"shape": SHAPE, "num_classes": 3}, "MLP.forward(x_t: "),
         (MLP(), {"shape": SHAPE, "num_classes": 3}, "is called as forward(x_t, t, label), since it has 3 classes: too"),
         (ByClass(), {"shape": SHAPE}, "is called as forward(x_t, t): missing a required argument: 'label'"),
+        (Other(same, image_shape=32), {}, "three positive integers, (C, H, W); got (32,)"),
         (Other(same, num_classes=2), {"shape": SHAPE, "num_classes": 3}, "num_classes is 3, but Other has 2"),
         (MLP(), {"shape": SHAPE, "num_classes": -1}, "num_classes must be an integer, 0 or more; got -1"),
         (Other(same, null_label=3), {"shape": SHAPE}, "null_label 3 needs num_classes; the network has none"),

@@ -233,7 +233,7 @@ def test_two_processes_train_it_as_one() -> None:
 
 def test_previews_are_drawn_of_it(tmp_path: Path) -> None:
     trainer = trainer_of(MLP())
-    previews = Previews(tmp_path, trainer.preset, every=1, count=4, report=pytest.fail)
+    previews = Previews(tmp_path, fastddpm.preset("mnist"), every=1, count=4, report=pytest.fail)
     with trainer.averaged_weights() as network:
         assert previews.draw(1, network, trainer.diffusion) == tmp_path / "previews" / "step-00000001.png"
 
