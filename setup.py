@@ -122,6 +122,7 @@ setup(
     package_data={
         "fastddpm": ["py.typed"],
         "fastddpm.data": ["mnist5k.npz"],
+        "fastddpm.pretrained": ["digits.safetensors"],
         "fastddpm.kernels": ["triton_tiles.json"],
     },
     install_requires=[

@@ -96,7 +96,7 @@ class Bound:
         sampler, bar = self.sampler, self.bar[t]
         x0 = images / 127.5 - 1
         x_t = np.sqrt(bar) * x0 + np.sqrt(1 - bar) * rng.normal(size=x0.shape)
-        null = sampler.unet.null_label
+        null = sampler.interface.null_label
         label = None if null is None else torch.full((len(x0),), null)
         out = sampler.denoise(torch.tensor(x_t, dtype=torch.float32), t, label).double().numpy()
         prediction = sampler.diffusion.config.prediction

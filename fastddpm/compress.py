@@ -50,7 +50,7 @@ class Decode:
     """Decompress the images of a file that encode wrote, with the same model and on the same kind of machine."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """The model that the file was encoded with: a run directory, a checkpoint, or a diffusers pipeline directory."""
+    """The model that the file was encoded with, named as for encode."""
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """The file that encode wrote."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -163,8 +163,8 @@ def _images(action: Encode, sampler: "Sampler") -> tuple["np.ndarray", "np.ndarr
     from fastddpm.data.image import Preprocessing
     from fastddpm.data.inputs import read_images
 
-    config = sampler.unet.config
-    images, labels = read_images(action.images, Preprocessing(config.image_size, config.image_channels, action.resize))
+    channels, size, _ = sampler.interface.shape
+    images, labels = read_images(action.images, Preprocessing(size, channels, action.resize))
     count = len(images) if action.count is None else action.count
     return np.ascontiguousarray(images[:count]), None if labels is None else labels[:count]
 

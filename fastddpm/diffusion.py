@@ -6,7 +6,6 @@ any precision of the network, because with a bfloat16 alpha_bar t = 0..9 would a
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,11 +19,10 @@ from fastddpm.errors import UsageError
 from fastddpm.kernels.philox import STREAM_EXAMPLE
 from fastddpm.kernels.philox.eager import per_image_words
 from fastddpm.kernels.q_sample.reference import scale_images
+from fastddpm.network import Network, evaluate
 from fastddpm.ops import q_sample
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.ops.q_sample import refuse_levels
-
-Network = Callable[..., Tensor]
 
 _COSINE_OFFSET = 0.008  # s of Nichol and Dhariwal 2021, equation 17
 _COSINE_MAX_BETA = 0.999
@@ -243,7 +241,7 @@ class Diffusion:
 
     def loss(
         self,
-        unet: Network,
+        network: Network,
         images: Tensor,
         key: NoiseKey,
         *,
@@ -254,8 +252,9 @@ class Diffusion:
     ) -> tuple[Tensor, Tensor]:
         """Return the training loss of each image, float32 (N,), and its t, int64 (N,). All is drawn from `key`.
 
-        `images`: uint8 or floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,);
-        a fraction `label_dropout` of them is replaced by `null_label`. Losses:
+        `network`: called as network(x_t, t), or network(x_t, t, label) with a label (network.py). `images`: uint8 or
+        floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,); a fraction `label_dropout` of
+        them is replaced by `null_label`. Losses:
         simple: equation 14, a mean over C, H, W.
         vlb: the bound's term at t in bits per dimension, not multiplied by T (the released code's scale).
         hybrid: simple + hybrid_weight T vlb, with the mean detached in vlb (Nichol and Dhariwal 2021).
@@ -271,7 +270,8 @@ class Diffusion:
             x_t, eps = self.q_sample(x0, draws.t, key)
         if label is not None and null_label is not None:
             label = torch.where(draws.drop_label, torch.full_like(label, null_label), label)
-        out = unet(x_t, draws.t, label, key)
+        learned = self.config.learned_variance
+        out = evaluate(network, x_t, draws.t, label, key=key, learned_variance=learned)
         return self.loss_terms(out, x_t, draws.t, eps, x0), draws.t
 
     def loss_terms(self, out: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, x0: Tensor | None) -> Tensor:

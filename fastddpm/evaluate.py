@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fastddpm.errors import UsageError
-from fastddpm.evaluation.options import PICTURE_NAMES, QUALITY_METRICS, BitsOptions, PictureOptions, QualityOptions
+from fastddpm.evaluation.options import (
+    PICTURE_NAMES,
+    PICTURES_OF_DATA,
+    QUALITY_METRICS,
+    BitsOptions,
+    PictureOptions,
+    QualityOptions,
+)
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, Resize, SkipBad, check_checkpoint, check_positive
 from fastddpm.runtime.progress import announced, discard, duration, log
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastddpm.evaluation.context import EvaluationContext
+    from fastddpm.evaluation.quality import Comparison
     from fastddpm.evaluation.report import Report
     from fastddpm.metrics.features import FeatureNetwork
     from fastddpm.pretrained.model import Model
@@ -51,6 +59,11 @@ class Command:
     """Images to compare with: any source that training takes as --data. Default: the embedded digits."""
     split: Literal["train", "test"] = "train"
     """Split of the data, if they have splits. The published FID is of train, the published bits/dim are of test."""
+    reference: Path | None = None
+    """FID statistics to compare with in place of the data's: an .npz with mu and sigma of the same feature network, as
+    pytorch-fid, clean-fid and ADM write it. Without --data only fid and is are measured."""
+    write_statistics: Path | None = None
+    """File to write the FID statistics of the data to, as .npz with mu and sigma."""
     resize: Resize = "none"
     skip_bad: SkipBad = False
     features: Annotated[str | None, tyro.conf.arg(metavar="inception|digits|efficientnet-lite0|PATH")] = None
@@ -91,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     check_out(_out(command))
     group = distributed.group_from_environment()
     report = log if group.is_main else discard
+    metrics, pictures = _with_reference(command, metrics, pictures, report)
     with announced("loading PyTorch", report):
         from fastddpm.evaluation.report import Report
         from fastddpm.runtime.device import choose_device
@@ -111,9 +125,51 @@ def main(arguments: Sequence[str]) -> None:
             _check(command, context, metrics, pictures)
             context.out.mkdir(parents=True, exist_ok=True)
             results = Report(context, command.checkpoint) if group.is_main else None
-        report_notes(context.model, report)
+        report_notes(opened[0], report)
         network = None if features is None else _network(features, context, report)
-        _evaluate(command, context, network, metrics, pictures, results)
+        comparison = _comparison(command, network, report)
+        _evaluate(command, context, network, comparison, metrics, pictures, results)
+
+
+def _with_reference(
+    command: Command, metrics: list[str], pictures: list[str], report: Callable[[str], None]
+) -> tuple[list[str], list[str]]:
+    """Return the metrics and pictures that are possible with the statistics of --reference, if that is given.
+
+    Raises `UsageError` for others that were asked for, for a file that is missing, and for options that contradict.
+    """
+    if command.write_statistics is not None:
+        check_out(command.write_statistics.parent)
+        if command.reference is not None and command.data is None:
+            raise UsageError("--write-statistics writes those of the data; name them with --data beside --reference")
+        if not set(metrics).intersection(QUALITY_METRICS):
+            raise UsageError("--write-statistics needs the features of the data; add fid to --metrics")
+    if command.reference is None:
+        return metrics, pictures
+    if not command.reference.is_file():
+        raise UsageError(f"there is no file of statistics at {command.reference}")
+    if command.data is not None:
+        return metrics, pictures
+    possible = [metric for metric in metrics if metric in ("fid", "is")]
+    drawable = [name for name in pictures if name not in PICTURES_OF_DATA]
+    left_out = [name for name in (*metrics, *pictures) if name not in (*possible, *drawable)]
+    asked = [name for name in left_out if name in f"{command.metrics},{command.pictures}".split(",")]
+    if asked:
+        raise UsageError(f"{', '.join(asked)}: these need the images, not only --reference; name them with --data")
+    if left_out:
+        report(f"left out, as they need images (--data): {', '.join(left_out)}")
+    return possible, drawable
+
+
+def _comparison(command: Command, network: "FeatureNetwork | None", report: Callable[[str], None]) -> "Comparison":
+    from fastddpm.evaluation.quality import Comparison
+    from fastddpm.metrics.statistics import read_statistics
+
+    reference = None
+    if command.reference is not None and network is not None:
+        with announced(f"reading {command.reference}", report):
+            reference = read_statistics(command.reference, network, report)
+    return Comparison(reference, command.write_statistics)
 
 
 def _features(command: Command, metrics: Sequence[str], model: "Model", report: Callable[[str], None]) -> str | None:
@@ -133,7 +189,7 @@ def _features(command: Command, metrics: Sequence[str], model: "Model", report: 
         return name
     if inception.find_weights() is not None:
         return "inception"
-    if command.data is None:
+    if command.data is None and command.reference is None:
         return "digits"
     problem = f"{inception.how_to_get_them()}; or use --features efficientnet-lite0, whose scores are not FID"
     if command.metrics is not None:
@@ -153,12 +209,13 @@ def _context(
     from fastddpm.data import open_dataset
     from fastddpm.evaluation.context import EvaluationContext
 
-    config = model.unet.config
-    dataset = open_dataset(
-        command.data, image_size=config.image_size, channels=config.image_channels,
-        resize=command.resize, skip_bad=command.skip_bad, split=command.split,
-    )  # fmt: skip
-    return EvaluationContext(model, sampler, dataset, batch, device, _out(command), group)
+    config, dataset = model.unet.config, None
+    if command.data is not None or command.reference is None:
+        dataset = open_dataset(
+            command.data, image_size=config.image_size, channels=config.image_channels,
+            resize=command.resize, skip_bad=command.skip_bad, split=command.split,
+        )  # fmt: skip
+    return EvaluationContext(model.preset.name, sampler, dataset, batch, device, _out(command), group)
 
 
 def _check(command: Command, context: "EvaluationContext", metrics: Sequence[str], pictures: Sequence[str]) -> None:
@@ -178,7 +235,7 @@ def _network(name: str, context: "EvaluationContext", report: Callable[[str], No
     """Open the feature network. Rank 0 may have to train it; the others then find it in the cache."""
     from fastddpm.metrics.networks import open_network
 
-    size, network = context.dataset.images.shape[-1], None
+    size, network = context.sampler.interface.shape[-1], None
     for main_rank in (True, False):
         if context.group.is_main == main_rank:
             with announced(f"opening the feature network {name}", report):
@@ -192,16 +249,17 @@ def _evaluate(
     command: Command,
     context: "EvaluationContext",
     network: "FeatureNetwork | None",
+    comparison: "Comparison",
     metrics: Sequence[str],
     pictures: Sequence[str],
     report: "Report | None",
 ) -> None:
     """Measure and draw on all ranks. Rank 0 also logs the estimates, writes the results and prints the table."""
     if report is not None:
-        for line in _estimates(command, context, network, metrics, pictures):
+        for line in _estimates(command, context, network, comparison, metrics, pictures):
             log(line)
     if network is not None:
-        _add_quality(command, context, network, metrics, report)
+        _add_quality(command, context, network, comparison, metrics, report)
     if set(metrics).intersection(BITS_METRICS):
         _add_bits(command, context, metrics, report)
     if report is not None:
@@ -215,6 +273,7 @@ def _estimates(
     command: Command,
     context: "EvaluationContext",
     network: "FeatureNetwork | None",
+    comparison: "Comparison",
     metrics: Sequence[str],
     pictures: Sequence[str],
 ) -> list[str]:
@@ -227,11 +286,11 @@ def _estimates(
         seconds = seconds_per_evaluation(context)
     count = context.group.world_size
     where, in_each = (f"{context.device}, {count} processes", " in each") if count > 1 else (f"{context.device}", "")
-    lines = [f"{context.model.preset.name} on {where}: {1 / seconds:,.0f} evaluations of one image per second{in_each}"]
+    lines = [f"{context.name} on {where}: {1 / seconds:,.0f} evaluations of one image per second{in_each}"]
     if network is not None:
         wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
         with announced(f"timing the feature network {network.name}"):
-            cost = quality_cost(context, network, wanted, command.quality, seconds)
+            cost = quality_cost(context, network, wanted, command.quality, seconds, comparison)
         lines.append(
             f"{','.join(wanted)}: {cost.images:,} samples to draw, {cost.evaluations:,} evaluations; {cost.features:,} "
             f"images through {network.name}: about {duration(cost.seconds)}"
@@ -252,15 +311,18 @@ def _add_quality(
     command: Command,
     context: "EvaluationContext",
     network: "FeatureNetwork",
+    comparison: "Comparison",
     metrics: Sequence[str],
     report: "Report | None",
 ) -> None:
     from fastddpm.evaluation.quality import measure_quality
 
     wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
-    for name, record in measure_quality(context, network, wanted, command.quality).items():
+    for name, record in measure_quality(context, network, wanted, command.quality, comparison).items():
         if report is not None:
-            report.add(command.split, name, record | _data(context))
+            report.add(command.split, name, _data(context) | record)
+    if report is not None and comparison.write is not None:
+        print(comparison.write)
 
 
 def _add_bits(command: Command, context: "EvaluationContext", metrics: Sequence[str], report: "Report | None") -> None:
@@ -295,7 +357,10 @@ def _add_pictures(command: Command, context: "EvaluationContext", pictures: Sequ
 
 
 def _data(context: "EvaluationContext") -> dict[str, dict[str, str]]:
-    return {"data": {"name": context.dataset.name, "sha256": context.dataset.checksum}}
+    data = context.data
+    return {
+        "data": {"name": "no images", "sha256": ""} if data is None else {"name": data.name, "sha256": data.checksum}
+    }
 
 
 def _out(command: Command) -> Path:

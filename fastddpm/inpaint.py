@@ -98,7 +98,8 @@ def _complete(
     from fastddpm.sampling.inpainting import cost, inpaint
     from fastddpm.training.length import report_notes
 
-    preprocessing = Preprocessing(sampler.unet.config.image_size, sampler.unet.config.image_channels, command.resize)
+    channels, size, _ = sampler.interface.shape
+    preprocessing = Preprocessing(size, channels, command.resize)
     known = ~read_hole(command.mask, preprocessing)
     everything, classes = read_images(command.images, preprocessing)
     pick = _pick(command.pick, len(everything))
@@ -142,13 +143,13 @@ def _labels(text: str | None, own: list[int] | None, count: int, sampler: "Sampl
                 f"--labels gives {len(labels)} classes for {count} images; give one for each image, or one for all"
             )
         return labels * count if len(labels) == 1 else labels
-    if not sampler.unet.config.num_classes:
+    if not sampler.interface.num_classes:
         return None
     if own is not None:
         return own
-    if sampler.unet.null_label is None:
+    if sampler.interface.null_label is None:
         raise UsageError("this network needs a class for every image, and these images have none; give --labels")
-    return [sampler.unet.null_label] * count
+    return [sampler.interface.null_label] * count
 
 
 def _save(

@@ -119,11 +119,9 @@ def _sample_shards(
     from fastddpm.storage.shards import Shards
 
     rank, count = group.rank, group.world_size
-    config = sampler.unet.config
-    shape = (config.image_channels, config.image_size, config.image_size)
     size = command.shard_size or SHARD_SIZE
     report = log if group.is_main else discard
-    shards = Shards(out, seeds, labels, size, shape)
+    shards = Shards(out, seeds, labels, size, sampler.interface.shape)
     with announced(f"checking the settings of {out}", report):
         shards.claim(sampler.settings())
     with shards.locked(rank):

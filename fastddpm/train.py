@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import UsageError
 from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import Device, Resize, SkipBad
 from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import difference, to_dict
 from fastddpm.storage.files import check_out
-from fastddpm.training.saved import RunOptions
+from fastddpm.training import initial
+from fastddpm.training.saved import RunOptions, free_run, newest_run
 
 if TYPE_CHECKING:
     from fastddpm.data import Dataset
@@ -50,6 +51,9 @@ class Command:
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH|hf:NAME")] = None
     """Images: a folder, .zip or .tar shards, parquet, LSUN's LMDB, CIFAR-10 as distributed, a .fdpack, or hf:NAME.
     Default: the embedded digits."""
+    init: str | None = None
+    """Model whose weights and architecture the run begins with, as for sample: a run, a checkpoint, a diffusers
+    directory, a file, or digits. Optimizer and average begin anew. Default of --preset: the model's own settings."""
     resize: Resize = "none"
     skip_bad: SkipBad = False
     data_workers: int | None = None
@@ -111,9 +115,11 @@ def main(arguments: Sequence[str]) -> None:
         )
         dataset = _open_data(command, wanted, group, report)
 
-        def build() -> Trainer:
+        def build(begins: bool = True) -> Trainer:
+            network, origin = initial.begin(command.init if begins else None, wanted, report)
             with announced("building the network", report):
-                trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers)
+                trainer = Trainer(wanted, dataset, device, group, data_workers=command.data_workers, network=network)
+            trainer.origin = origin
             held.callback(trainer.batches.close)
             return trainer
 
@@ -137,7 +143,7 @@ def _describe(trainer: "Trainer", base: Preset, report: Callable[[str], None]) -
     report(describe(trainer.preset, base))
     report_obstacles(trainer.device.type, report)
     config = trainer.preset.train
-    report_too_short(config, config.steps, report)
+    report_too_short(config, config.steps, report, trainer.origin)
     if config.compile:
         report("note: the first step compiles the network, which takes minutes")
 
@@ -155,13 +161,18 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
     resuming = ("--resume" in arguments or again) and not helps
     options = RunOptions()
     if resuming:
-        run = Path(out) if out else _newest_run(cli.peek(arguments, "--preset"))
+        run = Path(out) if out else newest_run(cli.peek(arguments, "--preset"))
         if not (run / "config.json").is_file():
             raise UsageError(f"nothing to resume: {run} holds no run (there is no config.json in it)")
         base = read_preset(run / "config.json")
         if cli.peek(arguments, "--preset") not in (None, base.name):
             raise UsageError(f"{run} is a run of preset {base.name}, not {name}; leave --preset out")
         options = RunOptions.read(run)
+        options.check_init(cli.peek(arguments, "--init"), run)
+    elif not helps:
+        base = initial.starting_preset(
+            cli.peek(arguments, "--init"), base, chosen=cli.peek(arguments, "--preset") is not None
+        )
     default = Command(
         base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample, **vars(options)
     )
@@ -177,9 +188,11 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
     if command.profile < 0:
         raise UsageError(f"--profile must be 0 or more steps; got {command.profile}")
     if not resuming:
+        if command.init is not None:
+            command = dataclasses.replace(command, unet=initial.fitted(command.resolved().unet, base.unet))
         if command.out is None and (group.world_size > 1 or distributed.restarted()):
             raise UsageError("name the run's directory with --out, so that a restart finds it")
-        run = command.out or _free_run(name)
+        run = command.out or free_run(base.name)
         if not command.dry_run:
             _refuse_taken(run)
             check_out(run)
@@ -238,45 +251,13 @@ def _open_data(
     return dataset
 
 
-def _newest_run(name: str | None) -> Path:
-    """Return the run in runs/ whose last checkpoint is the newest, of the preset `name` if one is given."""
-    runs = [path.parent for path in Path("runs").glob("*/config.json")]
-    if name is not None:
-        runs = [run for run in runs if _preset_name(run) == name]
-    if not runs:
-        what = "run" if name is None else f"run of preset {name}"
-        raise UsageError(f"nothing to resume: no {what} in {Path('runs').resolve()}; name one with --out")
-    return max(runs, key=_last_saved)
-
-
-def _preset_name(run: Path) -> str | None:
-    try:
-        return read_preset(run / "config.json").name
-    except (UsageError, DataError) as error:
-        log(f"{run} is passed over: {error}")
-        return None
-
-
-def _last_saved(run: Path) -> float:
-    """Return when the newest checkpoint of a run was written, or its configuration if it has none."""
-    saved = [path.stat().st_mtime for path in (run / "checkpoints").glob("step-*")]
-    return max(saved, default=(run / "config.json").stat().st_mtime)
-
-
-def _free_run(name: str) -> Path:
-    number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
-
-
 def _train(
     command: Command,
     arguments: Sequence[str],
     wanted: Preset,
     base: Preset,
     run: Path,
-    build: Callable[[], "Trainer"],
+    build: Callable[[bool], "Trainer"],
     group: distributed.ProcessGroup,
     report: Callable[[str], None],
 ) -> None:
@@ -299,8 +280,8 @@ def _train(
             with announced(f"reading the newest checkpoint of {run}", report):
                 saved = _newest_checkpoint(run, group, report)
             if saved is not None:
-                check_fit(wanted.unet, saved)  # before the network takes memory
-        trainer = build()
+                check_fit(wanted.unet, saved.tensors.get("model", {}), saved.path)  # before the network takes memory
+        trainer = build(saved is None)
         if command.resume:
             _resume(trainer, run, saved, report)
             saved = None  # its tensors are several times the network's memory
@@ -365,8 +346,8 @@ def _attach_loggers(
     def begin() -> None:
         data = to_dict(TrainingData.of(dataset, command.data))
         line = ["python", "-m", PROGRAM, *arguments]
-        changed = _changed(base, preset) if command.resume else []
-        record_session(run, line, trainer.device, data, step=trainer.step, changed=changed, group=group)
+        changed, origin = _changed(base, preset) if command.resume else [], trainer.origin
+        record_session(run, line, trainer.device, data, step=trainer.step, changed=changed, origin=origin, group=group)
         resume_step = trainer.step if command.resume else None
         own.append(open_loggers(run, preset, resume_step=resume_step, wandb=command.wandb, report=report))
         held.callback(own[0].close)

@@ -239,6 +239,18 @@ class UNet(nn.Module):
         self.norm_out = GroupNormSiLU(channels, config.groups)
         self.conv_out = Conv3x3(channels, config.image_channels * (1 + config.learned_variance), NEAR_ZERO_GAIN)
 
+    takes_noise_key = True  # of the protocol of networks, as the next three properties are (network.py)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.config.image_channels, self.config.image_size, self.config.image_size
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, 0 without labels."""
+        return self.config.num_classes
+
     @property
     def null_label(self) -> int | None:
         """The label that means "no label", or None if the network has none."""

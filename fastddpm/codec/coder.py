@@ -87,7 +87,7 @@ def encode(
     _check_images(sampler, images)
     classes, conditioning = _conditioning(sampler, labels, len(images))
     last = options.last(sampler.diffusion.timesteps)
-    unguided = Sampler(sampler.unet, sampler.diffusion, engine=sampler.engine)
+    unguided = sampler.unguided()
     timesteps = best_timesteps(unguided, images, classes, options.steps, last)
     levels, decoder = 256, None
     if options.lossy is not None:
@@ -109,13 +109,12 @@ def decode(sampler: Sampler, data: bytes, where: str = "the file", *, progress: 
     """
     fields, head, words = file_format.unpack(data, where)
     header = Header.of(fields, where)
-    config = sampler.unet.config
-    expected = (config.image_channels, config.image_size, config.image_size)
+    expected = sampler.interface.shape
     if header.network != fingerprint.of_network(sampler):
         raise DataError(f"{where} was coded with another model; decode it with exactly the same weights")
     if header.shape != expected or header.timesteps[0] != sampler.diffusion.timesteps - 1:
         raise DataError(f"{where} does not suit the model: images {header.shape}, timestep {header.timesteps[0]}")
-    if (header.conditioning == "none") != (not config.num_classes):
+    if (header.conditioning == "none") != (not sampler.interface.num_classes):
         raise DataError(f"{where} does not suit the model: conditioning {header.conditioning}")
     # The encoder pushes x_T of each pixel of a chunk, which takes more than one bit. A header that claims larger chunks
     # was not made by it and could only exhaust memory.
@@ -139,19 +138,18 @@ class _Coder:
     @staticmethod
     def of(sampler: Sampler, timesteps: list[int], levels: int, decoder: float | None, conditioning: str) -> "_Coder":
         """Return a coder for a chain of `timesteps` and pixels of `levels` levels."""
-        chain = Sampler(sampler.unet, sampler.diffusion, timesteps=timesteps, engine=sampler.engine)
+        chain = sampler.unguided(timesteps)
         return _Coder(chain, ChainConditionals(chain, pixel_cells(levels), decoder), decoder, conditioning)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        config = self.sampler.unet.config
-        return config.image_channels, config.image_size, config.image_size
+        return self.sampler.interface.shape
 
     def labels(self, size: int) -> np.ndarray | None:
         """Return null labels for `size` images if the network has classes and labels are unknown, otherwise None."""
         if self.conditioning != "unknown":
             return None
-        return np.full(size, self.sampler.unet.null_label, dtype=np.int64)
+        return np.full(size, self.sampler.interface.null_label, dtype=np.int64)
 
     def images(self, symbols: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
         """Return the images of cells, uint8 (n, C, H, W); inside coarse cells by the network's x_0 prediction."""
@@ -226,7 +224,7 @@ class _Encoder:
         bits_back.encode(self.stack, coder.conditionals, symbols, labels, RandomPads(number), progress)
         if coder.conditioning == "coded":
             assert labels is not None
-            self.stack.push(*Uniform(coder.sampler.unet.config.num_classes, len(labels)).intervals(labels))
+            self.stack.push(*Uniform(coder.sampler.interface.num_classes, len(labels)).intervals(labels))
         self.results.append(coder.images(symbols, labels))
 
     def _record_run(self, size: int) -> None:
@@ -253,7 +251,7 @@ class _Encoder:
 def _decoded(coder: _Coder, header: Header, stack: AnsStack, where: str, progress: Progress) -> Decoded:
     """Decode the chunks, the last one first, and verify the images and the borrowed bits."""
     images, labels, done = [], [], 0
-    classes = coder.sampler.unet.config.num_classes
+    classes = coder.sampler.interface.num_classes
     number = sum(run.repeats for run in header.runs)
     chunks = (run for run in reversed(header.runs) for _ in range(run.repeats))  # lazily: a hostile header has billions
     for run in chunks:
@@ -292,7 +290,7 @@ def _check_machine(coder: _Coder, header: Header, where: str) -> None:
 
 def _conditioning(sampler: Sampler, labels: np.ndarray | None, count: int) -> tuple[np.ndarray | None, str]:
     """Return the labels to evaluate the network with, int64 (N,) or None, and the header's `conditioning`."""
-    num_classes, null_label = sampler.unet.config.num_classes, sampler.unet.null_label
+    num_classes, null_label = sampler.interface.num_classes, sampler.interface.null_label
     if not num_classes:
         if labels is not None:
             raise UsageError("this network was trained without classes; leave labels out")
@@ -307,8 +305,7 @@ def _conditioning(sampler: Sampler, labels: np.ndarray | None, count: int) -> tu
 
 
 def _check_images(sampler: Sampler, images: np.ndarray) -> None:
-    config = sampler.unet.config
-    expected = (config.image_channels, config.image_size, config.image_size)
+    expected = sampler.interface.shape
     if images.dtype != np.uint8 or images.shape[1:] != expected or not 0 < len(images) <= MOST_IMAGES:
         raise UsageError(
             f"images must be uint8 (N, {', '.join(map(str, expected))}); got {images.dtype} {images.shape}"

@@ -52,8 +52,7 @@ class ChainConditionals:
     def __init__(self, sampler: Sampler, cells: Grid, decoder: float | None = None) -> None:
         """`decoder`: standard deviation of p(x_0 | first state). Default: the model's own at t = 0."""
         self.cells, self._sampler, self._decoder = cells, sampler, decoder
-        self._config = sampler.unet.config
-        self._device = next(sampler.unet.parameters()).device
+        self._device = sampler.device
         self._states = _states(sampler)
         self.timesteps = [state.t for state in self._states]
         self.grids = [_grid(self._states, i) for i in range(len(self._states))]
@@ -95,13 +94,13 @@ class ChainConditionals:
 
     def _network(self, x_t: np.ndarray, t: int, label: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the network's output for the image and, if the variance is learned, for the variance; float64."""
-        config = self._config
-        images = x_t.astype(np.float32).reshape(-1, config.image_channels, config.image_size, config.image_size)
+        shape = self._sampler.interface.shape
+        images = x_t.astype(np.float32).reshape(-1, *shape)
         labels = None if label is None else torch.from_numpy(label).to(self._device)
         out = self._sampler.denoise(torch.from_numpy(images).to(self._device), t, labels).float().cpu().numpy()
         if not np.isfinite(out).all():
             raise DataError(f"the network's output at t = {t} is not finite; its weights are damaged")
-        channels = config.image_channels
+        channels = shape[0]
         parts = [np.ascontiguousarray(part, np.float64).reshape(-1) for part in (out[:, :channels], out[:, channels:])]
         return parts[0], parts[1] if len(parts[1]) else None
 

@@ -40,15 +40,14 @@ def of_outputs(sampler: Sampler, sizes: set[int]) -> str:
     `sizes`: the batch sizes to evaluate. Outputs are compared because hardware, libraries and the number of threads may
     all change a bit, and no list of them would be complete.
     """
-    config = sampler.unet.config
-    device = next(sampler.unet.parameters()).device
+    classes, device = sampler.interface.num_classes, sampler.device
     digest = hashlib.sha256()
     for size in sorted(sizes):
-        shape = (size, config.image_channels, config.image_size, config.image_size)
+        shape = (size, *sampler.interface.shape)
         count = int(np.prod(shape))
         words = philox(np.arange(-(-count // 4)), np.zeros(1), np.zeros(1), np.array(STREAM_PAD), 2)
         x_t = torch.from_numpy(normals(words).reshape(-1)[:count].reshape(shape).astype(np.float32)).to(device)
-        label = torch.arange(size, device=device) % config.num_classes if config.num_classes else None
+        label = torch.arange(size, device=device) % classes if classes else None
         for t in {int(sampler.timesteps[i]): None for i in (0, sampler.steps // 2, -1)}:
             digest.update(sampler.denoise(x_t, t, label).float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:_DIGITS]
@@ -56,7 +55,7 @@ def of_outputs(sampler: Sampler, sizes: set[int]) -> str:
 
 def made_by(sampler: Sampler) -> str:
     """Describe the precision, device, torch version and threads that compute the network here, for messages."""
-    device = next(sampler.unet.parameters()).device
+    device = sampler.device
     name = platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

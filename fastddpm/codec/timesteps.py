@@ -88,7 +88,7 @@ def _squared(first: int, last: int, count: int) -> np.ndarray:
 
 def _errors(sampler: Sampler, images: np.ndarray, labels: np.ndarray | None, timesteps: np.ndarray) -> np.ndarray:
     """Return the mean squared error of the clipped x_0 prediction at each timestep, from one noise draw per image."""
-    device = next(sampler.unet.parameters()).device
+    device = sampler.device
     x0 = images.astype(np.float64) / 127.5 - 1
     label = None if labels is None else torch.from_numpy(labels).to(device)
     blocks = np.arange(-(-x0.size // 4))

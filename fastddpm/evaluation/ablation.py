@@ -27,6 +27,7 @@ from fastddpm.storage.documents import read_object, to_dict
 from fastddpm.storage.files import write_json, write_text
 from fastddpm.training.run_log import JsonLines
 from fastddpm.training.trainer import Trainer
+from fastddpm.unet import UNet
 
 from .context import EvaluationContext
 from .likelihood import measure_bits
@@ -154,6 +155,7 @@ class AblationRunner:
             finally:
                 logger.close()
             with trainer.averaged_weights() as unet:
+                assert isinstance(unet, UNet)
                 return self._score(run, Model(unet, trainer.diffusion, config))
 
     def _score(self, run: Path, model: Model) -> Result:
@@ -169,7 +171,7 @@ class AblationRunner:
         else:
             save_pictures(images, seeds, None, [], run)
             found |= {} if self.scorer is None else self.scorer.scores(images)
-        context = EvaluationContext(model, sampler, self.held_out, batch, self.device, run, ProcessGroup())
+        context = EvaluationContext(model.preset.name, sampler, self.held_out, batch, self.device, run, ProcessGroup())
         likelihood = measure_bits(context, self.bits)
         if likelihood["bits_per_dim"] is None and found["outcome"] == "trained":
             found["outcome"] = "bits/dim are not finite"

@@ -238,8 +238,8 @@ class _Evaluator:
         self.labels, self.conditioning = _conditioning(sampler, labels, len(images))
         self.exact = _Float64Diffusion(sampler.diffusion.config)
         # The given sampler may take fewer steps or use guidance; the bound is that of the trained process.
-        self.sampler = Sampler(sampler.unet, sampler.diffusion, engine=sampler.engine)
-        self.device = next(sampler.unet.parameters()).device
+        self.sampler = sampler.unguided()
+        self.device = sampler.device
         self.seed = torch.tensor(seed, dtype=torch.int64, device=self.device)
         self.progress, self.done, self.total = progress, 0, 0
 
@@ -308,7 +308,7 @@ class _Evaluator:
 
 def _conditioning(sampler: Sampler, labels: np.ndarray | None, num_images: int) -> tuple[np.ndarray | None, str]:
     """Return the labels that the network is given, and a description for `BitsPerDim.conditioning`."""
-    num_classes, null_label = sampler.unet.config.num_classes, sampler.unet.null_label
+    num_classes, null_label = sampler.interface.num_classes, sampler.interface.null_label
     if not num_classes:
         return None, "unconditional"
     if labels is not None:

@@ -63,6 +63,7 @@ PICTURE_NAMES = (
     "strips",
     "classes",
 )
+PICTURES_OF_DATA = ("interpolation", "interpolation-depths", "neighbours", "strips")  # they show images of the data set
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastddpm.metrics.frechet import Moments, frechet_distance
 from fastddpm.metrics.inception_score import inception_score
 from fastddpm.metrics.kid import kernel_distance, kernel_distance_of_subsets
 from fastddpm.metrics.precision_recall import precision_recall
+from fastddpm.metrics.statistics import Reference, write_statistics
 from fastddpm.runtime.distributed import all_gather_object
 from fastddpm.runtime.progress import Meter, announced, discard, log
 from fastddpm.sampling.images import to_uint8
@@ -40,7 +42,21 @@ from .features import (
 from .options import QUALITY_METRICS, QualityOptions
 
 Record = dict[str, Any]
-_WITHOUT_REFERENCE = ("is",)  # metrics that need no features of the data set
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What FID compares with and leaves behind. `reference`: statistics to compare with, in place of the data set's.
+
+    `write`: the file that the data set's own statistics are written to.
+    """
+
+    reference: Reference | None = None
+    write: Path | None = None
+
+    def needs_images(self, metrics: Sequence[str]) -> bool:
+        """Return whether features of the data set are needed."""
+        return self.write is not None or bool(set(metrics).difference({"is", "fid"} if self.reference else {"is"}))
 
 
 def score_name(metric: str, network: FeatureNetwork) -> str:
@@ -77,6 +93,7 @@ def quality_cost(
     metrics: Sequence[str],
     options: QualityOptions,
     per_evaluation: float,
+    comparison: Comparison | None = None,
 ) -> Cost:
     """Estimate the work that is left for all processes together, timing a batch of the feature network.
 
@@ -84,11 +101,11 @@ def quality_cost(
     """
     images = sample_shards(context, network, options).unfinished()
     features = images
-    if set(metrics).difference(_WITHOUT_REFERENCE):
+    if (comparison or Comparison()).needs_images(metrics):
         features += reference_shards(context, network).unfinished()
     seconds = 0.0
     if features:
-        batch = torch.from_numpy(context.dataset.images[: context.batch].copy()).to(context.device)
+        batch = torch.zeros(context.batch, *context.sampler.interface.shape, dtype=torch.uint8, device=context.device)
         seconds += features * _timed(lambda: network(batch), context.device) / len(batch)
     evaluations = evaluations_of(context.sampler, images, context.sampler.steps)
     seconds += evaluations * per_evaluation
@@ -97,9 +114,7 @@ def quality_cost(
 
 def seconds_per_evaluation(context: EvaluationContext) -> float:
     """Return the seconds that the model takes for one image in a batch of `context.batch`, timed after a warm-up."""
-    config = context.model.unet.config
-    shape = (context.batch, config.image_channels, config.image_size, config.image_size)
-    x = torch.zeros(shape, device=context.device)
+    x = torch.zeros(context.batch, *context.sampler.interface.shape, device=context.device)
     return _timed(lambda: context.sampler.probe(x), context.device) / evaluations_of(context.sampler, context.batch, 1)
 
 
@@ -116,7 +131,11 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_quality(
-    context: EvaluationContext, network: FeatureNetwork, metrics: Sequence[str], options: QualityOptions
+    context: EvaluationContext,
+    network: FeatureNetwork,
+    metrics: Sequence[str],
+    options: QualityOptions,
+    comparison: Comparison | None = None,
 ) -> dict[str, Record]:
     """Measure `metrics`, names in `QUALITY_METRICS`; return scores with their settings, for JSON, by `score_name`.
 
@@ -125,26 +144,33 @@ def measure_quality(
     `UsageError` for unknown metrics and unsuitable options, and if the directory holds samples of another model or
     other settings.
     """
+    comparison = comparison or Comparison()
     check_quality(context, metrics, options)
     if "is" in metrics and not network.classes:
         raise UsageError(f"metric is needs a network with classes; {network.name} has none")
     samples = sample_shards(context, network, options)
     _fill_samples(context, network, samples)
-    reference = None
-    if set(metrics).difference(_WITHOUT_REFERENCE):
-        reference = reference_shards(context, network)
-        fill_reference(context, network, reference)
+    shards = None
+    if comparison.needs_images(metrics):
+        shards = reference_shards(context, network)
+        fill_reference(context, network, shards)
     with announced("waiting for the shards of the other processes", log if context.group.is_main else discard):
         all_gather_object(None, context.group)
     if not context.group.is_main:
         return {}
+    if comparison.write is not None:
+        assert shards is not None
+        write_statistics(reference_moments(shards).statistics(), network, comparison.write)
     common = _common(context, network, options)
     with announced("reading the features of the samples"):
         fake = samples.together()
     scores: dict[str, Record] = {}
     for metric in metrics:
-        for name, record in _scores(metric, fake, reference, context.device, options).items():
-            scores[score_name(name, network)] = record | common
+        if metric == "fid" and comparison.reference is not None:
+            scores[score_name("fid", network)] = common | _distance_to(comparison.reference, fake)
+            continue
+        for name, record in _scores(metric, fake, shards, context.device, options).items():
+            scores[score_name(name, network)] = common | record
     return scores
 
 
@@ -157,8 +183,7 @@ def check_quality(context: EvaluationContext, metrics: Sequence[str], options: Q
         raise UsageError(
             f"--samples {options.samples} cannot be split into --splits {options.splits} parts; use --splits 1"
         )
-    fewest = min(options.samples, len(context.dataset.images))
-    if "pr" in metrics and fewest <= options.neighbours:
+    if "pr" in metrics and min(options.samples, len(context.dataset.images)) <= options.neighbours:
         raise UsageError(
             f"metric pr with --neighbours {options.neighbours} needs {options.neighbours + 1} samples and images at "
             f"least; got --samples {options.samples} and {len(context.dataset.images)} images"
@@ -170,11 +195,11 @@ def sample_shards(context: EvaluationContext, network: FeatureNetwork, options: 
 
     Raises `UsageError` if the directory holds samples of another model or other settings.
     """
-    sampler, config = context.sampler, context.model.unet.config
+    sampler = context.sampler
     seeds = range(options.samples)
     shards = FeatureShards(
         context.out / "features" / network.name, seeds, sampler.labels_for(seeds), SIZE,
-        (config.image_channels, config.image_size, config.image_size), network.dimension, network.classes,
+        sampler.interface.shape, network.dimension, network.classes,
     )  # fmt: skip
     shards.claim(sampler.settings() | {"features": {"name": network.name, "sha256": network.checksum}})
     return shards
@@ -218,6 +243,17 @@ def _scores(
     return {"precision": {"value": precision} | neighbours, "recall": {"value": recall} | neighbours}
 
 
+def _distance_to(reference: Reference, fake: Activations) -> Record:
+    """Return the Fréchet distance of the samples to statistics of a file, and what is told about those."""
+    with announced("computing the Fréchet distance"):
+        value = frechet_distance(Moments.of_batches(fake.features.split(SIZE)), reference.statistics)
+    return {"value": value, "reference_images": reference.statistics.count, "data": _statistics_of(reference)}
+
+
+def _statistics_of(reference: Reference) -> dict[str, str]:
+    return {"name": f"statistics {reference.name}", "sha256": reference.sha256}
+
+
 def _kid(real: Tensor, fake: Tensor, options: QualityOptions) -> Record:
     size = min(options.kid_subset_size, len(real), len(fake))
     with _progress("kernel distance", "subsets") as progress:
@@ -234,7 +270,7 @@ def _common(context: EvaluationContext, network: FeatureNetwork, options: Qualit
     """Return the settings that all scores share."""
     return {
         "samples": options.samples,
-        "reference_images": len(context.dataset.images),
+        "reference_images": None if context.data is None else len(context.data.images),
         "features": {"name": network.name, "sha256": network.checksum},
         "images": "uint8, rounded to the nearest level",
         "sampling": context.sampler.settings(),

@@ -120,10 +120,7 @@ def _draw(context: EvaluationContext, curve: RateDistortion, num_images: int) ->
             raise
         log(f"no plots: they need matplotlib, pip install 'fastddpm[report]'; {_TABLE} is written")
         return []
-    caption = (
-        f"{context.model.preset.name}, {num_images:,} images of {context.dataset.name}, "
-        f"{datetime.date.today().isoformat()}"
-    )
+    caption = f"{context.name}, {num_images:,} images of {context.dataset.name}, {datetime.date.today().isoformat()}"
     paper = PAPER_TABLE if len(curve.steps) == 1000 else {}
     steps: _Axis = ("reverse steps", curve.steps, list(paper))
     rate: _Axis = ("rate (bits/dim)", curve.rate, [rate for rate, _ in paper.values()])

@@ -42,7 +42,7 @@ class Report:
 
     def __init__(self, context: EvaluationContext, checkpoint: Path) -> None:
         self._path = context.out / FILE
-        self._preset = context.model.preset.name
+        self._preset = context.name
         self._network: str = context.sampler.settings()["network"]
         self._checkpoint = {"path": str(checkpoint), "preset": self._preset, "network": self._network}
         self._added: list[tuple[str, str]] = []  # part and name of each result of this command
@@ -125,7 +125,8 @@ def _data(record: dict[str, Any]) -> str:
         return f"{record['num_images']:,} images of {data}"
     sampling = record["sampling"]
     chain = f"{record['samples']:,} samples, {sampling['method']}, {sampling['steps']} steps"
-    return f"{chain}; {record['reference_images']:,} images of {data}"
+    count = record["reference_images"]  # None if only statistics are known, and not of how many images
+    return f"{chain}; {data}" if count is None else f"{chain}; {count:,} images of {data}"
 
 
 def _check(document: dict[str, Any], path: Path) -> None:

@@ -56,31 +56,48 @@ class Moments:
             raise UsageError(f"a covariance needs 2 images or more; got {self.count}")
         return self.product / (self.count - 1)
 
+    def statistics(self) -> "Statistics":
+        """Return mean and unbiased covariance. Raises `UsageError` for fewer than 2 images."""
+        return Statistics(self.mean, self.covariance(), self.count)
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mean, float64 (d,), and unbiased covariance, float64 (d, d), of features: all that a Fréchet distance compares.
+
+    `count`: number of features that they were computed from; None if unknown.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None = None
+
+
+def frechet_distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
     """Return |mean_a - mean_b|² + Tr(A + B - 2 (A B)^½), A and B the unbiased covariances (Dowson and Landau 1982).
 
     With A = R Rᵀ and B = S Sᵀ, Tr (A B)^½ is the sum of the singular values of Rᵀ S. This needs no matrix square root
     and no constant added to the diagonal; covariances may be singular, and N below d. Features of 2048 dimensions take
     seconds. Raises `UsageError` for fewer than 2 images, or features of different dimensions.
     """
+    a, b = (each.statistics() if isinstance(each, Moments) else each for each in (a, b))
     if a.mean.shape != b.mean.shape:
         raise UsageError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared")
     shift = a.mean - b.mean
-    traces = a.covariance().trace() + b.covariance().trace()
+    traces = a.covariance.trace() + b.covariance.trace()
     cross = torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
     return max(0.0, float(shift @ shift + traces - 2 * cross))
 
 
-def _factor(moments: Moments) -> Tensor:
+def _factor(statistics: Statistics) -> Tensor:
     """Return R with covariance R Rᵀ, float64 (d, r): by Cholesky, or by eigenvectors if the covariance is singular."""
-    covariance = moments.covariance()
-    if moments.count > len(covariance):
+    covariance, count = statistics.covariance, statistics.count
+    if count is None or count > len(covariance):
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if not int(failed):
             return factor
     values, vectors = torch.linalg.eigh(covariance)
     # N points span N - 1 dimensions, so the other eigenvalues are pure rounding error and are dropped, whatever their
     # size. Kept eigenvalues that rounding has made negative become 0.
-    rank = min(len(values), moments.count - 1)
+    rank = len(values) if count is None else min(len(values), count - 1)
     return vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()

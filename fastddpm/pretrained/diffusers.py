@@ -65,6 +65,16 @@ def load(path: str | os.PathLike[str]) -> Parts:
     fastddpm cannot represent.
     """
     root = Path(path)
+    preset = read_preset(root)
+    with torch.device("meta"):
+        unet = UNet(preset.unet)
+    unet.load_state_dict(_read_weights(root, unet), assign=True)
+    return Parts(unet.channels_last().eval(), Diffusion(preset.diffusion), preset)
+
+
+def read_preset(path: str | os.PathLike[str]) -> Preset:
+    """Return the configuration of the model in a pipeline directory. Raises as `load` does; reads no weights."""
+    root = Path(path)
     if not root.is_dir():
         raise UsageError(f"no diffusers directory at {root}")
     _check_index(root)
@@ -82,11 +92,7 @@ def load(path: str | os.PathLike[str]) -> Parts:
         ours = read_json(root / OUR_FILE)
         preset = from_dict(Preset, ours.get("preset") if isinstance(ours, dict) else None, str(root / OUR_FILE))
         check_agreement(preset, unet_config, diffusion_config, str(root / OUR_FILE))
-
-    with torch.device("meta"):
-        unet = UNet(preset.unet)
-    unet.load_state_dict(_read_weights(root, unet), assign=True)
-    return Parts(unet.channels_last().eval(), Diffusion(preset.diffusion), preset)
+    return preset
 
 
 def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -3,10 +3,14 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from . import diffusers, run
+from fastddpm.config import Preset
+from fastddpm.runtime.options import is_built_in
+
+from . import compact, diffusers, run
 from .parts import Parts
 
 
@@ -19,15 +23,15 @@ class Model(Parts):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Model":
-        """Read the model of a run directory, of one of its checkpoints, or of a diffusers pipeline directory.
+        """Read the model of a run directory, one of its checkpoints, a diffusers pipeline directory or a packed file.
 
-        From a run the EMA weights are read. The network is in evaluation mode, on `device` (default: the CPU). Raises
-        `UsageError` if there is nothing at `path`, and `DataError` if a file is damaged or describes a network that
-        fastddpm cannot represent.
+        "digits" is the model that comes with fastddpm, which the first command of the README trained. From a run the
+        EMA weights are read. The network is in evaluation mode, on `device` (default: the CPU). Raises `UsageError` if
+        there is nothing at `path`, and `DataError` if a file is damaged or describes a network that fastddpm cannot
+        represent.
         """
-        source = Path(path)
-        is_pipeline = (source / "model_index.json").exists() or (source / "unet" / "config.json").exists()
-        parts = diffusers.load(source) if is_pipeline else run.load(source)
+        source, reader = _located(path)
+        parts: Parts = reader.load(source)
         return cls(parts.unet.to(device), parts.diffusion, parts.preset, parts.steps)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -38,3 +42,21 @@ class Model(Parts):
         it cannot be written.
         """
         diffusers.save(self, path, overwrite=overwrite)
+
+
+def read_preset(path: str | os.PathLike[str]) -> Preset:
+    """Return the configuration of what `Model.from_pretrained` reads at `path`. Raises as it does; reads no weights."""
+    source, reader = _located(path)
+    preset: Preset = reader.read_preset(source)
+    return preset
+
+
+def _located(path: str | os.PathLike[str]) -> tuple[Path, ModuleType]:
+    """Return where the model at `path` lies, and the module that reads its format."""
+    if is_built_in(path):
+        return compact.DIGITS, compact
+    source = Path(path)
+    if source.suffix == ".safetensors":
+        return source, compact
+    is_pipeline = (source / "model_index.json").exists() or (source / "unet" / "config.json").exists()
+    return source, diffusers if is_pipeline else run

@@ -11,7 +11,8 @@ from fastddpm.unet import UNet
 class Parts:
     """A network with its weights, the diffusion that it was trained for, and the configuration of both.
 
-    `steps`: the training steps that the weights have taken; None if unknown.
+    `steps`: the training steps that the weights have taken from random ones; None if unknown, or if the training began
+    with another model's weights.
     """
 
     unet: UNet

@@ -25,6 +25,7 @@ from tyro.constructors import (
 from fastddpm.errors import FastddpmError, StorageError, UsageError, all_problems, printable
 
 from . import distributed
+from .options import is_built_in
 
 T = TypeVar("T")
 
@@ -198,5 +199,12 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the run directory that holds a checkpoint, or the path itself if it is no checkpoint of a run."""
+    """Return the directory for results of a model: the run of a checkpoint, or the directory that the model lies in.
+
+    For a packed file that is the directory of its name without .safetensors, and runs/digits for the built-in model.
+    """
+    if is_built_in(checkpoint):
+        return Path("runs") / checkpoint
+    if checkpoint.suffix == ".safetensors":
+        return checkpoint.with_suffix("")
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint

@@ -1,5 +1,6 @@
 """Options that several commands share, and checks of their values. Imports no torch."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,9 @@ Checkpoint = Annotated[
     Path,
     tyro.conf.Positional,
     tyro.conf.arg(
-        metavar="CHECKPOINT", help="A run directory, one of its checkpoints, or a diffusers pipeline directory."
+        metavar="CHECKPOINT",
+        help="A run directory, one of its checkpoints, a diffusers pipeline directory, a packed .safetensors file, or "
+        "digits: the model that comes with fastddpm.",
     ),
 ]
 Device = Annotated[
@@ -37,6 +40,7 @@ SkipBad = Annotated[
     bool, tyro.conf.arg(help="Leave out images that cannot be used. Default: stop with a list of them.")
 ]
 
+BUILT_IN = "digits"
 MAX_NUMBERS = 10_000_000
 _NUMBER = re.compile("[0-9]{1,19}")
 
@@ -50,10 +54,27 @@ def check_positive(**values: int | None) -> None:
 
 def check_checkpoint(path: Path) -> None:
     """Raise `UsageError` if there is nothing at `path`."""
-    if not path.exists():
+    if not is_built_in(path) and not path.exists():
         raise UsageError(
-            f"no checkpoint at {path}; give a run directory, one of its checkpoints, or a diffusers pipeline directory"
+            f"no checkpoint at {path}; give a run directory, one of its checkpoints, a diffusers pipeline directory, a "
+            "packed .safetensors file, or digits"
         )
+
+
+def is_built_in(path: str | os.PathLike[str]) -> bool:
+    """Return whether `path` is "digits", the model that comes with the package.
+
+    Raises `UsageError` if there is also something at the path digits, as one of the two would be taken by surprise.
+    """
+    if os.fspath(path) != BUILT_IN:
+        return False
+    if os.path.lexists(path):
+        where = Path(path).absolute()
+        raise UsageError(
+            f"{path} is both the model that comes with fastddpm and {where}: give that path as it stands here, or use "
+            "the model in another directory"
+        )
+    return True
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

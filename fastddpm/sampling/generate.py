@@ -15,7 +15,7 @@ from fastddpm.storage.shards import Shards
 
 from .images import grid, save_animation, save_png, to_uint8
 from .sampler import Sampler, State
-from .trajectories import evaluations, image_shape, latents, part_of, trajectories
+from .trajectories import evaluations, latents, part_of, trajectories
 
 ANIMATION_FRAMES = 24  # of x_0 predictions, beside the noise
 _ANIMATION_PIXELS = 300  # the greatest width of an animation, unless one image is wider
@@ -39,7 +39,7 @@ class FrameRecorder:
     """
 
     def __init__(self, sampler: Sampler, images: int) -> None:
-        steps, (_, _, side) = sampler.steps, image_shape(sampler)
+        steps, (_, _, side) = sampler.steps, sampler.interface.shape
         self.chosen = set(np.linspace(0, steps - 1, min(steps, ANIMATION_FRAMES)).round().astype(int).tolist())
         self.images = min(images, _MOST_SHOWN, max(1, _ANIMATION_PIXELS // side) ** 2)
         self._scale = max(1, _ANIMATION_PIXELS // (max(1, math.ceil(math.sqrt(self.images))) * side))

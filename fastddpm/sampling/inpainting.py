@@ -21,7 +21,7 @@ from fastddpm.ops.noise import NoiseKey
 from .chain import ReverseChain
 from .images import to_uint8
 from .sampler import Sampler, image_seeds
-from .trajectories import Progress, evaluations, image_shape, parts
+from .trajectories import Progress, evaluations, parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ class _KnownPixelsChain:
         labels: Sequence[int] | None,
     ) -> None:
         self._sampler, self._seeds, self._labels = sampler, seeds, labels
-        device = next(sampler.unet.parameters()).device
+        device = sampler.device
         self._images = torch.from_numpy(images).to(device)
         self._known = torch.from_numpy(known).to(device)
         self._seed = torch.tensor(sampler.seed, dtype=torch.int64, device=device)
@@ -128,7 +128,7 @@ class _KnownPixelsChain:
         `shown`: the F places of `order` whose predictions are kept.
         """
         num, steps, jumps = len(self._seeds), self._sampler.steps, 0
-        x0 = np.empty((num, len(shown), *image_shape(self._sampler)), np.uint8)
+        x0 = np.empty((num, len(shown), *self._sampler.interface.shape), np.uint8)
         with self._sampler.chain(self._seeds, self._labels) as chain:
             for place, (step, following) in enumerate(zip(order, [*order[1:], steps], strict=True)):
                 watched = place in shown
@@ -187,7 +187,7 @@ def _groups(mask: np.ndarray, resamplings: int) -> list[tuple[np.ndarray, int]]:
 
 def _mask(sampler: Sampler, images: np.ndarray, known: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
     """Check `images` and `known`; return `known` as bool (N, 1, H, W)."""
-    shape = (len(seeds), *image_shape(sampler))
+    shape = (len(seeds), *sampler.interface.shape)
     if images.dtype != np.uint8 or images.shape != shape:
         raise UsageError(f"images must be uint8 {shape}, one for each seed; got {images.dtype} {images.shape}")
     if known.dtype != np.bool_ or known.shape not in (shape[2:], (shape[0], *shape[2:])):

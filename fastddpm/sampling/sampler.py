@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastddpm.config import EngineConfig, check_chain, check_seed, integer
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
-from fastddpm.unet import UNet
+from fastddpm.network import checksum, device_of, evaluate, interface_of, precision_of_weights
 
 from .chain import ChainTables, ReverseChain, StartState
 from .cuda_graph import padded
@@ -64,16 +64,19 @@ class State:
 class Sampler:
     """Draws images from a network: `Sampler(unet, diffusion, steps=250).sample(range(64))`.
 
+    `network`: a `UNet`, or any module that follows the protocol in network.py. `shape`, (C, H, W), and `num_classes`
+    are needed for a network that does not have them as attributes.
     `steps`: number of reverse steps, 1..T, evenly spread over the timesteps with both ends included. Default: all T.
     `timesteps`: the timesteps themselves, descending, instead of `steps`. `method`: "ancestral", or "ddim" with `eta`
     in [0, 1]. `guidance`: scale of classifier-free guidance, 0 or more; 1 means none. A learned variance is not scaled.
     `seed`: 64-bit key of the noise of all images of this sampler, -2^63..2^63-1. `engine`: how the network is
-    evaluated. Default: `EngineConfig()`. Raises `UsageError` for values outside these ranges.
+    evaluated. Default: `EngineConfig()`. Raises `UsageError` for values outside these ranges, and for a network that
+    cannot be called as the protocol says.
     """
 
     def __init__(
         self,
-        unet: UNet,
+        network: nn.Module,
         diffusion: Diffusion,
         steps: int | None = None,
         method: str = "ancestral",
@@ -83,7 +86,10 @@ class Sampler:
         seed: int = 0,
         timesteps: Sequence[int] | None = None,
         engine: EngineConfig | None = None,
+        shape: tuple[int, int, int] | None = None,
+        num_classes: int | None = None,
     ) -> None:
+        self.interface = interface_of(network, shape=shape, num_classes=num_classes)
         if method not in ("ancestral", "ddim"):
             raise UsageError(f"method must be ancestral or ddim; got {method!r}")
         if isinstance(eta, numbers.Real) and not 0 <= eta <= 1:
@@ -92,8 +98,8 @@ class Sampler:
         check_seed(seed)
         if steps is not None and timesteps is not None:
             raise UsageError(f"give steps or timesteps, not both; got {steps} and {list(timesteps)}")
-        self.unet, self.diffusion, self.method, self.guidance, self.seed = unet, diffusion, method, guidance, seed
-        self.eta = eta
+        self.network, self.diffusion, self.method, self.eta = network, diffusion, method, eta
+        self.guidance, self.seed = guidance, seed
         self.engine = EngineConfig() if engine is None else engine
         if timesteps is None:
             self.timesteps = spread_timesteps(diffusion.timesteps, diffusion.timesteps if steps is None else steps)
@@ -109,11 +115,17 @@ class Sampler:
                     f"timesteps must be in 0..{diffusion.timesteps - 1}; got {self.timesteps[0]}..{self.timesteps[-1]}"
                 )
         self.table = np.stack(step_table(diffusion, self.timesteps, method, eta), axis=1)
-        if guidance != 1 and getattr(unet, "null_label", None) is None:
-            raise UsageError("guidance needs a network trained with label_dropout > 0")
+        if guidance != 1 and self.interface.null_label is None:
+            raise UsageError("guidance needs a network trained with label_dropout > 0, which has a null label")
         self._prepared: Network | None = None
         self._held = False
+        self._places: list[int] = []
         self._chains: dict[int, ReverseChain] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return device_of(self.network)
 
     @property
     def steps(self) -> int:
@@ -179,8 +191,19 @@ class Sampler:
     def guided(self, guidance: float) -> "Sampler":
         """Return a sampler that differs from this one only in its scale of guidance."""
         return Sampler(
-            self.unet, self.diffusion, None, self.method, self.eta,
+            self.network, self.diffusion, None, self.method, self.eta,
             guidance=guidance, seed=self.seed, timesteps=self.timesteps.tolist(), engine=self.engine,
+            shape=self.interface.shape, num_classes=self.interface.num_classes,
+        )  # fmt: skip
+
+    def unguided(self, timesteps: Sequence[int] | None = None) -> "Sampler":
+        """Return a sampler of the same network that takes the trained process: ancestral, without guidance, of seed 0.
+
+        `timesteps`: descending. Default: all T.
+        """
+        return Sampler(
+            self.network, self.diffusion, timesteps=timesteps, engine=self.engine,
+            shape=self.interface.shape, num_classes=self.interface.num_classes,
         )  # fmt: skip
 
     def _begin(self, seeds: Sequence[int], labels: Sequence[int] | None, start: StartState | None) -> ReverseChain:
@@ -190,7 +213,7 @@ class Sampler:
         """
         if start is not None:
             self._check(start, len(seeds))
-        device = next(self.unet.parameters()).device
+        device = self.device
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
         classes = self.labels_for(seeds, labels)
         label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
@@ -206,8 +229,7 @@ class Sampler:
         return chain
 
     def _check(self, start: StartState, num_images: int) -> None:
-        config = self.unet.config
-        expected = (num_images, config.image_channels, config.image_size, config.image_size)
+        expected = (num_images, *self.interface.shape)
         if not 0 <= start.step < self.steps:
             raise UsageError(f"start.step must be in 0..{self.steps - 1}; got {start.step}")
         if start.x.shape != expected or start.x.dtype != torch.float32:
@@ -220,14 +242,13 @@ class Sampler:
             del self._chains[next(iter(self._chains))]
 
     def _tables(self, device: torch.device) -> ChainTables:
-        config = self.unet.config
         learned = self.method == "ancestral" and self.diffusion.config.learned_variance
         return ChainTables(
             table=torch.tensor(self.table, dtype=torch.float32, device=device),
             timesteps=torch.tensor(self.timesteps, device=device),
             total=self.diffusion.timesteps,
             seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
-            shape=(config.image_channels, config.image_size, config.image_size),
+            shape=self.interface.shape,
             clip=1.0 if self.diffusion.config.clip_x0 else 0.0,
             variance=self.diffusion.config.variance if learned else "fixed",
         )
@@ -256,18 +277,14 @@ class Sampler:
 
         Labels are 0 if the network takes labels.
         """
-        classes = self.unet.config.num_classes
+        classes = self.interface.num_classes
         label = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device) if classes else None
         return self.denoise(x_t, int(self.timesteps[0]), label)
 
     def settings(self) -> dict[str, Any]:
         """Return all that determines an image besides its seed and label, for a JSON file beside the images."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.unet.named_parameters()):
-            values = parameter.detach().cpu().reshape(-1)
-            digest.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
         return {
-            "network": digest.hexdigest(),
+            "network": checksum(self.network),
             "timesteps": hashlib.sha256(self.timesteps.tobytes()).hexdigest(),
             "diffusion": dataclasses.asdict(self.diffusion.config),
             "method": self.method,
@@ -275,9 +292,9 @@ class Sampler:
             "steps": self.steps,
             "guidance": self.guidance,
             "noise_seed": self.seed,
-            "precision": str(precision_of(self.unet, self.engine)).removeprefix("torch."),
+            "precision": str(precision_of(self.network, self.engine)).removeprefix("torch."),
             "fp8": self.engine.fp8,
-            "device": next(self.unet.parameters()).device.type,
+            "device": self.device.type,
         }
 
     @contextmanager
@@ -295,26 +312,34 @@ class Sampler:
         return self.__dict__ | {"_prepared": None, "_chains": {}, "_held": False}
 
     def _network(self) -> Network:
-        """Return `unet` prepared for inference; prepare it again if it or the chosen backend has changed."""
+        """Return the network prepared for inference; prepare it again if it or the chosen backend has changed."""
         if self._held and self._prepared is not None:
             return self._prepared
-        if self._prepared is None or not is_current(self._prepared, self.unet, self.engine):
-            self._prepared = prepare(self.unet, self.timesteps.tolist(), self.engine)
+        if self._prepared is None or not is_current(self._prepared, self.network, self.engine):
+            self._prepared = prepare(self.network, self.timesteps.tolist(), self.engine)
             self._chains.clear()
+        if isinstance(self._prepared, nn.Module):  # a captured step reads its tensors where they were
+            places = [tensor.data_ptr() for tensor in (*self.network.parameters(), *self.network.buffers())]
+            if places != self._places:
+                self._places = places
+                self._chains.clear()
         return self._prepared
 
     def _predict(self, network: Network, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        if isinstance(network, nn.Module) and network.training:
+        if isinstance(network, nn.Module) and any(module.training for module in network.modules()):
             with _evaluating(network):
                 return self._predict(network, x, t, label)
+        if isinstance(network, nn.Module):  # run as it is, in the precision of its weights
+            x = x.to(precision_of_weights(network))
+        learned = self.diffusion.config.learned_variance
         if self.guidance == 1:
-            return network(x, t, label)
+            return evaluate(network, x, t, label, learned_variance=learned)
         if label is None:
             raise ValueError("guidance needs a label for each image; got none")
-        assert self.unet.null_label is not None
-        none = torch.full_like(label, self.unet.null_label)
+        assert self.interface.null_label is not None
+        none = torch.full_like(label, self.interface.null_label)
         twice = t[:1].expand(2 * len(x)) if t.stride(0) == 0 else torch.cat([t, t])
-        both = network(torch.cat([x, x]), twice, torch.cat([label, none]))
+        both = evaluate(network, torch.cat([x, x]), twice, torch.cat([label, none]), learned_variance=learned)
         conditional, unconditional = both.chunk(2)
         guided = unconditional + self.guidance * (conditional - unconditional)
         # Guidance applies to the prediction alone; a learned variance stays that of the class.
@@ -326,7 +351,7 @@ class Sampler:
 
         Raises `UsageError` for a wrong number of labels, and for one that is neither in range nor the null label.
         """
-        num_classes = self.unet.config.num_classes
+        num_classes = self.interface.num_classes
         if not num_classes:
             if labels is not None:
                 raise UsageError("this network was trained without classes; leave labels out")
@@ -336,7 +361,7 @@ class Sampler:
         if len(labels) != len(seeds):
             raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(seeds)} seeds")
         classes = [integer(label, "a label") for label in labels]
-        wrong = [label for label in classes if not 0 <= label < num_classes and label != self.unet.null_label]
+        wrong = [label for label in classes if not 0 <= label < num_classes and label != self.interface.null_label]
         if wrong:
             raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
         return classes
@@ -365,9 +390,10 @@ def _isolated(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = module.training
+    training = [inner for inner in module.modules() if inner.training]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for inner in training:
+            inner.training = True

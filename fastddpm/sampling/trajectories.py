@@ -107,7 +107,7 @@ def draw(
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Draw the images of `seeds`, uint8 (N, C, H, W); arguments as for `trajectories`."""
-    images = np.empty((len(seeds), *image_shape(sampler)), np.uint8)
+    images = np.empty((len(seeds), *sampler.interface.shape), np.uint8)
     for part, state in trajectories(sampler, seeds, labels, start=start, batch=batch, progress=progress):
         images[part] = to_uint8(state.x)
     return images
@@ -128,7 +128,7 @@ def latents(
     float32 (len(steps), N, C, H, W) on the CPU, not clipped. Chains stop at the last of `steps`. Other arguments as for
     `trajectories`; `progress` is called after each step.
     """
-    kept = torch.empty(len(steps), len(seeds), *image_shape(sampler))
+    kept = torch.empty(len(steps), len(seeds), *sampler.interface.shape)
     for part in parts(len(seeds), batch):
         size = part.stop - part.start
         with sampler.chain(seeds[part], part_of(labels, part)) as chain:
@@ -150,9 +150,3 @@ def part_of(labels: Sequence[int] | None, part: slice) -> Sequence[int] | None:
 def repeated(labels: Sequence[int] | None, times: int) -> list[int] | None:
     """Return each label `times` times in a row, or None without labels."""
     return None if labels is None else [label for label in labels for _ in range(times)]
-
-
-def image_shape(sampler: Sampler) -> tuple[int, int, int]:
-    """Return (C, H, W) of the images that the sampler draws."""
-    config = sampler.unet.config
-    return config.image_channels, config.image_size, config.image_size

@@ -22,7 +22,7 @@ def describe_run(trainer: Trainer, report: Callable[[str], None] = log) -> str:
 
     Every process calls this. `report` gets a line about each part that takes long.
     """
-    num_parameters = sum(p.numel() for p in trainer.unet.parameters())
+    num_parameters = sum(p.numel() for p in trainer.network.parameters())
     state_bytes = _state_bytes(trainer)
     config, group = trainer.preset.train, trainer.group
     with announced("taking the shapes and the memory of one micro-batch", report):
@@ -58,8 +58,8 @@ def _undivided(trainer: Trainer) -> Trainer:
 
 def _activations(trainer: Trainer) -> tuple[dict[str, tuple[int, ...]], int]:
     """Return the output shape of each block and the bytes kept for the backward pass, for one micro-batch."""
-    activations = SavedActivations(trainer.unet)
-    with block_shapes(trainer.unet) as shapes, activations:
+    activations = SavedActivations(trainer.network)
+    with block_shapes(trainer.network) as shapes, activations:
         next(trainer.part_losses())
     return shapes, activations.num_bytes
 

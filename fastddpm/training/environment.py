@@ -19,8 +19,10 @@ from fastddpm.ops import status
 from fastddpm.ops.backend import chosen_backend
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.runtime.progress import log
-from fastddpm.storage.documents import read_object
+from fastddpm.storage.documents import read_object, to_dict
 from fastddpm.storage.files import set_aside, write_json
+
+from .initial import Origin
 
 LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "triton")
 _HIDDEN = "***"
@@ -40,13 +42,15 @@ def record_session(
     *,
     step: int = 0,
     changed: Sequence[str] = (),
+    origin: Origin | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Append a session that starts at `step` to `run`/environment.json and return the file's path.
 
     `data`: name, checksum and source of the images. `changed`: the options that --override changed, as in
-    "lr: 0.002 -> 0.001". No environment variable is written, and anything in `command` that
-    looks like a secret is replaced by ***. Raises `StorageError` if the file cannot be written.
+    "lr: 0.002 -> 0.001". `origin`: the model that the run began with (--init), if any. No environment variable is
+    written, and anything in `command` that looks like a secret is replaced by ***. Raises `StorageError` if the file
+    cannot be written.
     """
     path = run / "environment.json"
     session = {
@@ -56,6 +60,7 @@ def record_session(
         "changed": list(changed),
         "processes": group.world_size,
         "data": dict(data),
+        **({} if origin is None else {"origin": to_dict(origin)}),
         **_system(device),
     }
     write_json(path, {"sessions": [*_earlier(path), session]})

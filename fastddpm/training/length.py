@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fastddpm.config import TrainConfig
 from fastddpm.ops.backend import report_obstacles
 
+from .initial import Origin
 from .optimizer import decay_at
 
 if TYPE_CHECKING:
@@ -40,21 +41,27 @@ def steps_needed(config: TrainConfig) -> int:
     return max(averaged, math.ceil(config.warmup / MOST_WARMUP))
 
 
-def too_short(config: TrainConfig, steps: int) -> str | None:
-    """Return why `steps` steps of training give no images and how many do; None if they are enough."""
+def too_short(config: TrainConfig, steps: int, origin: Origin | None = None) -> str | None:
+    """Return why `steps` steps of training give no images and how many do; None if they are enough.
+
+    `origin`: the model that training begins with. Its weights are no noise, so only their share is told. Default:
+    random weights.
+    """
     needed = steps_needed(config)
     if steps >= needed:
         return None
+    first = "random initial weights" if origin is None else f"those of {origin.source}"
     reasons = []
     if initial_share(config, steps) > MOST_INITIAL:
         reasons.append(
             f"{100 * initial_share(config, steps):.3g}% of the average that samples are drawn from (--ema "
-            f"{config.decays[0]:g}) are still random initial weights"
+            f"{config.decays[0]:g}) are still {first}"
         )
     if steps < config.warmup / MOST_WARMUP:
         reasons.append(f"the learning rate warms up for {config.warmup:,} steps (--warmup)")
+    purpose = "give images" if origin is None else "leave that model behind"
     return (
-        f"{steps:,} steps are too few to give images: {', and '.join(reasons)}. It takes {needed:,} steps with these "
+        f"{steps:,} steps are too few to {purpose}: {', and '.join(reasons)}. It takes {needed:,} steps with these "
         "options, fewer with a smaller --ema or --ema-ramp and a smaller --warmup"
     )
 
@@ -66,8 +73,10 @@ def report_notes(model: "Model", report: Callable[[str], None]) -> None:
         report_too_short(model.preset.train, model.steps, report)
 
 
-def report_too_short(config: TrainConfig, steps: int, report: Callable[[str], None]) -> None:
-    """Report it if `steps` steps of training are too few to give images."""
-    reason = too_short(config, steps)
+def report_too_short(
+    config: TrainConfig, steps: int, report: Callable[[str], None], origin: Origin | None = None
+) -> None:
+    """Report it if `steps` steps of training are too few; `origin` as for `too_short`."""
+    reason = too_short(config, steps, origin)
     if reason is not None:
         report(f"note: {reason}")

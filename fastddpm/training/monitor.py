@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastddpm.config import Preset
 from fastddpm.diffusion import Diffusion
 from fastddpm.runtime import progress
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from fastddpm.unet import UNet
 
 from .loggers import Loggers
 from .profiling import Profile
@@ -93,10 +93,10 @@ class Monitor:
         """Return whether to call `preview` after `step` steps; the same in all processes."""
         return self._previews is not None and self._previews.due(step)
 
-    def preview(self, step: int, unet: UNet, diffusion: Diffusion) -> None:
-        """Draw the previews with `unet`, and plot the loss by timestep if matplotlib is installed."""
+    def preview(self, step: int, network: nn.Module, diffusion: Diffusion) -> None:
+        """Draw the previews with `network`, and plot the loss by timestep if matplotlib is installed."""
         assert self._previews is not None
-        picture = self._previews.draw(step, unet, diffusion)
+        picture = self._previews.draw(step, network, diffusion)
         if not self._group.is_main:
             return
         if picture is not None and self._loggers is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastddpm.config import TrainConfig
 from fastddpm.errors import DataError
+from fastddpm.network import trained
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -33,7 +34,7 @@ def decay_at(config: TrainConfig, decay: float, step: int) -> float:
 
 
 class Optimizer:
-    """Adam on a network's parameters, its clipping, and exponential moving averages (EMA) of the weights.
+    """Adam on a network's trained parameters, its clipping, and exponential moving averages (EMA) of the weights.
 
     A step whose loss or gradient is not finite changes nothing: no weight, no moment, no average. This is
     decided on the device, without a synchronization.
@@ -50,8 +51,8 @@ class Optimizer:
         total_norm: Callable[[list[Tensor]], Tensor] = nn.utils.get_total_norm,
     ) -> None:
         self.config = config
-        self.names = [name for name, _ in network.named_parameters()]
-        self.parameters: list[Tensor] = list(network.parameters())
+        self.names = list(trained(network))
+        self.parameters: list[Tensor] = list(trained(network).values())
         self._local_shards = self.parameters if local_shards is None else list(local_shards)
         self._total_norm = total_norm
         self.averages = {decay: [p.detach().clone() for p in self._local_shards] for decay in config.decays}
@@ -75,7 +76,7 @@ class Optimizer:
     def end_shard(self) -> None:
         """Paper mode: clip the gradient of one of the batch's 8 shards, and add an eighth of it to `shard_sum`."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_gradient)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         if self.shard_sum is None:
             self.shard_sum = [torch.zeros_like(g) for g in gradients]
         torch._foreach_add_(self.shard_sum, gradients, alpha=1 / PAPER_SHARDS)

@@ -18,6 +18,7 @@ from fastddpm.errors import UsageError
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.unet import AttnBlock, ResBlock, UNet
 
+from .network import is_plain
 from .optimizer import PAPER_SHARDS
 from .signals import Request
 
@@ -27,8 +28,8 @@ class SingleProcess:
 
     group = SINGLE_PROCESS
 
-    def __init__(self, unet: UNet, config: TrainConfig) -> None:
-        self.network: Callable[..., Tensor] = unet
+    def __init__(self, network: nn.Module, config: TrainConfig) -> None:
+        self.network: Callable[..., Tensor] = network
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -65,16 +66,17 @@ class DDP(SingleProcess):
     In paper mode they are not: each shard's gradient is clipped before `sum` adds them up.
     """
 
-    def __init__(self, unet: UNet, config: TrainConfig, group: ProcessGroup) -> None:
-        super().__init__(unet, config)
+    def __init__(self, network: nn.Module, config: TrainConfig, group: ProcessGroup) -> None:
+        super().__init__(network, config)
         self.group = group
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         if config.mode == "standard":
-            network = cast(nn.Module, torch.compile(unet)) if config.compile else unet
+            inner = cast(nn.Module, torch.compile(network)) if config.compile else network
             # Not static_graph: it fails if the first pass is under no_sync, as with accumulation.
-            self.network = self._ddp = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+            self.network = self._ddp = nn.parallel.DistributedDataParallel(inner, gradient_as_bucket_view=True)
+            setattr(self._ddp, "takes_noise_key", getattr(network, "takes_noise_key", False))  # noqa: B010
         elif config.compile:
-            self.network = torch.compile(unet)
+            self.network = torch.compile(network)
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -152,15 +154,26 @@ class FSDP(DDP):
         return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def make_strategy(unet: UNet, config: TrainConfig, group: ProcessGroup) -> SingleProcess:
-    """Return the strategy that `config` chooses for `unet`. Raises `UsageError` as `check_processes` does."""
+def make_strategy(network: nn.Module, config: TrainConfig, group: ProcessGroup) -> SingleProcess:
+    """Return the strategy that `config` chooses for `network`.
+
+    Raises `UsageError` as `check_processes` does, and for `parallel` fsdp or `checkpoint_blocks` with a network that is
+    no plain `UNet`, whose blocks they need.
+    """
     check_processes(config, group)
+    if not is_plain(network):
+        if config.checkpoint_blocks or (config.parallel == "fsdp" and group.world_size > 1):
+            option = "checkpoint_blocks" if config.checkpoint_blocks else "parallel fsdp"
+            name = type(network).__name__
+            raise UsageError(f"{option} is for a UNet as it is configured, not for this {name}; leave it out")
+        return SingleProcess(network, config) if group.world_size == 1 else DDP(network, config, group)
+    assert isinstance(network, UNet)
     if config.checkpoint_blocks:
-        _recompute_blocks(unet)
+        _recompute_blocks(network)
     if group.world_size == 1:
-        return SingleProcess(unet.channels_last(), config)
+        return SingleProcess(network.channels_last(), config)
     # FSDP2 takes contiguous parameters only.
-    return FSDP(unet, config, group) if config.parallel == "fsdp" else DDP(unet.channels_last(), config, group)
+    return FSDP(network, config, group) if config.parallel == "fsdp" else DDP(network.channels_last(), config, group)
 
 
 def check_processes(config: TrainConfig, group: ProcessGroup) -> None:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastddpm.config import EngineConfig, Preset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError
+from fastddpm.network import interface_of
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.runtime.progress import log
 from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures
 from fastddpm.sampling.images import grid, save_png, to_uint8
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Previews:
         """Return whether to draw after `step` training steps."""
         return self.every > 0 and step > 0 and step % self.every == 0
 
-    def draw(self, step: int, unet: UNet, diffusion: Diffusion) -> Path | None:
+    def draw(self, step: int, network: nn.Module, diffusion: Diffusion) -> Path | None:
         """Draw a grid, write it, and return its path (None in other ranks than 0). Every process calls this.
 
         A failure is reported and returns None, because it must not stop training.
         """
-        parts = all_gather_object(self._part(unet, diffusion), self.group)
+        parts = all_gather_object(self._part(network, diffusion), self.group)
         if not self.group.is_main:
             return None
         problems = [part for part in parts if isinstance(part, str)]
@@ -62,24 +63,31 @@ class Previews:
             return None
         return path
 
-    def _part(self, unet: UNet, diffusion: Diffusion) -> np.ndarray | str:
+    def _part(self, network: nn.Module, diffusion: Diffusion) -> np.ndarray | str:
         """Return this process's images, uint8 (n, C, H, W), or a line that says why they cannot be drawn."""
-        config = unet.config
         seeds = self.group.share(self.count)
         if not seeds:
-            return np.zeros((0, config.image_channels, config.image_size, config.image_size), np.uint8)
+            return np.zeros((0, *interface_of(network).shape), np.uint8)
         steps = min(self.steps, diffusion.timesteps)
         # A new sampler each time, because it would hold memory that training needs. No CUDA graph: capturing it costs
         # more than it saves in a few steps, and NCCL's threads may disturb the capture.
         engine = EngineConfig(graph=False)
-        sampler = Sampler(unet, diffusion, steps, "ddim", guidance=self.preset.sample.guidance, engine=engine)
+        guidance = guidance_of(network, self.preset)
+        sampler = Sampler(network, diffusion, steps, "ddim", guidance=guidance, engine=engine)
         try:
             return to_uint8(sampler.sample(seeds))
         except (DataError, torch.OutOfMemoryError) as error:
             return str(error).partition("\n")[0]
 
 
-def draw_final_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: Path, group: ProcessGroup) -> list[Path]:
+def guidance_of(network: nn.Module, preset: Preset) -> float:
+    """Return the preset's scale of guidance, or 1 for a network without a null label, which cannot be guided."""
+    return 1.0 if interface_of(network).null_label is None else preset.sample.guidance
+
+
+def draw_final_samples(
+    network: nn.Module, diffusion: Diffusion, preset: Preset, run: Path, group: ProcessGroup
+) -> list[Path]:
     """Draw the final samples, seeds 0, 1, .., each process its share; rank 0 writes them into `run`.
 
     Returns the paths of samples.png, samples.npz and denoising.gif (rank 0's images); an empty list in other ranks.
@@ -87,7 +95,8 @@ def draw_final_samples(unet: UNet, diffusion: Diffusion, preset: Preset, run: Pa
     config = preset.sample
     if config.count == 0:
         return []
-    sampler = Sampler(unet, diffusion, config.steps, config.method, config.eta, guidance=config.guidance)
+    guidance = guidance_of(network, preset)
+    sampler = Sampler(network, diffusion, config.steps, config.method, config.eta, guidance=guidance)
     seeds = group.share(config.count)
     recorder = FrameRecorder(sampler, len(seeds))
     drawn = [batch.images for batch in sample_batches(sampler, seeds, recorder=recorder)]

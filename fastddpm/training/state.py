@@ -28,14 +28,23 @@ def average_part(decay: float, decays: tuple[float, ...]) -> str:
 
 
 def save(
-    run: Path, step: int, optimizer: Optimizer, documents: dict[str, Any], keep: int, strategy: SingleProcess
+    run: Path,
+    step: int,
+    optimizer: Optimizer,
+    documents: dict[str, Any],
+    keep: int,
+    strategy: SingleProcess,
+    constants: Mapping[str, Tensor],
 ) -> Path:
-    """Write a checkpoint of a run and return its directory; raises as `checkpoint.save`. Every process calls this."""
+    """Write a checkpoint of a run and return its directory; raises as `checkpoint.save`. Every process calls this.
+
+    `constants`: the network's buffers and frozen parameters, which each average is saved with.
+    """
     state = optimizer.state_dict()
     decays = optimizer.config.decays
     averages: dict[str, dict[str, Tensor]] = {}
     for decay in decays:
-        averages[average_part(decay, decays)] = _gather(optimizer.averaged(decay), strategy)
+        averages[average_part(decay, decays)] = _gather(optimizer.averaged(decay), strategy) | dict(constants)
     if not isinstance(strategy, FSDP):
         parts = {**averages, TRAINING: state}
         return on_main(lambda: checkpoint.save(run, step, parts, documents, keep), strategy.group)
@@ -46,8 +55,10 @@ def save(
         return on_main(lambda: checkpoint.finish(temporary, step, averages, documents, keep), strategy.group)
 
 
-def restore(optimizer: Optimizer, saved: checkpoint.Checkpoint, strategy: SingleProcess) -> None:
-    """Load the state of a checkpoint into `optimizer`.
+def restore(
+    optimizer: Optimizer, saved: checkpoint.Checkpoint, strategy: SingleProcess, constants: Mapping[str, Tensor]
+) -> None:
+    """Load the state of a checkpoint into `optimizer` and `constants`, which are as for `save`.
 
     Raises `UsageError` if the checkpoint lacks one of the averages, and `DataError` if it lacks another tensor or has
     one of another shape.
@@ -59,6 +70,7 @@ def restore(optimizer: Optimizer, saved: checkpoint.Checkpoint, strategy: Single
             raise UsageError(f"{saved.path} holds no average of decay {decay}; keep --ema as it was when the run began")
         averaged = optimizer.averaged(decay)
         copy_tensors(averaged, _local(saved.tensors[part], averaged, strategy), saved.path)
+    copy_tensors(constants, saved.tensors[average_part(decays[0], decays)], saved.path)
     state = optimizer.state_dict()
     if TRAINING in saved.tensors:
         optimizer.load_state_dict(_local(saved.tensors[TRAINING], state, strategy), saved.path)

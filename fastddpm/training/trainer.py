@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastddpm.config import Preset
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.data.batches import Batches
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, DivergedError
+from fastddpm.network import checksum, constants, stored
 from fastddpm.ops.noise import NoiseKey
+from fastddpm.pretrained.run import check_weights
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import to_dict
@@ -23,7 +25,9 @@ from fastddpm.storage.files import write_json
 from fastddpm.unet import UNet, network_with
 
 from . import parallel, state
+from .initial import Origin
 from .monitor import Monitor
+from .network import averaged_copy, check_network, dropout_of, is_plain
 from .optimizer import PAPER_SHARDS, Optimizer, learning_rate
 from .run_log import JsonLines
 from .saved import Counters, TrainingData, document
@@ -39,6 +43,11 @@ class Trainer:
     `distributed.process_group`. Every process calls every method; images, t and noise of a step do not depend on the
     world size. `data_workers`: worker processes that decode images of a set too large to be kept decoded. Default: one
     per core, at most 8.
+
+    `network`: the network to train, in place, with its present weights: a `UNet` of the preset's configuration, or any
+    module that follows the protocol in network.py. Of the preset's `unet`, only `label_dropout` then counts. Default: a
+    new `UNet`. Raises `UsageError` for a network that cannot be trained on these images or with these options, and
+    `DataError` for a data set without the labels that it needs.
     """
 
     def __init__(
@@ -49,15 +58,23 @@ class Trainer:
         group: ProcessGroup = SINGLE_PROCESS,
         *,
         data_workers: int | None = None,
+        network: nn.Module | None = None,
     ) -> None:
         self.preset, self.dataset, self.device, self.group = preset, dataset, device, group
         config = preset.train
-        _check_labels(preset, dataset)
-        torch.manual_seed(config.seed)
-        self.unet = UNet(preset.unet).to(device).train()
-        self.strategy = parallel.make_strategy(self.unet, config, group)
+        # The model that the run began with, which checkpoints record: its weights are not random ones.
+        self.origin: Origin | None = None
+        if network is None:
+            torch.manual_seed(config.seed)
+            network = UNet(preset.unet)
+        else:
+            self.origin = Origin(f"a {type(network).__name__} that was given", checksum(network))
+        self.interface = check_network(network, preset, dataset)
+        self._plain = is_plain(network)
+        self.network = network.to(device).train()
+        self.strategy = parallel.make_strategy(self.network, config, group)
         self.diffusion = Diffusion(preset.diffusion)
-        self.optimizer = Optimizer(self.unet, config, self.strategy.local_shards(), self.strategy.total_norm)
+        self.optimizer = Optimizer(self.network, config, self.strategy.local_shards(), self.strategy.total_norm)
         self.batches = Batches(
             dataset,
             config.batch,
@@ -73,8 +90,9 @@ class Trainer:
         self._settled = group.world_size == 1
         self._seed = torch.tensor(config.seed, dtype=torch.int64, device=device)
         self._places = torch.arange(self.batches.start, self.batches.end, device=device)
-        network = self.strategy.network
-        self._network = _autocast(network, device) if config.precision == "bf16" else network
+        self._network = self.strategy.network
+        if config.precision == "bf16":
+            self._network = _autocast(self._network, device)
         self._losses = self._micro_losses
         if config.compile and group.world_size == 1:
             self._losses = in_one_graph(self._micro_losses)
@@ -84,13 +102,14 @@ class Trainer:
         if not self._settled:
             self._warm_up_ddp_buckets()
         loss = torch.zeros((), device=self.device)
-        for per_image in self.part_losses():
-            if self.preset.train.mode == "paper":
-                per_image.mean().backward()
-                self.optimizer.end_shard()
-            else:
-                self._differentiate(per_image)
-            loss += per_image.detach().sum() / self.preset.train.batch
+        with dropout_of(self.network, self.preset.train.seed, self.step, self.group.rank, self.device):
+            for per_image in self.part_losses():
+                if self.preset.train.mode == "paper":
+                    per_image.mean().backward()
+                    self.optimizer.end_shard()
+                else:
+                    self._differentiate(per_image)
+                loss += per_image.detach().sum() / self.preset.train.batch
         by_t = self.monitor.losses_by_t
         self.strategy.sum([loss, by_t.pending, *(self.optimizer.shard_sum or [])])
         norm, applied = self.optimizer.step(self.step, loss)
@@ -118,7 +137,7 @@ class Trainer:
 
         Call `backward` on each before taking the next.
         """
-        config, unet = self.preset.train, self.preset.unet
+        config = self.preset.train
         with self.monitor.clock.waiting():
             images, labels = self.batches.at(self.step)
         self.monitor.losses_by_t.begin()
@@ -128,7 +147,7 @@ class Trainer:
         for start in range(0, len(images), size):
             end = start + size
             with self.strategy.micro_batch(last=end == len(images)):
-                part_labels = labels[start:end] if labels is not None and unet.num_classes else None
+                part_labels = labels[start:end] if labels is not None and self.interface.num_classes else None
                 per_image, t = self._losses(images[start:end], key.part(start, end), part_labels)
                 self.monitor.losses_by_t.note(per_image, t)
                 yield per_image
@@ -140,7 +159,7 @@ class Trainer:
             key,
             label=labels,
             flip=self.preset.train.flip,
-            null_label=self.unet.null_label,
+            null_label=self.interface.null_label,
             label_dropout=self.preset.unet.label_dropout,
         )
 
@@ -170,8 +189,8 @@ class Trainer:
                 if request.stop:
                     break
                 if monitor.preview_due(self.step):
-                    with monitor.clock.exclude(), self.averaged_weights() as unet:
-                        monitor.preview(self.step, unet, self.diffusion)
+                    with monitor.clock.exclude(), self.averaged_weights() as network:
+                        monitor.preview(self.step, network, self.diffusion)
             if saved_step != self.step:
                 saved = self.save(run, dataset_source)
             # A signal may have come while the last checkpoint was written; there is no later check.
@@ -235,10 +254,15 @@ class Trainer:
             },
             "data": to_dict(TrainingData.of(self.dataset, dataset_source)),
         }
-        return state.save(run, self.step, self.optimizer, documents, self.preset.train.keep, self.strategy)
+        if self.origin is not None:
+            documents["origin"] = to_dict(self.origin)
+        if not self._plain:
+            documents["network"] = f"{type(self.network).__module__}.{type(self.network).__qualname__}"
+        keep = self.preset.train.keep
+        return state.save(run, self.step, self.optimizer, documents, keep, self.strategy, constants(self.network))
 
     def _refuse_damage(self) -> None:
-        tensors = self.optimizer.state_dict()
+        tensors = self.optimizer.state_dict() | constants(self.network)
         for decay in self.preset.train.decays:
             tensors |= {f"average {decay} of {name}": t for name, t in self.optimizer.averaged(decay).items()}
         for name in all_gather_object(first_not_finite(tensors), self.group):
@@ -249,41 +273,41 @@ class Trainer:
                 )
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint. Raises `DataError` if it was trained on another data set, or is damaged."""
+        """Continue from a checkpoint.
+
+        Raises `DataError` if it is of another network, was trained on another data set, or is damaged.
+        """
         data = document(TrainingData, saved.documents, "data", saved.path)
         counters = document(Counters, saved.documents, "state", saved.path)
+        if "origin" in saved.documents:
+            self.origin = document(Origin, saved.documents, "origin", saved.path)
         if data.checksum != self.dataset.checksum:
             raise DataError(
                 f"{saved.path} was trained on {data.name} (sha256 {data.checksum[:12]}), "
                 f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]}); name that data set with --data"
             )
-        state.restore(self.optimizer, saved, self.strategy)
+        found, name = saved.tensors.get("model", {}), type(self.network).__name__
+        check_weights(stored(self.network), found, saved.path, f"this {name}")
+        state.restore(self.optimizer, saved, self.strategy, constants(self.network))
         self.step = counters.step
         self.losses = LossAccumulator(self.device, **vars(counters.tally))
         self.monitor.losses_by_t.load_state_dict(counters.loss_by_t)
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[UNet]:
-        """Yield a network with the EMA weights, in evaluation mode. It shares their memory, except with FSDP."""
+    def averaged_weights(self) -> Iterator[nn.Module]:
+        """Yield a network with the EMA weights, in evaluation mode. A `UNet` shares their memory, except with FSDP."""
         whole = {name: self.strategy.full_tensor(name, part) for name, part in self.optimizer.averaged().items()}
-        yield network_with(self.preset.unet, whole).channels_last()
+        whole |= constants(self.network)
+        if self._plain:
+            yield network_with(self.preset.unet, whole).channels_last()
+        else:
+            yield averaged_copy(self.network, whole, self.interface)
 
 
 def check_options(preset: Preset, group: ProcessGroup) -> None:
     """Raise `UsageError` for a configuration that no data set can train, before any is read."""
     parallel.check_processes(preset.train, group)
     Diffusion(preset.diffusion)
-
-
-def _check_labels(preset: Preset, dataset: Dataset) -> None:
-    if not preset.unet.num_classes:
-        return
-    if dataset.labels is None:
-        raise DataError(f"{dataset.name} has no labels, which num_classes {preset.unet.num_classes} needs")
-    if dataset.labels.max() >= preset.unet.num_classes:
-        raise DataError(
-            f"{dataset.name} has label {dataset.labels.max()}, but num_classes is {preset.unet.num_classes}"
-        )
 
 
 def in_one_graph(
@@ -305,9 +329,9 @@ def in_one_graph(
 
 
 def _autocast(network: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    @functools.wraps(network)
-    def under_autocast(*args: Any) -> Tensor:
+    def under_autocast(*args: Any, **options: Any) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            return network(*args)
+            return network(*args, **options)
 
+    under_autocast.takes_noise_key = getattr(network, "takes_noise_key", False)  # type: ignore[attr-defined]
     return under_autocast

@@ -10,6 +10,7 @@ import torch
 from helpers import oracle
 from helpers.marks import slow
 from helpers.networks import SMALLEST, Formula, shaken
+from helpers.own_networks import MLP
 from torch import Tensor
 
 from fastddpm.codec import Encoded, decode, encode
@@ -123,7 +124,7 @@ def small(**options: object) -> Sampler:
 
 def noise_images(sampler: Sampler, num: int, rng: np.random.Generator) -> np.ndarray:
     """The worst there is for any code, with black and white corners."""
-    config: UNetConfig = sampler.unet.config
+    config: UNetConfig = sampler.network.config
     images = rng.integers(0, 256, (num, config.image_channels, config.image_size, config.image_size)).astype(np.uint8)
     images[0], images[-1, :, 0] = 0, 255
     return images
@@ -160,7 +161,7 @@ def test_one_image_and_two_steps(rng: np.random.Generator) -> None:
 
 def test_without_the_compiled_library(rng: np.random.Generator) -> None:
     sampler = small()
-    other = Sampler(sampler.unet, sampler.diffusion, engine=EngineConfig(native=False))
+    other = Sampler(sampler.network, sampler.diffusion, engine=EngineConfig(native=False))
     coded(other, noise_images(other, 9, rng), steps=6, batch=4)
 
 
@@ -195,7 +196,7 @@ def test_a_network_of_nan_is_refused(rng: np.random.Generator) -> None:
     images = noise_images(sampler, 2, rng)
     data = encode(sampler, images, None, CodecOptions(steps=4)).data
     with torch.no_grad():
-        next(sampler.unet.parameters()).fill_(float("nan"))
+        next(sampler.network.parameters()).fill_(float("nan"))
     with pytest.raises(DataError, match="another model"):
         decode(sampler, data)
     with pytest.raises(DataError, match="not finite"):
@@ -209,13 +210,13 @@ def test_another_models_file_is_refused(rng: np.random.Generator) -> None:
         decode(other, data)
     process = Diffusion(DiffusionConfig(timesteps=60, beta_end=0.19))
     with pytest.raises(DataError, match="last bits"):
-        decode(Sampler(sampler.unet, process), data)
+        decode(Sampler(sampler.network, process), data)
 
 
 def test_a_machine_with_other_last_bits_is_refused(rng: np.random.Generator) -> None:
     sampler = small()
     data = encode(sampler, noise_images(sampler, 2, rng), None, CodecOptions(steps=4)).data
-    half = Sampler(sampler.unet, sampler.diffusion, engine=EngineConfig(precision="bf16"))
+    half = Sampler(sampler.network, sampler.diffusion, engine=EngineConfig(precision="bf16"))
     with pytest.raises(DataError, match=r"coded by float32 on .*last bits, by bfloat16 on"):
         decode(half, data)
 
@@ -292,3 +293,12 @@ def test_the_shortest_path_is_the_shortest(rng: np.random.Generator) -> None:
         every = [(0, *middle, 8) for middle in combinations(range(1, 8), points - 2)]
         best = min(every, key=lambda path: sum(costs[a, b] for a, b in pairwise(path)))
         assert tuple(shortest_path(costs, points)) == best
+
+
+def test_a_network_of_ones_own_codes_images(rng: np.random.Generator) -> None:
+    """One that says nothing about itself: its shape is the sampler's."""
+    torch.manual_seed(0)
+    sampler = Sampler(MLP(), Diffusion(DiffusionConfig(timesteps=30, beta_end=0.3)), shape=(1, 2, 2))
+    images = rng.integers(0, 256, (12, 1, 2, 2), dtype=np.uint8)
+    coded = encode(sampler, images, options=CodecOptions(steps=10))
+    np.testing.assert_array_equal(decode(sampler, coded.data).images, images)

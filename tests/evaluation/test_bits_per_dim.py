@@ -12,6 +12,7 @@ import torch
 from helpers import gaussian_source as source
 from helpers import oracle, team
 from helpers.networks import SMALLEST, Formula, shaken
+from helpers.own_networks import MLP
 from torch import Tensor
 
 from fastddpm.config import DiffusionConfig
@@ -23,8 +24,6 @@ from fastddpm.evaluation.bits_per_dim import BitsPerDim, Plan, bits_per_dim
 from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.likelihood import bits_cost, measure_bits
 from fastddpm.evaluation.options import BitsOptions
-from fastddpm.presets import PRESETS
-from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.unet import UNet
@@ -353,9 +352,8 @@ def context_of(images: np.ndarray, out: Path) -> tuple[EvaluationContext, list[i
         return formula(x, t, label)
 
     sampler = Sampler(Formula(counted), Diffusion(DiffusionConfig(**SHORT)))  # type: ignore[arg-type]
-    model = Model(sampler.unet, sampler.diffusion, PRESETS["mnist"])
     dataset = Dataset.of(images, None, "levels")
-    return EvaluationContext(model, sampler, dataset, 16, torch.device("cpu"), out, ProcessGroup()), evaluated
+    return EvaluationContext("mnist", sampler, dataset, 16, torch.device("cpu"), out, ProcessGroup()), evaluated
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -403,7 +401,7 @@ def test_another_network_is_refused(tmp_path: Path, rng: np.random.Generator) ->
     context, _ = context_of(levels(3, rng), tmp_path)
     measure_bits(context, BitsOptions())
     with torch.no_grad():
-        next(context.sampler.unet.parameters()).add_(1)
+        next(context.sampler.network.parameters()).add_(1)
     with pytest.raises(UsageError, match=r"bits.npz holds a result with network .*, not .*; choose another --out"):
         measure_bits(context, BitsOptions())
 
@@ -412,3 +410,17 @@ def test_one_image_has_no_standard_error(tmp_path: Path, rng: np.random.Generato
     context, _ = context_of(levels(1, rng), tmp_path)
     found = measure_bits(context, BitsOptions())
     assert found["standard_error"] is None and found["bits_per_dim"] > 0
+
+
+def test_the_bound_of_a_network_of_ones_own(rng: np.random.Generator) -> None:
+    """One that says nothing about itself has the terms of the same function in a network that does."""
+    torch.manual_seed(0)
+    network, diffusion = MLP(), Diffusion(DiffusionConfig(**SHORT))
+    images = rng.integers(0, 256, (5, 1, 2, 2), dtype=np.uint8)
+    told = Formula(lambda x, t, label: network(x, t.flatten()))
+    ours, expected = (
+        bits_per_dim(sampler, images, None, BitsOptions(), batch=64)
+        for sampler in (Sampler(network, diffusion, shape=(1, 2, 2)), Sampler(told, diffusion))
+    )
+    np.testing.assert_array_equal(ours.terms, expected.terms)
+    np.testing.assert_array_equal(ours.per_image, expected.per_image)

@@ -19,8 +19,6 @@ from fastddpm.evaluation import bits_per_dim, likelihood
 from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.likelihood import BitsPerDim, bits_cost, bits_of
 from fastddpm.evaluation.options import BitsOptions
-from fastddpm.presets import PRESETS
-from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.unet import UNet
@@ -37,10 +35,9 @@ def subject_in(out: Path, group: ProcessGroup | None = None) -> EvaluationContex
         shaken(UNet(SMALLEST)), Diffusion(DiffusionConfig(timesteps=TIMESTEPS, beta_start=1e-3, beta_end=0.3))
     )
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, 1, 4, 4)).astype(np.uint8)
-    model = Model(sampler.unet, sampler.diffusion, PRESETS["mnist"])
     dataset = Dataset.of(images, None, "noise")
     out.mkdir(exist_ok=True)
-    return EvaluationContext(model, sampler, dataset, 20, torch.device("cpu"), out, group or ProcessGroup())
+    return EvaluationContext("mnist", sampler, dataset, 20, torch.device("cpu"), out, group or ProcessGroup())
 
 
 class Evaluated:
@@ -132,7 +129,7 @@ def test_another_bound_is_refused(tmp_path: Path, options: BitsOptions, message:
 def test_another_network_is_refused(tmp_path: Path) -> None:
     context = interrupted(tmp_path)
     with torch.no_grad():
-        next(context.sampler.unet.parameters()).add_(1)
+        next(context.sampler.network.parameters()).add_(1)
     with pytest.raises(UsageError, match="holds sums with network"):
         bits_of(context, OPTIONS)
 

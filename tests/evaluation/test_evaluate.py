@@ -1,6 +1,7 @@
 """python -m fastddpm.evaluate as a user meets it: a whole run, going on, two processes, mistakes."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -326,8 +327,7 @@ def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: P
     device = torch.device("cpu")
     opened = ChainOptions().open(run, device, 16)
     context = evaluate._context(evaluate.Command(run, out=tmp_path), *opened, device, distributed.ProcessGroup())
-    of_paper = dataclasses.replace(context.model, preset=dataclasses.replace(context.model.preset, name="cifar10"))
-    ours = report.Report(dataclasses.replace(context, model=of_paper), run)
+    ours = report.Report(dataclasses.replace(context, name="cifar10"), run)
     score = {
         "value": 3.21, "samples": 50000, "reference_images": 50000, "data": {"name": "cifar"},
         "sampling": {"method": "ancestral", "steps": 1000},
@@ -350,3 +350,36 @@ def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: P
         ["fid, test", "5.27", "5.24"],
         ["bpd, test", "3.7512 ± 0.0020 bits/dim", "≤ 3.75"],
     ]
+
+
+def test_statistics_are_written_and_compared_with(
+    whole: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the file alone the distance is that to the images, and what needs images is left out or refused."""
+    path = tmp_path / "digits.npz"
+    evaluate.main(command(run, whole, "--metrics", "fid", "--write-statistics", str(path)))
+    assert str(path) in capsys.readouterr().out.splitlines()
+    expected = document(whole)["train"]["frechet_distance[digits]"]
+    with np.load(path) as found:
+        assert int(found["count"]) == 5000 and found["sigma"].shape == (32, 32)
+    given = ("--reference", str(path), "--features", "digits")
+    evaluate.main(command(run, tmp_path / "out", *given))
+    shown = capsys.readouterr()
+    assert "left out, as they need images (--data): kid, pr, bpd, rate-distortion" in shown.err
+    assert "5,000 images of statistics digits.npz" in shown.out
+    scores = document(tmp_path / "out")["train"]
+    assert set(scores) == {"frechet_distance[digits]", "classifier_score[digits]"}
+    record = scores["frechet_distance[digits]"]
+    assert record["value"] == pytest.approx(expected["value"], rel=1e-9)
+    assert record["data"] == {"name": "statistics digits.npz", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    for more, message in (
+        (("--metrics", "fid,kid"), "kid: these need the images, not only --reference; name them with --data"),
+        (("--pictures", "strips"), "strips: these need the images"),
+        (("--write-statistics", "a.npz"), "--write-statistics writes those of the data; name them with --data"),
+        (("--reference", "absent.npz"), "there is no file of statistics at absent.npz"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate.main(command(run, tmp_path / "new", *given, *more))
+    with pytest.raises(UsageError, match="--write-statistics needs the features of the data; add fid to --metrics"):
+        evaluate.main(command(run, tmp_path / "new", "--metrics", "bpd", "--write-statistics", str(path)))
+    assert not (tmp_path / "new").exists()

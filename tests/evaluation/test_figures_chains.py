@@ -298,8 +298,8 @@ def test_class_grid_refuses() -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_progress_adds_up_to_what_the_network_is_asked(guidance: float) -> None:
     ours, told, asked = labelled_sampler(guidance=guidance), [], []
-    inner = ours.unet.formula
-    ours.unet.formula = lambda x, *rest: asked.append(len(x)) or inner(x, *rest)
+    inner = ours.network.formula
+    ours.network.formula = lambda x, *rest: asked.append(len(x)) or inner(x, *rest)
     progressive(ours, [1, 2, 3], batch=2, progress=told.append)
     shared_latents(ours, [1, 2, 3], [700, 20], batch=2, progress=told.append)
     interpolate(ours, some_pairs(), [0, 500], [0.5, 1], [1, 2, 3], batch=4, progress=told.append)

@@ -13,7 +13,6 @@ from helpers.networks import Formula
 from PIL import Image
 from torch import Tensor
 
-from fastddpm.config import Preset
 from fastddpm.data import Dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
@@ -23,7 +22,6 @@ from fastddpm.evaluation.figures.draw import PICTURES, picture_cost
 from fastddpm.evaluation.options import PICTURE_NAMES, PictureOptions
 from fastddpm.metrics import networks
 from fastddpm.metrics.features import Activations
-from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.chain import StartState
 from fastddpm.sampling.images import to_uint8
@@ -44,9 +42,7 @@ def context_of(out: Path, *, classes: int = 3, label_dropout: float = 0.1, **opt
     images = rng.integers(0, 256, (30, 1, SIZE, SIZE), dtype=np.uint8)
     dataset = Dataset.of(images, rng.integers(0, max(classes, 1), 30), "noise")
     sampler = Sampler(network, diffusion, STEPS, **options)
-    return EvaluationContext(
-        Model(network, diffusion, Preset("test")), sampler, dataset, 4, torch.device("cpu"), out, ProcessGroup()
-    )
+    return EvaluationContext("test", sampler, dataset, 4, torch.device("cpu"), out, ProcessGroup())
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -203,7 +199,7 @@ def test_classes_of_a_network_without_guidance(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PICTURE_NAMES)
 def test_the_cost_is_what_the_network_is_asked(name: str, guidance: float, tmp_path: Path) -> None:
     ours, asked = context_of(tmp_path, guidance=guidance), []
-    network: Any = ours.model.unet
+    network: Any = ours.sampler.network
     inner = network.formula
     network.formula = lambda x, *rest: asked.append(len(x)) or inner(x, *rest)
     options = dataclasses.replace(OPTIONS, depths=(700, 300)) if name == "shared-latent" else OPTIONS
@@ -274,7 +270,7 @@ def test_a_gpu_starts_and_rewinds_as_a_cpu_does(tmp_path: Path) -> None:
     ours = context_of(tmp_path)
     state = torch.randn(3, 1, SIZE, SIZE)
     expected = ours.sampler.sample([1, 2, 3], start=StartState(state, 2))
-    ours.model.unet.cuda()
+    ours.sampler.network.cuda()
     for _ in range(2):
         np.testing.assert_allclose(
             ours.sampler.sample([1, 2, 3], start=StartState(state, 2)).cpu(), expected, rtol=0, atol=2e-4

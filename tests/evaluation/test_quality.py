@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.networks import SMALLEST, shaken
+from helpers.own_networks import MLP
 
-from fastddpm.config import DiffusionConfig, Preset
+from fastddpm.config import DiffusionConfig
 from fastddpm.data import Dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import StorageError, UsageError
@@ -24,7 +25,6 @@ from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.options import QUALITY_METRICS, QualityOptions
 from fastddpm.evaluation.quality import measure_quality, quality_cost, score_name, seconds_per_evaluation
 from fastddpm.metrics import Pretrained
-from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.sampler import Sampler
@@ -67,12 +67,11 @@ def subject_in(out: Path, *, group: ProcessGroup | None = None, seed: int = 0, i
     unet = shaken(UNet(SMALLEST))
     assert isinstance(unet, UNet)
     diffusion = Diffusion(DiffusionConfig())
-    model = Model(unet, diffusion, Preset("own", unet=SMALLEST))
     sampler = Sampler(unet, diffusion, 3)
     out.mkdir(exist_ok=True)
     data = np.random.default_rng(1).integers(0, 256, (images, 1, 4, 4), dtype=np.uint8)
     return EvaluationContext(
-        model, sampler, Dataset.of(data, None, "noise"), 3, torch.device("cpu"), out, group or ProcessGroup()
+        "own", sampler, Dataset.of(data, None, "noise"), 3, torch.device("cpu"), out, group or ProcessGroup()
     )
 
 
@@ -85,9 +84,12 @@ def seen(network: Pretrained) -> int:
     return network.module.seen
 
 
-def test_scores_are_those_of_the_images(network: Pretrained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["UNet", "network of one's own"])
+def test_scores_are_those_of_the_images(network: Pretrained, tmp_path: Path, own: bool) -> None:
     """Drawn here and looked at here, in one batch; the Fréchet distance by the formula, the score by its definition."""
     context = subject_in(tmp_path / "out")
+    if own:
+        context = dataclasses.replace(context, sampler=Sampler(MLP(16), Diffusion(), 3, shape=(1, 4, 4)))
     found = measure_quality(context, network, QUALITY_METRICS, OPTIONS)
     images = to_uint8(context.sampler.sample(range(50)))
     assert images.std() > 10

@@ -22,8 +22,6 @@ from fastddpm.evaluation.bits_per_dim import BitsPerDim, bits_per_dim
 from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.options import BitsOptions
 from fastddpm.evaluation.rate_distortion import measure_rate_distortion, rate_distortion, table
-from fastddpm.presets import PRESETS
-from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
 from fastddpm.sampling.sampler import Sampler
 
@@ -82,9 +80,8 @@ def context_of(out: Path, timesteps: int = 1000) -> EvaluationContext:
     network = Formula(lambda x, t, label: 0.4 * x)
     sampler = Sampler(network, Diffusion(DiffusionConfig(timesteps=timesteps)))  # type: ignore[arg-type]
     images = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 2)).astype(np.uint8)
-    model = Model(sampler.unet, sampler.diffusion, PRESETS["mnist"])
     return EvaluationContext(
-        model, sampler, Dataset.of(images, None, "noise"), 64, torch.device("cpu"), out, ProcessGroup()
+        "mnist", sampler, Dataset.of(images, None, "noise"), 64, torch.device("cpu"), out, ProcessGroup()
     )
 
 

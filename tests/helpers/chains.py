@@ -31,7 +31,7 @@ def sampler(config: UNetConfig = SMALLEST, **options: Any) -> Sampler:
 
 
 def chain_of(owner: Sampler, batch: int, images: list[int], label: list[int] | None = None) -> chains.ReverseChain:
-    network = FusedUNet(owner.unet, 1000, FUSED, torch.float32)
+    network = FusedUNet(owner.network, 1000, FUSED, torch.float32)
 
     def predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         return owner._predict(network, x, t, label)

@@ -62,12 +62,14 @@ def batch(n: int = 2, config: UNetConfig = TINY) -> tuple[Tensor, Tensor]:
 
 
 class Formula(nn.Module):
-    """A network given by a formula of (x_t, t as a column, label), with the configuration a sampler reads."""
+    """A network given by a formula of (x_t, t as a column, label), with the attributes of the protocol."""
 
     def __init__(self, formula: Callable[[Tensor, Tensor, Tensor | None], Tensor], **config: Any) -> None:
         super().__init__()
         self.formula = formula
         self.config = dataclasses.replace(SMALLEST, **({"image_size": 2} | config))
+        self.image_shape = (self.config.image_channels, self.config.image_size, self.config.image_size)
+        self.num_classes = self.config.num_classes
         self.null_label = self.config.num_classes if self.config.label_dropout > 0 else None
         self.device_marker = nn.Parameter(torch.zeros(()))
         self.modes: set[bool] = set()

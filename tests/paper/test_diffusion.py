@@ -241,8 +241,10 @@ class Recorder:
         self.scale, self.dtype, self.channels = scale, dtype, channels
         self.x_t = self.t = self.label = self.key = None
 
-    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None, key: NoiseKey) -> Tensor:
-        self.x_t, self.t, self.label, self.key = x_t, t, label, key
+    takes_noise_key = True
+
+    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, *, noise_key: NoiseKey) -> Tensor:
+        self.x_t, self.t, self.label, self.key = x_t, t, label, noise_key
         return (self.scale * x_t).repeat(1, self.channels, 1, 1).to(self.dtype)
 
 

@@ -218,7 +218,7 @@ def _compare_chains(
     states = [x.clone()]
     ours = sampler.sample(range(3), callback=lambda i, t, x_t, x0: states.append(x_t.clone()))
     assert len(states) == 51
-    unet = copy.deepcopy(sampler.unet).double()
+    unet = copy.deepcopy(sampler.network).double()
 
     def theirs(x: torch.Tensor, t: int) -> torch.Tensor:
         noise = normals(num, images, seed, torch.tensor(t), STREAM_REVERSE).reshape(x.shape).double()

@@ -13,6 +13,7 @@ import torch
 
 import fastddpm
 from fastddpm.runtime import cli
+from fastddpm.training import initial
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")})
@@ -44,7 +45,8 @@ def test_commands_are_understood(module: str, arguments: list[str], monkeypatch:
         raise UnderstoodError
 
     monkeypatch.setattr(cli, "parse", only_parse)
-    name = "fastddpm.data.__main__" if module == "data" else f"fastddpm.{module}"
+    monkeypatch.setattr(initial, "starting_preset", lambda source, base, *, chosen: base)  # reads no model
+    name = f"fastddpm.{module}.__main__" if module in ("data", "pretrained") else f"fastddpm.{module}"
     with pytest.raises(UnderstoodError):
         importlib.import_module(name).main([argument for argument in arguments if argument != "--resume"])
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 setuptools = pytest.importorskip("setuptools", "70.1", reason="builds without isolation need setuptools 70.1 or later")
 pytest.importorskip("pip")
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler; there is none")
+DATA = ("fastddpm/data/mnist5k.npz", "fastddpm/pretrained/digits.safetensors")  # what the package holds beside code
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
 NO_NVCC_NOTE = "no compiled library: there was no nvcc when fastddpm was installed, so a GPU runs"
 
@@ -86,6 +87,7 @@ from fastddpm.kernels.philox import reference
 for module in (fastddpm, reference):
     assert module.__file__.startswith(os.environ["EXPECTED"]), module.__file__
 print(len(fastddpm.data.open_dataset(None, image_size=16, channels=1).images))
+assert fastddpm.load("digits").steps == 1000
 print(fastddpm.ops.status()["random_normal"])
 print(fastddpm.ops.status("cuda")["group_norm_silu"])
 """
@@ -135,7 +137,7 @@ def test_the_wheel_holds_everything_and_works_elsewhere(stale_checkout: Path, tm
     tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastddpm").rglob("*.py")}
     tracked |= {f"fastddpm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert tracked <= names
-    assert {"fastddpm/data/mnist5k.npz", "fastddpm/py.typed"} <= names
+    assert {*DATA, "fastddpm/py.typed"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastddpm"}
     built = "_native.abi3.so" if shutil.which("c++") else "_native_missing.txt"
     made = {"fastddpm/kernels/_native_cuda_missing.txt", f"fastddpm/kernels/{built}"}
@@ -163,6 +165,7 @@ def test_a_wheel_without_a_compiler_is_for_any_platform_and_the_build_says_so(ch
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/WHEEL")]
         lines = archive.read(name).decode().splitlines()
+        assert set(DATA) <= set(archive.namelist())
     assert "Tag: py3-none-any" in lines and "Root-Is-Purelib: true" in lines
     assert log.count("this wheel has no compiled library") == 1
     assert log.count("operations on the CPU are several times slower") == 1
@@ -358,7 +361,7 @@ def test_the_source_archive_can_be_installed_from(stale_checkout: Path, tmp_path
         names = {name.partition("/")[2] for name in tar.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
     assert {Path(name).parent.as_posix() for name in sources} == {"csrc", "csrc/cpu", "csrc/cuda", "csrc/cuda/emulate"}
-    assert sources | {"kernels/native.py", "fastddpm/data/mnist5k.npz", "README.md"} <= names
+    assert sources | {"kernels/native.py", *DATA, "README.md"} <= names
     for folder in ("tests", "benchmarks", "docs", "examples"):  # so that what is built of it can be tested
         assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.[pjm][ysd]*")} <= names
     assert not [name for name in names if Path(name).name in STALE or name.startswith("build")]

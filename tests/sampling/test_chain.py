@@ -246,7 +246,7 @@ def test_every_switch_gives_the_images_of_the_plain_network(switch: str) -> None
     """Whole chains, against the network itself with everything off."""
     off = dict.fromkeys(SWITCHES, False)
     config = SMALLEST if switch == "compile" else TINY  # which takes long
-    unet = sampler(config).unet
+    unet = sampler(config).network
     plain = Sampler(
         Formula(lambda x, t, label: unet(x, t.flatten()), **dataclasses.asdict(config)),
         Diffusion(DiffusionConfig(prediction="x0")), STEPS,
@@ -315,7 +315,7 @@ def test_chains_are_kept_for_the_next_batch_and_bounded() -> None:
     owner.sample([1, 2, 3])
     assert list(owner._chains) == [2, 3]
     with torch.no_grad():
-        owner.unet.conv_in.weight.mul_(2)
+        owner.network.conv_in.weight.mul_(2)
     assert not torch.equal(owner.sample([1]), first)
     assert list(owner._chains) == [1]
 
@@ -330,7 +330,7 @@ def test_graphs_give_the_images_of_launched_steps(precision: str) -> None:
     images, x0 = [], []
     for graph in (True, False):
         owner = sampler(TINY, engine=EngineConfig(precision=precision, graph=graph))  # type: ignore[arg-type]
-        owner.unet.cuda()
+        owner.network.cuda()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             images.append([owner.sample(seeds) for seeds in ([1, 2, 3, 4], [9, 8, 7, 6])])
@@ -343,7 +343,7 @@ def test_graphs_give_the_images_of_launched_steps(precision: str) -> None:
 def test_a_gpu_draws_the_images_of_a_cpu() -> None:
     owner = sampler(TINY, engine=dataclasses.replace(FUSED, precision="fp32"))
     expected = owner.sample([1, 2, 3])
-    owner.unet.cuda()
+    owner.network.cuda()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 is float32, not TF32
         ours = owner.sample([1, 2, 3])
     torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=2e-4)

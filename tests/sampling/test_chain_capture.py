@@ -226,7 +226,7 @@ def test_graphs_of_several_sizes_come_and_go() -> None:
     """More sizes than are kept, so that graphs are deleted beside others; last steps watched; the images all along."""
     captured, launched = (sampler(TINY, engine=EngineConfig(graph=graph)) for graph in (True, False))
     for owner in (captured, launched):
-        owner.unet.cuda()
+        owner.network.cuda()
     for size in (1, 2, 4, 8, 4, 8, 2, 1):
         seeds = range(size)
         (ours,), (expected,) = (list(owner.trajectory(seeds, watch=[STEPS - 1])) for owner in (captured, launched))
@@ -238,6 +238,6 @@ def test_graphs_of_several_sizes_come_and_go() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_graphs_of_a_device_that_is_not_the_current_one() -> None:
     first, second = (sampler(TINY) for _ in range(2))
-    first.unet.cuda(0)
-    second.unet.cuda(1)
+    first.network.cuda(0)
+    second.network.cuda(1)
     assert torch.equal(first.sample([1, 2]).cpu(), second.sample([1, 2]).cpu())

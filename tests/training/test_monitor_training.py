@@ -65,7 +65,7 @@ def test_the_network_of_averages_is_no_copy() -> None:
         found = dict(unet.named_parameters())
         assert {name: p.data_ptr() for name, p in found.items()} == {n: a.data_ptr() for n, a in averages.items()}
         assert all(torch.equal(found[name], average) for name, average in averages.items())
-    assert trainer.unet.training and not unet.training
+    assert trainer.network.training and not unet.training
 
 
 def plain_and_watched(group: ProcessGroup, preset: Preset, directory: Path) -> list[str]:

@@ -196,7 +196,7 @@ def test_recomputed_blocks_change_no_bit_and_keep_less() -> None:
     trainers = [Trainer(tiny_preset(checkpoint_blocks=on), noise_images(), CPU) for on in (False, True)]
     kept = []
     for trainer in trainers:
-        with SavedActivations(trainer.unet) as activations:
+        with SavedActivations(trainer.network) as activations:
             next(trainer.part_losses())
         kept.append(activations.num_bytes)
         for _ in range(3):

@@ -201,14 +201,14 @@ def test_a_resumed_log_forgets_what_the_checkpoint_does_not_know(tmp_path: Path)
 
 def test_averaged_weights_come_and_go(tmp_path: Path, dataset: Dataset) -> None:
     trainer = trained(tiny_preset(steps=3), dataset, tmp_path / "run")
-    before = {name: tensor.clone() for name, tensor in trainer.unet.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
     with trainer.averaged_weights() as unet:
         assert not unet.training
         for name, tensor in trainer.optimizer.averaged().items():
             assert torch.equal(unet.state_dict()[name], tensor)
-    for name, tensor in trainer.unet.state_dict().items():
+    for name, tensor in trainer.network.state_dict().items():
         assert torch.equal(tensor, before[name])
-    assert trainer.unet.training
+    assert trainer.network.training
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])

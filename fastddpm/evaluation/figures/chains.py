@@ -24,7 +24,6 @@ from fastddpm.sampling.trajectories import (
     depth_of,
     draw,
     evenly,
-    image_shape,
     latents,
     relative,
     repeated,
@@ -60,7 +59,7 @@ def progressive(
     for other steps.
     """
     chosen = evenly(10, sampler.steps - 1) if steps is None else list(steps)
-    x0 = np.empty((len(seeds), len(chosen), *image_shape(sampler)), np.uint8)
+    x0 = np.empty((len(seeds), len(chosen), *sampler.interface.shape), np.uint8)
     for part, state in trajectories(sampler, seeds, labels, chosen, batch=batch, progress=progress):
         x0[part, [i for i, step in enumerate(chosen) if step == state.step]] = to_uint8(state.x0)[:, None]
     return Progressive(x0, sampler.timesteps[chosen] + 1)
@@ -104,7 +103,7 @@ def shared_latents(
     kept = latents(sampler, seeds, labels, steps, batch=batch, progress=progress)
     others = [relative(seed, k) for seed in seeds for k in range(1, continuations + 1)]
     classes = repeated(sampler.labels_for(seeds, labels), continuations)
-    images = np.empty((len(seeds), len(depths), continuations, *image_shape(sampler)), np.uint8)
+    images = np.empty((len(seeds), len(depths), continuations, *sampler.interface.shape), np.uint8)
     for i, step in enumerate(steps):
         start = StartState(kept[i].repeat_interleave(continuations, dim=0), step)
         drawn = draw(sampler, others, classes, start=start, batch=batch, progress=progress)
@@ -150,9 +149,9 @@ def interpolate(
     images get the same noise. Default: independent noise, as in the released code. Raises `UsageError` for values
     outside these ranges.
     """
-    if pairs.dtype != np.uint8 or pairs.shape[1:] != (2, *image_shape(sampler)) or len(pairs) != len(seeds):
+    if pairs.dtype != np.uint8 or pairs.shape[1:] != (2, *sampler.interface.shape) or len(pairs) != len(seeds):
         raise UsageError(
-            f"pairs must be uint8 ({len(seeds)}, 2, {', '.join(map(str, image_shape(sampler)))}), one per seed; "
+            f"pairs must be uint8 ({len(seeds)}, 2, {', '.join(map(str, sampler.interface.shape))}), one per seed; "
             f"got {pairs.dtype} {pairs.shape}"
         )
     if not all(0 <= value <= 1 for value in lambdas):
@@ -160,7 +159,7 @@ def interpolate(
     steps = [step_at(sampler, depth) if depth else sampler.steps for depth in depths]
     every_seed = [seed for seed in seeds for _ in lambdas]
     every_label = repeated(sampler.labels_for(seeds, labels), len(lambdas))
-    images = np.empty((len(pairs), len(depths), len(lambdas), *image_shape(sampler)), np.uint8)
+    images = np.empty((len(pairs), len(depths), len(lambdas), *sampler.interface.shape), np.uint8)
     for i, step in enumerate(steps):
         mixed = _mixed(*_ends(sampler, pairs, step, seeds, one_noise), lambdas)
         if step == sampler.steps:
@@ -271,9 +270,9 @@ def class_grid(
 
 def classes_of(sampler: Sampler) -> int:
     """Return the number of classes of the network. Raises `UsageError` if it has none."""
-    if not sampler.unet.config.num_classes:
+    if not sampler.interface.num_classes:
         raise UsageError("this network was trained without classes: there is no grid of classes to draw")
-    return sampler.unet.config.num_classes
+    return sampler.interface.num_classes
 
 
 # The images of the data set that a figure shows
@@ -294,7 +293,7 @@ def pairs(dataset: Dataset, count: int, sampler: Sampler) -> tuple[np.ndarray, l
     If the data set has no labels, pairs get the network's null label. Raises `UsageError` if there are too few images,
     or neither labels nor a null label.
     """
-    num_classes, null_label = sampler.unet.config.num_classes, sampler.unet.null_label
+    num_classes, null_label = sampler.interface.num_classes, sampler.interface.null_label
     if num_classes and dataset.labels is not None:
         return _of_one_class(dataset.labels, count)
     if num_classes and null_label is None:

@@ -177,8 +177,8 @@ def check_picture(name: str, context: EvaluationContext, options: PictureOptions
     if options.features is not None:
         from fastddpm.metrics.networks import check_network
 
-        config = context.sampler.unet.config
-        check_network(options.features, image_size=config.image_size, channels=config.image_channels)
+        channels, size, _ = context.sampler.interface.shape
+        check_network(options.features, image_size=size, channels=channels)
 
 
 def picture_cost(name: str, context: EvaluationContext, options: PictureOptions) -> int:
@@ -207,7 +207,7 @@ def _depths(name: str, sampler: Sampler, options: PictureOptions) -> list[int]:
 
 def _scales(sampler: Sampler, options: PictureOptions) -> list[float]:
     """Return the guidance scales, only 1 for a network that was not trained for guidance."""
-    return [1.0] if sampler.unet.null_label is None else list(options.scales)
+    return [1.0] if sampler.interface.null_label is None else list(options.scales)
 
 
 def _interpolated(

@@ -1,15 +1,16 @@
 """The U-Net prepared for inference, as the sampler evaluates it at every step."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastddpm.config import EngineConfig
 from fastddpm.errors import UsageError
 from fastddpm.kernels import native as library
+from fastddpm.network import Network, precision_of_weights
 from fastddpm.ops.backend import chosen_backend, obstacles
 from fastddpm.unet import UNet
 
@@ -18,8 +19,6 @@ from .fused import FusedUNet
 from .native import PreparedUNet
 
 __all__ = ["PRECISIONS", "FusedUNet", "Network", "PreparedUNet", "is_current", "precision_of", "prepare"]
-
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,7 +30,7 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
       `engine` asks for torch.compile or 8-bit convolutions or forbids the compiled library;
     - `PreparedUNet`, for other float32 UNets on the CPU, if the compiled library was built and the chosen backend is
       "auto" or "cpu";
-    - `unet` itself otherwise.
+    - `unet` itself otherwise, so any other network that follows the protocol in network.py.
 
     `engine`: default `EngineConfig()`. Raises `UsageError` if 8-bit convolutions were asked for and cannot run here. If
     they can, a warning says how much they change the output.
@@ -67,7 +66,7 @@ def precision_of(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
     `engine.precision` "auto": bfloat16 for float32 weights on a GPU, otherwise the weights' own. A network that is run
     as it is (`departure`) is computed in that of its weights.
     """
-    return next(unet.parameters()).dtype if departure(unet) is not None else _engine_precision(unet, engine)
+    return precision_of_weights(unet) if departure(unet) is not None else _engine_precision(unet, engine)
 
 
 def _engine_precision(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
@@ -94,10 +93,9 @@ def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[Fu
 def _report_departure(unet: nn.Module, engine: EngineConfig) -> None:
     """Warn that a network with code of its own is run as it is. Raises `UsageError` for what only an engine can do."""
     reason = departure(unet)
-    if reason is None or not isinstance(unet, UNet):  # of another network nobody expects an engine
+    if reason is None:
         return
-    own = next(unet.parameters()).dtype
-    other = engine.precision != "auto" and PRECISIONS[engine.precision] != own
+    other = engine.precision != "auto" and PRECISIONS[engine.precision] != precision_of_weights(unet)
     asked = {"fp8": engine.fp8, "compile": engine.compile, "precision": other}
     for name, given in asked.items():
         if given:
@@ -105,6 +103,8 @@ def _report_departure(unet: nn.Module, engine: EngineConfig) -> None:
                 f"engine option {name} is for a UNet as it is configured, and this network is run as it is, since "
                 f"{reason}; leave the option out, or convert the network yourself"
             )
+    if not isinstance(unet, UNet):  # of another network nobody expects an engine
+        return
     warnings.warn(
         f"the network is run as it is, without the prepared engine, since {reason}; on a CPU that takes "
         "about 2.3 times as long",
