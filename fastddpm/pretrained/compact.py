@@ -19,7 +19,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.network import checksum
 from fastddpm.storage.documents import from_dict, parse_json, read_object, to_dict
 from fastddpm.storage.files import write_whole
-from fastddpm.storage.reading import read_bytes
+from fastddpm.storage.reading import read_bytes, readable
 from fastddpm.storage.tensors import check_header, parse_tensors
 from fastddpm.unet import network_with
 
@@ -100,14 +100,10 @@ def load(path: str | os.PathLike[str]) -> Parts:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    if not path.exists():
+        raise UsageError(f"there is no file {path}")
+    with readable(path):
         return read_bytes(path, _MOST_BYTES)
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _header(data: bytes, path: Path) -> tuple[Preset, int | None]:
