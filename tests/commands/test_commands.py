@@ -16,6 +16,7 @@ from PIL import Image
 import fastddpm
 from fastddpm import sample, train
 from fastddpm.errors import DataError, UsageError
+from fastddpm.sampling.images import animation_suffix
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -122,7 +123,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_first_command_leaves_what_it_promises(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
-        "config.json", "log.jsonl", "checkpoints", "samples.png", "samples.npz", "denoising.gif",
+        "config.json", "log.jsonl", "checkpoints", "samples.png", "samples.npz",
+        f"denoising{animation_suffix()}",
     }  # fmt: skip
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -130,8 +132,8 @@ def test_the_first_command_leaves_what_it_promises(run: Path) -> None:
     assert all(np.isfinite(line["loss"]) for line in lines)
     arrays = np.load(run / "samples.npz")
     assert arrays["images"].shape == (4, 1, 16, 16) and arrays["images"].dtype == np.uint8
-    with Image.open(run / "denoising.gif") as gif:
-        assert gif.n_frames == 6  # the noise, and the predictions of 5 steps
+    with Image.open(run / f"denoising{animation_suffix()}") as animation:
+        assert animation.n_frames == 6  # 5 steps and the images
     config = json.loads((run / "config.json").read_text())
     assert config["unet"]["width"] == 8 and config["train"]["steps"] == 6
 
