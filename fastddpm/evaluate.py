@@ -91,6 +91,7 @@ def main(arguments: Sequence[str]) -> None:
         from fastddpm.evaluation.report import Report
         from fastddpm.runtime.device import choose_device
         from fastddpm.training.length import report_notes
+        from fastddpm.training.page import try_write_page
 
     # Rank 0 computes the scores alone, which may take hours, while the other ranks wait.
     with distributed.process_group(group, timeout_s=7 * 24 * 3600):
@@ -110,6 +111,9 @@ def main(arguments: Sequence[str]) -> None:
         report_notes(context.model, report)
         network = None if features is None else _network(features, context, report)
         _evaluate(command, context, network, metrics, pictures, results)
+        run = cli.run_of(command.checkpoint)
+        if group.is_main and (run / "log.jsonl").exists():  # not of a pipeline or a checkpoint alone
+            try_write_page(run)
 
 
 def _features(command: Command, metrics: Sequence[str], model: "Model", report: Callable[[str], None]) -> str | None:

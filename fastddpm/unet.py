@@ -6,6 +6,7 @@ head of the full width; skips concatenated after the features; biases zero; weig
 1e-5 in the last layer of a residual branch and of the network.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import cast
@@ -339,6 +340,15 @@ def meta_network(config: UNetConfig) -> UNet:
     """Return a network on the meta device: names, shapes and types, without memory."""
     with torch.device("meta"):
         return UNet(config)
+
+
+def weights_checksum(network: nn.Module) -> str:
+    """Return the sha256 over names and values of a network's parameters, which tells models apart."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(network.named_parameters()):
+        values = parameter.detach().cpu().reshape(-1)
+        digest.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 # The forward of each kind of module of a UNet, to tell whether one was replaced.

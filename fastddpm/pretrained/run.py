@@ -12,6 +12,7 @@ from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import from_dict
 from fastddpm.unet import meta_network, network_with
 
+from .facts import TrainingSet, started_on
 from .parts import Parts
 
 
@@ -27,7 +28,12 @@ def load(path: str | os.PathLike[str]) -> Parts:
     check_fit(preset.unet, saved)
     weights = {name: tensor.to(torch.float32) for name, tensor in saved.tensors["model"].items()}
     unet = network_with(preset.unet, weights).requires_grad_(True)
-    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset, saved.step)
+    run = saved.path.parent.parent if saved.path.parent.name == "checkpoints" else None
+    data = TrainingSet.of(saved.documents.get("data"))
+    started = None if run is None else started_on(run)
+    if data is not None and started is not None and started.checksum == data.checksum:
+        data = started  # which also has the number of images
+    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset, saved.step, data, run)
 
 
 def check_fit(config: UNetConfig, saved: checkpoint.Checkpoint) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastddpm.config import EngineConfig, check_chain, check_seed, integer
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
-from fastddpm.unet import UNet
+from fastddpm.unet import UNet, weights_checksum
 
 from .chain import ChainTables, ReverseChain, StartState
 from .cuda_graph import padded
@@ -262,12 +262,8 @@ class Sampler:
 
     def settings(self) -> dict[str, Any]:
         """Return all that determines an image besides its seed and label, for a JSON file beside the images."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.unet.named_parameters()):
-            values = parameter.detach().cpu().reshape(-1)
-            digest.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
         return {
-            "network": digest.hexdigest(),
+            "network": weights_checksum(self.unet),
             "timesteps": hashlib.sha256(self.timesteps.tobytes()).hexdigest(),
             "diffusion": dataclasses.asdict(self.diffusion.config),
             "method": self.method,

@@ -124,7 +124,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_first_command_leaves_what_it_promises(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
         "config.json", "log.jsonl", "checkpoints", "samples.png", "samples.npz",
-        f"denoising{animation_suffix()}",
+        f"denoising{animation_suffix()}", "index.html",
     }  # fmt: skip
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

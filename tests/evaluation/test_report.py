@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastddpm.errors import DataError
-from fastddpm.evaluation.report import FILE, Report
+from fastddpm.evaluation.report import Report
+from fastddpm.pretrained.scores import FILE
 
 RECORD: dict[str, Any] = {"value": 1.5, "num_images": 4, "data": {"name": "digits"}}
 
