@@ -32,7 +32,12 @@ class Report:
         self._path = context.out / FILE
         self._preset = context.model.preset.name
         self._network: str = context.sampler.settings()["network"]
-        self._checkpoint = {"path": str(checkpoint), "preset": self._preset, "network": self._network}
+        self._checkpoint = {
+            "path": str(checkpoint),
+            "preset": self._preset,
+            "step": context.model.steps,
+            "network": self._network,
+        }
         self._added: list[tuple[str, str]] = []  # part and name of each result of this command
         self._document = self._read()
 

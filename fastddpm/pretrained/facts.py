@@ -135,10 +135,10 @@ def parameters_of(preset: Preset) -> int:
 def scores_of(run: Path, network: str) -> tuple[Score, ...]:
     """Return the scores in `run`/evaluation that are of the weights with the sha256 `network`; none if damaged."""
     try:
-        measured, scores = read_scores(run / "evaluation" / FILE)
+        found = read_scores(run / "evaluation" / FILE)
     except (FileNotFoundError, DataError):
         return ()
-    return tuple(scores) if measured == network else ()
+    return found.scores if found.network == network else ()
 
 
 def started_on(run: Path) -> TrainingSet | None:

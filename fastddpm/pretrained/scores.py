@@ -42,8 +42,8 @@ DEFINITIONS = {
     "of the network in brackets. Higher is better, 1 is best.",
     "bpd": "Variational bound on the negative log-likelihood of the images, in bits per dimension, ± its standard "
     "error. Lower is better.",
-    "rate-distortion": "Bits per dimension of a progressive code up to L_0, and the root mean square error, in levels "
-    "of 255, of the images it gives. Lower is better, both.",
+    "rate-distortion": "Bits per dimension of a progressive code, which are the bound without L_0, and the root mean "
+    "square error, in levels of 255, of the images that it gives. Lower is better, both.",
 }
 
 
@@ -67,15 +67,25 @@ class Score:
     definition: str
 
 
-def read_scores(path: Path) -> tuple[str, list[Score]]:
-    """Return the sha256 of the network that a metrics.json measures, and its scores.
+@dataclass(frozen=True)
+class Scores:
+    """A metrics.json: scores of the weights with the sha256 `network`, after `step` training steps (None: unknown)."""
+
+    network: str
+    step: int | None
+    scores: tuple[Score, ...]
+
+
+def read_scores(path: Path) -> Scores:
+    """Return the content of a metrics.json.
 
     Raises `FileNotFoundError`, and `DataError` if the file is damaged.
     """
     document = read_object(path)
     check(document, path)
     checkpoint = document["checkpoint"]
-    scores = [
+    step = checkpoint.get("step")
+    scores = tuple(
         Score(
             name=name,
             split=split,
@@ -89,8 +99,8 @@ def read_scores(path: Path) -> tuple[str, list[Score]]:
         )
         for split in ("train", "test")
         for name, record in document.get(split, {}).items()
-    ]
-    return checkpoint["network"], scores
+    )
+    return Scores(checkpoint["network"], step if type(step) is int else None, scores)
 
 
 def in_paper(preset: str, name: str, split: str) -> str:

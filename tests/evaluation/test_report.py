@@ -17,7 +17,7 @@ RECORD: dict[str, Any] = {"value": 1.5, "num_images": 4, "data": {"name": "digit
 
 def opened(out: Path) -> Report:
     context: Any = SimpleNamespace(
-        out=out, model=SimpleNamespace(preset=SimpleNamespace(name="mnist")),
+        out=out, model=SimpleNamespace(preset=SimpleNamespace(name="mnist"), steps=7),
         sampler=SimpleNamespace(settings=lambda: {"network": "ab" * 32}),
     )  # fmt: skip
     return Report(context, Path("run"))

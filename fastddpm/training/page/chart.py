@@ -2,27 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 36  # margins around the panel
+_LARGEST = 1e30  # greater values are damage
 _MOST_POINTS = 800  # of a curve: twice the panel's width
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a curve, float64 (N,) each; it is interrupted where y is not finite. `style`: a class of the sheet.
-
-    `label`: its text in the legend, none if empty. `opacity`: 0..1.
-    """
+    """Points of a curve, float64 (N,) each; it is interrupted where y is not finite or beyond 1e30. `opacity`: 0..1."""
 
     x: np.ndarray
     y: np.ndarray
-    label: str = ""
-    style: str = "curve"
     opacity: float = 1.0
 
 
@@ -42,13 +38,11 @@ def line_chart(
     text) of vertical lines. `level`: (y, text) of a horizontal line. Texts may be any strings. A screen reader is told
     the title, and the first and last value of the last curve.
     """
-    curves = [
-        Curve(c.x[kept], c.y[kept], c.label, c.style, c.opacity) for c in curves if (kept := np.isfinite(c.x)).any()
-    ]
-    values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in curves]) if curves else np.empty(0)
+    curves = [replace(curve, y=np.where(np.abs(curve.y) < _LARGEST, curve.y, np.nan)) for curve in curves]
+    values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in curves])
     if not values.size:
         return None
-    log = log and bool((values > 0).all())
+    log = log and bool((values > 1 / _LARGEST).all())
     places = [*x_range, *(x for curve in curves for x in (curve.x.min(), curve.x.max())), *(x for x, _ in marks)]
     across = _Axis.linear(min(places), max(places), _LEFT, WIDTH - _RIGHT)
     levels = [*values.tolist(), *([level[0]] if level is not None and _near(level[0], values) else [])]
@@ -70,7 +64,7 @@ def line_chart(
         )
     for curve in curves:
         data = _path(curve, across, up)
-        parts.append(Markup('<path class="{}" style="opacity:{:g}" d="{}"/>').format(curve.style, curve.opacity, data))
+        parts.append(Markup('<path class="curve" style="opacity:{:g}" d="{}"/>').format(curve.opacity, data))
     last = curves[-1].y[np.isfinite(curves[-1].y)]
     told = f"{title}: {short(last[0])} at first, {short(last[-1])} at last" if last.size else title
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(

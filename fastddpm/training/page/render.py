@@ -1,5 +1,6 @@
 """A summary as HTML, by the template page.html. Every text from a run is escaped by Jinja."""
 
+import functools
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -40,14 +41,7 @@ def render(summary: Summary) -> str:
     animation = shown(lambda: embedded_animation(run), "The animation")
     previews, preview_count, unreadable = embedded_previews(run)
     problems += unreadable
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return _template().render(
         summary=summary,
         facts=summary.facts,
         preset=None if summary.facts is None else summary.facts.preset,
@@ -67,6 +61,19 @@ def render(summary: Summary) -> str:
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
 
 
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
@@ -103,7 +110,7 @@ def _charts(summary: Summary) -> list[dict[str, Any]]:
 
     def against_steps(title: str, name: str, *, log: bool, level: tuple[float, str] | None = None) -> None:
         values = _column(records, name)
-        raw = Curve(steps, values, style="curve", opacity=0.28)
+        raw = Curve(steps, values, opacity=0.28)
         curves = [raw, Curve(steps, smoothed(values))] if len(records) > 40 and name != "lr" else [Curve(steps, values)]
         svg = line_chart(
             curves, title=title, x_label="step", x_range=(0, summary.step), log=log, marks=marks, level=level

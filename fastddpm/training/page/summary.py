@@ -12,7 +12,7 @@ from fastddpm.config import Preset, TrainConfig
 from fastddpm.errors import DataError, UsageError
 from fastddpm.presets import read_preset
 from fastddpm.pretrained.facts import Facts, TrainingSet, parameters_of
-from fastddpm.pretrained.scores import FILE, Score, read_scores
+from fastddpm.pretrained.scores import FILE, Scores, read_scores
 from fastddpm.runtime.progress import duration
 from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import read_object
@@ -36,7 +36,6 @@ class Start:
     device: str
     processes: str
     versions: str
-    changed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,9 @@ class Summary:
     """A run directory: its facts and its history.
 
     `facts`: None if there is no readable config.json. `records`: of the log, evenly thinned; `lines`: how many the log
-    has. `changes`: the steps at which --override changed options, each with the changes as text. `problems`: a sentence
-    for each file that is damaged. `training`: whether a process trains in it now.
+    has. `changes`: the steps at which --override changed options, each with the changes as text. `step`: the last one
+    taken. `skipped`: steps whose loss or gradient was not finite. `scores_step`: that of the weights that were
+    measured, None if unknown. `problems`: a sentence for each damaged file. `training`: whether a process trains in it.
     """
 
     run: Path
@@ -56,7 +56,7 @@ class Summary:
     starts: Sequence[Start]
     step: int
     skipped: int
-    scores_date: str | None
+    scores_step: int | None
     problems: Sequence[str]
     training: bool
 
@@ -108,13 +108,13 @@ def summarize(run: Path, *, training: bool | None = None) -> Summary:
     preset = _preset(run, problems)
     records, lines = _records(run, problems)
     sessions = _sessions(run, problems)
-    scores, date = _scores(run, problems)
+    scores = _scores(run, problems)
     saved = checkpoint.newest_step(run)
     step = max([records[-1]["step"] if records else 0, saved or 0])
     facts = None
     if preset is not None:
         data = next((found for s in reversed(sessions) if (found := TrainingSet.of(s.get("data"))) is not None), None)
-        facts = Facts(preset, parameters_of(preset), step or None, data, tuple(scores))
+        facts = Facts(preset, parameters_of(preset), step or None, data, scores.scores)
     return Summary(
         run=run,
         facts=facts,
@@ -124,7 +124,7 @@ def summarize(run: Path, *, training: bool | None = None) -> Summary:
         starts=[_start(session) for session in sessions[-_MOST_STARTS:]],
         step=step,
         skipped=_skipped(run),
-        scores_date=date,
+        scores_step=scores.step,
         problems=problems,
         training=checkpoint.in_use(run) if training is None else training,
     )
@@ -162,16 +162,14 @@ def _sessions(run: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     return [session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else []
 
 
-def _scores(run: Path, problems: list[str]) -> tuple[list[Score], str | None]:
-    """Return the scores in `run`/evaluation, and the date of the newest one."""
+def _scores(run: Path, problems: list[str]) -> Scores:
     try:
-        _, scores = read_scores(run / "evaluation" / FILE)
+        return read_scores(run / "evaluation" / FILE)
     except FileNotFoundError:
-        return [], None
+        pass
     except DataError as error:
         problems.append(f"The scores cannot be read: {error}.")
-        return [], None
-    return scores, max((score.date for score in scores), default=None)
+    return Scores("", None, ())
 
 
 def _skipped(run: Path) -> int:
@@ -183,7 +181,7 @@ def _skipped(run: Path) -> int:
 
 
 def _start(session: Mapping[str, Any]) -> Start:
-    command, changed, libraries = (session.get(name) for name in ("command", "changed", "libraries"))
+    command, libraries = session.get("command"), session.get("libraries")
     versions = [f"fastddpm {session.get('fastddpm', '')}"]
     if isinstance(libraries, dict):
         versions += [f"{name} {version}" for name, version in libraries.items() if isinstance(version, str)]
@@ -194,7 +192,6 @@ def _start(session: Mapping[str, Any]) -> Start:
         device=_text(session.get("device")),
         processes=_text(session.get("processes")),
         versions=", ".join(versions),
-        changed=tuple(map(_text, changed)) if isinstance(changed, list) else (),
     )
 
 
