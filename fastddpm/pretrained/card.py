@@ -8,10 +8,11 @@ from typing import Any
 
 from fastddpm import __version__
 
-from .facts import Facts
+from .facts import Facts, TrainingSet
 from .scores import Score
 
-_HUB_SETS = {"digits": "ylecun/mnist"}  # the embedded digits are a part of that set
+# By their checksums: the embedded digits at 16x16, which are a part of that set.
+_HUB_SETS = {"239c9111985941a7a52ffb4d9890889e8798739d6dbf3292344fb4eda0e4849a": "ylecun/mnist"}
 _NOT_PRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -64,18 +65,20 @@ def _front_matter(facts: Facts) -> str:
         "pipeline_tag": "unconditional-image-generation",
         "tags": tags,
     }
-    if facts.data is not None:
-        source = facts.data.source or ""
-        hub_set = source.removeprefix("hf:") if source.startswith("hf:") else None
-        if source == "":
-            hub_set = _HUB_SETS.get(facts.data.name)
-        if hub_set:
-            fields["datasets"] = [hub_set]
+    if facts.data is not None and (name := _hub_name(facts.data)) is not None:
+        fields["datasets"] = [name]
     results = [_result(score) for score in facts.scores if score.value is not None and math.isfinite(score.value)]
     if results:
         fields["model-index"] = [{"name": facts.preset.name, "results": results}]
     lines = [f"{name}: {yaml(value)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
+
+
+def _hub_name(data: TrainingSet) -> str | None:
+    """Return the name of a training set at the hub; None if it has none that is known."""
+    if data.source is not None and data.source.startswith("hf:"):  # hf:NAME or hf:NAME:SPLIT
+        return data.source.split(":")[1]
+    return _HUB_SETS.get(data.checksum)
 
 
 def _result(score: Score) -> dict[str, Any]:

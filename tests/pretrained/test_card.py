@@ -68,9 +68,18 @@ def test_what_is_unknown_is_left_out() -> None:
     assert "trained" not in body.partition("##")[0] and "None is known of these weights" in body
     foreign = facts(preset=Preset("diffusers", TINY), data=None, steps=None)
     assert "| training |" not in model_card(foreign) and "| training |" in model_card(facts())
-    for source, names in ((None, ["ylecun/mnist"]), ("/home/me/digits", None)):  # a path of this machine is nobody's
-        data = TrainingSet("digits", "ab" * 32, source)
-        card = model_card(facts(data=data))
+
+
+def test_the_data_set_is_named_as_at_the_hub() -> None:
+    """A path is known on one machine only, a name proves nothing, and the embedded digits are known by content."""
+    digits = fastddpm.data.open_dataset(None, image_size=16, channels=1).checksum
+    for checksum, source, names in (
+        (digits, None, ["ylecun/mnist"]),
+        ("ab" * 32, None, None),
+        ("ab" * 32, "/home/me/digits", None),
+        ("ab" * 32, "hf:a/b:train", ["a/b"]),
+    ):
+        card = model_card(facts(data=TrainingSet("digits", checksum, source)))
         assert parts(card)[0].get("datasets") == names and "/home/me" not in card
 
 
@@ -114,7 +123,8 @@ def test_nasty_names_stay_in_their_places() -> None:
     score = Score(NASTY, NASTY, 1.0, NASTY, NASTY, NASTY, NASTY, NASTY, NASTY)
     card = model_card(facts(data=data, scores=(score,)))
     front, body = parts(card)
-    assert front["datasets"] == [NASTY.replace("\ud800", "\ufffd")] and len(front) == 5
+    assert front["datasets"] == [NASTY.partition(":")[0]] and len(front) == 5
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == NASTY.replace("\ud800", "\ufffd")
     assert len(body.splitlines()) == len(parts(model_card(facts()))[1].splitlines())
     assert card.encode()
 

@@ -1,10 +1,13 @@
 """index.html of a run: its numbers, its pictures, what it says of missing files, and that data cannot become markup."""
 
+import ast
 import base64
+import importlib
 import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +20,7 @@ from PIL import Image
 
 from fastddpm import page as command
 from fastddpm.errors import StorageError, UsageError
+from fastddpm.runtime import cli
 from fastddpm.sampling.images import save_animation, save_png
 from fastddpm.storage import checkpoint
 from fastddpm.training import run_log
@@ -134,6 +138,30 @@ def test_a_change_by_override_is_marked_and_told(tmp_path: Path) -> None:
     assert [text for text, _ in marks] == ["lr: 0.0002 -&gt; 0.0001\nbatch: 8 -&gt; 16"] * 3  # not in the chart over t
     middle = (46 + 410) / 2  # of a panel whose axis begins at 0 and ends at 1000
     assert [float(x) for _, x in marks] == [pytest.approx(middle, abs=0.1)] * 3
+
+
+def test_the_command_lines_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the shell and by the commands, also of a run whose name has quotes and spaces."""
+    parse, understood = cli.parse, []
+
+    def only_parse(*given: Any, **options: Any) -> None:
+        understood.append(parse(*given, **options))
+        raise KeyboardInterrupt
+
+    run = write_run(tmp_path / """it's "a run" $HOME""")
+    parsed = Parsed(write_page(run, training=False).read_text())
+    lines = [line for line in re.findall(r"python -[mc] .*", "".join(parsed.words)) if str(tmp_path) in line]
+    monkeypatch.setattr(cli, "parse", only_parse)
+    programs = []
+    for python, kind, name, *arguments in map(shlex.split, lines):
+        assert python == "python"
+        if kind == "-c":
+            programs.append(ast.literal_eval(re.findall(r"load\((.*)\)\.save", name)[0]))
+            continue
+        assert str(run) in arguments
+        with pytest.raises(KeyboardInterrupt):
+            importlib.import_module(name).main([word for word in arguments if word != "--resume"])
+    assert programs == [str(run)] and len(understood) == 5
 
 
 def test_steps_that_were_skipped_and_too_few_steps_are_told(tmp_path: Path) -> None:

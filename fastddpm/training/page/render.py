@@ -1,6 +1,7 @@
 """A summary as HTML, by the template page.html. Every text from a run is escaped by Jinja."""
 
 import functools
+import json
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -191,7 +192,8 @@ def _commands(summary: Summary) -> list[tuple[str, str]]:
         ("compare it with other runs", f"python -m fastddpm.curves {run} RUN2"),
         again,
     ]
-    program = f"import fastddpm; fastddpm.load({str(summary.run)!r}).save_pretrained('pipeline')"
+    # Double quotes, so that the shell's single ones stay legible; JSON's strings are Python's, too.
+    program = f'import fastddpm; fastddpm.load({json.dumps(str(summary.run))}).save_pretrained("pipeline")'
     publish = ("write it for diffusers and the hub, with a model card", f"python -c {shlex.quote(program)}")
     first = {"stopped": [go_on], "finished": [longer, publish]}.get(summary.state, [])
     return [*first, *able]
