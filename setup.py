@@ -124,6 +124,7 @@ setup(
         "fastddpm.data": ["mnist5k.npz"],
         "fastddpm.pretrained": ["digits.safetensors"],
         "fastddpm.kernels": ["triton_tiles.json"],
+        "fastddpm.training.page": ["page.html", "page.css"],
     },
     install_requires=[
         # The lowest that the tests were run with. No upper bounds: they would take newer packages out of a user's
@@ -134,6 +135,7 @@ setup(
         "safetensors>=0.4.5",
         "rich>=13.7",
         "tyro>=1.0",
+        "jinja2>=3.1",  # which torch needs, too
     ],
     extras_require={
         "parquet": ["pyarrow"],

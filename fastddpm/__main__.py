@@ -12,6 +12,7 @@ COMMANDS = {
     "inpaint": "draw the masked part of images (RePaint)",
     "compress": "compress images with a trained model, without loss or lossy, and decompress them",
     "ablation": "train and compare the paper's parameterizations and losses, at small scale",
+    "page": "write a page about a run, to look at in a browser",
     "curves": "plot the logs of one or more runs",
     "data": "inspect a data set, verify it, or pack it into one file",
     "doctor": "show which implementations run here, how exact and how fast they are",

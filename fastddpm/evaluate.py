@@ -109,6 +109,7 @@ def main(arguments: Sequence[str]) -> None:
         from fastddpm.evaluation.report import Report
         from fastddpm.runtime.device import choose_device
         from fastddpm.training.length import report_notes
+        from fastddpm.training.page import try_write_page
 
     # Rank 0 computes the scores alone, which may take hours, while the other ranks wait.
     with distributed.process_group(group, timeout_s=7 * 24 * 3600):
@@ -129,6 +130,9 @@ def main(arguments: Sequence[str]) -> None:
         network = None if features is None else _network(features, context, report)
         comparison = _comparison(command, network, report)
         _evaluate(command, context, network, comparison, metrics, pictures, results)
+        run = cli.run_of(command.checkpoint)
+        if group.is_main and (run / "log.jsonl").exists():  # not of a pipeline or a checkpoint alone
+            try_write_page(run)
 
 
 def _with_reference(
@@ -215,7 +219,7 @@ def _context(
             command.data, image_size=config.image_size, channels=config.image_channels,
             resize=command.resize, skip_bad=command.skip_bad, split=command.split,
         )  # fmt: skip
-    return EvaluationContext(model.preset.name, sampler, dataset, batch, device, _out(command), group)
+    return EvaluationContext(model.preset.name, sampler, dataset, batch, device, _out(command), group, model.steps)
 
 
 def _check(command: Command, context: "EvaluationContext", metrics: Sequence[str], pictures: Sequence[str]) -> None:

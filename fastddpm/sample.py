@@ -42,9 +42,11 @@ class Command:
     """Directory for the images. Default: samples-FIRST-LAST in the run directory, named by the first and last seed."""
     png: bool = False
     """Also write one PNG for each image, named by its seed."""
+    animation: Literal["none", "webp", "gif"] = "none"
+    """Also write an animation, denoising.webp of at most 1 MB or denoising.gif of at most 2 MB: x_t beside the x_0
+    prediction, of up to 64 images of the first batch. Not available with shards."""
     gif: bool = False
-    """Also write an animation of at most 2 MB: the noise, then x_0 predictions, of up to 64 images of the first batch.
-    Not available with shards."""
+    """The same as --animation gif."""
     npz: Literal["own", "adm"] = "own"
     """Layout of the arrays. own: images uint8 (N, C, H, W), seeds and labels. adm: also adm.npz with arr_0, uint8
     (N, H, W, 3), which the evaluators of ADM and other tools for FID read. With several processes run the command once
@@ -61,10 +63,12 @@ def main(arguments: Sequence[str]) -> None:
     check_checkpoint(command.checkpoint)
     group = distributed.group_from_environment()
     sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or group.world_size > 1
-    if sharded and command.gif:
+    animation = _animation(command)
+    if sharded and animation is not None:
+        option = "--gif" if command.gif else "--animation"
         raise UsageError(
-            f"--gif is for up to {MOST_IN_ONE_FILE:,} images in one file, drawn by one process: leave it out, or draw "
-            "fewer seeds without --shard-size"
+            f"{option} is for up to {MOST_IN_ONE_FILE:,} images in one file, drawn by one process: leave it out, or "
+            "draw fewer seeds without --shard-size"
         )
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
     check_out(out)
@@ -88,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     if sharded:
         _sample_shards(command, sampler, seeds, classes, out, batch, group)
         return
-    recorder = FrameRecorder(sampler, min(batch, len(seeds))) if command.gif else None
+    recorder = FrameRecorder(sampler, min(batch, len(seeds))) if animation is not None else None
     parts = []
     for drawn in sample_batches(sampler, seeds, classes, batch=batch, recorder=recorder):
         parts.append(drawn.images)
@@ -98,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     import numpy as np
 
     images = np.concatenate(parts)
-    for path in save_pictures(images, seeds, classes, frames, out):
+    for path in save_pictures(images, seeds, classes, frames, out, animation or ".gif"):
         print(path)
     if command.npz == "adm":
         write_adm([images], len(images), classes, out / ADM_FILE)
@@ -155,6 +159,18 @@ def _write_adm_of(shards: "Shards") -> None:
         return
     write_adm(map(shards.read, range(len(shards))), len(shards.seeds), shards.labels, path)
     print(path)
+
+
+def _animation(command: Command) -> str | None:
+    """Return the suffix of the animation, None for no animation. Raises `UsageError` if it cannot be written."""
+    if command.gif and command.animation == "webp":
+        raise UsageError("--gif and --animation webp exclude each other; give one of them")
+    if command.animation == "webp":
+        from PIL import features
+
+        if not features.check("webp"):
+            raise UsageError("this installation of Pillow writes no WebP; use --animation gif")
+    return ".gif" if command.gif else {"none": None, "webp": ".webp", "gif": ".gif"}[command.animation]
 
 
 def _labels(command: Command, num_seeds: int) -> list[int] | None:

@@ -263,6 +263,7 @@ def _train(
 ) -> None:
     from fastddpm.pretrained.run import check_fit
     from fastddpm.storage import checkpoint
+    from fastddpm.training.page import try_write_page
     from fastddpm.training.run_log import JsonLines
     from fastddpm.training.samples import draw_final_samples
     from fastddpm.training.signals import interruptible
@@ -293,6 +294,7 @@ def _train(
             command.run_options().write(run)
             log = JsonLines(run / "log.jsonl", trainer.step if command.resume else None)
             held.callback(log.close)
+            held.callback(try_write_page, run, training=False)  # also if it stops or fails
         with announced("opening the loggers", report):
             _attach_loggers(command, arguments, trainer, base, run, held, report)
         _describe(trainer, base, report)
@@ -300,13 +302,12 @@ def _train(
         with interruptible(f"{last} is saved; --resume draws the samples"), trainer.averaged_weights() as unet:
             pictures = draw_final_samples(unet, trainer.diffusion, wanted, run, group)
     if group.is_main:
-        _print_paths(run, last, pictures)
+        _print_paths(run, last, [*pictures, *run.glob("index.html")])
 
 
 def _print_paths(run: Path, last: Path, pictures: Sequence[Path]) -> None:
-    print(f"checkpoint {last}")
-    for path in pictures:
-        print(f"{path.suffix[1:]:<10} {path}")
+    for path in (last, *pictures):
+        print(f"{path.suffix[1:] or 'checkpoint':<10} {path}")
     print(f"next: python -m fastddpm.sample {shlex.quote(str(run))} --seeds 64-127")
 
 
@@ -344,7 +345,7 @@ def _attach_loggers(
     own: list[Loggers] = []
 
     def begin() -> None:
-        data = to_dict(TrainingData.of(dataset, command.data))
+        data = to_dict(TrainingData.of(dataset, command.data)) | {"images": len(dataset.images)}
         line = ["python", "-m", PROGRAM, *arguments]
         changed, origin = _changed(base, preset) if command.resume else [], trainer.origin
         record_session(run, line, trainer.device, data, step=trainer.step, changed=changed, origin=origin, group=group)
@@ -353,10 +354,9 @@ def _attach_loggers(
         held.callback(own[0].close)
 
     distributed.on_main(begin, group)
-    config = preset.train
     trainer.monitor.attach(
         loggers=own[0] if own else None,
-        previews=Previews(run, preset, config.preview_every, config.preview_steps, group=group),
+        previews=Previews(run, preset, preset.train.preview_every, preset.train.preview_steps, group=group),
         profile=Profile(run, command.profile, trainer.device) if command.profile and group.is_main else None,
     )
 

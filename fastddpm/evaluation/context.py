@@ -17,7 +17,8 @@ class EvaluationContext:
 
     `name`: of the model, in the results; the paper's figures are shown beside those of its presets. `data`: images of
     the model's size and channels; None if only their statistics are known. `batch`: images evaluated at once. `out`:
-    directory of the results, which exists. `group`: the processes that evaluate together.
+    directory of the results, which exists. `group`: the processes that evaluate together. `steps`: the training
+    steps of the model; None if unknown.
     """
 
     name: str
@@ -27,6 +28,7 @@ class EvaluationContext:
     device: torch.device
     out: Path
     group: ProcessGroup
+    steps: int | None = None
 
     @property
     def dataset(self) -> Dataset:

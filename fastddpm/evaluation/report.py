@@ -10,26 +10,14 @@ import torch
 
 from fastddpm import __version__
 from fastddpm.errors import DataError, UsageError
+from fastddpm.pretrained.scores import FILE, check, in_paper, measured, measured_data
 from fastddpm.storage.documents import read_object
 from fastddpm.storage.files import write_json
 from fastddpm.storage.locks import locked
 
 from .context import EvaluationContext
 
-FILE = "metrics.json"
 _VERSION = 1
-
-# The paper's numbers, tables 1 to 3 and section 4.1, by preset, metric and split. A split of None: any split.
-_PAPER: dict[tuple[str, str, str | None], str] = {
-    ("cifar10", "fid", "train"): "3.17",
-    ("cifar10", "fid", "test"): "5.24",
-    ("cifar10", "inception_score", None): "9.46 ± 0.11",
-    ("cifar10", "bpd", "train"): "≤ 3.72",
-    ("cifar10", "bpd", "test"): "≤ 3.75",
-    ("cifar10", "rate-distortion", "test"): "1.78 bits/dim at RMSE 0.95",
-    ("lsun256", "fid", "train"): "Church 7.89, Bedroom 6.36, Cat 19.75",
-    ("lsun256-large", "fid", "train"): "Bedroom 4.90",
-}
 
 
 class Report:
@@ -44,7 +32,12 @@ class Report:
         self._path = context.out / FILE
         self._preset = context.name
         self._network: str = context.sampler.settings()["network"]
-        self._checkpoint = {"path": str(checkpoint), "preset": self._preset, "network": self._network}
+        self._checkpoint = {
+            "path": str(checkpoint),
+            "preset": self._preset,
+            "step": context.steps,
+            "network": self._network,
+        }
         self._added: list[tuple[str, str]] = []  # part and name of each result of this command
         self._document = self._read()
 
@@ -52,7 +45,7 @@ class Report:
         """Return the content of the file, or that of a new one. Raises as the class does."""
         try:
             found = read_object(self._path)
-            _check(found, self._path)
+            check(found, self._path)
         except FileNotFoundError:
             return {"version": _VERSION, "checkpoint": self._checkpoint}
         except DataError as error:
@@ -95,52 +88,9 @@ class Report:
                 if (split, name) not in self._added:
                     earlier.append(f"{name}, {split} ({record['date'].partition('T')[0]})")
                     continue
-                paper = _PAPER.get((self._preset, name, split)) or _PAPER.get((self._preset, name, None)) or ""
-                rows.append(f"| {name}, {split} | {_measured(name, record)} | {paper} | {_data(record)} |")
+                cells = (measured(name, record), in_paper(self._preset, name, split), measured_data(record))
+                rows.append(f"| {name}, {split} | {' | '.join(cells)} |")
         lines = ["| metric | measured | paper | data |", "|---|---|---|---|", *rows] if rows else []
         if earlier:
             lines.append(f"{self._path} also holds, of earlier commands: {'; '.join(earlier)}")
         return "\n".join(lines)
-
-
-def _measured(name: str, record: dict[str, Any]) -> str:
-    """Format the value of a metric, with its error if it has one."""
-    if name == "bpd":
-        error = record["standard_error"]  # None for a single image
-        return _number(record["bits_per_dim"]) + (f" ± {error:.4f}" if error is not None else "") + " bits/dim"
-    if name == "rate-distortion":
-        return f"{_number(record['rate'])} bits/dim at RMSE {_number(record['rmse'])}"
-    return f"{record['value']:.5g}" + (f" ± {record['std']:.3g}" if "std" in record else "")
-
-
-def _number(value: float | None) -> str:
-    """Format with four decimals. None stands for NaN and infinity, which JSON cannot hold."""
-    return "not finite" if value is None else f"{value:.4f}"
-
-
-def _data(record: dict[str, Any]) -> str:
-    """Describe the images and samples that were measured."""
-    data = record["data"]["name"]
-    if "samples" not in record:
-        return f"{record['num_images']:,} images of {data}"
-    sampling = record["sampling"]
-    chain = f"{record['samples']:,} samples, {sampling['method']}, {sampling['steps']} steps"
-    count = record["reference_images"]  # None if only statistics are known, and not of how many images
-    return f"{chain}; {data}" if count is None else f"{chain}; {count:,} images of {data}"
-
-
-def _check(document: dict[str, Any], path: Path) -> None:
-    """Raise `DataError` unless a metrics.json has the fields, of the types, that the table is made of."""
-    checkpoint = document.get("checkpoint")
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network"), str):
-        raise DataError(f"{path} is damaged: it does not name its network")
-    for part in ("train", "test", "pictures"):
-        records = document.get(part, {})
-        if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
-            raise DataError(f"{path} is damaged: {part} holds no results by name")
-        for name, record in records.items() if part != "pictures" else ():
-            try:
-                _measured(name, record)
-                _data(record)
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{path} is damaged: {part} has no valid {name} ({error!r:.100})") from error

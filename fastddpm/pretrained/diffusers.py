@@ -5,6 +5,7 @@
     unet/diffusion_pytorch_model.safetensors         or at the root
     scheduler/scheduler_config.json                  or scheduler_config.json at the root
     fastddpm.json                                    fastddpm's own: training, sampling and label settings
+    README.md                                        the model card; not read
 
 No module that a file names is imported. diffusers' timesteps for short chains (`timestep_spacing`) are not adopted:
 `fastddpm.Sampler` spreads its own, or takes a list of timesteps.
@@ -23,17 +24,21 @@ from torch import Tensor
 from fastddpm.config import Preset, SampleConfig, TrainConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError, UsageError
+from fastddpm.network import checksum
 from fastddpm.storage.documents import from_dict, read_json, to_dict
 from fastddpm.storage.files import sync, whole_directory
 from fastddpm.storage.reading import read_bytes, readable
 from fastddpm.storage.tensors import parse_tensors
 from fastddpm.unet import UNet
 
+from .card import model_card
 from .diffusers_config import VERSION, check_agreement, read_scheduler, read_unet, write_scheduler, write_unet
+from .facts import FOREIGN, Facts, parameters_of, scores_of
 from .parts import Parts
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OUR_FILE = "fastddpm.json"
+CARD = "README.md"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # (pattern, replacement): our parameter names to those of diffusers, applied in this order.
@@ -87,7 +92,7 @@ def read_preset(path: str | os.PathLike[str]) -> Preset:
             f"{unet_file} has {'twice' if unet_config.learned_variance else 'just'} the image's channels as output, "
             f"which does not go with variance_type {diffusion_config.variance} in {scheduler_file}"
         )
-    preset = Preset("diffusers", unet_config, diffusion_config, TrainConfig(), SampleConfig())
+    preset = Preset(FOREIGN, unet_config, diffusion_config, TrainConfig(), SampleConfig())
     if (root / OUR_FILE).exists():
         ours = read_json(root / OUR_FILE)
         preset = from_dict(Preset, ours.get("preset") if isinstance(ours, dict) else None, str(root / OUR_FILE))
@@ -135,7 +140,13 @@ def _write_all(model: Parts, documents: dict[str, Any], directory: Path) -> None
         their_name(name): tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.unet.state_dict().items()
     }
+    _write(directory / CARD, model_card(_facts(model)).encode())
     _write(directory / "unet" / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def _facts(model: Parts) -> Facts:
+    scores = () if model.run is None else scores_of(model.run, checksum(model.unet))
+    return Facts(model.preset, parameters_of(model.preset), model.steps, model.data, scores)
 
 
 def their_name(name: str) -> str:

@@ -18,7 +18,8 @@ from .parts import Parts
 class Model(Parts):
     """A network with its weights (`unet`), its diffusion (`diffusion`), and the configuration of both (`preset`).
 
-    `steps`: the training steps that the weights have taken; None if unknown, as of a pipeline.
+    `steps`: the training steps that the weights have taken; `data`: the images that they were trained on; `run`: the
+    run directory that they are from. Each is None if unknown, as of a pipeline.
     """
 
     @classmethod
@@ -32,11 +33,12 @@ class Model(Parts):
         """
         source, reader = _located(path)
         parts: Parts = reader.load(source)
-        return cls(parts.unet.to(device), parts.diffusion, parts.preset, parts.steps)
+        return cls(**vars(parts) | {"unet": parts.unet.to(device)})
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the model as a `DDPMPipeline` directory of diffusers, atomically.
+        """Write the model as a `DDPMPipeline` directory of diffusers, atomically, with a model card, README.md.
 
+        The card names what is known: configuration, data, steps, and the scores of these weights in the run directory.
         Raises `UsageError` if diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
         learned), or if `path` is not empty, unless it is a pipeline and `overwrite` is true. Raises `StorageError` if
         it cannot be written.

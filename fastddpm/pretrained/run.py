@@ -15,6 +15,7 @@ from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import from_dict
 from fastddpm.unet import meta_network, network_with
 
+from .facts import TrainingSet, started_on
 from .parts import Parts
 
 
@@ -37,7 +38,12 @@ def load(path: str | os.PathLike[str]) -> Parts:
     unet = network_with(preset.unet, weights).requires_grad_(True)
     # Weights that began as those of another model are not random after 0 steps, as `steps` would say.
     steps = None if "origin" in saved.documents else saved.step
-    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset, steps)
+    run = saved.path.parent.parent if saved.path.parent.name == "checkpoints" else None
+    data = TrainingSet.of(saved.documents.get("data"))
+    started = None if run is None else started_on(run)
+    if data is not None and started is not None and started.checksum == data.checksum:
+        data = started  # which also has the number of images
+    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset, steps, data, run)
 
 
 def _preset(saved: checkpoint.Checkpoint) -> Preset:

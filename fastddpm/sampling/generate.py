@@ -13,14 +13,14 @@ from fastddpm.runtime.progress import Meter
 from fastddpm.storage.files import save_arrays
 from fastddpm.storage.shards import Shards
 
-from .images import grid, save_animation, save_png, to_uint8
+from .images import beside, grid, save_animation, save_png, to_uint8
 from .sampler import Sampler, State
 from .trajectories import evaluations, latents, part_of, trajectories
 
-ANIMATION_FRAMES = 24  # of x_0 predictions, beside the noise
-_ANIMATION_PIXELS = 300  # the greatest width of an animation, unless one image is wider
+ANIMATION_FRAMES = 24  # beside that of the finished images
+_ANIMATION_PIXELS = 300  # the greatest width of each half of an animation, unless one image is wider
 _MOST_SHOWN = 64  # images in it
-_NOISE_FRAMES = 6  # as long as so many frames the noise is shown
+_NOISE_FRAMES = 6  # as long as so many frames the first one is shown
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,43 @@ class Batch:
 
 
 class FrameRecorder:
-    """Collects the frames of an animation: a grid of the noise x_T, then grids of x_0 predictions.
+    """Collects the frames of an animation: x_t on the left, the x_0 prediction made from it on the right.
 
-    `sampler`: takes the chain; 24 of its steps are kept, evenly spread, or all if there are fewer. `images`: number of
-    images in the batch. A frame shows the first ones: at most 64, in a square about 300 pixels wide, at least one.
+    `sampler`: takes the chain; 24 of its steps are kept, evenly spread, or all if there are fewer, and then the images.
+    `images`: number of images in the batch. A frame shows the first ones: at most 64, in two squares about 300 pixels
+    wide, at least one. The t in the caption is the paper's: T of the noise, 0 of the images.
     """
 
     def __init__(self, sampler: Sampler, images: int) -> None:
         steps, (_, _, side) = sampler.steps, sampler.interface.shape
-        self.chosen = set(np.linspace(0, steps - 1, min(steps, ANIMATION_FRAMES)).round().astype(int).tolist())
+        self._chosen = set(np.linspace(0, steps - 1, min(steps, ANIMATION_FRAMES)).round().astype(int).tolist())
+        self._timesteps = sampler.timesteps.tolist()
+        self.watch = self._chosen | {step - 1 for step in self._chosen if step}
         self.images = min(images, _MOST_SHOWN, max(1, _ANIMATION_PIXELS // side) ** 2)
         self._scale = max(1, _ANIMATION_PIXELS // (max(1, math.ceil(math.sqrt(self.images))) * side))
+        self._x: np.ndarray | None = None
         self.frames: list[Image.Image] = []
 
     def begin(self, noise: Tensor) -> None:
-        """Keep x_T, float32 (N, C, H, W), as the first frames; equal frames are stored as one that lasts as long."""
-        self.frames = [self._frame(noise)] * _NOISE_FRAMES
+        """Take x_T, float32 (N, C, H, W)."""
+        self._x = self._shown(noise)
 
     def add(self, state: State) -> None:
-        """Keep the x_0 prediction of `state` if its step is one of those chosen."""
-        if state.step in self.chosen:
-            self.frames.append(self._frame(state.x0))
+        """Take the state after a step in `watch`; the steps come in order."""
+        assert self._x is not None
+        if state.step in self._chosen:
+            # The first frame is repeated, and equal frames are stored as one that lasts as long.
+            frame = self._frame(self._x, self._shown(state.x0), self._timesteps[state.step] + 1)
+            self.frames += [frame] * (1 if self.frames else _NOISE_FRAMES)
+        self._x = self._shown(state.x)
+        if state.step == len(self._timesteps) - 1:
+            self.frames.append(self._frame(self._x, self._x, 0))
 
-    def _frame(self, x: Tensor) -> Image.Image:
-        return grid(to_uint8(x[: self.images]), scale=self._scale)
+    def _shown(self, x: Tensor) -> np.ndarray:
+        return to_uint8(x[: self.images])
+
+    def _frame(self, x: np.ndarray, x0: np.ndarray, t: int) -> Image.Image:
+        return beside([(f"x_t, t = {t}", x), ("predicted x_0", x0)], self._scale)
 
 
 def sample_batches(
@@ -72,7 +85,7 @@ def sample_batches(
     batch.
     """
     last = sampler.steps - 1
-    watch = {last} if recorder is None else {last, *recorder.chosen}
+    watch = {last} if recorder is None else {last, *recorder.watch}
     with Meter("sampling", len(seeds) * sampler.steps, "image steps") as meter:
 
         def progress(evaluated: int) -> None:
@@ -141,9 +154,11 @@ def save_pictures(
     labels: Sequence[int] | None,
     frames: Sequence[Image.Image],
     directory: Path,
+    animation: str = ".gif",
 ) -> list[Path]:
-    """Write the grid samples.png, the arrays samples.npz and, given frames, denoising.gif; return their paths.
+    """Write the grid samples.png, the arrays samples.npz and, given frames, an animation; return their paths.
 
+    `animation`: the suffix of denoising.webp or denoising.gif.
     The arrays: `images` as given, `seeds` int64 (N,), and `labels` int64 (N,) unless None.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -154,6 +169,6 @@ def save_pictures(
         arrays["labels"] = np.asarray(labels, dtype=np.int64)
     save_arrays(arrays, paths[1])
     if frames:
-        paths.append(directory / "denoising.gif")
+        paths.append(directory / f"denoising{animation}")
         save_animation(frames, paths[-1])
     return paths

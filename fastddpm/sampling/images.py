@@ -4,17 +4,21 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.progress import announced
 from fastddpm.storage.files import write_whole
 
 GRID_PIXELS = 512  # small images are enlarged until the grid is about this wide
-ANIMATION_BYTES = 2_000_000  # of an animation at most: browsers and repositories show it at once
+# Of an animation at most, so that browsers and repositories show it at once.
+ANIMATION_BYTES = {".gif": 2_000_000, ".webp": 1_000_000}
+_DARK = 32  # grey level around the pictures of an animation
+_WEBP_QUALITIES = (80, 60, 40)
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -106,9 +110,36 @@ def labelled(
     return canvas
 
 
+def beside(panels: Sequence[tuple[str, np.ndarray]], scale: int | None = None) -> Image.Image:
+    """Return one picture, L or RGB, of grids side by side, each with a caption above it, light on dark grey.
+
+    `panels`: caption and images, uint8 (N, C, H, W), all of one shape. `scale`: as for `grid`. Captions are cut at the
+    edge of their grid. Raises `UsageError` as `grid` does.
+    """
+    font, margin = ImageFont.load_default(), 8
+    grids = [grid(images, scale=scale, background=_DARK) for _, images in panels]
+    width, height = grids[0].size
+    top = math.ceil(font.getbbox("0Ag|")[3]) + 2 * margin
+    size = (len(grids) * (width + margin) + margin, top + height + margin)
+    canvas = Image.new(grids[0].mode, size, (_DARK,) * len(grids[0].getbands()))
+    draw = ImageDraw.Draw(canvas)
+    for i, ((caption, _), picture) in enumerate(zip(panels, grids, strict=True)):
+        left = margin + i * (width + margin)
+        while caption and font.getlength(caption) > width:
+            caption = caption[:-1]
+        draw.text((left, margin), caption, fill="white", font=font)
+        canvas.paste(picture, (left, top))
+    return canvas
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG. A reader of `path` finds the old file or the new one, never a part. Raises `StorageError`."""
     write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+def animation_suffix() -> str:
+    """Return the suffix of animations in the better format that Pillow writes here: ".webp", otherwise ".gif"."""
+    return ".webp" if features.check("webp") else ".gif"
 
 
 def save_animation(
@@ -117,41 +148,55 @@ def save_animation(
     *,
     duration_ms: int = 80,
     hold_ms: int = 2000,
-    most_bytes: int = ANIMATION_BYTES,
+    most_bytes: int | None = None,
 ) -> None:
-    """Write a GIF that repeats endlessly and rests on its last frame.
+    """Write a GIF or an animated WebP, by the suffix of `path`, that repeats endlessly and rests on its last frame.
 
-    `frames` have one size and one mode: L, whose grey levels stay exact, or RGB, whose frames share 256 colours.
-    `duration_ms`: time of a frame; `hold_ms`: time of the last one; 10 to 600,000 ms, stored in hundredths of a second.
-    Equal frames in a row are stored as one that lasts as long. If the file would be larger than `most_bytes` (default:
-    2 MB), half of the frames are left out, evenly and again until it is not; the first, the last and the time stay.
-    Raises `UsageError` for other frames and times, and `StorageError`.
+    `frames` have one size and one mode: L or RGB. In a GIF grey levels stay exact and frames of mode RGB share 256
+    colours; a WebP is lossy. `duration_ms`: time of a frame; `hold_ms`: time of the last one; 10 to 600,000 ms, stored
+    in hundredths of a second in a GIF. Equal frames in a row are stored as one that lasts as long. If the file would be
+    larger than `most_bytes` (default: 2 MB as GIF, 1 MB as WebP), a WebP gets a lower quality, and if that is not
+    enough, half of the frames are left out, evenly and again until it is; the first, the last and the time stay. Raises
+    `UsageError` for other frames, times and suffixes, and `StorageError`.
     """
     kinds = {(frame.mode, frame.size) for frame in frames}
     if len(kinds) != 1 or kinds.pop()[0] not in ("L", "RGB"):
         raise UsageError("an animation needs one or more frames of one size, all of mode L or all of mode RGB")
     if not all(10 <= duration <= 600_000 for duration in (duration_ms, hold_ms)):
         raise UsageError(f"a frame lasts 10 to 600,000 ms; got duration_ms {duration_ms} and hold_ms {hold_ms}")
+    if path.suffix not in ANIMATION_BYTES:
+        raise UsageError(f"an animation is written as .gif or .webp; got {path.name}")
+    most_bytes = ANIMATION_BYTES[path.suffix] if most_bytes is None else most_bytes
     durations = [duration_ms] * (len(frames) - 1) + [hold_ms]
     with announced(f"writing {path}"):
-        if frames[0].mode == "RGB":
+        if path.suffix == ".gif" and frames[0].mode == "RGB":
             palette = _shared_palette(frames)
             frames = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
-        data = _gif(frames, durations)
+        data = _encoded(frames, durations, path.suffix, most_bytes)
         while len(data) > most_bytes and len(frames) > 2:
             kept = np.linspace(0, len(frames) - 1, max(2, len(frames) // 2)).round().astype(int).tolist()
             durations = [sum(durations[a:b]) for a, b in zip(kept, [*kept[1:], len(frames)], strict=True)]
             frames = [frames[i] for i in kept]
-            data = _gif(frames, durations)
+            data = _encoded(frames, durations, path.suffix, most_bytes)
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
-def _gif(frames: Sequence[Image.Image], durations: Sequence[int]) -> bytes:
-    """Encode frames that last `durations` ms each as a GIF."""
+def _encoded(frames: Sequence[Image.Image], durations: Sequence[int], suffix: str, most_bytes: int) -> bytes:
+    """Encode frames that last `durations` ms each; a WebP in the best quality that gives at most `most_bytes`."""
+    first, *others = frames
+    options = {"save_all": True, "append_images": others, "duration": list(durations), "loop": 0}
+    if suffix == ".gif":
+        return _saved(first, format="GIF", optimize=False, **options)
+    for quality in _WEBP_QUALITIES:
+        data = _saved(first, format="WEBP", quality=quality, method=2, **options)
+        if len(data) <= most_bytes:
+            break
+    return data
+
+
+def _saved(image: Image.Image, **options: Any) -> bytes:
     file = io.BytesIO()
-    frames[0].save(
-        file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False
-    )
+    image.save(file, **options)
     return file.getvalue()
 
 

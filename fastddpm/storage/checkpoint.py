@@ -31,9 +31,10 @@ from fastddpm.errors import DataError, StorageError, UsageError
 from . import manifest
 from .documents import parse_json
 from .files import alive, move_into_place, sync
-from .locks import locked
+from .locks import is_locked, locked
 from .tensors import DTYPES, check_header, parse_tensors
 
+_LOCK = ".lock"
 _CHECKPOINT = re.compile(r"step-([0-9]{8,12})(\.old)?")
 _TEMPORARY = re.compile(r"\.tmp-[0-9]+(?:\.old)?-([0-9]{1,9})")
 _SHARD = re.compile(r"shard-[0-9]{5,}-model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
@@ -158,11 +159,25 @@ def lock(run: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot lock {run}: {error.strerror or error}") from error
 
-    def in_use(who: str) -> str:
+    def taken(who: str) -> str:
         return f"{run} is in use by {who}; stop it first, or choose another directory"
 
-    with locked(run / ".lock", in_use):
+    with locked(run / _LOCK, taken):
         yield
+
+
+def in_use(run: Path) -> bool:
+    """Return whether a process, this one included, holds the `lock` of `run`; False if the system cannot tell."""
+    return is_locked(run / _LOCK)
+
+
+def newest_step(run: Path) -> int | None:
+    """Return the step of the newest checkpoint of `run`, damaged or not; None if there is none or it is unreadable."""
+    try:
+        found = _checkpoints(run / "checkpoints")
+    except DataError:
+        return None
+    return _order(found[-1])[0] if found else None
 
 
 # Writing

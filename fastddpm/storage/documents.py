@@ -116,6 +116,8 @@ def parse_json(data: bytes, where: str | Path) -> Any:
         raise DataError(f"{where}: not valid JSON: {error}") from error
     level = [value]
     for _ in range(_JSON_DEPTH + 1):
+        if not level:
+            break
         level = [
             child for v in level for child in (v.values() if isinstance(v, dict) else v if type(v) is list else ())
         ]

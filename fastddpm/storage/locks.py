@@ -11,6 +11,8 @@ from pathlib import Path
 
 from fastddpm.errors import StorageError, UsageError
 
+from .reading import open_regular
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -39,6 +41,20 @@ def locked(path: Path, in_use: Callable[[str], str], on_wait: Callable[[], objec
         yield
     finally:
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process, this one included, holds the lock file `path`; False if the system cannot tell."""
+    if fcntl is None:
+        return False
+    try:
+        with open_regular(path) as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (OSError, ValueError):  # there is none, or no locks on this file system
+        return False
+    return False
 
 
 def _acquire(descriptor: int, path: Path, in_use: Callable[[str], str], on_wait: Callable[[], object] | None) -> None:

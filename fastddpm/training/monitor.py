@@ -94,7 +94,7 @@ class Monitor:
         return self._previews is not None and self._previews.due(step)
 
     def preview(self, step: int, network: nn.Module, diffusion: Diffusion) -> None:
-        """Draw the previews with `network`, and plot the loss by timestep if matplotlib is installed."""
+        """Draw the previews with `network`, plot the loss by t if matplotlib is installed, and write the page."""
         assert self._previews is not None
         picture = self._previews.draw(step, network, diffusion)
         if not self._group.is_main:
@@ -103,6 +103,9 @@ class Monitor:
             self._loggers.image(step, "preview", picture)
         if self._log is not None and importlib.util.find_spec("matplotlib") is not None:
             self._plot(step, self._log.path)
+        from .page import try_write_page
+
+        try_write_page(self._previews.run, training=True)
 
     def _plot(self, step: int, log: Path) -> None:
         from .plots import loss_by_t

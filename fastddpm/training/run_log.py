@@ -54,6 +54,18 @@ def read_log(path: Path) -> list[Record]:
     return [record for _, record in _lines(path) if record is not None]
 
 
+def read_log_thinned(path: Path, most: int) -> tuple[list[Record], int]:
+    """Return about `most` records of a log at most, evenly spread and with the last two lines, and its number of lines.
+
+    Only their lines are parsed, so a long log is read in little time; `read_log` says what a record is. Raises
+    `DataError` if there is no file to read.
+    """
+    count = sum(1 for _ in _raw_lines(path))
+    every = max(1, -(-count // most))
+    lines = (line for i, (line, whole) in enumerate(_raw_lines(path)) if whole and (i % every == 0 or i >= count - 2))
+    return [record for line in lines if (record := _record(line)) is not None], count
+
+
 def _drop_lines(path: Path, resume_step: int, report: Callable[[str], None]) -> None:
     """Rewrite the log without the lines after `resume_step` and those that are damaged."""
     kept, damaged = [], 0
@@ -74,6 +86,13 @@ def _drop_lines(path: Path, resume_step: int, report: Callable[[str], None]) -> 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
     """Yield each line with its record, None if it is damaged. Raises `DataError` if the file cannot be read."""
+    for line, whole in _raw_lines(path):
+        record = _record(line) if whole else None
+        yield line if record is None or line.endswith(b"\n") else line + b"\n", record
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Yield each line, at most its first 64 KiB, and whether that is all of it. Raises `DataError` as `_lines` does."""
     try:
         with open_regular(path) as file:
             check_size(file, _MAX_BYTES)
@@ -81,8 +100,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
                 end = line
                 while len(end) == _MAX_LINE_BYTES and not end.endswith(b"\n"):
                     end = file.readline(_MAX_LINE_BYTES)
-                record = _record(line) if end is line else None
-                yield line if record is None or line.endswith(b"\n") else line + b"\n", record
+                yield line, end is line
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{path} cannot be read: {reason}") from error

@@ -15,7 +15,7 @@ from fastddpm.network import interface_of
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.runtime.progress import log
 from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures
-from fastddpm.sampling.images import grid, save_png, to_uint8
+from fastddpm.sampling.images import animation_suffix, grid, save_png, to_uint8
 from fastddpm.sampling.sampler import Sampler
 
 
@@ -90,7 +90,8 @@ def draw_final_samples(
 ) -> list[Path]:
     """Draw the final samples, seeds 0, 1, .., each process its share; rank 0 writes them into `run`.
 
-    Returns the paths of samples.png, samples.npz and denoising.gif (rank 0's images); an empty list in other ranks.
+    Returns the paths of samples.png, samples.npz and denoising.webp (of rank 0's images; .gif if Pillow lacks WebP); an
+    empty list in other ranks.
     """
     config = preset.sample
     if config.count == 0:
@@ -104,4 +105,5 @@ def draw_final_samples(
     if not group.is_main:
         return []
     everything = range(config.count)
-    return save_pictures(np.concatenate(parts), everything, sampler.labels_for(everything), recorder.frames, run)
+    labels, suffix = sampler.labels_for(everything), animation_suffix()
+    return save_pictures(np.concatenate(parts), everything, labels, recorder.frames, run, suffix)

@@ -16,7 +16,9 @@ from PIL import Image
 
 import fastddpm
 from fastddpm import sample, train
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import DataError, DivergedError, UsageError
+from fastddpm.sampling.images import animation_suffix
+from fastddpm.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -123,7 +125,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_first_command_leaves_what_it_promises(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
-        "config.json", "log.jsonl", "checkpoints", "samples.png", "samples.npz", "denoising.gif",
+        "config.json", "log.jsonl", "checkpoints", "samples.png", "samples.npz",
+        f"denoising{animation_suffix()}", "index.html",
     }  # fmt: skip
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -131,10 +134,26 @@ def test_the_first_command_leaves_what_it_promises(run: Path) -> None:
     assert all(np.isfinite(line["loss"]) for line in lines)
     arrays = np.load(run / "samples.npz")
     assert arrays["images"].shape == (4, 1, 16, 16) and arrays["images"].dtype == np.uint8
-    with Image.open(run / "denoising.gif") as gif:
-        assert gif.n_frames == 6  # the noise, and the predictions of 5 steps
+    with Image.open(run / f"denoising{animation_suffix()}") as animation:
+        assert animation.n_frames == 6  # 5 steps and the images
     config = json.loads((run / "config.json").read_text())
     assert config["unet"]["width"] == 8 and config["train"]["steps"] == 6
+
+
+def test_the_page_is_of_the_finished_run(run: Path) -> None:
+    page = (run / "index.html").read_text()
+    assert '<span class="state finished">' in page and "trained on 5,000 images of digits for 6 steps" in page
+    assert "Seeds 0 to 3, ancestral sampling in 5 steps" in page and page.count("<img") == 2
+
+
+def test_a_run_that_stops_leaves_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(trainer: Trainer, *arguments: object, **options: object) -> Path:
+        raise DivergedError("stopped")
+
+    monkeypatch.setattr(Trainer, "run", stop)
+    with pytest.raises(DivergedError):
+        train.main([*TINY, "--out", str(tmp_path)])
+    assert '<span class="state not-begun">' in (tmp_path / "index.html").read_text()
 
 
 def test_the_run_directory_is_not_overwritten(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.runs import trained
-from PIL import Image
+from PIL import Image, features
 
 from fastddpm import ablation, compress, curves, doctor, evaluate, inpaint, sample, train
 from fastddpm.config import CodecOptions
@@ -334,21 +334,53 @@ def test_a_run_that_is_long_enough_is_not_called_short(
 # What an animation begins with
 
 
-def test_the_animation_begins_with_the_noise_and_is_small(run: Path, tmp_path: Path) -> None:
+def test_the_animation_is_x_t_beside_the_prediction(run: Path, tmp_path: Path) -> None:
+    """From the noise, which Philox alone gives, to the images, which samples.npz holds."""
     sample.main([str(run), "--seeds", "0-8", "--steps", "20", "--gif", "--out", str(tmp_path), "--device", "cpu"])
     with Image.open(tmp_path / "denoising.gif") as gif:
-        assert gif.n_frames == 21 and gif.width <= 310 and (tmp_path / "denoising.gif").stat().st_size < 2_000_000
-        first = np.asarray(gif.convert("L"))
+        assert gif.n_frames == 21 and gif.width <= 650 and (tmp_path / "denoising.gif").stat().st_size < 2_000_000
         assert gif.info["duration"] >= 400
+        first = np.asarray(gif.convert("L"))
+        gif.seek(20)
+        last = np.asarray(gif.convert("L"))
     scale = 300 // (3 * 16)
-    shown = first[: 16 * scale : scale, : 16 * scale : scale]
+    width, top = 3 * 16 * scale + 4, first.shape[0] - 8 - (3 * 16 * scale + 4)
+
+    def shown(frame: np.ndarray, left: int) -> np.ndarray:
+        return frame[top : top + 16 * scale : scale, left : left + 16 * scale : scale]
+
     from fastddpm import ops
     from fastddpm.kernels.philox import STREAM_INITIAL
 
     zero = torch.tensor(0)
     noise = ops.random_normal((1, 16, 16), torch.tensor([0]), zero, zero, STREAM_INITIAL)
     levels = ((noise[0, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    np.testing.assert_array_equal(shown, levels.numpy())
+    np.testing.assert_array_equal(shown(first, 8), levels.numpy())
+    images = np.load(tmp_path / "samples.npz")["images"]
+    np.testing.assert_array_equal(shown(last, 8), images[0, 0])
+    np.testing.assert_array_equal(shown(last, width + 16), images[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [(["webp"], "denoising.webp"), (["gif"], "denoising.gif"), (["none"], None)]
+)
+def test_the_animation_has_the_format_asked_for(run: Path, tmp_path: Path, flags: list[str], name: str | None) -> None:
+    if flags == ["webp"] and not features.check("webp"):
+        pytest.skip("this installation of Pillow writes no WebP")
+    sample.main([str(run), "--seeds", "0", "--steps", "2", "--animation", *flags, "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.glob("denoising*")] == ([] if name is None else [name])
+
+
+def test_an_animation_that_cannot_be_written_is_refused_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(UsageError, match="--gif and --animation webp exclude each other"):
+        sample.main([str(run), "--gif", "--animation", "webp", *out])
+    monkeypatch.setattr(features, "check", lambda name: False)
+    with pytest.raises(UsageError, match="writes no WebP; use --animation gif"):
+        sample.main([str(run), "--animation", "webp", *out])
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_override_is_recorded_and_marked(tmp_path: Path) -> None:

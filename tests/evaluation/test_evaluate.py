@@ -84,6 +84,14 @@ def test_one_command_measures_everything(whole: Path, run: Path) -> None:
     assert "fid" not in (whole / "metrics.json").read_text().lower()
 
 
+def test_the_page_of_the_run_shows_the_scores(run: Path, home: Path) -> None:
+    evaluate.main(command(run, run / "evaluation", "--metrics", "bpd"))
+    found = document(run / "evaluation")
+    assert found["checkpoint"]["step"] == 1
+    text = (run / "index.html").read_text()
+    assert f"{found['train']['bpd']['bits_per_dim']:.4f} ± " in text and "averaged weights after 1 steps." in text
+
+
 def test_before_anything_long_it_says_what_that_takes(
     run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

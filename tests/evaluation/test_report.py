@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from fastddpm.errors import DataError
-from fastddpm.evaluation.report import FILE, Report
+from fastddpm.evaluation.report import Report
+from fastddpm.pretrained.scores import FILE
 
 RECORD: dict[str, Any] = {"value": 1.5, "num_images": 4, "data": {"name": "digits"}}
 
 
 def opened(out: Path) -> Report:
     context: Any = SimpleNamespace(
-        out=out, name="mnist",
+        out=out, name="mnist", steps=7,
         sampler=SimpleNamespace(settings=lambda: {"network": "ab" * 32}),
     )  # fmt: skip
     return Report(context, Path("run"))

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {"train", "sample", "evaluate", "inpaint", "compress", "ablation", "curves", "doctor", "data.__main__"}
+COMMANDS = {
+    "train",
+    "sample",
+    "evaluate",
+    "inpaint",
+    "compress",
+    "ablation",
+    "page",
+    "curves",
+    "doctor",
+    "data.__main__",
+}
 LAYERS = [
     {"errors"},
     {"kernels", "storage", "runtime"},

@@ -81,6 +81,8 @@ def only_file(folder: Path) -> Path:
     return file
 
 
+PAGE = {f"fastddpm/training/page/page.{suffix}" for suffix in ("html", "css")}
+
 PROGRAM = """
 import fastddpm, fastddpm.data, os
 from fastddpm.kernels.philox import reference
@@ -137,7 +139,7 @@ def test_the_wheel_holds_everything_and_works_elsewhere(stale_checkout: Path, tm
     tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastddpm").rglob("*.py")}
     tracked |= {f"fastddpm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert tracked <= names
-    assert {*DATA, "fastddpm/py.typed"} <= names
+    assert {*DATA, *PAGE, "fastddpm/py.typed"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastddpm"}
     built = "_native.abi3.so" if shutil.which("c++") else "_native_missing.txt"
     made = {"fastddpm/kernels/_native_cuda_missing.txt", f"fastddpm/kernels/{built}"}
@@ -361,7 +363,7 @@ def test_the_source_archive_can_be_installed_from(stale_checkout: Path, tmp_path
         names = {name.partition("/")[2] for name in tar.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
     assert {Path(name).parent.as_posix() for name in sources} == {"csrc", "csrc/cpu", "csrc/cuda", "csrc/cuda/emulate"}
-    assert sources | {"kernels/native.py", *DATA, "README.md"} <= names
+    assert sources | {"kernels/native.py", *DATA, *PAGE, "README.md"} <= names
     for folder in ("tests", "benchmarks", "docs", "examples"):  # so that what is built of it can be tested
         assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.[pjm][ysd]*")} <= names
     assert not [name for name in names if Path(name).name in STALE or name.startswith("build")]

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from fastddpm.errors import DataError, StorageError, UsageError
-from fastddpm.sampling.images import grid, save_animation, save_png, to_uint8
+from fastddpm.sampling.images import beside, grid, save_animation, save_png, to_uint8
+
+needs_webp = pytest.mark.skipif(not features.check("webp"), reason="this installation of Pillow writes no WebP")
 
 
 def random_images(*shape: int, seed: int = 0) -> np.ndarray:
@@ -143,7 +145,7 @@ def test_grid_refuses_other_options(options: dict[str, int]) -> None:
 def read_animation(path: Path) -> tuple[list[np.ndarray], list[int], int]:
     """Frames as uint8 (H, W, 3), their durations in ms, and the number of repetitions, 0 for endless."""
     with Image.open(path) as opened:
-        assert opened.format == "GIF"
+        assert opened.format == path.suffix[1:].upper()
         frames, durations = [], []
         for k in range(opened.n_frames):
             opened.seek(k)
@@ -230,11 +232,61 @@ def test_an_animation_too_large_loses_frames_but_no_time(tmp_path: Path) -> None
     assert durations == [100, 100, 150, 100, 100, 700] and sum(durations) == 11 * 50 + 700
 
 
+@needs_webp
+def test_webp_keeps_frames_and_time(tmp_path: Path) -> None:
+    """Equal frames are one. Smooth pictures lose about 4 levels of 255; other ones would be 60 away."""
+    frames = [Image.fromarray(np.uint8(smooth_picture(k))) for k in (1, 1, 2)]
+    save_animation(frames, tmp_path / "a.webp", duration_ms=85, hold_ms=705)
+    read, durations, loop = read_animation(tmp_path / "a.webp")
+    assert (len(read), durations, loop) == (2, [170, 705], 0)
+    error = np.stack(read).astype(float) - np.stack([np.asarray(frames[k], float) for k in (0, 2)])
+    assert np.sqrt(np.square(error).mean()) < 6
+
+
+@needs_webp
+def test_webp_loses_quality_before_frames(tmp_path: Path) -> None:
+    frames = [Image.fromarray(random_images(64, 64, 3, seed=k)) for k in range(8)]
+    save_animation(frames, tmp_path / "best.webp", duration_ms=50, hold_ms=700)
+    best = (tmp_path / "best.webp").stat().st_size
+    for most, count in ((int(0.7 * best), 8), (int(0.4 * best), 4)):
+        save_animation(frames, tmp_path / "a.webp", duration_ms=50, hold_ms=700, most_bytes=most)
+        read, durations, _ = read_animation(tmp_path / "a.webp")
+        assert len(read) == count and sum(durations) == 7 * 50 + 700
+        assert (tmp_path / "a.webp").stat().st_size <= most
+
+
+@needs_webp
+@pytest.mark.slow
+def test_sixteen_noisy_pictures_of_64_pixels_are_below_one_megabyte(tmp_path: Path) -> None:
+    """The worst case: x_t that is noise in 24 frames. The paper's x_T takes every level, so nothing is smooth."""
+    smooth = np.uint8(np.tile(smooth_picture(0), (4, 4, 1))).transpose(2, 0, 1)[None]
+    frames = [beside([("x_t", random_images(1, 3, 256, 256, seed=k)), ("x_0", smooth)], scale=1) for k in range(24)]
+    save_animation(frames, tmp_path / "a.webp")
+    assert (tmp_path / "a.webp").stat().st_size <= 1_000_000
+    _, durations, _ = read_animation(tmp_path / "a.webp")
+    assert sum(durations) == 23 * 80 + 2000
+
+
+def test_grids_side_by_side_have_captions() -> None:
+    images = random_images(4, 1, 10, 10)
+    plain = np.asarray(beside([("", images), ("", images[::-1].copy())], scale=4))
+    named = np.asarray(beside([("x_t", images), ("a caption that is much longer than its grid", images)], scale=4))
+    size = 2 * 10 * 4 + 2
+    top = plain.shape[0] - size - 8
+    assert plain.shape == named.shape == (top + size + 8, 2 * size + 24)
+    assert np.array_equal(plain[top:-8, 8 : 8 + size], np.asarray(grid(images, scale=4, background=32)))
+    assert np.array_equal(plain[top:-8, 16 + size : -8], np.asarray(grid(images[::-1].copy(), scale=4, background=32)))
+    assert (plain[:top] == 32).all() and named[:top, : 8 + size].max() > 200
+    assert (named[:top, -8:] == 32).all() and (named[:top, 8 + size : 16 + size] == 32).all()
+
+
 def test_animation_refuses_other_frames(tmp_path: Path) -> None:
     grey, colour = Image.new("L", (4, 4)), Image.new("RGB", (4, 4))
     for frames in ([], [grey, colour], [grey, Image.new("L", (4, 5))], [Image.new("RGBA", (4, 4))]):
         with pytest.raises(UsageError, match="an animation needs"):
             save_animation(frames, tmp_path / "a.gif")
+    with pytest.raises(UsageError, match=r"as \.gif or \.webp; got a\.mp4"):
+        save_animation([grey], tmp_path / "a.mp4")
     for times in ({"duration_ms": 0}, {"duration_ms": -5}, {"hold_ms": 700_000}):
         with pytest.raises(UsageError, match="a frame lasts"):
             save_animation([grey], tmp_path / "a.gif", **times)

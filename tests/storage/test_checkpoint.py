@@ -371,6 +371,24 @@ def test_a_second_run_is_refused_and_told_who_holds_the_first(tmp_path: Path) ->
     assert checkpoint.load(run).step == 1
 
 
+@pytest.mark.skipif(locks.fcntl is None, reason="this system has no flock")
+def test_whether_a_run_is_in_use(tmp_path: Path) -> None:
+    """Looking takes no lock and makes no file, and a lock that its process has left is none."""
+    assert not checkpoint.in_use(tmp_path) and not list(tmp_path.iterdir())
+    with checkpoint.lock(tmp_path):
+        assert checkpoint.in_use(tmp_path) and checkpoint.in_use(tmp_path)
+    assert (tmp_path / ".lock").exists() and not checkpoint.in_use(tmp_path)
+    with checkpoint.lock(tmp_path):
+        pass
+
+
+def test_the_newest_step(tmp_path: Path) -> None:
+    assert checkpoint.newest_step(tmp_path) is None
+    for name in ("step-00000020", "step-00000100", "step-00000030.old", ".tmp-9-1", "other"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint.newest_step(tmp_path) == 100
+
+
 def test_a_garbled_lock_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_bytes(b"\xff\0" * 1000)
     with (

@@ -316,8 +316,9 @@ def test_a_wrong_environment_is_refused(
 
 
 def test_no_animation_of_shards(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--gif is for up to 1,024 images"):
-        sample.main(command(run, tmp_path, "--shard-size", "4", "--gif"))
+    for flags in (["--gif"], ["--animation", "gif"]):
+        with pytest.raises(UsageError, match=f"{flags[0]} is for up to 1,024 images"):
+            sample.main(command(run, tmp_path, "--shard-size", "4", *flags))
 
 
 # The batch that nobody asked for

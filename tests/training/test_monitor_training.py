@@ -15,6 +15,7 @@ from helpers.training import CPU, digest, noise_images, tiny_preset, train, whol
 from fastddpm import train as command
 from fastddpm.config import Preset
 from fastddpm.errors import UsageError
+from fastddpm.presets import write_preset
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from fastddpm.storage import checkpoint
 from fastddpm.training.profiling import Profile
@@ -55,6 +56,23 @@ def test_watching_changes_no_bit_of_a_checkpoint(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "watched" / "profile" / "trace.json.gz", "rt") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert sum(str(name).startswith("ProfilerStep#") for name in names) == 2
+
+
+def test_a_preview_writes_the_page_and_a_failing_page_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(tiny_preset(steps=2), noise_images(), CPU)
+    write_preset(trainer.preset, tmp_path / "config.json")
+    trainer.monitor.attach(previews=Previews(tmp_path, trainer.preset, every=1, steps=2, count=1))
+    trainer.run(tmp_path, JsonLines(tmp_path / "log.jsonl"))
+    page = (tmp_path / "index.html").read_text()
+    assert '<span class="state' in page and page.count("<img") == 2 and "is not written" not in capsys.readouterr().err
+    (tmp_path / "index.html").unlink()
+    (tmp_path / "index.html").mkdir()
+    trainer.preset = trainer.monitor._preset = tiny_preset(steps=3)
+    trainer.run(tmp_path, JsonLines(tmp_path / "log.jsonl", 2))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is not written" in line]
+    assert line.startswith(str(tmp_path / "index.html")) and trainer.step == 3
 
 
 def test_the_network_of_averages_is_no_copy() -> None:

@@ -1,5 +1,6 @@
 """A damaged log stops nothing: what can be read of it stays, and the rest is kept beside it."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastddpm.errors import DataError
-from fastddpm.training.run_log import JsonLines, read_log
+from fastddpm.training.run_log import JsonLines, read_log, read_log_thinned
 
 GOOD: list[dict[str, Any]] = [
     {"step": 2, "loss": 0.5, "gradient_norm": None, "loss_by_t": [0.1, None]},
@@ -103,3 +104,17 @@ def test_a_log_grown_to_gigabytes_is_not_read(tmp_path: Path) -> None:
         read_log(path)
     JsonLines(path, 1, said.append).close()
     assert len(said) == 1 and (tmp_path / "log.jsonl.damaged").exists() and path.stat().st_size == 0
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 100), (100, 10), (101, 10), (7, 3), (1, 1)])
+def test_a_thinned_log_is_even_and_ends_with_the_end(count: int, most: int, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(count)))
+    records, lines = read_log_thinned(path, most)
+    steps = [record["step"] for record in records]
+    assert lines == count and len(steps) <= most + 2 and steps[-1] == count - 1
+    assert len({b - a for a, b in itertools.pairwise(steps[:-1])}) <= 2
+    path.write_bytes(path.read_bytes() + b'{"step": ')  # killed as it wrote
+    assert read_log_thinned(path, most)[0][-1]["step"] == count - 1
+    with pytest.raises(DataError, match="cannot be read"):
+        read_log_thinned(tmp_path / "none", most)
