@@ -15,11 +15,12 @@ COMMANDS = {
     "page": "write a page about a run, to look at in a browser",
     "curves": "plot the logs of one or more runs",
     "data": "inspect a data set, verify it, or pack it into one file",
+    "pretrained": "pack the model of a run into one file",
     "doctor": "show which implementations run here, how exact and how fast they are",
 }
 USAGE = "\n".join(
     ["usage: python -m fastddpm.COMMAND [OPTIONS], or fastddpm COMMAND [OPTIONS]; --help lists the options", ""]
-    + [f"  {name:10}{purpose}" for name, purpose in COMMANDS.items()]
+    + [f"  {name:12}{purpose}" for name, purpose in COMMANDS.items()]
 )
 
 

@@ -143,6 +143,8 @@ def _with_reference(
     Raises `UsageError` for others that were asked for, for a file that is missing, and for options that contradict.
     """
     if command.write_statistics is not None:
+        if command.write_statistics.is_dir():
+            raise UsageError(f"{command.write_statistics} is a directory; name the .npz file to write")
         check_out(command.write_statistics.parent)
         if command.reference is not None and command.data is None:
             raise UsageError("--write-statistics writes those of the data; name them with --data beside --reference")

@@ -160,6 +160,7 @@ def measure_quality(
         return {}
     if comparison.write is not None:
         assert shards is not None
+        comparison.write.parent.mkdir(parents=True, exist_ok=True)
         write_statistics(reference_moments(shards).statistics(), network, comparison.write)
     common = _common(context, network, options)
     with announced("reading the features of the samples"):

@@ -1,9 +1,32 @@
-"""Trained models, read from runs and from other libraries' files, one module per format, without importing those."""
+"""Trained models, read from runs and from other libraries' files, one module per format, without importing those.
 
-from . import diffusers
-from .model import Model, read_preset
-from .run import load_weights
+Names are imported at their first use, so that `python -m fastddpm.pretrained --help` does not load torch.
+"""
 
-__all__ = ["Model", "diffusers", "load", "load_weights", "read_preset"]
+import importlib
+from typing import TYPE_CHECKING, Any
 
-load = Model.from_pretrained
+_HOMES = {"Model": ".model", "diffusers": None, "load": ".model", "load_weights": ".run", "read_preset": ".model"}
+__all__ = [*_HOMES]
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from . import diffusers as diffusers
+    from .model import Model as Model
+    from .model import load as load
+    from .model import read_preset as read_preset
+    from .run import load_weights as load_weights
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _HOMES[name]
+        return (
+            importlib.import_module(f".{name}", __name__)
+            if home is None
+            else getattr(importlib.import_module(home, __name__), name)
+        )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,9 +9,8 @@ import tyro
 
 from fastddpm.errors import UsageError
 from fastddpm.runtime import cli
+from fastddpm.runtime.progress import announced
 from fastddpm.storage.files import check_out
-
-from .compact import pack
 
 PROGRAM = "fastddpm.pretrained"
 
@@ -35,6 +34,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"name a .safetensors file to write; got {command.file}")
     check_out(command.file.parent)
     command.file.parent.mkdir(parents=True, exist_ok=True)
+    with announced("loading PyTorch"):
+        from .compact import pack
+
     checksum = pack(command.run, command.file, steps=command.steps)
     print(f"{command.file}: {command.file.stat().st_size:,} bytes, sha256 {checksum}")
 

@@ -46,6 +46,9 @@ class Model(Parts):
         diffusers.save(self, path, overwrite=overwrite)
 
 
+load = Model.from_pretrained
+
+
 def read_preset(path: str | os.PathLike[str]) -> Preset:
     """Return the configuration of what `Model.from_pretrained` reads at `path`. Raises as it does; reads no weights."""
     source, reader = _located(path)

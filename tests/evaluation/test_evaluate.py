@@ -364,7 +364,7 @@ def test_statistics_are_written_and_compared_with(
     whole: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the file alone the distance is that to the images, and what needs images is left out or refused."""
-    path = tmp_path / "digits.npz"
+    path = tmp_path / "made" / "digits.npz"
     evaluate.main(command(run, whole, "--metrics", "fid", "--write-statistics", str(path)))
     assert str(path) in capsys.readouterr().out.splitlines()
     expected = document(whole)["train"]["frechet_distance[digits]"]
@@ -388,6 +388,8 @@ def test_statistics_are_written_and_compared_with(
     ):
         with pytest.raises(UsageError, match=message):
             evaluate.main(command(run, tmp_path / "new", *given, *more))
+    with pytest.raises(UsageError, match=r"is a directory; name the \.npz file to write"):
+        evaluate.main(command(run, tmp_path / "new", "--write-statistics", str(tmp_path)))
     with pytest.raises(UsageError, match="--write-statistics needs the features of the data; add fid to --metrics"):
         evaluate.main(command(run, tmp_path / "new", "--metrics", "bpd", "--write-statistics", str(path)))
     assert not (tmp_path / "new").exists()

@@ -180,6 +180,6 @@ def test_beside_the_commands_there_are_seventeen_things_at_most() -> None:
 
 
 def test_the_commands_parse_their_options_without_torch() -> None:
-    modules = [f"fastddpm.{name}" for name in ("presets", "data", *sorted(COMMANDS))]
+    modules = [f"fastddpm.{name}" for name in ("presets", "data", "pretrained.__main__", *sorted(COMMANDS))]
     program = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -23,6 +23,7 @@ from fastddpm.diffusion import Diffusion, draw_examples
 from fastddpm.errors import UsageError
 from fastddpm.network import checksum
 from fastddpm.ops.noise import NoiseKey
+from fastddpm.pretrained import compact
 from fastddpm.pretrained.model import Model
 from fastddpm.storage import checkpoint
 from fastddpm.training import initial
@@ -119,7 +120,7 @@ def test_the_configuration_is_that_of_the_model(run: Path, tmp_path: Path, kind:
     sources = {"run": run, "checkpoint": next((run / "checkpoints").glob("step-*"))}
     sources |= {"diffusers": tmp_path / "pipeline", "file": tmp_path / "model.safetensors"}
     fastddpm.load(run).save_pretrained(sources["diffusers"])
-    pretrained.compact.pack(run, sources["file"])
+    compact.pack(run, sources["file"])
     expected = fastddpm.load(run).preset
     for chosen, base in ((False, fastddpm.preset("mnist")), (True, fastddpm.preset("cifar10"))):
         found = initial.starting_preset(str(sources[kind]), base, chosen=chosen)
