@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import UsageError
 from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
-from fastddpm.runtime.options import Device, Resize, SkipBad
+from fastddpm.runtime.options import Background, Device, Resize, SkipBad
 from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import difference, to_dict
 from fastddpm.storage.files import check_out
+from fastddpm.training.from_data import NAME, Given, Network, check_choices, choose_here, suppose, with_steps
+from fastddpm.training.runs import free_run, newest_checkpoint, newest_run
 from fastddpm.training.saved import RunOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from fastddpm.data import Dataset
     from fastddpm.storage import checkpoint
     from fastddpm.training.trainer import Trainer
@@ -39,15 +43,24 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class Command:
-    """Train a DDPM. Default: the embedded digits, on this machine, in a few minutes."""
+    """Train a DDPM. Default: the embedded digits, on this machine, in a few minutes. With --data alone: your images."""
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = DEFAULT_PRESET
-    """Configuration to start from; every option below overrides one of its values."""
+    """Configuration to start from; every option below overrides one of its values. With --data and without --preset,
+    what is not given is chosen from the images and the device, and said."""
     data: str | None = None
     """Images: a folder, .zip or .tar shards, parquet, LSUN's LMDB, CIFAR-10 as distributed, a .fdpack, or hf:NAME.
     Default: the embedded digits."""
+    network: Network | None = None
+    """With --data and without --preset: size of the network. Default: tiny on a CPU, small or base on a GPU."""
+    minutes: float | None = None
+    """Train for about so many minutes, samples included, in place of --steps: the first steps are timed. Default: 30
+    with --data and without --preset."""
     resize: Resize = "none"
+    background: Background = None
     skip_bad: SkipBad = False
+    allow_bad: float = 0.0
+    """Leave out images that cannot be used if they are at most this share of all, 0 to 1. --skip-bad is 1."""
     data_workers: int | None = None
     """Worker processes that decode images ahead of training. Default: one per core, at most 8. 0: decode in the
     training process. Unused if the decoded data set fits in memory."""
@@ -105,7 +118,8 @@ def main(arguments: Sequence[str]) -> None:
         distributed.assert_same(
             (to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", group
         )
-        dataset = _open_data(command, wanted, group, report)
+        command, base, dataset = _prepared(command, arguments, base, device, group, report)
+        wanted = command.resolved()
 
         def build() -> Trainer:
             with announced("building the network", report):
@@ -143,25 +157,24 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
 
     If torchrun or SLURM restarted this command, it resumes the run that it had begun.
     """
-    name = cli.peek(arguments, "--preset") or DEFAULT_PRESET
-    base = preset(name)
+    name = cli.peek(arguments, "--preset") or (NAME if cli.peek(arguments, "--data") else DEFAULT_PRESET)
     out = cli.peek(arguments, "--out")
     helps = "--help" in arguments or "-h" in arguments
     again = distributed.restarted() and out is not None and (Path(out) / "config.json").exists()
     resuming = ("--resume" in arguments or again) and not helps
     options = RunOptions()
-    if resuming:
-        run = Path(out) if out else _newest_run(cli.peek(arguments, "--preset"))
+    if not resuming:
+        base = suppose(Given.of(arguments), group.world_size) if name == NAME else preset(name)
+    else:
+        run = Path(out) if out else newest_run(cli.peek(arguments, "--preset"))
         if not (run / "config.json").is_file():
             raise UsageError(f"nothing to resume: {run} holds no run (there is no config.json in it)")
         base = read_preset(run / "config.json")
         if cli.peek(arguments, "--preset") not in (None, base.name):
             raise UsageError(f"{run} is a run of preset {base.name}, not {name}; leave --preset out")
         options = RunOptions.read(run)
-    default = Command(
-        base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample, **vars(options)
-    )
-    command = dataclasses.replace(cli.parse(Command, arguments, program=PROGRAM, default=default), resume=resuming)
+    command = dataclasses.replace(_command(arguments, base, options), resume=resuming)
+    check_choices(arguments, name, command.allow_bad, command.minutes, resuming="--resume" in arguments)
     if not 0 < command.timeout <= distributed.MAX_TIMEOUT_S:
         raise UsageError(
             f"--timeout must be more than 0 and at most {distributed.MAX_TIMEOUT_S:,} s; got {command.timeout}"
@@ -173,7 +186,7 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
     if not resuming:
         if command.out is None and (group.world_size > 1 or distributed.restarted()):
             raise UsageError("name the run's directory with --out, so that a restart finds it")
-        run = command.out or _free_run(name)
+        run = command.out or free_run(name)
         if not command.dry_run:
             _refuse_taken(run)
             check_out(run)
@@ -181,6 +194,43 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
     _refuse_changes(base, command, run)
     check_out(run)
     return command, base, run
+
+
+def _command(arguments: Sequence[str], base: Preset, options: RunOptions) -> Command:
+    """Return the options of the command line, whose defaults are those of `base` and `options`."""
+    default = Command(
+        base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample, **vars(options)
+    )
+    return cli.parse(Command, arguments, program=PROGRAM, default=default)
+
+
+def _prepared(
+    command: Command,
+    arguments: Sequence[str],
+    base: Preset,
+    device: "torch.device",
+    group: distributed.ProcessGroup,
+    report: Callable[[str], None],
+) -> tuple[Command, Preset, "Dataset"]:
+    """Open the data. Return it with the options, to which what the images and --minutes decide is added."""
+    new = not command.resume
+    if new and command.preset == NAME:
+        from fastddpm.training.trainer import check_options
+
+        assert command.data is not None
+        chosen = choose_here(command.data, Given.of(arguments), device, group, report)
+        base = chosen.preset
+        command = dataclasses.replace(_command(arguments, base, chosen.options), minutes=chosen.minutes)
+        check_options(command.resolved(), group)
+    dataset = _open_data(command, command.resolved(), group, report)
+    if new and command.minutes is not None:
+        from fastddpm.training.time_budget import steps_within
+
+        wanted, workers = command.resolved(), command.data_workers
+        steps = steps_within(command.minutes, wanted, dataset, device, group, data_workers=workers, report=report)
+        base = with_steps(base, steps)
+        command = _command(arguments, base, command.run_options())
+    return command, base, dataset
 
 
 def _refuse_taken(run: Path) -> None:
@@ -220,7 +270,8 @@ def _open_data(
             image_size=wanted.unet.image_size,
             channels=wanted.unet.image_channels,
             resize=command.resize,
-            skip_bad=command.skip_bad,
+            background=command.background,
+            skip_bad=command.run_options().bad_share,
             report=report,
         )
 
@@ -230,38 +281,6 @@ def _open_data(
     distributed.assert_same((len(dataset.images), dataset.checksum), "the number of images or their sha256", group)
     report(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}")
     return dataset
-
-
-def _newest_run(name: str | None) -> Path:
-    """Return the run in runs/ whose last checkpoint is the newest, of the preset `name` if one is given."""
-    runs = [path.parent for path in Path("runs").glob("*/config.json")]
-    if name is not None:
-        runs = [run for run in runs if _preset_name(run) == name]
-    if not runs:
-        what = "run" if name is None else f"run of preset {name}"
-        raise UsageError(f"nothing to resume: no {what} in {Path('runs').resolve()}; name one with --out")
-    return max(runs, key=_last_saved)
-
-
-def _preset_name(run: Path) -> str | None:
-    try:
-        return read_preset(run / "config.json").name
-    except (UsageError, DataError) as error:
-        log(f"{run} is passed over: {error}")
-        return None
-
-
-def _last_saved(run: Path) -> float:
-    """Return when the newest checkpoint of a run was written, or its configuration if it has none."""
-    saved = [path.stat().st_mtime for path in (run / "checkpoints").glob("step-*")]
-    return max(saved, default=(run / "config.json").stat().st_mtime)
-
-
-def _free_run(name: str) -> Path:
-    number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
 
 
 def _train(
@@ -291,7 +310,7 @@ def _train(
         if command.resume:
             distributed.on_main(claim, group)
             with announced(f"reading the newest checkpoint of {run}", report):
-                saved = _newest_checkpoint(run, group, report)
+                saved = newest_checkpoint(run, group, report)
             if saved is not None:
                 check_fit(wanted.unet, saved)  # before the network takes memory
         trainer = build()
@@ -372,27 +391,6 @@ def _attach_loggers(
         previews=Previews(run, preset, config.preview_every, config.preview_steps, group=group),
         profile=Profile(run, command.profile, trainer.device) if command.profile and group.is_main else None,
     )
-
-
-def _newest_checkpoint(
-    run: Path, group: distributed.ProcessGroup, report: Callable[[str], None]
-) -> "checkpoint.Checkpoint | None":
-    """Return the newest undamaged checkpoint, found and verified by rank 0 and read by each process; None if none."""
-    from fastddpm.storage import checkpoint
-
-    own: list[checkpoint.Checkpoint] = []
-
-    def find() -> tuple[Path, list[str]] | None:
-        saved = checkpoint.load_newest(run, report)
-        if saved is None:
-            return None
-        own.append(saved)
-        return saved.path, [*saved.tensors]
-
-    found = distributed.on_main(find, group)
-    if found is None or own:
-        return own[0] if own else None
-    return checkpoint.load(*found)
 
 
 if __name__ == "__main__":

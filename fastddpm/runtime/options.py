@@ -36,6 +36,14 @@ Resize = Annotated[
 SkipBad = Annotated[
     bool, tyro.conf.arg(help="Leave out images that cannot be used. Default: stop with a list of them.")
 ]
+Background = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="COLOUR",
+        help='Put transparent images on this colour, a name or "#rrggbb", and convert CMYK and the like to RGB. '
+        "None: refuse these images.",
+    ),
+]
 
 MAX_NUMBERS = 10_000_000
 _NUMBER = re.compile("[0-9]{1,19}")

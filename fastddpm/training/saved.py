@@ -74,7 +74,9 @@ class RunOptions:
 
     data: str | None = None
     resize: ResizeName = "none"
+    background: str | None = None
     skip_bad: bool = False
+    allow_bad: float = 0.0
     data_workers: int | None = None
     timeout: float = 600.0
     wandb: str | None = None
@@ -85,6 +87,11 @@ class RunOptions:
         if self.data is not None and Path(self.data).exists():
             document["data"] = str(Path(self.data).absolute())
         write_json(run / _OPTIONS, document)
+
+    @property
+    def bad_share(self) -> float:
+        """The share of bad images that may be left out: `skip_bad` of `open_dataset`."""
+        return 1.0 if self.skip_bad else self.allow_bad
 
     @staticmethod
     def read(run: Path) -> "RunOptions":
