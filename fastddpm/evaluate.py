@@ -11,7 +11,16 @@ import tyro
 from fastddpm.errors import UsageError
 from fastddpm.evaluation.options import PICTURE_NAMES, QUALITY_METRICS, BitsOptions, PictureOptions, QualityOptions
 from fastddpm.runtime import cli, distributed
-from fastddpm.runtime.options import BatchSize, Checkpoint, Device, Resize, SkipBad, check_checkpoint, check_positive
+from fastddpm.runtime.options import (
+    Background,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Resize,
+    SkipBad,
+    check_checkpoint,
+    check_positive,
+)
 from fastddpm.runtime.progress import announced, discard, duration, log
 from fastddpm.sampling.options import ChainOptions
 from fastddpm.storage.files import check_out
@@ -48,6 +57,7 @@ class Command:
     split: Literal["train", "test"] = "train"
     """Split of the data, if they have splits. The published FID is of train, the published bits/dim are of test."""
     resize: Resize = "none"
+    background: Background = None
     skip_bad: SkipBad = False
     features: Annotated[str | None, tyro.conf.arg(metavar="inception|digits|efficientnet-lite0|PATH")] = None
     """Feature network of the scores, or a .pth or .safetensors file of Inception weights.
@@ -152,7 +162,7 @@ def _context(
     config = model.unet.config
     dataset = open_dataset(
         command.data, image_size=config.image_size, channels=config.image_channels,
-        resize=command.resize, skip_bad=command.skip_bad, split=command.split,
+        resize=command.resize, background=command.background, skip_bad=command.skip_bad, split=command.split,
     )  # fmt: skip
     return EvaluationContext(model, sampler, dataset, batch, device, _out(command), group)
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.errors import DataError, UsageError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastddpm.data.image import Preprocessing
     from fastddpm.data.inspect import Findings
 
+T = TypeVar("T")
 Network = Literal["tiny", "small", "base", "paper"]
 NAME = "photos"  # of the configuration, and so of the run directory
 MINUTES = 30.0
@@ -211,10 +212,10 @@ def choose(
         )
     channels, text = _channels(found, packed)
     say("--image-channels", given.image_channels, text)
-    minutes = None if given.steps is not None else (given.minutes or MINUTES)
+    minutes = None if given.steps is not None else _or(given.minutes, MINUTES)
     size, text = _image_size(found, machine, minutes, packed)
     say("--image-size", given.image_size, text)
-    size, channels = given.image_size or size, given.image_channels or channels
+    size, channels = _or(given.image_size, size), _or(given.image_channels, channels)
     resize: Literal["none", "area"] = "none" if packed else "area"
     if not packed:
         say("--resize", given.resize, "cropped to the central square, resized with an antialiasing filter (area)")
@@ -224,15 +225,16 @@ def choose(
         )
     num_classes, text = _classes(found, count)
     say("--num-classes", given.num_classes, text)
-    num_classes = num_classes if given.num_classes is None else given.num_classes
+    num_classes = _or(given.num_classes, num_classes)
     network: str = given.network or _network(machine, count)
     unet = unet_of(network, size, channels, num_classes)
     say("--network", given.network, f"network {network}: {_network_reason(machine, count)}")
-    batch, text = _batch(unet, machine, count, given.accumulate or 1)
+    accumulate = _or(given.accumulate, 1)
+    batch, text = _batch(unet, machine, count, max(1, accumulate))
     say("--batch", given.batch, text)
     train = TrainConfig(
-        batch=given.batch or batch,
-        accumulate=given.accumulate or 1,
+        batch=_or(given.batch, batch),
+        accumulate=accumulate,
         lr=_NETWORKS[network].lr,
         decay="cosine",
         precision="bf16" if machine.device == "cuda" else "fp32",
@@ -243,11 +245,15 @@ def choose(
     slow = machine.device == "cpu"
     sample = SampleConfig(steps=100 if slow else 250, guidance=2.0 if num_classes else 1.0, count=36 if slow else 64)
     diffusion = DiffusionConfig(schedule="cosine", prediction="v", variance="fixedsmall")
-    preset = with_steps(Preset(NAME, unet, diffusion, train, sample), given.steps or 1000)
+    preset = with_steps(Preset(NAME, unet, diffusion, train, sample), _or(given.steps, 1000))
     reading = (
         RunOptions(source) if packed else RunOptions(source, resize=resize, background="white", allow_bad=MOST_BAD)
     )
     return Chosen(preset, reading, minutes, tuple(lines))
+
+
+def _or(given: T | None, chosen: T) -> T:
+    return chosen if given is None else given
 
 
 def with_steps(preset: Preset, steps: int) -> Preset:
@@ -257,7 +263,7 @@ def with_steps(preset: Preset, steps: int) -> Preset:
     checkpoints and previews fit that length: the average spans the last tenth, 1 / (1 - ema) = steps / 10, with at most
     the paper's 0.9999.
     """
-    train = dataclasses.replace(preset.train, steps=steps)
+    train = dataclasses.replace(preset.train, steps=steps)  # raises UsageError unless steps are positive
     if preset.name == NAME:
         quarter = max(1, min(5000, -(-steps // 4)))
         train = dataclasses.replace(
@@ -301,11 +307,13 @@ def unet_of(network: str, image_size: int, channels: int, num_classes: int) -> U
 def bytes_per_image(unet: UNetConfig) -> int:
     """Return about how many bytes of float32 activations the backward pass of one image needs, seldom too few.
 
-    Eight feature maps of each residual block, down and up.
+    Eight feature maps of each residual block, down and up, and six more where attention follows it.
     """
-    blocks = 2 * unet.blocks + 1
-    maps = sum((unet.image_size >> i) ** 2 * unet.width * m for i, m in enumerate(unet.multipliers))
-    return 4 * 8 * blocks * maps
+    blocks, maps = 2 * unet.blocks + 1, 0
+    for i, multiplier in enumerate(unet.multipliers):
+        side = unet.image_size >> i
+        maps += (14 if side in unet.attention_resolutions else 8) * side**2 * unet.width * multiplier
+    return 4 * blocks * maps
 
 
 # One choice each: its value, and the line that gives the reason
