@@ -37,6 +37,7 @@ class Inspect:
     """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
     """Which split of the source. test is refused if the source has no splits and its name does not say test."""
+    background: Background = None
     duplicates: bool = True
     """Look for images with equal pixels."""
     json: bool = False
@@ -105,14 +106,18 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _inspect(command: Inspect) -> None:
+    from .image import check_background
     from .inspect import scan
     from .pack.format import ENDING, open_pack
     from .sources import open_image_source
 
+    check_background(command.background)
     image_source = open_image_source(command.source, command.split)
     pack = open_pack(Path(command.source)) if command.source.lower().endswith(ENDING) else None
     with _problem_list() as full_list:
-        found = scan(image_source, duplicates=command.duplicates, full_list=full_list, report=log)
+        found = scan(
+            image_source, background=command.background, duplicates=command.duplicates, full_list=full_list, report=log
+        )
     proposal = _proposal(command.source) if command.split == "train" else []
     if command.json:
         print(json.dumps({**vars(found), "pack": pack and _described(pack), "training": proposal}, indent=1))

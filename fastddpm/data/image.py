@@ -54,21 +54,24 @@ class Preprocessing:
     background: str | None = None
 
     def __post_init__(self) -> None:
-        if self.background is None:
-            return
-        try:
-            opaque = len(ImageColor.getrgb(self.background)) == 3
-        except ValueError:
-            opaque = False
-        if not opaque:
-            raise UsageError(
-                f'the background must be the name of a colour, as in white, or "#rrggbb"; got {self.background!r:.100}'
-            )
+        check_background(self.background)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape (C, S, S) of a decoded image."""
         return self.channels, self.image_size, self.image_size
+
+
+def check_background(background: str | None) -> None:
+    """Raise UsageError unless `background` is None or an opaque colour."""
+    try:
+        opaque = background is None or len(ImageColor.getrgb(background)) == 3
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise UsageError(
+            f'the background must be the name of a colour, as in white, or "#rrggbb"; got {background!r:.100}'
+        )
 
 
 @dataclass(frozen=True)

@@ -141,13 +141,15 @@ def scan(
     image_source: ImageSource,
     *,
     preprocessing: Preprocessing | None = None,
+    background: str | None = None,
     duplicates: bool = True,
     full_list: Path,
     report: Report,
 ) -> Findings:
     """Decode every image and count images, kinds, sizes, classes, bad images and, with `duplicates`, equal ones.
 
-    Images are decoded at their own size; with `preprocessing` they must also be usable by it. Equality is that of
+    Images are decoded at their own size, on `background` if one is given (see `Preprocessing`); with `preprocessing`
+    they must also be usable by it. Equality is that of
     size and pixels, by a 128-bit digest. Memory, beside the source's own list of images: 16 encoded images and one
     decoded image per processor, the counts of 1,000 sizes and of the classes, 100 problems (if there are more, all are
     written to `full_list`), and at most 100 MB for comparing.
@@ -158,7 +160,7 @@ def scan(
 
     def look(item: EncodedImage) -> _Seen:
         data = item.read()
-        picture = open_picture(data, None if preprocessing is None else preprocessing.background)
+        picture = open_picture(data, background if preprocessing is None else preprocessing.background)
         if preprocessing is not None:
             fitted(picture, preprocessing)
         pixels = digest(picture.image) if duplicates else b""

@@ -374,13 +374,16 @@ def _classes(found: "Findings", count: int) -> tuple[int, str]:
     if number < 2:
         return 0, "no classes: all images have one label"
     if median < LEAST_OF_A_CLASS:
-        return 0, f"no classes: {number:,} labels with {median:g} images each are too few images ({LEAST_OF_A_CLASS})"
+        return (
+            0,
+            f"no classes: of {number:,} labels, the median one has {median:g} images, fewer than {LEAST_OF_A_CLASS}",
+        )
     most = max(found.classes) + 1
     if most > min(count, _MOST_CLASSES):
         return 0, f"no classes: the labels are numbers up to {most - 1:,}"
     names = [name if name.isprintable() else ascii(name) for name in found.class_names[:4]]
     shown = f" ({', '.join(names)}{', ..' if len(found.class_names) > 4 else ''})" if names else ""
-    return most, f"{most:,} classes{shown}, {median:g} images each, with guidance 2"
+    return most, f"{most:,} classes{shown}, {median:g} images in the median one, with guidance 2"
 
 
 def _network(machine: Machine, count: int) -> str:
