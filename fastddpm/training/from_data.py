@@ -5,7 +5,6 @@ Imports no torch. `choose` is a pure function of what `data.inspect.survey` foun
 
 import dataclasses
 import math
-import statistics
 import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -242,8 +241,12 @@ def choose(
     lines.append("images are also shown mirrored [--no-flip]")
     if minutes is not None:
         say("--minutes, --steps", given.minutes, f"{minutes:g} minutes: the steps are measured before the first")
-    slow = machine.device == "cpu"
-    sample = SampleConfig(steps=100 if slow else 250, guidance=2.0 if num_classes else 1.0, count=36 if slow else 64)
+    guidance = 2.0 if num_classes else 1.0
+    sample = (
+        SampleConfig("ddim", 50, guidance=guidance, count=36)
+        if machine.device == "cpu"
+        else SampleConfig(steps=250, guidance=guidance)
+    )
     diffusion = DiffusionConfig(schedule="cosine", prediction="v", variance="fixedsmall")
     preset = with_steps(Preset(NAME, unet, diffusion, train, sample), _or(given.steps, 1000))
     reading = (
@@ -341,7 +344,7 @@ def _image_size(
     side = _side(found.sides)
     size = max((size for size in SIZES if size <= min(side, limit)), default=SIZES[0])
     if side < SIZES[0]:
-        return size, f"{size}x{size} pixels: enlarged, because a tenth of the images have fewer than {side + 1}"
+        return size, f"{size}x{size} pixels: enlarged, because nine of ten images reach only {side} on the shorter side"
     reason = "the most for this device and time"
     if size < limit:
         reason = f"nine of ten images have at least {side} on their shorter side"
@@ -370,20 +373,20 @@ def _side(sides: Counter[int]) -> int:
 def _classes(found: "Findings", count: int) -> tuple[int, str]:
     if not found.classes:
         return 0, "no classes: the images have no labels"
-    number, median = len(found.classes), statistics.median(found.classes.values())
+    number, median = len(found.classes), sorted(found.classes.values())[len(found.classes) // 2]
     if number < 2:
         return 0, "no classes: all images have one label"
     if median < LEAST_OF_A_CLASS:
         return (
             0,
-            f"no classes: of {number:,} labels, the median one has {median:g} images, fewer than {LEAST_OF_A_CLASS}",
+            f"no classes: the median of {number:,} labels has fewer than {LEAST_OF_A_CLASS} images ({median})",
         )
     most = max(found.classes) + 1
     if most > min(count, _MOST_CLASSES):
         return 0, f"no classes: the labels are numbers up to {most - 1:,}"
     names = [name if name.isprintable() else ascii(name) for name in found.class_names[:4]]
     shown = f" ({', '.join(names)}{', ..' if len(found.class_names) > 4 else ''})" if names else ""
-    return most, f"{most:,} classes{shown}, {median:g} images in the median one, with guidance 2"
+    return most, f"{most:,} classes{shown}, {median:,} images in the median one, with guidance 2"
 
 
 def _network(machine: Machine, count: int) -> str:

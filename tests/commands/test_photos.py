@@ -22,7 +22,7 @@ from helpers.image_folder import png
 from helpers.marks import slow
 from PIL import Image
 
-from fastddpm import train
+from fastddpm import evaluate, train
 from fastddpm.data import __main__ as data
 from fastddpm.data import open_dataset
 from fastddpm.errors import DataError, UsageError
@@ -294,6 +294,15 @@ def test_inspect_proposes_the_same_line(home: Path, capsys: pytest.CaptureFixtur
     assert len(proposed) == 11 and set(chosen[:9]) < set(proposed)
     data.main(["inspect", str(source), "--json", "--background", "white"])
     assert shlex.join(["--data", str(source)]) in json.loads(capsys.readouterr().out)["training"][0]
+
+
+def test_evaluation_reads_them_with_the_same_options(home: Path) -> None:
+    source = str(as_folder(photographs(), home / "photos"))
+    train.main([*QUICK, "--data", source, "--steps", "1", "--timesteps", "5", "--sample.steps", "5"])
+    arguments = ["runs/photos", "--data", source, "--resize", "area", "--metrics", "none", "--device", "cpu"]
+    with pytest.raises(DataError, match="transparent pixels; flatten it onto a background, as --background white does"):
+        evaluate.main(arguments)
+    evaluate.main([*arguments, "--background", "white"])
 
 
 def test_a_pack_is_taken_as_it_was_packed(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,10 +107,10 @@ def test_the_largest_size_of_a_device(machine: Machine, minutes: float, size: in
         ({0: 1000}, 0, "all images have one label"),
         ({0: 500, 1: 500}, 2, "2 classes (cat, dog), 500 images in the median one, with guidance 2"),
         ({0: 16, 1: 16}, 2, "2 classes"),
-        ({0: 15, 1: 15}, 0, "of 2 labels, the median one has 15 images, fewer than 16"),
+        ({0: 15, 1: 15}, 0, "the median of 2 labels has fewer than 16 images (15)"),
         ({0: 900, 1: 20, 2: 1}, 3, "3 classes"),
         ({0: 500, 70_000: 500}, 0, "the labels are numbers up to 70,000"),
-        ({i: 1 for i in range(1000)}, 0, "of 1,000 labels, the median one has 1 images"),
+        ({i: 1 for i in range(1000)}, 0, "the median of 1,000 labels has fewer than 16 images (1)"),
     ],
 )
 def test_classes_with_enough_images(classes: dict[int, int] | None, num_classes: int, reason: str) -> None:
