@@ -15,13 +15,13 @@ import tyro
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.errors import UsageError
-from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
+from fastddpm.presets import PRESETS, describe, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import Background, Device, Resize, SkipBad
 from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import difference, to_dict
 from fastddpm.storage.files import check_out
-from fastddpm.training.from_data import NAME, Given, Network, check_choices, choose_here, suppose, with_steps
+from fastddpm.training import from_data
 from fastddpm.training.runs import free_run, newest_checkpoint, newest_run
 from fastddpm.training.saved import RunOptions
 
@@ -51,7 +51,7 @@ class Command:
     data: str | None = None
     """Images: a folder, .zip or .tar shards, parquet, LSUN's LMDB, CIFAR-10 as distributed, a .fdpack, or hf:NAME.
     Default: the embedded digits."""
-    network: Network | None = None
+    network: from_data.Network | None = None
     """With --data and without --preset: size of the network. Default: tiny on a CPU, small or base on a GPU."""
     minutes: float | None = None
     """Train for about so many minutes, samples included, in place of --steps: the first steps are timed. Default: 30
@@ -157,14 +157,14 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
 
     If torchrun or SLURM restarted this command, it resumes the run that it had begun.
     """
-    name = cli.peek(arguments, "--preset") or (NAME if cli.peek(arguments, "--data") else DEFAULT_PRESET)
+    name = cli.peek(arguments, "--preset") or (from_data.NAME if from_data.names_images(arguments) else DEFAULT_PRESET)
     out = cli.peek(arguments, "--out")
     helps = "--help" in arguments or "-h" in arguments
     again = distributed.restarted() and out is not None and (Path(out) / "config.json").exists()
     resuming = ("--resume" in arguments or again) and not helps
     options = RunOptions()
     if not resuming:
-        base = suppose(Given.of(arguments), group.world_size) if name == NAME else preset(name)
+        base = from_data.starting_point(name, arguments, group.world_size)
     else:
         run = Path(out) if out else newest_run(cli.peek(arguments, "--preset"))
         if not (run / "config.json").is_file():
@@ -174,7 +174,7 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
             raise UsageError(f"{run} is a run of preset {base.name}, not {name}; leave --preset out")
         options = RunOptions.read(run)
     command = dataclasses.replace(_command(arguments, base, options), resume=resuming)
-    check_choices(arguments, name, command.allow_bad, command.minutes, resuming="--resume" in arguments)
+    from_data.check_choices(arguments, name, command.allow_bad, command.minutes, resuming="--resume" in arguments)
     if not 0 < command.timeout <= distributed.MAX_TIMEOUT_S:
         raise UsageError(
             f"--timeout must be more than 0 and at most {distributed.MAX_TIMEOUT_S:,} s; got {command.timeout}"
@@ -214,11 +214,11 @@ def _prepared(
 ) -> tuple[Command, Preset, "Dataset"]:
     """Open the data. Return it with the options, to which what the images and --minutes decide is added."""
     new = not command.resume
-    if new and command.preset == NAME:
+    if new and command.preset == from_data.NAME:
         from fastddpm.training.trainer import check_options
 
         assert command.data is not None
-        chosen = choose_here(command.data, Given.of(arguments), device, group, report)
+        chosen = from_data.choose_here(command.data, from_data.Given.of(arguments), device, group, report)
         base = chosen.preset
         command = dataclasses.replace(_command(arguments, base, chosen.options), minutes=chosen.minutes)
         check_options(command.resolved(), group)
@@ -228,7 +228,7 @@ def _prepared(
 
         wanted, workers = command.resolved(), command.data_workers
         steps = steps_within(command.minutes, wanted, dataset, device, group, data_workers=workers, report=report)
-        base = with_steps(base, steps)
+        base = from_data.with_steps(base, steps)
         command = _command(arguments, base, command.run_options())
     return command, base, dataset
 

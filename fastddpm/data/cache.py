@@ -199,7 +199,8 @@ def _replace(entry: Path, temporary: Path) -> None:
 
 
 def _key(image_source: ImageSource, preprocessing: Preprocessing, skip_bad: float) -> str:
-    identity = [_VERSION, str(Path(image_source.name).resolve()), image_source.listing, asdict(preprocessing), skip_bad]
+    identity = [_VERSION, str(Path(image_source.name).resolve()), image_source.listing, asdict(preprocessing)]
+    identity.append(float(skip_bad))
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 

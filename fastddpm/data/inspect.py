@@ -207,6 +207,7 @@ def survey(image_source: ImageSource, *, looked_at: int = LOOKED_AT) -> Findings
     for _, _, seen in map_images(part, look, problems, title="reading headers"):
         _count(found, seen)
     found.bad = problems.count
+    problems.close()
     return found
 
 

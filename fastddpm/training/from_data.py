@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.errors import DataError, UsageError
 from fastddpm.presets import PRESETS
+from fastddpm.presets import preset as preset_of
 from fastddpm.runtime import cli
 from fastddpm.runtime.distributed import ProcessGroup, on_main
 from fastddpm.runtime.progress import announced
@@ -58,7 +59,7 @@ class _Size(NamedTuple):
 
 
 _NETWORKS: dict[str, _Size] = {
-    "tiny": _Size(32, 1, 0.0, 1e-3),
+    "tiny": _Size(32, 1, 0.0, 2e-3),
     "small": _Size(64, 2, 0.1, 5e-4),
     "base": _Size(96, 2, 0.1, 3e-4),
     "paper": _Size(128, 2, 0.1, 2e-4),
@@ -105,6 +106,11 @@ class Given:
         return Given(**found)
 
 
+def names_images(arguments: Sequence[str]) -> bool:
+    """Return whether --data names images, and not the embedded digits, which are None."""
+    return cli.peek(arguments, "--data") not in (None, "None")
+
+
 def check_choices(
     arguments: Sequence[str], name: str, allow_bad: float, minutes: float | None, *, resuming: bool
 ) -> None:
@@ -112,7 +118,7 @@ def check_choices(
 
     `name`: of the configuration. `resuming`: --resume was given.
     """
-    if name == NAME and not resuming and cli.peek(arguments, "--data") is None:
+    if name == NAME and not resuming and not names_images(arguments):
         raise UsageError(f"{NAME} is chosen from your images: name them with --data")
     if not 0 <= allow_bad <= 1:
         raise UsageError(f"--allow-bad must be in 0..1, a share of the images; got {allow_bad}")
@@ -122,6 +128,11 @@ def check_choices(
         raise UsageError("--minutes chooses the number of steps; give --minutes or --steps, not both")
     if minutes is not None and resuming:
         raise UsageError("--minutes chooses the number of steps of a new run; with --resume, --steps changes it")
+    background = cli.peek(arguments, "--background")
+    if background not in (None, "None"):
+        from fastddpm.data.image import check_background
+
+        check_background(background)
     if cli.peek(arguments, "--network") is not None and (name != NAME or resuming):
         raise UsageError(
             "--network chooses a network for the images that --data names, without --preset; a preset has its own, "
@@ -174,6 +185,11 @@ def look(source: str) -> "tuple[Findings, Preprocessing | None]":
     with announced(f"reading headers of the images of {source}"):
         found = survey(images)
     return found, open_pack(Path(source)).preprocessing if source.lower().endswith(ENDING) else None
+
+
+def starting_point(name: str, arguments: Sequence[str], processes: int) -> Preset:
+    """Return the preset called `name`, or for `photos` the supposed one. Raises `UsageError` for another name."""
+    return suppose(Given.of(arguments), processes) if name == NAME else preset_of(name)
 
 
 def suppose(given: Given, processes: int) -> Preset:

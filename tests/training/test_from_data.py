@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastddpm.data.inspect import Findings, survey
 from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import DataError, UsageError
 from fastddpm.presets import PRESETS
+from fastddpm.sampling.batch_size import free_bytes
 from fastddpm.training.from_data import (
     NAME,
     Chosen,
@@ -29,6 +31,7 @@ from fastddpm.training.from_data import (
     bytes_per_image,
     choose,
     largest_size,
+    names_images,
     suppose,
     unet_of,
     with_steps,
@@ -143,6 +146,16 @@ def test_the_options_are_found_among_the_arguments() -> None:
     # What the parser refuses anyway is not given, and of two the last one counts.
     wrong = ["--batch", "x", "--network", "huge", "--steps", "3", "--steps", "4", "--image-size"]
     assert Given.of(wrong) == Given(steps=4)
+
+
+def test_images_are_named_unless_data_is_none() -> None:
+    assert names_images(["--data", "x"]) and names_images(["--data=x"])
+    assert not names_images(["--data", "None"]) and not names_images([])
+
+
+def test_free_memory_is_a_part_of_all() -> None:
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < free_bytes(torch.device("cpu")) <= everything
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 30, 99, 100])
