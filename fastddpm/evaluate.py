@@ -18,7 +18,16 @@ from fastddpm.evaluation.options import (
     QualityOptions,
 )
 from fastddpm.runtime import cli, distributed
-from fastddpm.runtime.options import BatchSize, Checkpoint, Device, Resize, SkipBad, check_checkpoint, check_positive
+from fastddpm.runtime.options import (
+    Background,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Resize,
+    SkipBad,
+    check_checkpoint,
+    check_positive,
+)
 from fastddpm.runtime.progress import announced, discard, duration, log
 from fastddpm.sampling.options import ChainOptions
 from fastddpm.storage.files import check_out
@@ -65,6 +74,7 @@ class Command:
     write_statistics: Path | None = None
     """File to write the FID statistics of the data to, as .npz with mu and sigma."""
     resize: Resize = "none"
+    background: Background = None
     skip_bad: SkipBad = False
     features: Annotated[str | None, tyro.conf.arg(metavar="inception|digits|efficientnet-lite0|PATH")] = None
     """Feature network of the scores, or a .pth or .safetensors file of Inception weights.
@@ -219,7 +229,7 @@ def _context(
     if command.data is not None or command.reference is None:
         dataset = open_dataset(
             command.data, image_size=config.image_size, channels=config.image_channels,
-            resize=command.resize, skip_bad=command.skip_bad, split=command.split,
+            resize=command.resize, background=command.background, skip_bad=command.skip_bad, split=command.split,
         )  # fmt: skip
     return EvaluationContext(model.preset.name, sampler, dataset, batch, device, _out(command), group, model.steps)
 

@@ -6,7 +6,7 @@ Under torchrun, which starts this command once per process, all processes train 
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,48 +14,57 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
-from fastddpm.errors import UsageError
-from fastddpm.presets import PRESETS, describe, preset, read_preset, write_preset
+from fastddpm.errors import UsageError, all_problems, refuse
+from fastddpm.presets import PRESETS, describe, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
-from fastddpm.runtime.options import Device, Resize, SkipBad
+from fastddpm.runtime.options import Background, Device, Resize, SkipBad
 from fastddpm.runtime.progress import announced, discard, log
-from fastddpm.storage.documents import difference, to_dict
+from fastddpm.storage.documents import to_dict
 from fastddpm.storage.files import check_out
-from fastddpm.training import initial
-from fastddpm.training.saved import RunOptions, free_run, newest_run
+from fastddpm.training import from_data, initial
+from fastddpm.training.network_sizes import NetworkSize
+from fastddpm.training.runs import free_run, newest_checkpoint, newest_run
+from fastddpm.training.saved import RunOptions, changed, refuse_changes
 
 if TYPE_CHECKING:
+    import torch
+
     from fastddpm.data import Dataset
     from fastddpm.storage import checkpoint
     from fastddpm.training.trainer import Trainer
 
 PROGRAM = "fastddpm.train"
 COMMON = (  # what --help shows; --help-all shows the rest
-    "preset", "data", "resize", "skip_bad", "out", "resume", "device", "dry_run", "image_size", "image_channels",
-    "num_classes", "steps", "batch", "accumulate", "lr", "precision", "guidance",
+    "preset", "data", "init", "network", "minutes", "resize", "background", "skip_bad", "out", "resume", "device",
+    "dry_run", "image_size", "image_channels", "num_classes", "steps", "batch", "accumulate", "lr", "precision",
+    "guidance",
 )  # fmt: skip
 DEFAULT_PRESET = "mnist"
-# Fields of TrainConfig that may change on --resume without --override.
-FREE_TO_CHANGE = {
-    "steps", "accumulate", "compile", "checkpoint_blocks", "parallel", "log_every", "save_every", "keep", "patience",
-    "preview_every", "preview_steps",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Command:
-    """Train a DDPM. Default: the embedded digits, on this machine, in a few minutes."""
+    """Train a DDPM. Default: the embedded digits, on this machine, in a few minutes. With --data alone: your images."""
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = DEFAULT_PRESET
-    """Configuration to start from; every option below overrides one of its values."""
+    """Configuration to start from; every option below overrides one of its values. With --data and without --preset,
+    what is not given is chosen from the images and the device, and said."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH|hf:NAME")] = None
     """Images: a folder, .zip or .tar shards, parquet, LSUN's LMDB, CIFAR-10 as distributed, a .fdpack, or hf:NAME.
     Default: the embedded digits."""
-    init: str | None = None
+    init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Model whose weights and architecture the run begins with, as for sample: a run, a checkpoint, a diffusers
     directory, a file, or digits. Optimizer and average begin anew. Default of --preset: the model's own settings."""
+    network: NetworkSize | None = None
+    """With --data and without --preset: size of the network. Default: tiny on a CPU, small or base on a GPU."""
+    minutes: float | None = None
+    """Train for about so many minutes, samples included, in place of --steps: the first steps are timed. Default: 30
+    with --data and without --preset."""
     resize: Resize = "none"
+    background: Background = None
     skip_bad: SkipBad = False
+    allow_bad: float = 0.0
+    """Leave out images that cannot be used if they are at most this share of all, 0 to 1. --skip-bad is 1."""
     data_workers: int | None = None
     """Worker processes that decode images ahead of training. Default: one per core, at most 8. 0: decode in the
     training process. Unused if the decoded data set fits in memory."""
@@ -113,7 +122,8 @@ def main(arguments: Sequence[str]) -> None:
         distributed.assert_same(
             (to_dict(wanted), str(run.resolve()), device.type), "configuration, --out or device", group
         )
-        dataset = _open_data(command, wanted, group, report)
+        command, base, dataset = _prepared(command, arguments, base, device, group, report)
+        wanted = command.resolved()
 
         def build(begins: bool = True) -> Trainer:
             network, origin = initial.begin(command.init if begins else None, wanted, report)
@@ -153,14 +163,16 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
 
     If torchrun or SLURM restarted this command, it resumes the run that it had begun.
     """
-    name = cli.peek(arguments, "--preset") or DEFAULT_PRESET
-    base = preset(name)
+    name = cli.peek(arguments, "--preset") or (from_data.NAME if from_data.names_images(arguments) else DEFAULT_PRESET)
     out = cli.peek(arguments, "--out")
-    helps = "--help" in arguments or "-h" in arguments
+    helps = not {"-h", "--help", "--help-all"}.isdisjoint(arguments)
     again = distributed.restarted() and out is not None and (Path(out) / "config.json").exists()
     resuming = ("--resume" in arguments or again) and not helps
     options = RunOptions()
-    if resuming:
+    model = None if resuming or helps else initial.preset_of_model(cli.peek(arguments, "--init"))
+    if not resuming:
+        base = from_data.starting_point(name, arguments, group.world_size, model)
+    else:
         run = Path(out) if out else newest_run(cli.peek(arguments, "--preset"))
         if not (run / "config.json").is_file():
             raise UsageError(f"nothing to resume: {run} holds no run (there is no config.json in it)")
@@ -169,27 +181,14 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
             raise UsageError(f"{run} is a run of preset {base.name}, not {name}; leave --preset out")
         options = RunOptions.read(run)
         options.check_init(cli.peek(arguments, "--init"), run)
-    elif not helps:
-        base = initial.starting_preset(
-            cli.peek(arguments, "--init"), base, chosen=cli.peek(arguments, "--preset") is not None
+    with all_problems():
+        command = dataclasses.replace(_command(arguments, base, options, model), resume=resuming)
+        refuse(_problems(command))
+        refuse(
+            from_data.problems(arguments, name, command.allow_bad, command.minutes, resuming="--resume" in arguments)
         )
-    default = Command(
-        base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample, **vars(options)
-    )
-    command = dataclasses.replace(
-        cli.parse(Command, arguments, program=PROGRAM, common=COMMON, default=default), resume=resuming
-    )
-    if not 0 < command.timeout <= distributed.MAX_TIMEOUT_S:
-        raise UsageError(
-            f"--timeout must be more than 0 and at most {distributed.MAX_TIMEOUT_S:,} s; got {command.timeout}"
-        )
-    if command.data_workers is not None and command.data_workers < 0:
-        raise UsageError(f"--data-workers must be 0 or more; got {command.data_workers}")
-    if command.profile < 0:
-        raise UsageError(f"--profile must be 0 or more steps; got {command.profile}")
+        command.resolved()
     if not resuming:
-        if command.init is not None:
-            command = dataclasses.replace(command, unet=initial.fitted(command.resolved().unet, base.unet))
         if command.out is None and (group.world_size > 1 or distributed.restarted()):
             raise UsageError("name the run's directory with --out, so that a restart finds it")
         run = command.out or free_run(base.name)
@@ -197,34 +196,67 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
             _refuse_taken(run)
             check_out(run)
         return command, base, run
-    _refuse_changes(base, command, run)
+    refuse_changes(base, command.resolved(), run, override=command.override)
     check_out(run)
     return command, base, run
+
+
+def _problems(command: Command) -> Iterator[str]:
+    if not 0 < command.timeout <= distributed.MAX_TIMEOUT_S:
+        yield f"--timeout must be more than 0 and at most {distributed.MAX_TIMEOUT_S:,} s; got {command.timeout}"
+    if command.data_workers is not None and command.data_workers < 0:
+        yield f"--data-workers must be 0 or more; got {command.data_workers}"
+    if command.profile < 0:
+        yield f"--profile must be 0 or more steps; got {command.profile}"
+
+
+def _command(arguments: Sequence[str], base: Preset, options: RunOptions, model: Preset | None) -> Command:
+    """Return the options of the command line, whose defaults are those of `base` and `options`.
+
+    `model`: the configuration of the model that --init names, whose weights the network must fit.
+    """
+    default = Command(
+        base.name, unet=base.unet, diffusion=base.diffusion, train=base.train, sample=base.sample, **vars(options)
+    )
+    command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON, default=default)
+    if model is None:
+        return command
+    return dataclasses.replace(command, unet=initial.fitted(command.resolved().unet, model.unet))
+
+
+def _prepared(
+    command: Command,
+    arguments: Sequence[str],
+    base: Preset,
+    device: "torch.device",
+    group: distributed.ProcessGroup,
+    report: Callable[[str], None],
+) -> tuple[Command, Preset, "Dataset"]:
+    """Open the data. Return it with the options, to which what the images and --minutes decide is added."""
+    new = not command.resume
+    model = initial.preset_of_model(command.init) if new else None
+    if new and command.preset == from_data.NAME:
+        from fastddpm.training.trainer import check_options
+
+        assert command.data is not None
+        chosen = from_data.choose_here(command.data, from_data.Given.of(arguments, model), device, group, report)
+        base = chosen.preset
+        command = dataclasses.replace(_command(arguments, base, chosen.options, model), minutes=chosen.minutes)
+        check_options(command.resolved(), group)
+    dataset = _open_data(command, command.resolved(), group, report)
+    if new and command.minutes is not None:
+        from fastddpm.training.time_budget import steps_within
+
+        wanted, workers = command.resolved(), command.data_workers
+        steps = steps_within(command.minutes, wanted, dataset, device, group, data_workers=workers, report=report)
+        base = from_data.with_steps(base, steps)
+        command = _command(arguments, base, command.run_options(), model)
+    return command, base, dataset
 
 
 def _refuse_taken(run: Path) -> None:
     if (run / "config.json").exists():
         raise UsageError(f"{run} holds a run already; continue it with --resume, or choose another --out")
-
-
-def _refuse_changes(base: Preset, command: Command, run: Path) -> None:
-    """Raise `UsageError` for another model, and for other training options unless --override is given."""
-    wanted = command.resolved()
-    refused = [
-        line for part in ("unet", "diffusion") for line in difference(getattr(base, part), getattr(wanted, part))
-    ]
-    if refused:
-        raise UsageError(f"{run} cannot continue as another model: {'; '.join(refused)}. Start a new run instead")
-    changed = _changed(base, wanted)
-    if changed and not command.override:
-        raise UsageError(
-            f"{run} was trained with other options: {'; '.join(changed)}. --override continues with the new ones"
-        )
-
-
-def _changed(base: Preset, wanted: Preset) -> list[str]:
-    """Return the options of training, as in "lr: 0.002 -> 0.001", that change the result of the run `base`."""
-    return [line for line in difference(base.train, wanted.train) if line.partition(":")[0] not in FREE_TO_CHANGE]
 
 
 def _open_data(
@@ -239,7 +271,8 @@ def _open_data(
             image_size=wanted.unet.image_size,
             channels=wanted.unet.image_channels,
             resize=command.resize,
-            skip_bad=command.skip_bad,
+            background=command.background,
+            skip_bad=command.run_options().bad_share,
             report=report,
         )
 
@@ -279,7 +312,7 @@ def _train(
         if command.resume:
             distributed.on_main(claim, group)
             with announced(f"reading the newest checkpoint of {run}", report):
-                saved = _newest_checkpoint(run, group, report)
+                saved = newest_checkpoint(run, group, report)
             if saved is not None:
                 check_fit(wanted.unet, saved.tensors.get("model", {}), saved.path)  # before the network takes memory
         trainer = build(saved is None)
@@ -347,8 +380,8 @@ def _attach_loggers(
     def begin() -> None:
         data = to_dict(TrainingData.of(dataset, command.data)) | {"images": len(dataset.images)}
         line = ["python", "-m", PROGRAM, *arguments]
-        changed, origin = _changed(base, preset) if command.resume else [], trainer.origin
-        record_session(run, line, trainer.device, data, step=trainer.step, changed=changed, origin=origin, group=group)
+        others, origin = changed(base, preset) if command.resume else [], trainer.origin
+        record_session(run, line, trainer.device, data, step=trainer.step, changed=others, origin=origin, group=group)
         resume_step = trainer.step if command.resume else None
         own.append(open_loggers(run, preset, resume_step=resume_step, wandb=command.wandb, report=report))
         held.callback(own[0].close)
@@ -359,27 +392,6 @@ def _attach_loggers(
         previews=Previews(run, preset, preset.train.preview_every, preset.train.preview_steps, group=group),
         profile=Profile(run, command.profile, trainer.device) if command.profile and group.is_main else None,
     )
-
-
-def _newest_checkpoint(
-    run: Path, group: distributed.ProcessGroup, report: Callable[[str], None]
-) -> "checkpoint.Checkpoint | None":
-    """Return the newest undamaged checkpoint, found and verified by rank 0 and read by each process; None if none."""
-    from fastddpm.storage import checkpoint
-
-    own: list[checkpoint.Checkpoint] = []
-
-    def find() -> tuple[Path, list[str]] | None:
-        saved = checkpoint.load_newest(run, report)
-        if saved is None:
-            return None
-        own.append(saved)
-        return saved.path, [*saved.tensors]
-
-    found = distributed.on_main(find, group)
-    if found is None or own:
-        return own[0] if own else None
-    return checkpoint.load(*found)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tyro
 
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime import cli
-from fastddpm.runtime.options import Resize, SkipBad
+from fastddpm.runtime.options import Background, Resize, SkipBad
 from fastddpm.runtime.progress import log
 from fastddpm.storage.files import check_out
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "fastddpm.data"
 _SHOWN = 12
+_ANY_MEMORY = 2.0**40  # bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Inspect:
     """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
     """Which split of the source. test is refused if the source has no splits and its name does not say test."""
+    background: Background = None
     duplicates: bool = True
     """Look for images with equal pixels."""
     json: bool = False
@@ -58,6 +60,7 @@ class Verify:
     resize: Literal["none", "area", "lanczos"] = "none"
     """With --image-size: antialiasing filter that images of another size will be resized with. none counts them as
     bad."""
+    background: Background = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class MakePack:
     image_channels: Literal[1, 3] = 3
     """Channels of the model's images, 1 for grey or 3 for colour."""
     resize: Resize = "none"
+    background: Background = None
     store: Literal["fitted", "original"] = "fitted"
     """fitted: images are resized now and stored without loss. original: files are stored unchanged and resized
     whenever they are read."""
@@ -102,18 +106,25 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _inspect(command: Inspect) -> None:
+    from .image import check_background
     from .inspect import scan
     from .pack.format import ENDING, open_pack
     from .sources import open_image_source
 
+    check_background(command.background)
     image_source = open_image_source(command.source, command.split)
     pack = open_pack(Path(command.source)) if command.source.lower().endswith(ENDING) else None
     with _problem_list() as full_list:
-        found = scan(image_source, duplicates=command.duplicates, full_list=full_list, report=log)
+        found = scan(
+            image_source, background=command.background, duplicates=command.duplicates, full_list=full_list, report=log
+        )
+    proposal = _proposal(command.source) if command.split == "train" else []
     if command.json:
-        print(json.dumps({**vars(found), "pack": pack and _described(pack)}, indent=1))
+        print(json.dumps({**vars(found), "pack": pack and _described(pack), "training": proposal}, indent=1))
     else:
         print("\n".join(_lines(found, pack)))
+        if proposal:
+            print("next: " + "\n  ".join(proposal))
     if found.bad:
         raise DataError(found.problems)
 
@@ -132,7 +143,9 @@ def _verify(command: Verify) -> None:
         else:
             preprocessing = None
             if command.image_size is not None:
-                preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize)
+                preprocessing = Preprocessing(
+                    _size(command.image_size), command.image_channels, command.resize, command.background
+                )
             image_source = open_image_source(command.source, command.split)
             found = scan(image_source, preprocessing=preprocessing, duplicates=False, full_list=full_list, report=log)
             messages = [found.problems] if found.bad else []
@@ -157,7 +170,7 @@ def _pack(command: MakePack) -> None:
     if not command.out.parent.is_dir():
         raise UsageError(f"there is no folder {command.out.parent}; make it first")
     check_out(command.out.parent)
-    preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize)
+    preprocessing = Preprocessing(_size(command.image_size), command.image_channels, command.resize, command.background)
     image_source = open_image_source(command.source, command.split)
     for note in image_source.notes:
         log(note)
@@ -183,6 +196,19 @@ def _training_options(preprocessing: "Preprocessing", pack: Path) -> str:
         if preprocessing.channels == base.unet.image_channels
         else f"{options} --image-channels {preprocessing.channels}"
     )
+
+
+def _proposal(source: str) -> list[str]:
+    """Return the command that trains on a source, and what it will choose on a CPU; or why it cannot be trained on."""
+    from fastddpm.training.from_data import Given, Machine, choose, look
+
+    found, packed = look(source)
+    try:
+        chosen = choose(found, Machine("cpu", _ANY_MEMORY), Given(), source=source, packed=packed)
+    except DataError as error:
+        return [str(error)]
+    heading = "chosen on a CPU; a GPU takes a larger network, and --dry-run tells what this machine does:"
+    return [f"python -m fastddpm.train --data {shlex.quote(source)}", heading, *chosen.lines]
 
 
 def _size(image_size: int) -> int:

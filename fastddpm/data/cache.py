@@ -41,7 +41,7 @@ def default_directory() -> Path:
 
 
 def decoded(
-    image_source: ImageSource, preprocessing: Preprocessing, *, skip_bad: bool, directory: Path, report: Report
+    image_source: ImageSource, preprocessing: Preprocessing, *, skip_bad: float, directory: Path, report: Report
 ) -> Dataset:
     """Return the source's images as an array from the cache in `directory`, decoding them into it if needed.
 
@@ -76,7 +76,7 @@ def decoded(
 
 
 def packed(
-    image_source: ImageSource, preprocessing: Preprocessing, *, skip_bad: bool, directory: Path, report: Report
+    image_source: ImageSource, preprocessing: Preprocessing, *, skip_bad: float, directory: Path, report: Report
 ) -> Dataset:
     """Return the source's images from a pack (`pack/format.py`) in `directory`, writing it if needed.
 
@@ -145,7 +145,7 @@ def _make(
     entry: Path,
     image_source: ImageSource,
     preprocessing: Preprocessing,
-    skip_bad: bool,
+    skip_bad: float,
     full_list: Path,
     report: Report,
 ) -> Dataset:
@@ -198,8 +198,9 @@ def _replace(entry: Path, temporary: Path) -> None:
         os.rename(temporary, entry)
 
 
-def _key(image_source: ImageSource, preprocessing: Preprocessing, skip_bad: bool) -> str:
-    identity = [_VERSION, str(Path(image_source.name).resolve()), image_source.listing, asdict(preprocessing), skip_bad]
+def _key(image_source: ImageSource, preprocessing: Preprocessing, skip_bad: float) -> str:
+    identity = [_VERSION, str(Path(image_source.name).resolve()), image_source.listing, asdict(preprocessing)]
+    identity.append(float(skip_bad))
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
@@ -239,7 +240,7 @@ def _open(entry: Path, image_source: ImageSource, preprocessing: Preprocessing, 
         if meta["classes"] != (None if classes is None else list(classes)):
             raise ValueError("its class names differ")
         if meta["left_out"]:
-            report(f"{meta['left_out']} images of {image_source.name} are left out, as --skip-bad asks")
+            report(f"{meta['left_out']} images of {image_source.name} are left out, because they cannot be used")
         if meta["advice"]:
             report(f"{image_source.name}: {meta['advice']}")
         return Dataset(images, labels, image_source.name, meta["checksum"], classes)

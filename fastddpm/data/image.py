@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, features
+
+from fastddpm.errors import UsageError
 
 Resize = Literal["none", "area", "lanczos"]
 RESIZES = ("none", "area", "lanczos")
@@ -25,6 +27,8 @@ FORMATS = tuple(SUFFIXES)
 MAX_PIXELS = 64_000_000
 _FILTERS = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
 _SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_OTHER_COLOURS = ("CMYK", "LAB", "YCbCr", "HSV")
+_TRANSPARENT = "it has transparent pixels; flatten it onto a background, as --background white does"
 
 
 class BadImageError(Exception):
@@ -38,11 +42,19 @@ class Preprocessing:
     `resize`: "none" refuses other sizes. "area" and "lanczos" crop to the centre square (if the margin is odd, the
     smaller half is cut at the left or top) and scale it, up or down, with that antialiasing filter (Pillow's BOX and
     LANCZOS).
+
+    `background`: a colour, by name or as "#rrggbb", on which transparent images are put; images in CMYK, LAB, YCbCr and
+    HSV are then converted to RGB, and 32-bit greys to 8 bits. None refuses these images. Raises UsageError for a colour
+    that is unknown or transparent itself.
     """
 
     image_size: int
     channels: int
     resize: Resize = "none"
+    background: str | None = None
+
+    def __post_init__(self) -> None:
+        check_background(self.background)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -50,12 +62,24 @@ class Preprocessing:
         return self.channels, self.image_size, self.image_size
 
 
+def check_background(background: str | None) -> None:
+    """Raise UsageError unless `background` is None or an opaque colour."""
+    try:
+        opaque = background is None or len(ImageColor.getrgb(background)) == 3
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise UsageError(
+            f'the background must be the name of a colour, as in white, or "#rrggbb"; got {background!r:.100}'
+        )
+
+
 @dataclass(frozen=True)
 class Picture:
     """A decoded image file: `format` and `mode` as stored, and `image` in mode L or RGB with EXIF rotation applied.
 
     `peak`: the largest value of an image with 16 bits per channel, in 0..65535 (of colour at most 255 too high, as
-    Pillow keeps the high byte); None for 8 bits.
+    Pillow keeps the high byte); None for 8 bits, and for 32 bits if there is a background.
     """
 
     format: str
@@ -68,10 +92,10 @@ def decode(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     """Decode `data` to uint8 (C, S, S), with EXIF rotation applied. An animation gives its first frame.
 
     Grey is repeated for 3 channels. 16-bit grey is scaled to 8 bits and rounded; of 16-bit colour Pillow keeps the
-    high byte. Raises BadImageError if the file is damaged, not an image, too large or of another size, and for
-    transparency, CMYK, and colour when C is 1, because how to convert them is its owner's choice.
+    high byte. Raises BadImageError if the file is damaged, not an image, too large or of another size, for colour when
+    C is 1, and without `background` for transparency and CMYK, because how to convert them is its owner's choice.
     """
-    return as_planes(fitted(open_picture(data), preprocessing), preprocessing)
+    return as_planes(fitted(open_picture(data, preprocessing.background), preprocessing), preprocessing)
 
 
 class Brightness:
@@ -98,10 +122,29 @@ class Brightness:
         )
 
 
-def open_picture(data: bytes) -> Picture:
-    """Decode `data` at its own size. Raises BadImageError as `decode` does."""
-    with _reasons():
-        return _opened(data)
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image file says: format, mode, and the size (width, height) before any EXIF rotation."""
+
+    format: str
+    mode: str
+    size: tuple[int, int]
+
+
+def read_header(data: bytes) -> Header:
+    """Read the header of an encoded image, without its pixels. Raises BadImageError if there is none."""
+    with _reasons(), _open(data) as image:
+        return Header(image.format or "", image.mode, image.size)
+
+
+def open_picture(data: bytes, background: str | None = None) -> Picture:
+    """Decode `data` at its own size, on the `background` of `Preprocessing`. Raises BadImageError as `decode` does."""
+    with _reasons(), _open(data) as image:
+        stored = image.format or "", image.mode
+        deep_colour = any(";16" in str(tile.args) for tile in image.tile) and image.mode not in _SIXTEEN_BITS
+        image.load()
+        peak = _largest(image, deep_colour) if background is None or image.mode != "I" else None
+        return Picture(*stored, _eight_bits(ImageOps.exif_transpose(image), background), peak)
 
 
 def fitted(picture: Picture, preprocessing: Preprocessing) -> Image.Image:
@@ -136,17 +179,15 @@ def as_planes(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     )
 
 
-def _opened(data: bytes) -> Picture:
+@contextmanager
+def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
+    """Open an encoded image, of which only the header is read yet."""
     if not data:
         raise BadImageError("the file is empty")
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise BadImageError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
-        stored = image.format or "", image.mode
-        deep_colour = any(";16" in str(tile.args) for tile in image.tile) and image.mode not in _SIXTEEN_BITS
-        image.load()
-        peak = _largest(image, deep_colour)
-        return Picture(*stored, _eight_bits(ImageOps.exif_transpose(image)), peak)
+        yield image
 
 
 @contextmanager
@@ -164,19 +205,43 @@ def _reasons() -> Iterator[None]:
         raise BadImageError(f"damaged: {str(error) or type(error).__name__}") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Convert to mode L or RGB without loss, 16-bit grey by `_scaled`. Raises BadImageError if that cannot be done."""
+def _eight_bits(image: Image.Image, background: str | None) -> Image.Image:
+    """Convert to mode L or RGB: without a background only if that loses nothing, but for 16-bit grey (`_scaled`).
+
+    Raises BadImageError if it cannot be done.
+    """
     mode = image.mode
-    if mode in _SIXTEEN_BITS:
-        return _scaled(image)
+    if mode in _SIXTEEN_BITS or (mode == "F" and background is not None):
+        return _scaled(image, background)
+    if mode in _OTHER_COLOURS and background is not None:
+        return _to_rgb(image)
     if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
-        raise BadImageError(f"its colour mode is {mode}, whose conversion needs a colour profile; convert it to RGB")
+        advice = "" if background is not None else ", or let --background white do it"
+        raise BadImageError(
+            f"its colour mode is {mode}, whose conversion needs a colour profile; convert it to RGB{advice}"
+        )
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema() != (255, 255):
-            raise BadImageError("it has transparent pixels; flatten it onto a background")
+            if background is None:
+                raise BadImageError(_TRANSPARENT)
+            rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
         return rgba.convert("RGB")
     return image.convert("L" if mode in ("1", "L") else "RGB")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert another colour space to sRGB: LAB, and CMYK that has a colour profile, by that, the rest by Pillow."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "LAB":
+        source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    elif image.mode == "CMYK" and profile and features.check("littlecms2"):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    else:
+        return image.convert("RGB")
+    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert converted is not None  # None is for a conversion in place
+    return converted
 
 
 def _largest(image: Image.Image, deep_colour: bool) -> int | None:
@@ -188,14 +253,25 @@ def _largest(image: Image.Image, deep_colour: bool) -> int | None:
     return None
 
 
-def _scaled(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey by 255/65535, rounded to nearest. Pillow's own conversion would clip it to 255."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+def _scaled(image: Image.Image, background: str | None) -> Image.Image:
+    """Scale grey of 16 or 32 bits to 8, rounded to nearest. Pillow's own conversion would clip it to 255.
+
+    16 bits are 0 to 65535. A file of 32 bits does not say its range: with a background it is taken as the smallest that
+    holds the values, of 0 to 1 (floats), 0 to 255 and 0 to 65535.
+    """
+    values = np.asarray(image).astype(np.float64 if image.mode == "F" else np.int64)
+    tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,)) if background is not None else (65535,)
+    top = next((top for top in tops if values.max() <= top), None)
+    if top is None or not values.min() >= 0:
         raise BadImageError(f"its values are {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
-    if (values == image.info.get("transparency", -1)).any():
-        raise BadImageError("it has transparent pixels; flatten it onto a background")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    scaled = values * 255 / top + 0.5 if image.mode == "F" else (values * 255 + top // 2) // top
+    grey = Image.fromarray(scaled.astype(np.uint8))
+    transparent = values == image.info.get("transparency", -1)
+    if not transparent.any():
+        return grey
+    if background is None:
+        raise BadImageError(_TRANSPARENT)
+    return Image.composite(Image.new("RGB", grey.size, background), grey.convert("RGB"), Image.fromarray(transparent))
 
 
 def _to_channels(image: Image.Image, channels: int) -> Image.Image:

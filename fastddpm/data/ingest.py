@@ -128,17 +128,26 @@ class Problems:
         return lambda line: print(line, file=self._file)
 
 
-def raise_or_report(problems: Problems, num_good: int, *, skip_bad: bool, report: Report) -> None:
-    """Report the bad images if `skip_bad` is set; without it raise DataError. Always raise if no image is good."""
+def raise_or_report(problems: Problems, num_good: int, *, skip_bad: float, report: Report) -> None:
+    """Report the bad images if they are at most the share `skip_bad` of all; raise DataError if they are more.
+
+    `skip_bad`: False (0) allows none, True (1) any number. Always raises if no image is good.
+    """
     if problems.count:
         text = problems.message()
         if not num_good:
             raise DataError(f"{text}\nno image is left")
-        if not skip_bad:
-            raise DataError(f"{text}\nmend or remove them, or use --skip-bad to go on without them")
-        report(f"{text}\nleft out, as --skip-bad asks")
+        if problems.count > skip_bad * (problems.count + num_good):
+            most = f"more than {100 * skip_bad:.3g}% of all: " if skip_bad else ""
+            raise DataError(f"{text}\n{most}mend or remove them, or use --skip-bad to go on without them")
+        report(f"{text}\n{left_out(skip_bad)}")
     elif not num_good:
         raise DataError(f"{problems.image_source.name} holds no images")
+
+
+def left_out(skip_bad: float) -> str:
+    """Return that bad images are left out, and why they may be."""
+    return "left out, as --skip-bad asks" if skip_bad == 1 else f"left out, as they are at most {100 * skip_bad:.3g}%"
 
 
 # Decoding by threads
@@ -157,22 +166,22 @@ def decode_all(
     preprocessing: Preprocessing,
     append: Callable[[np.ndarray], object],
     *,
-    skip_bad: bool,
+    skip_bad: float,
     report: Report,
     full_list: Path,
 ) -> Decoded:
     """Pass each decoded image, uint8 (C, S, S), to `append` in order; return what else was found.
 
-    Raises DataError that lists the bad images by reason unless `skip_bad` is set, and always if no image is good. If
-    the message does not name all, the complete list is written to the file `full_list`, or line by line to `report` if
-    that file cannot be written.
+    Raises DataError that lists the bad images by reason if their share is more than `skip_bad`, and always if no image
+    is good (`raise_or_report`). If the message does not name all, the complete list is written to the file `full_list`,
+    or line by line to `report` if that file cannot be written.
     """
     labels = Labels(image_source.name)
     problems = Problems(image_source, full_list, report)
     brightness = Brightness()
 
     def work(item: EncodedImage) -> tuple[np.ndarray, int | None]:
-        picture = open_picture(item.read())
+        picture = open_picture(item.read(), preprocessing.background)
         return as_planes(fitted(picture, preprocessing), preprocessing), picture.peak
 
     for _, item, (image, peak) in map_images(image_source, work, problems):

@@ -35,6 +35,7 @@ def read_images(source: str, preprocessing: Preprocessing) -> tuple[Images, np.n
         image_size=preprocessing.image_size,
         channels=preprocessing.channels,
         resize=preprocessing.resize,
+        background=preprocessing.background,
     )
     return dataset.images, dataset.labels
 

@@ -1,6 +1,7 @@
 """Count the images of a source, find bad and equal ones, and verify packs.
 
-`scan` reads a source; `faults` verifies that a pack still has the bytes and pixels that were written.
+`scan` reads a source, `survey` some of its headers; `faults` verifies that a pack still has the bytes and pixels that
+were written.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -19,15 +20,16 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from fastddpm.errors import DataError, StorageError
-from fastddpm.runtime.progress import announced
+from fastddpm.runtime.progress import announced, discard
 
 from .dataset import Checksum
-from .image import Brightness, Preprocessing, decode, fitted, open_picture
+from .image import Brightness, Preprocessing, decode, fitted, open_picture, read_header
 from .ingest import Problems, Report, map_images
 from .pack.format import TRAILER, Pack
 from .readers.source import EncodedImage, ImageSource
 
 OTHER = "other"
+LOOKED_AT = 2000  # images whose headers `survey` reads
 _MAX_SIZES = 1000
 _MAX_CLASSES = 100_000
 _SHOWN_PAIRS = 20
@@ -97,12 +99,13 @@ class Duplicates:
 
 @dataclass
 class Findings:
-    """The result of `scan`.
+    """The result of `scan` or `survey`.
 
-    Counts of good images: `kinds` by "FORMAT MODE", `sizes` by "WIDTHxHEIGHT" (beyond 1,000 sizes by "other"),
-    `classes` by label. `class_names`: in the order of labels, empty if there are none. `smallest` and `largest`: pixels
-    of the shorter side. `problems`: the message about bad images. `duplicates`: number of images that equal an earlier
-    one, None if they were not compared; `equal`: up to 20 of them as (first, later) names.
+    Counts of good images: `kinds` by "FORMAT MODE", `sizes` by "WIDTHxHEIGHT" (beyond 1,000 sizes by "other"), `sides`
+    by the pixels of the shorter side, `classes` by label (`survey`: of all images). `class_names`: in the order of
+    labels, empty if there are none. `smallest` and `largest`: pixels of the shorter side. `problems`: the message about
+    bad images. `duplicates`: number of images that equal an earlier one, None if they were not compared; `equal`: up to
+    20 of them as (first, later) names.
     """
 
     source: str
@@ -111,6 +114,7 @@ class Findings:
     encoded_bytes: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)
     smallest: int = 0
     largest: int = 0
     classes: Counter[int] = field(default_factory=Counter)
@@ -137,25 +141,26 @@ def scan(
     image_source: ImageSource,
     *,
     preprocessing: Preprocessing | None = None,
+    background: str | None = None,
     duplicates: bool = True,
     full_list: Path,
     report: Report,
 ) -> Findings:
     """Decode every image and count images, kinds, sizes, classes, bad images and, with `duplicates`, equal ones.
 
-    Images are decoded at their own size; with `preprocessing` they must also be usable by it. Equality is that of
+    Images are decoded at their own size, on `background` if one is given (see `Preprocessing`); with `preprocessing`
+    they must also be usable by it. Equality is that of
     size and pixels, by a 128-bit digest. Memory, beside the source's own list of images: 16 encoded images and one
     decoded image per processor, the counts of 1,000 sizes and of the classes, 100 problems (if there are more, all are
     written to `full_list`), and at most 100 MB for comparing.
     """
-    found = Findings(image_source.name, image_source.count, notes=image_source.notes)
-    found.class_names = list(image_source.classes or ())
+    found = _nothing_yet(image_source)
     brightness = Brightness()
     problems = Problems(image_source, full_list, report)
 
     def look(item: EncodedImage) -> _Seen:
         data = item.read()
-        picture = open_picture(data)
+        picture = open_picture(data, background if preprocessing is None else preprocessing.background)
         if preprocessing is not None:
             fitted(picture, preprocessing)
         pixels = digest(picture.image) if duplicates else b""
@@ -163,7 +168,8 @@ def scan(
 
     with Duplicates() as digests:
         for number, item, seen in map_images(image_source, look, problems, title="reading"):
-            _count(found, item, seen)
+            _count(found, seen)
+            _count_class(found, item)
             brightness.add(seen.peak)
             if duplicates:
                 digests.add(number, seen.digest)
@@ -176,15 +182,57 @@ def scan(
     return found
 
 
-def _count(found: Findings, item: EncodedImage, seen: _Seen) -> None:
+def survey(image_source: ImageSource, *, looked_at: int = LOOKED_AT) -> Findings:
+    """Read the headers of `looked_at` images, evenly spread over the source, and count the classes of all.
+
+    Takes a small part of the time of `scan`, and sees neither damage behind the header nor equal images. `good` and
+    `bad` are numbers of headers. Memory: 16 encoded images per processor.
+    """
+    found = _nothing_yet(image_source)
+    step = max(1, -(-image_source.count // looked_at))
+
+    def some() -> Iterator[EncodedImage]:
+        for number, item in enumerate(image_source.items()):
+            _count_class(found, item)
+            if number % step == 0:
+                yield item
+
+    def look(item: EncodedImage) -> _Seen:
+        data = item.read()
+        header = read_header(data)
+        return _Seen(f"{header.format} {header.mode}", header.size, len(data), b"", None)
+
+    part = replace(image_source, count=-(-image_source.count // step), items=some)
+    problems = Problems(part, Path(os.devnull), discard)  # the decoder lists them
+    for _, _, seen in map_images(part, look, problems, title="reading headers"):
+        _count(found, seen)
+    found.bad = problems.count
+    problems.close()
+    return found
+
+
+def _nothing_yet(image_source: ImageSource) -> Findings:
+    return Findings(
+        image_source.name,
+        image_source.count,
+        class_names=list(image_source.classes or ()),
+        notes=image_source.notes,
+    )
+
+
+def _count(found: Findings, seen: _Seen) -> None:
     found.good += 1
     found.encoded_bytes += seen.num_bytes
     found.kinds[seen.kind] += 1
     size = "{}x{}".format(*seen.size)
     found.sizes[size if size in found.sizes or len(found.sizes) < _MAX_SIZES else OTHER] += 1
     side = min(seen.size)
+    found.sides[side] += 1
     found.smallest = side if found.good == 1 else min(found.smallest, side)
     found.largest = max(found.largest, side)
+
+
+def _count_class(found: Findings, item: EncodedImage) -> None:
     if item.label is not None and (item.label in found.classes or len(found.classes) < _MAX_CLASSES):
         found.classes[item.label] += 1
 

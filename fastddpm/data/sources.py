@@ -48,7 +48,8 @@ def open_dataset(
     image_size: int,
     channels: int,
     resize: Resize = "none",
-    skip_bad: bool = False,
+    background: str | None = None,
+    skip_bad: float = False,
     split: Split = "train",
     keep: Keep = "auto",
     cache: Path | None = None,
@@ -61,7 +62,9 @@ def open_dataset(
     directory of them (`train-*`, `test-*`); LSUN's LMDB; hf:NAME[:SPLIT]; a pack.
     `resize`: see `Preprocessing`. Unused for the digits, which have their own resizing, and for a pack, whose images
     are resized as chosen when it was made.
-    `skip_bad`: leave out bad images after a report to `report`. Default: raise DataError with their list.
+    `background`: see `Preprocessing`. Default: transparent images, CMYK and the like are bad images.
+    `skip_bad`: leave out bad images after a report to `report`, all of them (True) or if they are at most that share of
+    all. Default: raise DataError with their list.
     `split`: the split to open. A source without splits gives all its images for "train"; "test" is refused unless the
     source's own name says it.
     `keep`: "decoded" decodes once into an array. "encoded" keeps a pack, whose images the worker processes of
@@ -85,7 +88,7 @@ def open_dataset(
         if report is not None:
             _report_classes(digits, report)
         return digits
-    preprocessing = Preprocessing(image_size, channels, resize)
+    preprocessing = Preprocessing(image_size, channels, resize, background)
     report = report or log
     with announced(f"looking for images in {source}", report):
         found = _locate(source, split)

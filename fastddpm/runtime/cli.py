@@ -189,13 +189,16 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Unsupp
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:
-    """Return the value of `--flag value` or `--flag=value` before the arguments are parsed, or None."""
+    """Return the value of `--flag value` or `--flag=value` before the arguments are parsed, or None.
+
+    As the parser does, takes `--long_flag` for `--long-flag`, and the last value of an option that is given twice.
+    """
+    found = None
     for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-    return None
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag and (equals or i + 1 < len(arguments)):
+            found = value if equals else arguments[i + 1]
+    return found
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -39,6 +39,14 @@ Resize = Annotated[
 SkipBad = Annotated[
     bool, tyro.conf.arg(help="Leave out images that cannot be used. Default: stop with a list of them.")
 ]
+Background = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="COLOUR",
+        help='Put transparent images on this colour, a name or "#rrggbb", and convert CMYK and the like to RGB. '
+        "None: refuse these images.",
+    ),
+]
 
 BUILT_IN = "digits"
 MAX_NUMBERS = 10_000_000

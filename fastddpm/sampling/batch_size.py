@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -53,13 +55,19 @@ def from_peaks(free: float, first: float, second: float) -> int:
 def on_a_cpu(config: UNetConfig, free: float | None = None) -> int:
     """Return 64, or fewer if so many images do not fit in memory. `free`: bytes. Default: the system's free memory."""
     if free is None:
-        free = _free_memory()
+        free = free_bytes(torch.device("cpu"))
     # About thirty feature maps of the first level exist at once: the skips, and the inputs and outputs of a block.
     per_image = 30 * 4 * config.image_size**2 * config.width
     return min(64, largest_batch(free, 0.0, per_image))
 
 
-def _free_memory() -> float:
+def free_bytes(device: torch.device) -> float:
+    """Return the bytes of memory that are free on a GPU, or that the system can give to a program on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError, StopIteration, ValueError):  # Linux counts what it can take back from its caches
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):  # not every system has these names; assume 2 GiB

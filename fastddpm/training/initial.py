@@ -34,21 +34,24 @@ class Origin:
     steps: int | None = None
 
 
-def starting_preset(source: str | None, base: Preset, *, chosen: bool) -> Preset:
-    """Return the configuration that a run starts from: `base`, or with network and diffusion of the model `source`.
-
-    `chosen`: whether the user chose `base`; otherwise training and sampling are as in the model's own configuration.
-    Raises as `pretrained.load`.
-    """
+def preset_of_model(source: str | None) -> Preset | None:
+    """Return the configuration of the model that --init names; None without one. Raises as `pretrained.load`."""
     if source is None:
-        return base
+        return None
     from fastddpm.pretrained import read_preset
 
-    preset = read_preset(source)
+    return read_preset(source)
+
+
+def starting_preset(model: Preset, base: Preset, *, chosen: bool) -> Preset:
+    """Return the configuration that a run starts from: `base` with network and diffusion of a model.
+
+    `chosen`: whether the user chose `base`; otherwise training and sampling are as in the model's own configuration.
+    """
     if not chosen:
-        return preset
-    sample = base.sample if preset.unet.label_dropout else dataclasses.replace(base.sample, guidance=1.0)
-    return Preset(base.name, preset.unet, preset.diffusion, base.train, sample)
+        return model
+    sample = base.sample if model.unet.label_dropout else dataclasses.replace(base.sample, guidance=1.0)
+    return Preset(base.name, model.unet, model.diffusion, base.train, sample)
 
 
 def fitted(wanted: UNetConfig, of_model: UNetConfig) -> UNetConfig:

@@ -1,4 +1,4 @@
-"""The documents of a checkpoint beside its tensors, the options that a run is resumed with, and the runs in runs/.
+"""The documents of a checkpoint beside its tensors, the options that a run is resumed with, and what may change then.
 
 Imports no torch.
 """
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastddpm.config import Preset
 from fastddpm.errors import DataError, UsageError
-from fastddpm.presets import read_preset
 from fastddpm.runtime.options import ResizeName
-from fastddpm.runtime.progress import log
-from fastddpm.storage.documents import from_dict, read_json, to_dict
+from fastddpm.storage.documents import difference, from_dict, read_json, to_dict
 from fastddpm.storage.files import write_json
 
 if TYPE_CHECKING:
@@ -79,7 +78,9 @@ class RunOptions:
 
     data: str | None = None
     resize: ResizeName = "none"
+    background: str | None = None
     skip_bad: bool = False
+    allow_bad: float = 0.0
     data_workers: int | None = None
     timeout: float = 600.0
     wandb: str | None = None
@@ -102,6 +103,11 @@ class RunOptions:
                 "its own weights; leave --init out, or start a new run"
             )
 
+    @property
+    def bad_share(self) -> float:
+        """The share of bad images that may be left out: `skip_bad` of `open_dataset`."""
+        return 1.0 if self.skip_bad else self.allow_bad
+
     @staticmethod
     def read(run: Path) -> "RunOptions":
         """Read options.json of `run`; the defaults if there is none, as in runs of older versions.
@@ -118,37 +124,30 @@ class RunOptions:
         return found
 
 
-def newest_run(name: str | None) -> Path:
-    """Return the run in runs/ whose last checkpoint is the newest, of the preset `name` if one is given.
+# Fields of TrainConfig that may change on --resume without --override.
+FREE_TO_CHANGE = {
+    "steps", "accumulate", "compile", "checkpoint_blocks", "parallel", "log_every", "save_every", "keep", "patience",
+    "preview_every", "preview_steps",
+}  # fmt: skip
 
-    Raises `UsageError` if there is none.
+
+def refuse_changes(base: Preset, wanted: Preset, run: Path, *, override: bool) -> None:
+    """Raise `UsageError` if a run of configuration `base` cannot go on as `wanted`.
+
+    Never as another model; with other training options if `override` (--override).
     """
-    runs = [path.parent for path in Path("runs").glob("*/config.json")]
-    if name is not None:
-        runs = [run for run in runs if _preset_name(run) == name]
-    if not runs:
-        what = "run" if name is None else f"run of preset {name}"
-        raise UsageError(f"nothing to resume: no {what} in {Path('runs').resolve()}; name one with --out")
-    return max(runs, key=_last_saved)
+    refused = [
+        line for part in ("unet", "diffusion") for line in difference(getattr(base, part), getattr(wanted, part))
+    ]
+    if refused:
+        raise UsageError(f"{run} cannot continue as another model: {'; '.join(refused)}. Start a new run instead")
+    others = changed(base, wanted)
+    if others and not override:
+        raise UsageError(
+            f"{run} was trained with other options: {'; '.join(others)}. --override continues with the new ones"
+        )
 
 
-def _preset_name(run: Path) -> str | None:
-    try:
-        return read_preset(run / "config.json").name
-    except (UsageError, DataError) as error:
-        log(f"{run} is passed over: {error}")
-        return None
-
-
-def _last_saved(run: Path) -> float:
-    """Return when the newest checkpoint of a run was written, or its configuration if it has none."""
-    saved = [path.stat().st_mtime for path in (run / "checkpoints").glob("step-*")]
-    return max(saved, default=(run / "config.json").stat().st_mtime)
-
-
-def free_run(name: str) -> Path:
-    """Return the first of runs/NAME, runs/NAME-2, runs/NAME-3, .. that does not exist."""
-    number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+def changed(base: Preset, wanted: Preset) -> list[str]:
+    """Return the options of training, as in "lr: 0.002 -> 0.001", that change the result of the run `base`."""
+    return [line for line in difference(base.train, wanted.train) if line.partition(":")[0] not in FREE_TO_CHANGE]

@@ -60,10 +60,10 @@ def steps(run: Path) -> list[int]:
 def test_the_data_and_how_they_were_read_are_remembered(
     photos: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train.main([*TINY, "--data", "photos", "--resize", "area", "--skip-bad", "--timeout", "60", "--steps", "2",
-                "--num-classes", "2"])  # fmt: skip
+    train.main([*TINY, "--preset", "mnist", "--data", "photos", "--resize", "area", "--skip-bad", "--timeout", "60",
+                "--steps", "2", "--num-classes", "2"])  # fmt: skip
     run = home / "runs" / "mnist"
-    options = RunOptions(str(photos), "area", True, timeout=60.0)
+    options = RunOptions(str(photos), "area", skip_bad=True, timeout=60.0)
     assert RunOptions.read(run) == options
     assert "2 classes: cat, dog" in capsys.readouterr().err
     (home / "elsewhere").mkdir()
@@ -78,7 +78,8 @@ def test_the_data_and_how_they_were_read_are_remembered(
 
 
 def test_an_option_given_again_replaces_the_remembered_one(photos: Path, home: Path) -> None:
-    train.main([*TINY, "--data", "photos", "--resize", "area", "--skip-bad", "--steps", "1", "--num-classes", "2"])
+    train.main([*TINY, "--preset", "mnist", "--data", "photos", "--resize", "area", "--skip-bad", "--steps", "1",
+                "--num-classes", "2"])  # fmt: skip
     with pytest.raises(DataError, match=r"was trained on .*photos .*, not on .*name that data set with --data"):
         train.main(["--resume", "--resize", "lanczos"])
     assert RunOptions.read(home / "runs" / "mnist").resize == "area"

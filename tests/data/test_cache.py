@@ -32,7 +32,8 @@ def test_images_are_decoded_once_and_then_mapped(load: Load, tmp_path: Path, mon
     (entry,) = entries(tmp_path)
     assert sorted(path.name for path in entry.iterdir()) == ["images.npy", "labels.npy", "meta.json"]
     np.testing.assert_array_equal(np.load(entry / "images.npy"), PLANES)
-    assert json.loads((entry / "meta.json").read_text())["rule"] == {"image_size": 8, "channels": 3, "resize": "none"}
+    rule = {"image_size": 8, "channels": 3, "resize": "none", "background": None}
+    assert json.loads((entry / "meta.json").read_text())["rule"] == rule
     monkeypatch.setattr(ingest, "open_picture", lambda *_: pytest.fail("decoded again"))
     again = load()
     check(again)

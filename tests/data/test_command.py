@@ -124,7 +124,7 @@ def test_pack_then_inspect_verify_and_train(source: Path, tmp_path: Path, capsys
     main(["inspect", str(out), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["good"] == 30 and found["pack"]["checksum"] == checksum
-    assert found["pack"]["rule"] == {"image_size": 8, "channels": 3, "resize": "none"}
+    assert found["pack"]["rule"] == {"image_size": 8, "channels": 3, "resize": "none", "background": None}
     assert found["pack"]["source"] == str(source)
     main(["verify", str(out)])
     assert f"{out}: whole; 30 images, 8x8x3, stored fitted, sha256 of the pixels {checksum}" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_skip_bad_reports_them_and_goes_on(load: Load, source: Path) -> None:
     assert classes == "3 classes: 0, 1, 2"
     assert all(name in text for name in reasons) and text.endswith("left out, as --skip-bad asks")
     check(load(skip_bad=True, report=lines.append))
-    assert without_classes(lines[2:]) == [f"14 images of {source} are left out, as --skip-bad asks"]
+    assert without_classes(lines[2:]) == [f"14 images of {source} are left out, because they cannot be used"]
 
 
 def test_no_usable_image_is_always_an_error(tmp_path: Path, load: Load) -> None:

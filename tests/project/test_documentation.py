@@ -45,7 +45,7 @@ def test_commands_are_understood(module: str, arguments: list[str], monkeypatch:
         raise UnderstoodError
 
     monkeypatch.setattr(cli, "parse", only_parse)
-    monkeypatch.setattr(initial, "starting_preset", lambda source, base, *, chosen: base)  # reads no model
+    monkeypatch.setattr(initial, "preset_of_model", lambda source: None)  # reads no model
     name = f"fastddpm.{module}.__main__" if module in ("data", "pretrained") else f"fastddpm.{module}"
     with pytest.raises(UnderstoodError):
         importlib.import_module(name).main([argument for argument in arguments if argument != "--resume"])

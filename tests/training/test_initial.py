@@ -122,13 +122,17 @@ def test_the_configuration_is_that_of_the_model(run: Path, tmp_path: Path, kind:
     fastddpm.load(run).save_pretrained(sources["diffusers"])
     compact.pack(run, sources["file"])
     expected = fastddpm.load(run).preset
+    model = initial.preset_of_model(str(sources[kind]))
+    assert model is not None
     for chosen, base in ((False, fastddpm.preset("mnist")), (True, fastddpm.preset("cifar10"))):
-        found = initial.starting_preset(str(sources[kind]), base, chosen=chosen)
+        found = initial.starting_preset(model, base, chosen=chosen)
         assert (found.unet, found.diffusion) == (expected.unet, expected.diffusion)
         assert (found.train, found.name) == ((base.train, "cifar10") if chosen else (expected.train, "mnist"))
     without_classes = random_model(SMALL)
     without_classes.save_pretrained(tmp_path / "plain")
-    found = initial.starting_preset(str(tmp_path / "plain"), fastddpm.preset("mnist"), chosen=True)
+    plain = initial.preset_of_model(str(tmp_path / "plain"))
+    assert plain is not None
+    found = initial.starting_preset(plain, fastddpm.preset("mnist"), chosen=True)
     assert found.sample.guidance == 1 and found.sample.steps == 150
 
 

@@ -17,7 +17,7 @@ import struct
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +155,7 @@ def _reader(images: PackedImages, number: int) -> Callable[[], bytes]:
 
 def decoding(preprocessing: Preprocessing, store: Store) -> Preprocessing:
     """Return the preprocessing that decodes the images of a pack that was made with `preprocessing` and `store`."""
-    return Preprocessing(preprocessing.image_size, preprocessing.channels) if store == "fitted" else preprocessing
+    return replace(preprocessing, resize="none") if store == "fitted" else preprocessing
 
 
 def open_pack(path: Path) -> Pack:
@@ -216,7 +216,10 @@ def _rule(said: Any) -> tuple[Preprocessing, Store]:
     store = _of(str, said, "store")
     if not 1 <= size <= MAX_SIZE or channels not in (1, 3) or resize not in RESIZES or store not in STORES:
         raise ValueError(f"images of {channels} channels and size {size}, resized by {resize!r}, stored {store!r}")
-    return Preprocessing(size, channels, resize), store
+    background = said["rule"].get("background")  # packs of older versions lack it
+    if background is not None and type(background) is not str:
+        raise ValueError("background is not of the type str")
+    return Preprocessing(size, channels, resize, background), store
 
 
 def _index(descriptor: int, said: Any, end: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -45,7 +45,7 @@ def write_pack(
     preprocessing: Preprocessing,
     *,
     store: Store = "fitted",
-    skip_bad: bool = False,
+    skip_bad: float = False,
     report: Report,
 ) -> Pack:
     """Write the pack `path` from a source and open it. The file appears under its name only when it is complete.
@@ -53,9 +53,9 @@ def write_pack(
     store "fitted": an image of the right size keeps its bytes, unless its pixels are fewer bytes; any other is cropped
     and resized, and stored as PNG. store "original": every image keeps its bytes.
 
-    Raises DataError that lists all bad images, which `skip_bad` leaves out instead, and StorageError if the file cannot
-    be written. Memory, in addition to the source's list of images: 16 images per processor, encoded and decoded, and
-    about 60 bytes per packed image.
+    Raises DataError that lists all bad images, which `skip_bad` leaves out instead (up to that share of them, see
+    `raise_or_report`), and StorageError if the file cannot be written. Memory, in addition to the source's list of
+    images: 16 images per processor, encoded and decoded, and about 60 bytes per packed image.
     """
     labels = Labels(image_source.name)
     problems = Problems(image_source, path.with_name(f"{path.name}.problems.txt"), report)
@@ -103,7 +103,7 @@ def _described(classes: tuple[str, ...] | None) -> list[str] | None:
 def _record(item: EncodedImage, preprocessing: Preprocessing, store: Store) -> tuple[bytes, np.ndarray, int | None]:
     """Return the bytes to store for an image, its pixels, uint8 (C, S, S), and `Picture.peak`."""
     data = item.read()
-    picture = open_picture(data)
+    picture = open_picture(data, preprocessing.background)
     image = fitted(picture, preprocessing)
     planes = as_planes(image, preprocessing)
     if store == "original" or (picture.image.size == image.size and len(data) <= planes.nbytes):
