@@ -19,10 +19,10 @@ from fastddpm.errors import UsageError
 from fastddpm.kernels.philox import STREAM_EXAMPLE
 from fastddpm.kernels.philox.eager import per_image_words
 from fastddpm.kernels.q_sample.reference import scale_images
-from fastddpm.network import Network, evaluate
 from fastddpm.ops import q_sample
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.ops.q_sample import refuse_levels
+from fastddpm.runtime.network import Network, evaluate
 
 _COSINE_OFFSET = 0.008  # s of Nichol and Dhariwal 2021, equation 17
 _COSINE_MAX_BETA = 0.999
@@ -252,9 +252,9 @@ class Diffusion:
     ) -> tuple[Tensor, Tensor]:
         """Return the training loss of each image, float32 (N,), and its t, int64 (N,). All is drawn from `key`.
 
-        `network`: called as network(x_t, t), or network(x_t, t, label) with a label (network.py). `images`: uint8 or
-        floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,); a fraction `label_dropout` of
-        them is replaced by `null_label`. Losses:
+        `network`: called as network(x_t, t), or network(x_t, t, label) with a label (runtime/network.py). `images`: uint8
+        or floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,); a fraction `label_dropout`
+        of them is replaced by `null_label`. Losses:
         simple: equation 14, a mean over C, H, W.
         vlb: the bound's term at t in bits per dimension, not multiplied by T (the released code's scale).
         hybrid: simple + hybrid_weight T vlb, with the mean detached in vlb (Nichol and Dhariwal 2021).

@@ -239,7 +239,7 @@ class UNet(nn.Module):
         self.norm_out = GroupNormSiLU(channels, config.groups)
         self.conv_out = Conv3x3(channels, config.image_channels * (1 + config.learned_variance), NEAR_ZERO_GAIN)
 
-    takes_noise_key = True  # of the protocol of networks, as the next three properties are (network.py)
+    takes_noise_key = True  # of the protocol of networks, as the next three properties are (runtime/network.py)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import torch
 from fastddpm.config import Preset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, UsageError
-from fastddpm.network import checksum
+from fastddpm.runtime.network import checksum
 from fastddpm.storage.documents import from_dict, parse_json, read_object, to_dict
 from fastddpm.storage.files import write_whole
 from fastddpm.storage.reading import read_bytes, readable

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastddpm.config import Preset, SampleConfig, TrainConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError, UsageError
-from fastddpm.network import checksum
+from fastddpm.runtime.network import checksum
 from fastddpm.storage.documents import from_dict, read_json, to_dict
 from fastddpm.storage.files import sync, whole_directory
 from fastddpm.storage.reading import read_bytes, readable

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastddpm.config import Preset, UNetConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, UsageError
-from fastddpm.network import stored
+from fastddpm.runtime.network import stored
 from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import from_dict
 from fastddpm.unet import meta_network, network_with

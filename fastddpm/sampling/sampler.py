@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastddpm.config import EngineConfig, check_chain, check_seed, integer
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
-from fastddpm.network import checksum, device_of, evaluate, interface_of, precision_of_weights
+from fastddpm.runtime.network import checksum, device_of, evaluate, interface_of, precision_of_weights
 
 from .chain import ChainTables, ReverseChain, StartState
 from .cuda_graph import padded
@@ -64,8 +64,8 @@ class State:
 class Sampler:
     """Draws images from a network: `Sampler(unet, diffusion, steps=250).sample(range(64))`.
 
-    `network`: a `UNet`, or any module that follows the protocol in network.py. `shape`, (C, H, W), and `num_classes`
-    are needed for a network that does not have them as attributes.
+    `network`: a `UNet`, or any module that follows the protocol in runtime/network.py. `shape`, (C, H, W), and
+    `num_classes` are needed for a network that does not have them as attributes.
     `steps`: number of reverse steps, 1..T, evenly spread over the timesteps with both ends included. Default: all T.
     `timesteps`: the timesteps themselves, descending, instead of `steps`. `method`: "ancestral", or "ddim" with `eta`
     in [0, 1]. `guidance`: scale of classifier-free guidance, 0 or more; 1 means none. A learned variance is not scaled.

@@ -96,7 +96,7 @@ def begin(
     if source is None:
         return None, None
     from fastddpm import pretrained
-    from fastddpm.network import checksum
+    from fastddpm.runtime.network import checksum
     from fastddpm.unet import network_with
 
     with announced(f"reading {source}", report):

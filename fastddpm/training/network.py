@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastddpm.config import Preset
 from fastddpm.data import Dataset
 from fastddpm.errors import DataError, UsageError
-from fastddpm.network import Interface, interface_of, stored, trained
+from fastddpm.runtime.network import Interface, interface_of, stored, trained
 from fastddpm.storage.documents import difference
 from fastddpm.unet import UNet, meta_network
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastddpm.config import TrainConfig
 from fastddpm.errors import DataError
-from fastddpm.network import trained
+from fastddpm.runtime.network import trained
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8

@@ -11,8 +11,8 @@ from torch import nn
 from fastddpm.config import EngineConfig, Preset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError
-from fastddpm.network import interface_of
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
+from fastddpm.runtime.network import interface_of
 from fastddpm.runtime.progress import log
 from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures
 from fastddpm.sampling.images import animation_suffix, grid, save_png, to_uint8

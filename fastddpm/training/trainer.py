@@ -15,10 +15,10 @@ from fastddpm.data import Dataset, batch_indices
 from fastddpm.data.batches import Batches
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, DivergedError
-from fastddpm.network import checksum, constants, stored
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.pretrained.run import check_weights
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
+from fastddpm.runtime.network import checksum, constants, stored
 from fastddpm.storage import checkpoint
 from fastddpm.storage.documents import to_dict
 from fastddpm.storage.files import write_json
@@ -45,9 +45,9 @@ class Trainer:
     per core, at most 8.
 
     `network`: the network to train, in place, with its present weights: a `UNet` of the preset's configuration, or any
-    module that follows the protocol in network.py. Of the preset's `unet`, only `label_dropout` then counts. Default: a
-    new `UNet`. Raises `UsageError` for a network that cannot be trained on these images or with these options, and
-    `DataError` for a data set without the labels that it needs.
+    module that follows the protocol in runtime/network.py. Of the preset's `unet`, only `label_dropout` then counts.
+    Default: a new `UNet`. Raises `UsageError` for a network that cannot be trained on these images or with these
+    options, and `DataError` for a data set without the labels that it needs.
     """
 
     def __init__(

@@ -153,7 +153,7 @@ def test_each_choice_is_said_with_the_option_that_changes_it(home: Path, capsys:
     assert "3 channels: 15 of 18 images are stored in colour" in said
     assert "one step" in out and "activations" in out
     with pytest.raises(SystemExit):
-        train.main(["--help-all"])
+        train.main(["--data", str(source), "--help-all"])
     flags = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
     assert {flag for option in options for flag in option.split(", ")} <= flags
 

@@ -11,12 +11,12 @@ from helpers.networks import SMALL, TINY, random_model, tiny
 from helpers.run_directory import SCORES, session, write_run
 
 import fastddpm
-from fastddpm import network
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig
 from fastddpm.pretrained.card import markdown, model_card, yaml
 from fastddpm.pretrained.facts import Facts, TrainingSet, parameters_of
 from fastddpm.pretrained.model import Model
 from fastddpm.pretrained.scores import Score
+from fastddpm.runtime import network
 from fastddpm.unet import UNet
 
 DATA = TrainingSet("photos", "ab" * 32, "hf:somebody/photos", ("cat", "dog"), 1234)

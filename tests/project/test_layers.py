@@ -24,7 +24,7 @@ COMMANDS = {
 LAYERS = [
     {"errors"},
     {"kernels", "storage", "runtime"},
-    {"ops", "config", "network"},
+    {"ops", "config"},
     {"presets", "unet", "diffusion"},
     {"data"},
     {"metrics", "pretrained"},
@@ -172,11 +172,11 @@ def test_the_check_of_libraries_itself() -> None:
     assert libraries(source) == {"rich", "fastddpm"}
 
 
-def test_beside_the_commands_there_are_seventeen_things_at_most() -> None:
+def test_beside_the_commands_there_are_sixteen_things_at_most() -> None:
     things = {
         path.stem for path in (ROOT / "fastddpm").iterdir() if path.name[0] not in "_." and path.suffix != ".typed"
     }
-    assert len(things - COMMANDS) <= 17, sorted(things - COMMANDS)
+    assert len(things - COMMANDS) <= 16, sorted(things - COMMANDS)
 
 
 def test_the_commands_parse_their_options_without_torch() -> None:

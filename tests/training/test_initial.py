@@ -21,10 +21,10 @@ from fastddpm import pretrained, train
 from fastddpm.config import DiffusionConfig, Preset, UNetConfig
 from fastddpm.diffusion import Diffusion, draw_examples
 from fastddpm.errors import UsageError
-from fastddpm.network import checksum
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.pretrained import compact
 from fastddpm.pretrained.model import Model
+from fastddpm.runtime.network import checksum
 from fastddpm.storage import checkpoint
 from fastddpm.training import initial
 from fastddpm.training.initial import Origin, attention_levels, fitted

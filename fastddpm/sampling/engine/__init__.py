@@ -10,8 +10,8 @@ from torch import nn
 from fastddpm.config import EngineConfig
 from fastddpm.errors import UsageError
 from fastddpm.kernels import native as library
-from fastddpm.network import Network, precision_of_weights
 from fastddpm.ops.backend import chosen_backend, obstacles
+from fastddpm.runtime.network import Network, precision_of_weights
 from fastddpm.unet import UNet
 
 from .current import departure
@@ -30,7 +30,7 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
       `engine` asks for torch.compile or 8-bit convolutions or forbids the compiled library;
     - `PreparedUNet`, for other float32 UNets on the CPU, if the compiled library was built and the chosen backend is
       "auto" or "cpu";
-    - `unet` itself otherwise, so any other network that follows the protocol in network.py.
+    - `unet` itself otherwise, so any other network that follows the protocol in runtime/network.py.
 
     `engine`: default `EngineConfig()`. Raises `UsageError` if 8-bit convolutions were asked for and cannot run here. If
     they can, a warning says how much they change the output.
