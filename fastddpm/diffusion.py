@@ -252,9 +252,9 @@ class Diffusion:
     ) -> tuple[Tensor, Tensor]:
         """Return the training loss of each image, float32 (N,), and its t, int64 (N,). All is drawn from `key`.
 
-        `network`: called as network(x_t, t), or network(x_t, t, label) with a label (runtime/network.py). `images`: uint8
-        or floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,); a fraction `label_dropout`
-        of them is replaced by `null_label`. Losses:
+        `network`: called as network(x_t, t), or network(x_t, t, label) with a label (runtime/network.py). `images`:
+        uint8 or floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,); a fraction
+        `label_dropout` of them is replaced by `null_label`. Losses:
         simple: equation 14, a mean over C, H, W.
         vlb: the bound's term at t in bits per dimension, not multiplied by T (the released code's scale).
         hybrid: simple + hybrid_weight T vlb, with the mean detached in vlb (Nichol and Dhariwal 2021).
