@@ -27,10 +27,16 @@ _MODEL = (
 )  # fmt: skip
 _TRAIN: Line = (
     "train", "--preset", "mnist", *_MODEL, "--sample.steps", "2", "--data", "pictures", "--data-workers", "0",
-    "--steps", "1", "--out", "run",
+    "--preview-every", "1", "--preview-steps", "2", "--steps", "1", "--out", "run",
 )  # fmt: skip
+_BEGIN: Line = (
+    "train", "--init", "model.safetensors", "--data", "pictures", "--resize", "area", "--image-size", "8",
+    "--data-workers", "0", "--batch", "2", "--sample.count", "0", "--device", "cpu", "--steps", "1", "--out", "begun",
+)  # fmt: skip
+_GO_ON: Line = ("train", "--resume", "--out", "begun", "--steps", "2", "--device", "cpu", "--data-workers", "0")
 _RESUME: Line = ("train", "--resume", "--out", "run", "--steps", "2", "--device", "cpu", "--data-workers", "0")
 _SAMPLE: Line = ("sample", "run", "--seeds", "0-7", "--shard-size", "4", "--steps", "2", "--out", "samples")
+_PACKED: Line = ("sample", "model.safetensors", "--seeds", "0-1", "--steps", "2")
 _PIPELINE: Line = ("sample", "pipeline", "--seeds", "0-1", "--steps", "2", "--out", "drawn")
 _EVALUATE: Line = (
     "evaluate", "run", "--data", "pictures", "--samples", "4", "--splits", "1", "--kid-subsets", "2",
@@ -41,19 +47,13 @@ _RESULTS: Line = (*_EVALUATE, "--metrics", "fid,is,kid,pr,bpd", "--features", "d
 _PARTS: Line = (*_EVALUATE, "--metrics", "bpd", "--out", "parts")
 _DECODE: Line = ("compress", "decode", "run", "coded.fdz", "decoded.npz")
 _INPAINT: Line = (
-    "inpaint",
-    "run",
-    "--seeds",
-    "0",
-    "--resamplings",
-    "1",
-    "--steps",
-    "2",
-    "--frames",
-    "0",
-    "--out",
-    "filled",
-)
+    "inpaint", "run", "--seeds", "0", "--resamplings", "1", "--steps", "2", "--frames", "0", "--out", "filled",
+)  # fmt: skip
+_REFERENCE: Line = (
+    "evaluate", "run", "--samples", "4", "--batch", "4", "--steps", "2", "--metrics", "fid", "--features", "digits",
+    "--reference", "statistics.npz", "--out", "compared",
+)  # fmt: skip
+_PAGE: Line = ("page", "run")
 _CURVES: Line = ("curves", "run", "--out", "curves.png")
 _ABLATION: Line = (
     "ablation", "--cells", "mean-simple,eps-simple", "--steps", "1", "--timesteps", "4", "--samples", "2",
@@ -78,25 +78,23 @@ class Case:
 
 
 def _reading(source: str, *, size: int = 8, channels: int = 3) -> tuple[Line, ...]:
-    """The four commands that read a source of images."""
+    """The commands that read a source of images, and training for which it chooses the configuration."""
     shape = ("--image-size", str(size), "--image-channels", str(channels))
     model = [size if before == "--image-size" else text for before, text in zip(("", *_MODEL), _MODEL, strict=False)]
     train = (
-        "--preset",
-        "cifar10",
-        *map(str, model),
-        "--image-channels",
-        str(channels),
-        "--sample.steps",
-        "2",
-        "--steps",
-        "1",
-    )
+        "--preset", "cifar10", *map(str, model), "--image-channels", str(channels), "--sample.steps", "2",
+        "--steps", "1",
+    )  # fmt: skip
+    chosen = (
+        "--image-size", str(size), "--steps", "1", "--batch", "2", "--data-workers", "0", "--sample.count", "0",
+        "--preview-every", "0", "--device", "cpu", "--out", "chosen",
+    )  # fmt: skip
     return (
         ("data.__main__", "inspect", source),
         ("data.__main__", "verify", source, *(() if source.endswith(".fdpack") else shape)),
         ("data.__main__", "pack", source, "new.fdpack", *shape),
         ("train", *train, "--data", source, "--data-workers", "0", "--out", "new"),
+        ("train", "--data", source, *chosen),
     )
 
 
@@ -113,12 +111,17 @@ def _checkpoint_cases() -> list[Case]:
 
 
 CASES: tuple[Case, ...] = (
-    Case("run: config.json", "runs", "run/config.json", (_RESUME, _CURVES), written=True),
+    Case("run: config.json", "runs", "run/config.json", (_RESUME, _CURVES, _PAGE), written=True),
     Case("run: options.json", "runs", "run/options.json", (_RESUME,), written=True),
-    Case("run: environment.json", "runs", "run/environment.json", (_RESUME, _CURVES), written=True),
-    Case("run: log.jsonl", "runs", "run/log.jsonl", (_RESUME, _CURVES), written=True),
+    Case("run: environment.json", "runs", "run/environment.json", (_RESUME, _CURVES, _PAGE), written=True),
+    Case("run: log.jsonl", "runs", "run/log.jsonl", (_RESUME, _CURVES, _PAGE), written=True),
+    Case("run: previews", "runs", "run/previews/*.png", (_PAGE,)),
     Case("run: .lock", "runs", "run/.lock", (_RESUME,), written=True),
     *_checkpoint_cases(),
+    Case("checkpoint: origin.json", "runs", "begun/checkpoints/*/origin.json", (_GO_ON,)),
+    Case("checkpoint, sealed again: origin.json", "runs", "begun/checkpoints/*/origin.json", (_GO_ON,), sealed=True),
+    Case("packed model", "runs", "model.safetensors", ((*_BEGIN[:-1], "new"), (*_PACKED, "--out", "drawn"))),
+    Case("FID statistics", "runs", "statistics.npz", (_REFERENCE,)),
     Case("samples: sampling.json", "runs", "samples/sampling.json", (_SAMPLE,), written=True),
     Case("samples: shard-*.npz", "runs", "samples/shard-*.npz", (_SAMPLE, (*_SAMPLE, "--png"))),
     Case("samples: .rank-0.lock", "runs", "samples/.rank-0.lock", (_SAMPLE,), written=True),
@@ -195,6 +198,7 @@ def _run(*line: str) -> None:
 def make_runs() -> None:
     import fastddpm
     from fastddpm.evaluation import likelihood
+    from fastddpm.pretrained import compact
 
     _pictures(Path("pictures"), "L", 8)
     _run(*_TRAIN)
@@ -206,6 +210,11 @@ def make_runs() -> None:
         _run(*_PARTS)
     except KeyboardInterrupt:
         likelihood._keep = keep
+    _run(
+        *_EVALUATE, "--metrics", "fid", "--features", "digits", "--out", "known", "--write-statistics", "statistics.npz"
+    )
+    compact.pack("run", "model.safetensors")
+    _run(*_BEGIN)
     _run("compress", "encode", "run", "pictures", "coded.fdz", "--count", "2")
     fastddpm.load("run").save_pretrained("pipeline")
     images = np.random.default_rng(0).integers(0, 256, (8, 1, 8, 8), dtype=np.uint8)
@@ -324,12 +333,12 @@ TREES: dict[str, Callable[[], None]] = {"runs": make_runs, "ablation": make_abla
 def prepare() -> None:
     """Import what the commands use, so that no child has to, and make the classifier of digits quick to train."""
     for name in (
-        "train", "sample", "evaluate", "compress", "inpaint", "ablation", "curves", "data.__main__", "codec",
+        "train", "sample", "evaluate", "compress", "inpaint", "ablation", "curves", "page", "data.__main__", "codec",
         "training.trainer", "training.samples", "training.environment", "training.loggers", "training.plots",
         "training.profiling", "evaluation.likelihood", "evaluation.quality", "evaluation.report", "evaluation.ablation",
         "evaluation.rate_distortion", "evaluation.figures.draw", "metrics.inception", "metrics.networks",
         "pretrained.run", "pretrained.diffusers", "sampling.generate", "sampling.inpainting", "data.inspect",
-        "data.pack.writer", "training.dry_run",
+        "data.pack.writer", "training.dry_run", "training.page", "pretrained.compact", "metrics.statistics",
     ):  # fmt: skip
         importlib.import_module(f"fastddpm.{name}")
     for name in ("torch._dynamo", "pyarrow.parquet", "lmdb", "matplotlib.pyplot"):
