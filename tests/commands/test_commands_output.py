@@ -12,6 +12,7 @@ import torch
 
 from fastddpm import ablation, compress, curves, evaluate, inpaint, sample, train
 from fastddpm.errors import DataError, StorageError, UsageError
+from fastddpm.presets import PRESETS, write_preset
 from fastddpm.runtime import cli
 from fastddpm.runtime.progress import log
 from fastddpm.storage.files import check_out
@@ -54,7 +55,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(place: str, checkpo
 def test_a_picture_of_curves_and_a_compressed_file_need_a_place(checkpoint: str, tmp_path: Path) -> None:
     log = '{"step": 2, "loss": 1.0}\n'
     (Path(checkpoint) / "log.jsonl").write_text(log)
-    train.write_preset(train.preset("mnist"), Path(checkpoint) / "config.json")
+    write_preset(PRESETS["mnist"], Path(checkpoint) / "config.json")
     with pytest.raises(StorageError, match="a-file is not a directory"):
         curves.main([checkpoint, "--out", str(tmp_path / "a-file" / "x.png")])
     with pytest.raises(UsageError, match="is a directory; name the file to write"):
