@@ -257,9 +257,9 @@ def choose(
         say("--minutes, --steps", given.minutes, f"{minutes:g} minutes: the steps are measured before the first")
     guidance = 2.0 if num_classes else 1.0
     sample = (
-        SampleConfig("ddim", 50, guidance=guidance, count=36)
+        SampleConfig("ddim", min(50, diffusion.timesteps), guidance=guidance, count=36)
         if machine.device == "cpu"
-        else SampleConfig(steps=250, guidance=guidance)
+        else SampleConfig(steps=min(250, diffusion.timesteps), guidance=guidance)
     )
     preset = with_steps(Preset(NAME, unet, diffusion, train, sample), _or(given.steps, 1000))
     reading = (

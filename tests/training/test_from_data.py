@@ -16,7 +16,7 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from fastddpm.config import TrainConfig
+from fastddpm.config import DiffusionConfig, Preset, TrainConfig, UNetConfig
 from fastddpm.data.image import Preprocessing
 from fastddpm.data.inspect import Findings, survey
 from fastddpm.data.readers.source import EncodedImage, ImageSource
@@ -282,3 +282,17 @@ def test_the_header_is_enough_for_the_survey(tmp_path: Path) -> None:
     file = io.BytesIO(png(np.zeros((50, 70, 3), np.uint8)))
     source = ImageSource("x", 1, [], lambda: iter([EncodedImage("cut", None, lambda: file.getvalue()[:60])]))
     assert survey(source).sizes == {"70x50": 1}
+
+
+def test_a_model_to_begin_with_keeps_its_network_and_diffusion() -> None:
+    """Also one of fewer timesteps than a chain takes by default, and of other channels than the images have."""
+    unet = UNetConfig(
+        image_size=16, image_channels=1, width=8, multipliers=(1, 2), groups=4, attention_resolutions=(8,),
+        learned_variance=True,
+    )  # fmt: skip
+    model = Preset("other", unet, DiffusionConfig(timesteps=20, variance="learned", loss="vlb"), TrainConfig(lr=3e-4))
+    taken = chosen(found(), model=model, steps=50)
+    assert taken.preset.unet == model.unet and taken.preset.diffusion == model.diffusion
+    assert (taken.preset.train.lr, taken.preset.sample.steps) == (3e-4, 20)
+    assert any(line.endswith("[--init]") for line in taken.lines)
+    assert not any("[--network]" in line or "[--image-size]" in line for line in taken.lines)
