@@ -59,7 +59,7 @@ class _Size(NamedTuple):
 
 
 _NETWORKS: dict[str, _Size] = {
-    "tiny": _Size(32, 1, 0.0, 2e-3),
+    "tiny": _Size(32, 1, 0.0, 1e-3),
     "small": _Size(64, 2, 0.1, 5e-4),
     "base": _Size(96, 2, 0.1, 3e-4),
     "paper": _Size(128, 2, 0.1, 2e-4),
@@ -288,7 +288,7 @@ def with_steps(preset: Preset, steps: int) -> Preset:
         train = dataclasses.replace(
             train,
             ema=min(0.9999, round(max(0.0, 1 - 10 / steps), 5)),
-            warmup=min(1000, steps // 20),
+            warmup=min(1000, steps // 10),
             log_every=max(1, min(50, steps // 20)),
             save_every=quarter,
             preview_every=quarter,
