@@ -285,7 +285,7 @@ def with_steps(preset: Preset, steps: int) -> Preset:
         train = dataclasses.replace(
             train,
             ema=min(0.9999, round(max(0.0, 1 - 10 / steps), 5)),
-            warmup=min(1000, steps // 20),
+            warmup=min(1000, steps // 10),
             log_every=max(1, min(50, steps // 20)),
             save_every=quarter,
             preview_every=quarter,

@@ -26,7 +26,7 @@ class Size(NamedTuple):
 
 
 NETWORK_SIZES: dict[NetworkSize, Size] = {
-    "tiny": Size(32, 1, 0.0, 2e-3),
+    "tiny": Size(32, 1, 0.0, 1e-3),
     "small": Size(64, 2, 0.1, 5e-4),
     "base": Size(96, 2, 0.1, 3e-4),
     "paper": Size(128, 2, 0.1, 2e-4),

@@ -228,7 +228,7 @@ def test_the_estimate_of_memory_is_that_of_autograd(network: str, size: int) -> 
 def test_the_average_fits_the_length(steps: int) -> None:
     train = with_steps(suppose(Given(), 1), steps).train
     assert train.steps == steps and too_short(train, steps) is None
-    assert train.ema <= 0.9999 and train.warmup <= steps / 20
+    assert train.ema <= 0.9999 and train.warmup <= steps / 10
     if 100 <= steps <= 100_000:
         assert 1 / (1 - train.ema) == pytest.approx(steps / 10, rel=0.06)
 
