@@ -33,7 +33,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     alone = option.usepdb or option.collectonly or torch.cuda.is_available()
     if whole and not alone and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        option.numprocesses, option.dist = min(cores, 8), "loadfile"
+        option.numprocesses, option.dist, option.loadscopereorder = min(cores, 8), "loadfile", False
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not ask for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name, reverse=True)  # the longest files first, for the cores' sake
     if torch.cuda.is_available():
         return
     for item in items:

@@ -196,6 +196,7 @@ def damaged(path: Path, how: str, rng: np.random.Generator) -> None:
         path.unlink()
 
 
+@pytest.mark.slow
 def test_damaged_entries_are_never_used(load: Load, tmp_path: Path, rng: np.random.Generator) -> None:
     load()
     (entry,) = entries(tmp_path)

@@ -138,6 +138,7 @@ def found(path: Path, tmp_path: Path) -> bool:
     return bool(faults(pack, full_list=tmp_path / "list", report=lambda _: None))
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     path = packed(tmp_path / "x.fdpack", PIXELS, list(range(9))).path
     whole = path.read_bytes()

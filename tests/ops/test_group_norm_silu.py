@@ -23,7 +23,7 @@ from fastddpm.ops import group_norm_silu
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", with_large([torch.float32, torch.float64], torch.float64))
-@pytest.mark.parametrize("name", with_large(CASES, "32x32, 128", "seam in a group", "batch 33"))
+@pytest.mark.parametrize("name", with_large(CASES, "32x32, 128", "seam in a group", "batch 33", "512 + 512"))
 def test_numbers(name: str, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     """Output and every gradient."""
     case = CASES[name]
@@ -246,6 +246,7 @@ def test_opcheck(name: str, dropout: float, device: torch.device) -> None:
     )
 
 
+@pytest.mark.large
 def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
     """Concatenation, time embedding and dropout, forward and backward, in one graph."""
 

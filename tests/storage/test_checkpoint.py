@@ -241,6 +241,7 @@ def test_every_flipped_byte_is_detected(saved: Path) -> None:
     assert detected == 200
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_parsing")
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
 def test_every_bit_of_the_manifest_counts(saved: Path, name: str) -> None:
