@@ -241,7 +241,7 @@ def choose(
         network = given.network or _network(machine, count)
         say("--network", given.network, f"network {network}: {_network_reason(machine, count)}")
         unet, lr = unet_of(network, size, channels, num_classes), NETWORK_SIZES[network].lr
-        diffusion = DiffusionConfig(schedule="cosine", prediction="v", variance="fixedsmall")
+        diffusion = DiffusionConfig(variance="fixedsmall")  # the paper's linear schedule and eps
     accumulate = _or(given.accumulate, 1)
     batch, text = _batch(unet, machine, count, max(1, accumulate))
     say("--batch", given.batch, text)
@@ -377,11 +377,11 @@ def _batch(unet: UNetConfig, machine: Machine, count: int, accumulate: int) -> t
     """Return the largest power of two that the limits allow, divisible among the processes and micro-batches."""
     at_once = 0.5 * machine.free_bytes / (2 * bytes_per_image(unet))  # half of the memory, and as much for gradients
     by_memory = at_once * accumulate * (machine.processes if machine.device == "cuda" else 1)
-    usual = 16 if machine.device == "cpu" else 128
+    usual = 128 if machine.device != "cpu" else 16 if unet.image_size <= 32 else 8
     most = max(1, int(min(usual, count, by_memory)))
     batch, unit = 1 << (most.bit_length() - 1), machine.processes * accumulate
     batch = max(unit, batch // unit * unit)
-    reason = f"usual on a {'CPU' if machine.device == 'cpu' else 'GPU'}" if most == usual else (
+    reason = f"usual for this size on a {'CPU' if machine.device == 'cpu' else 'GPU'}" if most == usual else (
         f"there are {count:,} images" if most == count else "as memory allows"
     )  # fmt: skip
     return batch, f"batch {batch}: {reason}"

@@ -12,7 +12,7 @@ from fastddpm.presets import PRESETS
 NetworkSize = Literal["tiny", "small", "base", "paper"]
 # Channels of each level as multiples of the width, by the number of levels; the last two are the paper's for 128 and
 # 256 pixels.
-_MULTIPLIERS = {1: (1,), 2: (1, 2), 3: (1, 2, 4), 4: (1, 2, 2, 4), 5: (1, 1, 2, 2, 4), 6: (1, 1, 2, 2, 4, 4)}
+_MULTIPLIERS = {1: (1,), 2: (1, 2), 3: (1, 2, 4), 4: (1, 2, 4, 4), 5: (1, 1, 2, 2, 4), 6: (1, 1, 2, 2, 4, 4)}
 _LOWEST_MAP = 8
 
 
@@ -26,7 +26,7 @@ class Size(NamedTuple):
 
 
 NETWORK_SIZES: dict[NetworkSize, Size] = {
-    "tiny": Size(32, 1, 0.0, 1e-3),
+    "tiny": Size(16, 1, 0.0, 1e-3),
     "small": Size(64, 2, 0.1, 5e-4),
     "base": Size(96, 2, 0.1, 3e-4),
     "paper": Size(128, 2, 0.1, 2e-4),

@@ -177,9 +177,10 @@ def test_images_whose_headers_are_bad_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("machine", "count", "given", "batch"),
     [
-        (CPU, 1000, {}, 16), (CPU, 15, {}, 8), (CPU, 2, {}, 2), (GPU, 10_000, {}, 128), (GPU, 100, {}, 64),
-        (Machine("cpu", 8 * GIB, 3), 1000, {}, 15), (Machine("cpu", 8 * GIB, 2), 3, {}, 2),
-        (CPU, 1000, {"accumulate": 6}, 12), (Machine("cpu", 0.5 * GIB), 1000, {}, 4), (Machine("cpu", 1), 1000, {}, 1),
+        (CPU, 1000, {}, 8), (CPU, 1000, {"image_size": 32}, 16), (CPU, 15, {"image_size": 32}, 8), (CPU, 2, {}, 2),
+        (GPU, 10_000, {}, 128), (GPU, 100, {}, 64), (Machine("cpu", 8 * GIB, 3), 1000, {}, 6),
+        (Machine("cpu", 8 * GIB, 2), 3, {}, 2), (CPU, 1000, {"accumulate": 6}, 6),
+        (Machine("cpu", 0.2 * GIB), 1000, {}, 4), (Machine("cpu", 1), 1000, {}, 1),
     ],
 )  # fmt: skip
 def test_the_batch(machine: Machine, count: int, given: dict[str, int], batch: int) -> None:
@@ -188,7 +189,7 @@ def test_the_batch(machine: Machine, count: int, given: dict[str, int], batch: i
 
 def test_the_network_by_device_and_number() -> None:
     widths = {(m.device, n): chosen(found(n), m).preset.unet.width for m in (CPU, GPU) for n in (1999, 2000)}
-    assert widths == {("cpu", 1999): 32, ("cpu", 2000): 32, ("cuda", 1999): 64, ("cuda", 2000): 96}
+    assert widths == {("cpu", 1999): 16, ("cpu", 2000): 16, ("cuda", 1999): 64, ("cuda", 2000): 96}
     assert chosen(found(), GPU).preset.train.precision == "bf16"
     assert chosen(found()).preset.train.precision == "fp32"
 
@@ -248,7 +249,7 @@ def test_a_pack_keeps_its_size_and_channels() -> None:
 def test_what_is_supposed_before_the_images_are_read_is_a_whole_configuration() -> None:
     preset = suppose(Given(image_size=48), processes=3)
     assert preset.name == NAME and preset.unet.image_size == 48 and preset.train.batch % 3 == 0
-    assert preset.diffusion.prediction == "v" and isinstance(preset.train, TrainConfig)
+    assert preset.diffusion.prediction == "eps" and isinstance(preset.train, TrainConfig)
     for wrong in ({"image_size": 0}, {"batch": 0}, {"accumulate": 0}, {"steps": 0}):
         (name,) = wrong
         with pytest.raises(UsageError, match=f"{name} must be positive; got 0"):
