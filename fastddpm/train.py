@@ -170,9 +170,7 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
     resuming = ("--resume" in arguments or again) and not helps
     options = RunOptions()
     model = None if resuming or helps else initial.preset_of_model(cli.peek(arguments, "--init"))
-    if not resuming:
-        base = from_data.starting_point(name, arguments, group.world_size, model)
-    else:
+    if resuming:
         run = Path(out) if out else newest_run(cli.peek(arguments, "--preset"))
         if not (run / "config.json").is_file():
             raise UsageError(f"nothing to resume: {run} holds no run (there is no config.json in it)")
@@ -182,11 +180,12 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
         options = RunOptions.read(run)
         options.check_init(cli.peek(arguments, "--init"), run)
     with all_problems():
+        if not resuming:
+            base = from_data.starting_point(name, arguments, group.world_size, model)
         command = dataclasses.replace(_command(arguments, base, options, model), resume=resuming)
         refuse(_problems(command))
-        refuse(
-            from_data.problems(arguments, name, command.allow_bad, command.minutes, resuming="--resume" in arguments)
-        )
+        asked = "--resume" in arguments
+        refuse(from_data.problems(arguments, name, command.allow_bad, command.minutes, resuming=asked))
         command.resolved()
     if not resuming:
         if command.out is None and (group.world_size > 1 or distributed.restarted()):

@@ -1,9 +1,11 @@
 """The model card: README.md of a pipeline directory, with the front matter that the Hugging Face hub reads."""
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from fastddpm import __version__
@@ -19,8 +21,11 @@ _NOT_PRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uf
 def model_card(facts: Facts) -> str:
     """Return the model card of a model in a `DDPMPipeline` directory, as Markdown with YAML front matter.
 
-    A license is not stated, because it is not known.
+    A license is not stated, because it is not known, and of a path only the last part, as the rest is of one machine.
     """
+    if facts.data is not None:
+        data = dataclasses.replace(facts.data, name=PurePath(facts.data.name).name or facts.data.name)
+        facts = dataclasses.replace(facts, data=data)
     title = facts.preset.name if facts.data is None else facts.data.name
     parts = [
         _front_matter(facts),

@@ -101,13 +101,20 @@ def evaluate(
     """Return network(x_t, t), or network(x_t, t, label) if there is a label.
 
     `key`: passed on if the network's `takes_noise_key` is true. Raises `UsageError` unless the result is a floating
-    tensor (N, C, H, W), or (N, 2C, H, W) with `learned_variance`.
+    tensor (N, C, H, W), or (N, 2C, H, W) with `learned_variance`, and if the network writes into its arguments, which
+    the caller still needs.
     """
     options = {"noise_key": key} if key is not None and getattr(network, "takes_noise_key", False) else {}
+    before = _versions(x_t, t, label)
     out = network(x_t, t, **options) if label is None else network(x_t, t, label, **options)
     expected = (x_t.shape[0], x_t.shape[1] * (1 + learned_variance), *x_t.shape[2:])
     if not isinstance(out, Tensor):
         raise UsageError(f"a network must return a tensor {tuple(expected)}; got a {type(out).__name__}")
+    if _versions(x_t, t, label) != before:
+        raise UsageError(
+            "the network writes into x_t, t or label, as an operation in place does (mul_, ReLU(inplace=True) as the "
+            "first layer), and they are needed afterwards; let it write into a copy"
+        )
     if out.shape != expected or not out.is_floating_point():
         why = "learned" if learned_variance else "fixed"
         raise UsageError(
@@ -115,6 +122,13 @@ def evaluate(
             f"got {out.dtype} {tuple(out.shape)}"
         )
     return out
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    """Return how often each tensor was written to, of those that count it; nothing while a graph is compiled."""
+    if torch.compiler.is_compiling():
+        return []
+    return [tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference()]
 
 
 def device_of(network: nn.Module) -> torch.device:

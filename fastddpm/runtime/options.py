@@ -79,8 +79,8 @@ def is_built_in(path: str | os.PathLike[str]) -> bool:
     if os.path.lexists(path):
         where = Path(path).absolute()
         raise UsageError(
-            f"{path} is both the model that comes with fastddpm and {where}: give that path as it stands here, or use "
-            "the model in another directory"
+            f"{path} is both the model that comes with fastddpm and a path here. For the path write {where}; for the "
+            "model call the command in another directory"
         )
     return True
 

@@ -42,6 +42,7 @@ MOST_BAD = 0.01  # of the images may be left out
 MANY_IMAGES = 2000  # from this number on a GPU trains the base network
 _GIB = 2**30
 _GREY = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
+_TRANSPARENT = {"LA", "La", "P", "PA"}
 _MOST_CLASSES = 1_000_000
 
 
@@ -113,7 +114,9 @@ def problems(
         from fastddpm.data.image import check_background
 
         check_background(background)
-    if cli.peek(arguments, "--network") is not None and (name != NAME or resuming):
+    if cli.peek(arguments, "--network") is not None and cli.peek(arguments, "--init") is not None:
+        yield "--network chooses a network, and --init brings that of its model; leave one of them out"
+    elif cli.peek(arguments, "--network") is not None and (name != NAME or resuming):
         yield (
             "--network chooses a network for the images that --data names, without --preset; a preset has its own, "
             "which --width, --multipliers and --blocks change"
@@ -183,7 +186,8 @@ def suppose(given: Given, processes: int) -> Preset:
     """Return the configuration for typical images, on which a command line is checked before any image is read."""
     from fastddpm.data.inspect import Findings
 
-    found = Findings("", 10_000, 10_000, kinds=Counter({"JPEG RGB": 10_000}), sides=Counter({256: 10_000}))
+    kind = "JPEG RGB" if given.model is None or given.model.unet.image_channels == 3 else "JPEG L"
+    found = Findings("", 10_000, 10_000, kinds=Counter({kind: 10_000}), sides=Counter({256: 10_000}))
     found.classes.update({0: 5000, 1: 5000})
     return choose(found, Machine("cpu", 2.0**40, processes), given, source="").preset
 
@@ -217,8 +221,13 @@ def choose(
     if model is not None:
         size, channels = model.unet.image_size, model.unet.image_channels
         lines.append(f"{size}x{size} pixels, {channels} channels, network and diffusion: those of the model [--init]")
+        if packed is None and channels < _channels(found, packed, None)[0]:
+            raise DataError(
+                f"images of {found.source} are in colour, and the model that --init names draws grey ones; convert the "
+                "images to grey, or begin with a model of 3 channels"
+            )
     else:
-        channels, text = _channels(found, packed)
+        channels, text = _channels(found, packed, given.background)
         say("--image-channels", given.image_channels, text)
         size, text = _image_size(found, machine, minutes, packed)
         say("--image-size", given.image_size, text)
@@ -241,7 +250,7 @@ def choose(
         network = given.network or _network(machine, count)
         say("--network", given.network, f"network {network}: {_network_reason(machine, count)}")
         unet, lr = unet_of(network, size, channels, num_classes), NETWORK_SIZES[network].lr
-        diffusion = DiffusionConfig(variance="fixedsmall")  # the paper's linear schedule and eps
+        diffusion = _process(machine)
     accumulate = _or(given.accumulate, 1)
     batch, text = _batch(unet, machine, count, max(1, accumulate))
     say("--batch", given.batch, text)
@@ -250,9 +259,11 @@ def choose(
         accumulate=accumulate,
         lr=lr,
         decay="cosine",
+        flip=True if model is None else model.train.flip,
         precision="bf16" if machine.device == "cuda" else "fp32",
     )
-    lines.append("images are also shown mirrored [--no-flip]")
+    if train.flip:
+        lines.append("images are also shown mirrored [--no-flip]")
     if minutes is not None:
         say("--minutes, --steps", given.minutes, f"{minutes:g} minutes: the steps are measured before the first")
     guidance = 2.0 if num_classes else 1.0
@@ -296,7 +307,7 @@ def with_steps(preset: Preset, steps: int) -> Preset:
 # One choice each: its value, and the line that gives the reason
 
 
-def _channels(found: "Findings", packed: "Preprocessing | None") -> tuple[int, str]:
+def _channels(found: "Findings", packed: "Preprocessing | None", background: str | None) -> tuple[int, str]:
     if packed is not None:
         return packed.channels, f"{packed.channels} channels, as packed"
     modes: Counter[str] = Counter()
@@ -304,9 +315,17 @@ def _channels(found: "Findings", packed: "Preprocessing | None") -> tuple[int, s
         modes[kind.rpartition(" ")[2]] += number
     colour = sum(number for mode, number in modes.items() if mode not in _GREY)
     looked_at = f"{found.good:,} images" + (" looked at" if found.good + found.bad < found.images else "")
+    if found.good and not colour and background is not None and modes.keys() & _TRANSPARENT and _is_colour(background):
+        return 3, f"3 channels: {looked_at} are grey, and transparent ones are put on {background}"
     if found.good and not colour:
         return 1, f"1 channel: all of {looked_at} are grey"
     return 3, f"3 channels: {colour:,} of {looked_at} are stored in colour; grey is repeated"
+
+
+def _is_colour(background: str) -> bool:
+    from PIL import ImageColor
+
+    return len(set(ImageColor.getrgb(background))) > 1
 
 
 def _image_size(
@@ -361,6 +380,13 @@ def _classes(found: "Findings", count: int) -> tuple[int, str]:
     names = [name if name.isprintable() else ascii(name) for name in found.class_names[:4]]
     shown = f" ({', '.join(names)}{', ..' if len(found.class_names) > 4 else ''})" if names else ""
     return most, f"{most:,} classes{shown}, {median:,} images in the median one, with guidance 2"
+
+
+def _process(machine: Machine) -> DiffusionConfig:
+    """Return the paper's process on a GPU. In the few steps of a CPU, x_0 is learned sooner than eps or v."""
+    if machine.device == "cpu":
+        return DiffusionConfig(schedule="cosine", prediction="x0", variance="fixedsmall", loss="min_snr")
+    return DiffusionConfig(variance="fixedsmall")
 
 
 def _network(machine: Machine, count: int) -> NetworkSize:

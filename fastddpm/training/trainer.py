@@ -282,9 +282,12 @@ class Trainer:
         if "origin" in saved.documents:
             self.origin = document(Origin, saved.documents, "origin", saved.path)
         if data.checksum != self.dataset.checksum:
+            mend = "name that data set with --data"
+            if data.name == self.dataset.name:
+                mend = "read it as before (--resize, --background, --skip-bad), and with the files of that time"
             raise DataError(
                 f"{saved.path} was trained on {data.name} (sha256 {data.checksum[:12]}), "
-                f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]}); name that data set with --data"
+                f"not on {self.dataset.name} (sha256 {self.dataset.checksum[:12]}); {mend}"
             )
         found, name = saved.tensors.get("model", {}), type(self.network).__name__
         check_weights(stored(self.network), found, saved.path, f"this {name}")

@@ -124,7 +124,7 @@ def test_a_path_of_the_same_name_is_not_taken_by_surprise(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").symlink_to(run)
-    message = "digits is both the model that comes with fastddpm and .*: give that path as it stands here"
+    message = "digits is both the model that comes with fastddpm and a path here. For the path write /.*/digits"
     for work in (lambda: fastddpm.load("digits"), lambda: main("sample", "digits", "--seeds", "0")):
         with pytest.raises(UsageError, match=message):
             work()

@@ -173,3 +173,29 @@ def test_another_output_is_refused(answer: Callable[[Tensor], Any], message: str
         Sampler(network, Diffusion(), 3).sample([0])
     with pytest.raises(UsageError, match=message):
         Diffusion().loss(network, torch.zeros(1, *SHAPE), NoiseKey.of(0, 0, [0]))
+
+
+class Writes(torch.nn.Module):
+    """Doubles one of its arguments where it stands."""
+
+    image_shape = (1, 4, 4)
+
+    def __init__(self, argument: str) -> None:
+        super().__init__()
+        self.layer, self.argument = torch.nn.Conv2d(1, 1, 1), argument
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.layer(x_t) * (1 + t.view(-1, 1, 1, 1))
+        {"x_t": x_t, "t": t}[self.argument].mul_(2)
+        return out
+
+
+@pytest.mark.parametrize("argument", ["x_t", "t"])
+def test_a_network_that_writes_into_its_arguments_is_refused(argument: str) -> None:
+    """The chain and the loss read them again."""
+    diffusion, network = Diffusion(DiffusionConfig(prediction="v")), Writes(argument)
+    with pytest.raises(UsageError, match="writes into x_t, t or label"):
+        Sampler(network, diffusion, steps=3).sample([0])
+    key = NoiseKey(torch.tensor(0), torch.tensor(0), torch.arange(2))
+    with torch.no_grad(), pytest.raises(UsageError, match="writes into x_t, t or label"):
+        diffusion.loss(network, torch.zeros(2, 1, 4, 4), key)

@@ -249,7 +249,7 @@ def test_a_pack_keeps_its_size_and_channels() -> None:
 def test_what_is_supposed_before_the_images_are_read_is_a_whole_configuration() -> None:
     preset = suppose(Given(image_size=48), processes=3)
     assert preset.name == NAME and preset.unet.image_size == 48 and preset.train.batch % 3 == 0
-    assert preset.diffusion.prediction == "eps" and isinstance(preset.train, TrainConfig)
+    assert preset.diffusion.prediction == "x0" and isinstance(preset.train, TrainConfig)
     for wrong in ({"image_size": 0}, {"batch": 0}, {"accumulate": 0}, {"steps": 0}):
         (name,) = wrong
         with pytest.raises(UsageError, match=f"{name} must be positive; got 0"):
@@ -286,14 +286,29 @@ def test_the_header_is_enough_for_the_survey(tmp_path: Path) -> None:
 
 
 def test_a_model_to_begin_with_keeps_its_network_and_diffusion() -> None:
-    """Also one of fewer timesteps than a chain takes by default, and of other channels than the images have."""
+    """Also one of fewer timesteps than a chain takes by default."""
     unet = UNetConfig(
         image_size=16, image_channels=1, width=8, multipliers=(1, 2), groups=4, attention_resolutions=(8,),
         learned_variance=True,
     )  # fmt: skip
     model = Preset("other", unet, DiffusionConfig(timesteps=20, variance="learned", loss="vlb"), TrainConfig(lr=3e-4))
-    taken = chosen(found(), model=model, steps=50)
+    taken = chosen(found(kinds={"PNG L": 1000}), model=model, steps=50)
     assert taken.preset.unet == model.unet and taken.preset.diffusion == model.diffusion
     assert (taken.preset.train.lr, taken.preset.sample.steps) == (3e-4, 20)
     assert any(line.endswith("[--init]") for line in taken.lines)
     assert not any("[--network]" in line or "[--image-size]" in line for line in taken.lines)
+
+
+def test_a_grey_model_takes_no_colour_and_mirrors_only_if_it_did() -> None:
+    model = Preset("grey", UNetConfig(image_size=16, image_channels=1), train=TrainConfig(flip=False))
+    with pytest.raises(DataError, match="draws grey ones"):
+        chosen(found(), model=model)
+    taken = chosen(found(kinds={"PNG L": 1000}), model=model)
+    assert not taken.preset.train.flip and not any("mirrored" in line for line in taken.lines)
+    assert chosen(found()).preset.train.flip
+
+
+@pytest.mark.parametrize(("background", "channels"), [("white", 1), ("#808080", 1), ("red", 3)])
+def test_transparent_grey_on_a_colour_is_in_colour(background: str, channels: int) -> None:
+    assert chosen(found(kinds={"PNG LA": 9, "PNG L": 9}), background=background).preset.unet.image_channels == channels
+    assert chosen(found(kinds={"PNG L": 9}), background=background).preset.unet.image_channels == 1
