@@ -28,6 +28,7 @@ MAX_PIXELS = 64_000_000
 _FILTERS = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
 _SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _OTHER_COLOURS = ("CMYK", "LAB", "YCbCr", "HSV")
+_FEW_BITS = {"1": 255, "L;2": 85, "L;4": 17}  # what the samples of a PNG are multiplied by
 _TRANSPARENT = "it has transparent pixels; flatten it onto a background, as --background white does"
 
 
@@ -142,9 +143,22 @@ def open_picture(data: bytes, background: str | None = None) -> Picture:
     with _reasons(), _open(data) as image:
         stored = image.format or "", image.mode
         deep_colour = any(";16" in str(tile.args) for tile in image.tile) and image.mode not in _SIXTEEN_BITS
+        _scale_transparent_value(image)
         image.load()
         peak = _largest(image, deep_colour) if background is None or image.mode != "I" else None
         return Picture(*stored, _eight_bits(ImageOps.exif_transpose(image), background), peak)
+
+
+def _scale_transparent_value(image: ImageFile.ImageFile) -> None:
+    """Give the transparent grey or colour of a PNG the scale of its pixels, which Pillow leaves as stored.
+
+    Pixels of 1, 2 and 4 bits are scaled to 8; of 16-bit colour the high bytes are kept, and compared.
+    """
+    value, stored = image.info.get("transparency"), str(image.tile[0].args) if image.tile else ""
+    if isinstance(value, int) and stored in _FEW_BITS:
+        image.info["transparency"] = value * _FEW_BITS[stored]
+    elif isinstance(value, tuple) and stored.startswith("RGB;16"):
+        image.info["transparency"] = tuple(sample >> 8 for sample in value)
 
 
 def fitted(picture: Picture, preprocessing: Preprocessing) -> Image.Image:

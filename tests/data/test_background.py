@@ -58,11 +58,7 @@ def test_transparency_is_put_on_the_background(name: str, rgb: tuple[int, int, i
 def test_a_transparent_value_of_16_bits_is_put_on_the_background() -> None:
     header = struct.pack(">IIBBBBB", 8, 8, 16, 0, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in VALUES)
-    chunks = {b"IHDR": header, b"tRNS": struct.pack(">H", VALUES[1, 1]), b"IDAT": zlib.compress(rows), b"IEND": b""}
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks.items()
-    )
+    data = encoded(header, rows, struct.pack(">H", VALUES[1, 1]))
     expected = np.repeat(np.round(VALUES / 257.0)[..., None], 3, -1)
     expected[VALUES[1, 1] == VALUES] = (255, 165, 0)
     np.testing.assert_array_equal(pixels(data, "orange"), expected)
@@ -234,3 +230,33 @@ def test_bad_images_up_to_a_share_are_left_out(tmp_path: Path, load: Load, bad: 
     (said,) = without_classes(lines)[:1]
     assert len(dataset.images) == 100 - bad and said.endswith(f"left out, as they are at most {100 * allowed:g}%")
     assert "000.png" in said and "not an image of a known format" in said
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_of_few_bits_is_put_on_the_background(bits: int) -> None:
+    values = RNG.integers(0, 2**bits, (8, 8))
+    hole = int(values[3, 4])
+    flat = ((values[..., None] >> np.arange(bits)[::-1]) & 1).reshape(8, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(flat.astype(np.uint8), axis=-1))
+    data = encoded(struct.pack(">IIBBBBB", 8, 8, bits, 0, 0, 0, 0), rows, struct.pack(">H", hole))
+    grey = np.round(values * 255 / (2**bits - 1))[..., None]
+    expected = np.where((values == hole)[..., None], (255, 0, 0), grey)
+    np.testing.assert_array_equal(pixels(data, "red"), expected)
+    with pytest.raises(BadImageError, match="transparent"):
+        decode(data, Preprocessing(8, 3))
+
+
+def test_a_transparent_colour_of_16_bits_is_put_on_the_background() -> None:
+    values = RNG.integers(0, 65536, (8, 8, 3))
+    hole = values[1, 2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = encoded(struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0), rows, struct.pack(">HHH", *hole.tolist()))
+    expected = np.where((values == hole).all(-1)[..., None], (255, 0, 0), values >> 8)
+    np.testing.assert_array_equal(pixels(data, "red"), expected)
+
+
+def encoded(header: bytes, rows: bytes, transparent: bytes) -> bytes:
+    """A PNG of these chunks."""
+    chunks = b"IHDR" + header, b"tRNS" + transparent, b"IDAT" + zlib.compress(rows), b"IEND"
+    packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
