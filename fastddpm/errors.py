@@ -1,7 +1,7 @@
 """Errors that the user can fix, each with a clear message and an exit code for scripts."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 
 
@@ -48,7 +48,7 @@ def all_problems() -> Iterator[None]:
     """Let configurations with impossible values be made inside the block, and refuse all of them at its end.
 
     So a user with three mistakes reads of three. Raises `UsageError` at the end of the block, or of the outermost of
-    several, with one line for each problem.
+    several, with one line for each problem; also if an error follows from an impossible value, which is then its cause.
     """
     if _collected.get() is not None:
         yield
@@ -57,6 +57,10 @@ def all_problems() -> Iterator[None]:
     token = _collected.set(problems)
     try:
         yield
+    except Exception as error:
+        if not problems:
+            raise
+        raise _refusal([*problems, *([str(error)] if isinstance(error, UsageError) else [])]) from error
     finally:
         _collected.reset(token)
     refuse(problems)
@@ -69,6 +73,9 @@ def refuse(problems: Iterable[str]) -> None:
     if collected is not None:
         collected += [problem for problem in found if problem not in collected]
     elif found:
-        raise UsageError(
-            found[0] if len(found) == 1 else "\n  ".join([f"{len(found)} options cannot be used:", *found])
-        )
+        raise _refusal(found)
+
+
+def _refusal(problems: Sequence[str]) -> UsageError:
+    found = list(dict.fromkeys(problems))
+    return UsageError(found[0] if len(found) == 1 else "\n  ".join([f"{len(found)} options cannot be used:", *found]))

@@ -281,11 +281,17 @@ def test_several_configurations_are_refused_together() -> None:
         UNetConfig(width=3, groups=1)
 
 
-def test_an_error_inside_the_block_is_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError), all_problems():
-        UNetConfig(width=3)
-        raise ZeroDivisionError
-    assert UNetConfig().width == 128
+def test_an_error_that_follows_from_an_impossible_value_is_its_cause() -> None:
+    with pytest.raises(UsageError, match=r"^timesteps must be in 2\.\.100000; got 0$") as error, all_problems():
+        1 // DiffusionConfig(timesteps=0).timesteps
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+    with pytest.raises(UsageError, match="2 options cannot be used"), all_problems():
+        DiffusionConfig(timesteps=0)
+        raise UsageError("another")
+    with pytest.raises(ZeroDivisionError), all_problems():  # it is not hidden
+        1 // (DiffusionConfig(timesteps=2).timesteps - 2)
+    with pytest.raises(UsageError, match=r"^timesteps must"):  # the blocks have ended
+        DiffusionConfig(timesteps=0)
 
 
 @pytest.mark.parametrize("sizes", [{"groups": 0}, {"multipliers": ()}, {"multipliers": (1,) * 99}, {"width": 10**9}])
