@@ -3,8 +3,8 @@
 python benchmarks/weights_check.py [--preset mnist cifar10] [--batch 1] [--rounds 15] [--out FILE.json]
 
 A sampler compares every byte of the weights, and every module, with what it prepared. The two sides, that comparison
-and one step of the chain, take turns; `share` is the comparison's part of a whole chain of the preset's own length, and
-`steps` the length from which on it is below 1%.
+and one step of the chain, take turns; `share` is the comparison's part of a whole chain of the preset's own length and
+guidance, and `steps` the length from which on it is below 1%.
 """
 
 import math
@@ -26,7 +26,9 @@ from busy import random_weights
 def measure(preset: str, batch: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of the comparison and of a step, and what part of a chain the comparison takes."""
     unet, config = random_weights(preset), fastddpm.preset(preset)
-    sampler = fastddpm.Sampler(unet, fastddpm.Diffusion(config.diffusion), steps=config.sample.steps)
+    chain = config.sample
+    diffusion = fastddpm.Diffusion(config.diffusion)
+    sampler = fastddpm.Sampler(unet, diffusion, steps=chain.steps, guidance=chain.guidance)
     x = torch.randn(batch, config.unet.image_channels, config.unet.image_size, config.unet.image_size)
     sampler.probe(x)
     with sampler.unchanging():
