@@ -3,8 +3,9 @@
 Public names are imported at their first use, so that the commands answer `--help` without loading torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .runtime.lazy import importer
 
 __version__ = "0.2.0.dev0"
 
@@ -42,14 +43,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .training.trainer import Trainer as Trainer
     from .unet import UNet as UNet
 else:
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        home = _HOMES[name]
-        if home is None:
-            return importlib.import_module(f".{name}", __name__)
-        return getattr(importlib.import_module(home, __name__), name)
+    __getattr__ = importer(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -3,8 +3,9 @@
 Names are imported at their first use, so that `python -m fastddpm.pretrained --help` does not load torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastddpm.runtime.lazy import importer
 
 _HOMES = {"Model": ".model", "diffusers": None, "load": ".model", "load_weights": ".run", "read_preset": ".model"}
 __all__ = [*_HOMES]
@@ -16,16 +17,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .model import read_preset as read_preset
     from .run import load_weights as load_weights
 else:
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        home = _HOMES[name]
-        return (
-            importlib.import_module(f".{name}", __name__)
-            if home is None
-            else getattr(importlib.import_module(home, __name__), name)
-        )
+    __getattr__ = importer(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
