@@ -21,7 +21,7 @@ from fastddpm.runtime.options import Background, Device, Resize, SkipBad
 from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import to_dict
 from fastddpm.storage.files import check_out
-from fastddpm.training import from_data, initial
+from fastddpm.training import from_data, given, initial
 from fastddpm.training.network_sizes import NetworkSize
 from fastddpm.training.runs import free_run, newest_checkpoint, newest_run
 from fastddpm.training.saved import RunOptions, changed, refuse_changes
@@ -163,7 +163,7 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
 
     If torchrun or SLURM restarted this command, it resumes the run that it had begun.
     """
-    name = cli.peek(arguments, "--preset") or (from_data.NAME if from_data.names_images(arguments) else DEFAULT_PRESET)
+    name = cli.peek(arguments, "--preset") or (given.NAME if given.names_images(arguments) else DEFAULT_PRESET)
     out = cli.peek(arguments, "--out")
     helps = not {"-h", "--help", "--help-all"}.isdisjoint(arguments)
     again = distributed.restarted() and out is not None and (Path(out) / "config.json").exists()
@@ -185,7 +185,7 @@ def _parse(arguments: Sequence[str], group: distributed.ProcessGroup) -> tuple[C
         command = dataclasses.replace(_command(arguments, base, options, model), resume=resuming)
         refuse(_problems(command))
         asked = "--resume" in arguments
-        refuse(from_data.problems(arguments, name, command.allow_bad, command.minutes, resuming=asked))
+        refuse(given.problems(arguments, name, command.allow_bad, command.minutes, resuming=asked))
         command.resolved()
     if not resuming:
         if command.out is None and (group.world_size > 1 or distributed.restarted()):
@@ -234,11 +234,11 @@ def _prepared(
     """Open the data. Return it with the options, to which what the images and --minutes decide is added."""
     new = not command.resume
     model = initial.preset_of_model(command.init) if new else None
-    if new and command.preset == from_data.NAME:
+    if new and command.preset == given.NAME:
         from fastddpm.training.trainer import check_options
 
         assert command.data is not None
-        chosen = from_data.choose_here(command.data, from_data.Given.of(arguments, model), device, group, report)
+        chosen = from_data.choose_here(command.data, given.Given.of(arguments, model), device, group, report)
         base = chosen.preset
         command = dataclasses.replace(_command(arguments, base, chosen.options, model), minutes=chosen.minutes)
         check_options(command.resolved(), group)

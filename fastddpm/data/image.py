@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, features
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import refuse
 
 Resize = Literal["none", "area", "lanczos"]
 RESIZES = ("none", "area", "lanczos")
@@ -70,9 +70,7 @@ def check_background(background: str | None) -> None:
     except ValueError:
         opaque = False
     if not opaque:
-        raise UsageError(
-            f'the background must be the name of a colour, as in white, or "#rrggbb"; got {background!r:.100}'
-        )
+        refuse([f'the background must be the name of a colour, as in white, or "#rrggbb"; got {background!r:.100}'])
 
 
 @dataclass(frozen=True)

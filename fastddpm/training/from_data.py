@@ -4,10 +4,8 @@ Imports no torch. `choose` is a pure function of what `data.inspect.survey` foun
 """
 
 import dataclasses
-import math
-import typing
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -19,6 +17,7 @@ from fastddpm.runtime import cli
 from fastddpm.runtime.distributed import ProcessGroup, on_main
 from fastddpm.runtime.progress import announced
 
+from .given import NAME, Given
 from .initial import starting_preset
 from .network_sizes import NETWORK_SIZES, NetworkSize, bytes_per_image, unet_of
 from .saved import RunOptions
@@ -30,13 +29,11 @@ if TYPE_CHECKING:
     from fastddpm.data.inspect import Findings
 
 T = TypeVar("T")
-NAME = "photos"  # of the configuration, and so of the run directory
 MINUTES = 30.0
 SIZES = (32, 48, 64, 96, 128, 192, 256)
 LARGE_ENOUGH = 0.9  # of the images are at least as large as the chosen size
 LEAST_IMAGES = 2
 FEW_IMAGES = 100
-FEW_STEPS = 500
 LEAST_OF_A_CLASS = 16  # images of the median class
 MOST_BAD = 0.01  # of the images may be left out
 MANY_IMAGES = 2000  # from this number on a GPU trains the base network
@@ -53,74 +50,6 @@ class Machine:
     device: str
     free_bytes: float
     processes: int = 1
-
-
-@dataclass(frozen=True)
-class Given:
-    """The options of the command line that other choices depend on; None where the choice is free."""
-
-    image_size: int | None = None
-    image_channels: int | None = None
-    num_classes: int | None = None
-    batch: int | None = None
-    accumulate: int | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    network: NetworkSize | None = None
-    resize: str | None = None
-    background: str | None = None
-    model: Preset | None = None  # whose network and diffusion are taken (--init)
-
-    @staticmethod
-    def of(arguments: Sequence[str], model: Preset | None = None) -> "Given":
-        """Return the options among `arguments`. Values of a wrong type count as not given: the parser refuses them."""
-        kinds = {"minutes": float, "network": str, "resize": str, "background": str}
-        found = {}
-        for field in dataclasses.fields(Given):
-            text = cli.peek(arguments, f"--{field.name.replace('_', '-')}")
-            try:
-                found[field.name] = None if text is None else kinds.get(field.name, int)(text)
-            except ValueError:
-                continue
-        if found.get("network") not in typing.get_args(NetworkSize):
-            found["network"] = None
-        return Given(**found | {"model": model})
-
-
-def names_images(arguments: Sequence[str]) -> bool:
-    """Return whether --data names images, and not the embedded digits, which are None."""
-    return cli.peek(arguments, "--data") not in (None, "None")
-
-
-def problems(
-    arguments: Sequence[str], name: str, allow_bad: float, minutes: float | None, *, resuming: bool
-) -> Iterator[str]:
-    """Yield what is wrong with options of a configuration that is chosen from the data, or that they have no place.
-
-    `name`: of the configuration. `resuming`: --resume was given.
-    """
-    if name == NAME and not resuming and not names_images(arguments):
-        yield f"{NAME} is chosen from your images: name them with --data"
-    if not 0 <= allow_bad <= 1:
-        yield f"--allow-bad must be in 0..1, a share of the images; got {allow_bad}"
-    if minutes is not None and not 0 < minutes < math.inf:
-        yield f"--minutes must be more than 0; got {minutes}"
-    if minutes is not None and cli.peek(arguments, "--steps") is not None:
-        yield "--minutes chooses the number of steps; give --minutes or --steps, not both"
-    if minutes is not None and resuming:
-        yield "--minutes chooses the number of steps of a new run; with --resume, --steps changes it"
-    background = cli.peek(arguments, "--background")
-    if background not in (None, "None"):
-        from fastddpm.data.image import check_background
-
-        check_background(background)
-    if cli.peek(arguments, "--network") is not None and cli.peek(arguments, "--init") is not None:
-        yield "--network chooses a network, and --init brings that of its model; leave one of them out"
-    elif cli.peek(arguments, "--network") is not None and (name != NAME or resuming):
-        yield (
-            "--network chooses a network for the images that --data names, without --preset; a preset has its own, "
-            "which --width, --multipliers and --blocks change"
-        )
 
 
 @dataclass(frozen=True)

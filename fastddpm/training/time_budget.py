@@ -11,11 +11,11 @@ from fastddpm.data import Dataset
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, on_main
 from fastddpm.runtime.progress import announced, duration
 
-from .from_data import FEW_STEPS
 from .trainer import Trainer
 
 WARM_UP = 3  # steps that are not timed: the first ones allocate memory, and compile
 MEASURED_S = 10.0
+FEW_STEPS = 500
 _MOST_MEASURED = 200  # steps
 _PREVIEWS, _PREVIEW_IMAGES = 4, 16
 _EVALUATION = 1 / 4  # of a training step, for as many images: no backward pass, which costs twice as much, and no step

@@ -23,20 +23,10 @@ from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import DataError, UsageError
 from fastddpm.presets import PRESETS
 from fastddpm.sampling.batch_size import free_bytes
-from fastddpm.training.from_data import (
-    NAME,
-    Chosen,
-    Given,
-    Machine,
-    bytes_per_image,
-    choose,
-    largest_size,
-    names_images,
-    suppose,
-    unet_of,
-    with_steps,
-)
+from fastddpm.training.from_data import Chosen, Machine, choose, largest_size, suppose, with_steps
+from fastddpm.training.given import NAME, Given, names_images
 from fastddpm.training.length import too_short
+from fastddpm.training.network_sizes import bytes_per_image, unet_of
 
 GIB = 2**30
 CPU, GPU = Machine("cpu", 8 * GIB), Machine("cuda", 80 * GIB)
