@@ -37,7 +37,7 @@ class Inspect:
     """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
     """Which split of the source. test is refused if the source has no splits and its name does not say test."""
-    background: Background = None
+    background: Background = "white"
     duplicates: bool = True
     """Look for images with equal pixels."""
     json: bool = False
@@ -118,7 +118,12 @@ def _inspect(command: Inspect) -> None:
         found = scan(
             image_source, background=command.background, duplicates=command.duplicates, full_list=full_list, report=log
         )
-    proposal = _proposal(command.source) if command.split == "train" else []
+    if command.background is not None and found.converted:
+        found.notes += (
+            f"{found.converted:,} of them are good on a background only, as they are transparent, in CMYK or the like: "
+            f"train with --background {command.background}, which --data without --preset takes by itself",
+        )
+    proposal = _proposal(command.source, found) if command.split == "train" else []
     if command.json:
         print(json.dumps({**vars(found), "pack": pack and _described(pack), "training": proposal}, indent=1))
     else:
@@ -198,17 +203,24 @@ def _training_options(preprocessing: "Preprocessing", pack: Path) -> str:
     )
 
 
-def _proposal(source: str) -> list[str]:
-    """Return the command that trains on a source, and what it will choose on a CPU; or why it cannot be trained on."""
-    from fastddpm.training.from_data import Given, Machine, choose, look
+def _proposal(source: str, found: "Findings") -> list[str]:
+    """Return the command that trains on a source, and what it will choose on a CPU; or why it cannot be trained on.
 
-    found, packed = look(source)
+    `found`: all images of the source; what training will choose depends on a survey of their headers.
+    """
+    from fastddpm.training.from_data import MOST_BAD, Given, Machine, choose, look
+
+    if not found.good:
+        return ["nothing can be trained on, as no image is good"]
+    surveyed, packed = look(source)
     try:
-        chosen = choose(found, Machine("cpu", _ANY_MEMORY), Given(), source=source, packed=packed)
+        chosen = choose(surveyed, Machine("cpu", _ANY_MEMORY), Given(), source=source, packed=packed)
     except DataError as error:
         return [str(error)]
     heading = "chosen on a CPU; a GPU takes a larger network, and --dry-run tells what this machine does:"
-    return [f"python -m fastddpm.train --data {shlex.quote(source)}", heading, *chosen.lines]
+    path = f"./{source}" if source.startswith("-") else source
+    skip = " --skip-bad" if found.bad > MOST_BAD * (found.good + found.bad) else ""
+    return [f"python -m fastddpm.train --data {shlex.quote(path)}{skip}", heading, *chosen.lines]
 
 
 def _size(image_size: int) -> int:

@@ -1,10 +1,11 @@
 """Decode one encoded image to uint8 pixels, or say why it cannot be used."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, features
@@ -73,18 +74,28 @@ def check_background(background: str | None) -> None:
         refuse([f'the background must be the name of a colour, as in white, or "#rrggbb"; got {background!r:.100}'])
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A decoded image file: `format` and `mode` as stored, and `image` in mode L or RGB with EXIF rotation applied.
+class Levels(NamedTuple):
+    """How the stored values of an image became 8 bits.
 
     `peak`: the largest value of an image with 16 bits per channel, in 0..65535 (of colour at most 255 too high, as
-    Pillow keeps the high byte); None for 8 bits, and for 32 bits if there is a background.
+    Pillow keeps the high byte); None for 8 bits, and for 32 bits if there is a background. `top`: the value of white
+    that was taken for 32 bits (`_scaled`); None for other images and for black ones. `converted`: whether it took a
+    background to convert the image.
     """
+
+    peak: int | None = None
+    top: int | None = None
+    converted: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image file: `format` and `mode` as stored, and `image` in mode L or RGB with EXIF rotation applied."""
 
     format: str
     mode: str
     image: Image.Image
-    peak: int | None = None
+    levels: Levels
 
 
 def decode(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
@@ -98,17 +109,33 @@ def decode(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
 
 
 class Brightness:
-    """The largest value of all 16-bit images of a set, from which a scale of fewer bits is recognised."""
+    """The largest value of all 16-bit images of a set, from which a scale of fewer bits is recognised.
+
+    `tops`: how many images of 32 bits were taken to have each value of white.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self.peak = 0
+        self.tops: Counter[int] = Counter()
 
-    def add(self, peak: int | None) -> None:
-        """Add an image by its `Picture.peak`; without effect if it has 8 bits."""
-        if peak is not None:
+    def add(self, levels: Levels) -> None:
+        """Add an image; without effect if it has 8 bits."""
+        if levels.peak is not None:
             self.count += 1
-            self.peak = max(self.peak, peak)
+            self.peak = max(self.peak, levels.peak)
+        if levels.top is not None:
+            self.tops[levels.top] += 1
+
+    def mixture(self) -> str | None:
+        """Return why the images of 32 bits cannot be used together, None if they can: each has its own brightness."""
+        if len(self.tops) < 2:
+            return None
+        groups = ", ".join(f"{number:,} have values up to {top:,}" for top, number in sorted(self.tops.items()))
+        return (
+            f"its images of 32 bits do not say what white is: {groups}. Scaled each to its own range, dark ones would "
+            "become bright; convert all to 8 or 16 bits by one rule first"
+        )
 
     def note(self) -> str | None:
         """Return a line of advice if the images use less than half of the range of 16 bits, else None."""
@@ -143,8 +170,15 @@ def open_picture(data: bytes, background: str | None = None) -> Picture:
         deep_colour = any(";16" in str(tile.args) for tile in image.tile) and image.mode not in _SIXTEEN_BITS
         _scale_transparent_value(image)
         image.load()
-        peak = _largest(image, deep_colour) if background is None or image.mode != "I" else None
-        return Picture(*stored, _eight_bits(ImageOps.exif_transpose(image), background), peak)
+        peak = (
+            _largest(image, deep_colour) if background is None or image.mode != "I" or image.format == "PNG" else None
+        )
+        upright = ImageOps.exif_transpose(image)
+        if image.mode in _SIXTEEN_BITS or (image.mode == "F" and background is not None):
+            grey, top = _scaled(upright, background, wide=image.mode in ("I", "F") and image.format != "PNG")
+            return Picture(*stored, grey, Levels(peak, top, converted=image.mode == "F" or grey.mode == "RGB"))
+        converted = background is not None and _needs_background(upright)
+        return Picture(*stored, _eight_bits(upright, background), Levels(peak, None, converted))
 
 
 def _scale_transparent_value(image: ImageFile.ImageFile) -> None:
@@ -217,14 +251,19 @@ def _reasons() -> Iterator[None]:
         raise BadImageError(f"damaged: {str(error) or type(error).__name__}") from error
 
 
+def _needs_background(image: Image.Image) -> bool:
+    """Return whether `_eight_bits` refuses an image without a background."""
+    if image.mode in _OTHER_COLOURS:
+        return True
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
 def _eight_bits(image: Image.Image, background: str | None) -> Image.Image:
-    """Convert to mode L or RGB: without a background only if that loses nothing, but for 16-bit grey (`_scaled`).
+    """Convert at most 8 bits per channel to mode L or RGB, without a background only if that loses nothing.
 
     Raises BadImageError if it cannot be done.
     """
     mode = image.mode
-    if mode in _SIXTEEN_BITS or (mode == "F" and background is not None):
-        return _scaled(image, background)
     if mode in _OTHER_COLOURS and background is not None:
         return _to_rgb(image)
     if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
@@ -248,7 +287,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
     elif image.mode == "CMYK" and profile and features.check("littlecms2"):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        except (OSError, ImageCms.PyCMSError):  # a damaged profile says nothing; the pixels are whole
+            return image.convert("RGB")
     else:
         return image.convert("RGB")
     converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -265,25 +307,29 @@ def _largest(image: Image.Image, deep_colour: bool) -> int | None:
     return None
 
 
-def _scaled(image: Image.Image, background: str | None) -> Image.Image:
+def _scaled(image: Image.Image, background: str | None, *, wide: bool) -> tuple[Image.Image, int | None]:
     """Scale grey of 16 or 32 bits to 8, rounded to nearest. Pillow's own conversion would clip it to 255.
 
-    16 bits are 0 to 65535. A file of 32 bits does not say its range: with a background it is taken as the smallest that
-    holds the values, of 0 to 1 (floats), 0 to 255 and 0 to 65535.
+    16 bits are 0 to 65535. A file of 32 bits (`wide`) does not say its range: with a background it is taken as the
+    smallest that holds the values, of 0 to 1 (floats), 0 to 255 and 0 to 65535. That one is returned, too, unless all
+    values are 0; `Brightness` refuses a set that would mix them.
     """
     values = np.asarray(image).astype(np.float64 if image.mode == "F" else np.int64)
-    tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,)) if background is not None else (65535,)
+    guess = wide and background is not None
+    tops = ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if guess else (65535,)
     top = next((top for top in tops if values.max() <= top), None)
     if top is None or not values.min() >= 0:
         raise BadImageError(f"its values are {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
     scaled = values * 255 / top + 0.5 if image.mode == "F" else (values * 255 + top // 2) // top
     grey = Image.fromarray(scaled.astype(np.uint8))
+    guessed = top if guess and values.max() > 0 else None
     transparent = values == image.info.get("transparency", -1)
     if not transparent.any():
-        return grey
+        return grey, guessed
     if background is None:
         raise BadImageError(_TRANSPARENT)
-    return Image.composite(Image.new("RGB", grey.size, background), grey.convert("RGB"), Image.fromarray(transparent))
+    flat = Image.composite(Image.new("RGB", grey.size, background), grey.convert("RGB"), Image.fromarray(transparent))
+    return flat, guessed
 
 
 def _to_channels(image: Image.Image, channels: int) -> Image.Image:

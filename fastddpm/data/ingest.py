@@ -18,7 +18,7 @@ from PIL import Image
 from fastddpm.errors import DataError
 from fastddpm.runtime.progress import Meter
 
-from .image import BadImageError, Brightness, Preprocessing, as_planes, fitted, open_picture
+from .image import BadImageError, Brightness, Levels, Preprocessing, as_planes, fitted, open_picture
 from .readers.source import EncodedImage, ImageSource
 
 T = TypeVar("T")
@@ -145,6 +145,12 @@ def raise_or_report(problems: Problems, num_good: int, *, skip_bad: float, repor
         raise DataError(f"{problems.image_source.name} holds no images")
 
 
+def refuse_mixture(brightness: Brightness, image_source: ImageSource) -> None:
+    """Raise DataError if images of 32 bits were scaled from different ranges."""
+    if mixture := brightness.mixture():
+        raise DataError(f"{image_source.name}: {mixture}")
+
+
 def left_out(skip_bad: float) -> str:
     """Return that bad images are left out, and why they may be."""
     return "left out, as --skip-bad asks" if skip_bad == 1 else f"left out, as they are at most {100 * skip_bad:.3g}%"
@@ -173,22 +179,23 @@ def decode_all(
     """Pass each decoded image, uint8 (C, S, S), to `append` in order; return what else was found.
 
     Raises DataError that lists the bad images by reason if their share is more than `skip_bad`, and always if no image
-    is good (`raise_or_report`). If the message does not name all, the complete list is written to the file `full_list`,
-    or line by line to `report` if that file cannot be written.
+    is good (`raise_or_report`); and for images of 32 bits of different ranges. If the message does not name all, the
+    complete list is written to the file `full_list`, or line by line to `report` if that file cannot be written.
     """
     labels = Labels(image_source.name)
     problems = Problems(image_source, full_list, report)
     brightness = Brightness()
 
-    def work(item: EncodedImage) -> tuple[np.ndarray, int | None]:
+    def work(item: EncodedImage) -> tuple[np.ndarray, Levels]:
         picture = open_picture(item.read(), preprocessing.background)
-        return as_planes(fitted(picture, preprocessing), preprocessing), picture.peak
+        return as_planes(fitted(picture, preprocessing), preprocessing), picture.levels
 
-    for _, item, (image, peak) in map_images(image_source, work, problems):
+    for _, item, (image, levels) in map_images(image_source, work, problems):
         append(image)
         labels.append(item.label)
-        brightness.add(peak)
+        brightness.add(levels)
     raise_or_report(problems, len(labels), skip_bad=skip_bad, report=report)
+    refuse_mixture(brightness, image_source)
     return Decoded(labels.array(), problems.count, brightness.note())
 
 

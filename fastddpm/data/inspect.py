@@ -23,7 +23,7 @@ from fastddpm.errors import DataError, StorageError
 from fastddpm.runtime.progress import announced, discard
 
 from .dataset import Checksum
-from .image import Brightness, Preprocessing, decode, fitted, open_picture, read_header
+from .image import Brightness, Levels, Preprocessing, decode, fitted, open_picture, read_header
 from .ingest import Problems, Report, map_images
 from .pack.format import TRAILER, Pack
 from .readers.source import EncodedImage, ImageSource
@@ -103,9 +103,9 @@ class Findings:
 
     Counts of good images: `kinds` by "FORMAT MODE", `sizes` by "WIDTHxHEIGHT" (beyond 1,000 sizes by "other"), `sides`
     by the pixels of the shorter side, `classes` by label (`survey`: of all images). `class_names`: in the order of
-    labels, empty if there are none. `smallest` and `largest`: pixels of the shorter side. `problems`: the message about
-    bad images. `duplicates`: number of images that equal an earlier one, None if they were not compared; `equal`: up to
-    20 of them as (first, later) names.
+    labels, empty if there are none. `smallest` and `largest`: pixels of the shorter side. `converted`: good images that
+    a background was needed for (`scan`). `problems`: the message about bad images. `duplicates`: number of images that
+    equal an earlier one, None if they were not compared; `equal`: up to 20 of them as (first, later) names.
     """
 
     source: str
@@ -120,6 +120,7 @@ class Findings:
     classes: Counter[int] = field(default_factory=Counter)
     class_names: list[str] = field(default_factory=list)
     bad: int = 0
+    converted: int = 0
     problems: str = ""
     duplicates: int | None = None
     equal: list[tuple[str, str]] = field(default_factory=list)
@@ -134,7 +135,7 @@ class _Seen:
     size: tuple[int, int]
     num_bytes: int
     digest: bytes
-    peak: int | None
+    levels: Levels
 
 
 def scan(
@@ -164,18 +165,18 @@ def scan(
         if preprocessing is not None:
             fitted(picture, preprocessing)
         pixels = digest(picture.image) if duplicates else b""
-        return _Seen(f"{picture.format} {picture.mode}", picture.image.size, len(data), pixels, picture.peak)
+        return _Seen(f"{picture.format} {picture.mode}", picture.image.size, len(data), pixels, picture.levels)
 
     with Duplicates() as digests:
         for number, item, seen in map_images(image_source, look, problems, title="reading"):
             _count(found, seen)
             _count_class(found, item)
-            brightness.add(seen.peak)
+            brightness.add(seen.levels)
+            found.converted += seen.levels.converted
             if duplicates:
                 digests.add(number, seen.digest)
         found.bad = problems.count
-        advice = brightness.note()
-        found.notes += (advice,) if advice else ()
+        found.notes += tuple(filter(None, (brightness.note(), brightness.mixture())))
         found.problems = problems.message() if problems.count else ""
         if duplicates:
             _compare(found, digests, image_source)
@@ -200,7 +201,7 @@ def survey(image_source: ImageSource, *, looked_at: int = LOOKED_AT) -> Findings
     def look(item: EncodedImage) -> _Seen:
         data = item.read()
         header = read_header(data)
-        return _Seen(f"{header.format} {header.mode}", header.size, len(data), b"", None)
+        return _Seen(f"{header.format} {header.mode}", header.size, len(data), b"", Levels())
 
     part = replace(image_source, count=-(-image_source.count // step), items=some)
     problems = Problems(part, Path(os.devnull), discard)  # the decoder lists them

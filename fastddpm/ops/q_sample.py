@@ -1,5 +1,7 @@
 """q_sample: x_t and eps of the forward process from images, in one pass."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def q_sample(
 
 
 def refuse_levels(x0: Tensor, seen: bool) -> bool:
-    """Raise ValueError if floating `x0` hold levels of 0..255, not images in [-1, 1]; return whether they were read.
+    """Raise ValueError if floating `x0` hold NaN or levels of 0..255, not [-1, 1]; return whether they were read.
 
     `seen`: earlier images were read; then those on a GPU are not, because reading waits for them. Nothing is read
     inside vmap, a fake tensor mode or the capture of a CUDA graph.
@@ -60,6 +62,8 @@ def refuse_levels(x0: Tensor, seen: bool) -> bool:
         largest = float(x0.detach().abs().amax())
     except RuntimeError:
         return seen
+    if not largest < math.inf:
+        raise ValueError(f"images must be uint8, or floats in [-1, 1]; got {x0.dtype} with NaN or infinity")
     if largest > _LARGEST_PIXEL:
         raise ValueError(
             f"images must be uint8, or floats in [-1, 1]; got {x0.dtype} of up to {largest:.4g}: divide levels of "

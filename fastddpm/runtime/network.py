@@ -61,6 +61,11 @@ def interface_of(
     if not isinstance(network, nn.Module):
         raise UsageError(f"a network must be a torch.nn.Module; got {type(network).__name__}: wrap it in a module")
     name = type(network).__name__
+    lazy = [n for n, p in network.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise UsageError(
+            f"{name} has parameters without a shape, {lazy[0]} for one; call it on a batch first, as lazy modules need"
+        )
     own_shape = getattr(network, "image_shape", None)
     if own_shape is not None:
         own_shape = tuple(own_shape) if isinstance(own_shape, Sequence) else (own_shape,)
@@ -101,12 +106,23 @@ def evaluate(
     """Return network(x_t, t), or network(x_t, t, label) if there is a label.
 
     `key`: passed on if the network's `takes_noise_key` is true. Raises `UsageError` unless the result is a floating
-    tensor (N, C, H, W), or (N, 2C, H, W) with `learned_variance`, and if the network writes into its arguments, which
-    the caller still needs.
+    tensor (N, C, H, W), or (N, 2C, H, W) with `learned_variance`, if the network writes into its arguments, which
+    the caller still needs, and if it fails on a shape or dtype of images that is not its own.
     """
     options = {"noise_key": key} if key is not None and getattr(network, "takes_noise_key", False) else {}
     before = _versions(x_t, t, label)
-    out = network(x_t, t, **options) if label is None else network(x_t, t, label, **options)
+    arguments = (x_t, t) if label is None else (x_t, t, label)
+    if torch.compiler.is_compiling():
+        out = network(*arguments, **options)
+    else:
+        try:
+            out = network(*arguments, **options)
+        except UsageError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            if reason := _unfit(network, x_t):
+                raise UsageError(f"{reason}; its forward failed: {str(error).splitlines()[0]:.200}") from error
+            raise
     expected = (x_t.shape[0], x_t.shape[1] * (1 + learned_variance), *x_t.shape[2:])
     if not isinstance(out, Tensor):
         raise UsageError(f"a network must return a tensor {tuple(expected)}; got a {type(out).__name__}")
@@ -122,6 +138,24 @@ def evaluate(
             f"got {out.dtype} {tuple(out.shape)}"
         )
     return out
+
+
+def _unfit(network: Network, x_t: Tensor) -> str | None:
+    """Return why `network` is not for images like x_t, of those reasons that it tells; None if there is no such."""
+    if not isinstance(network, nn.Module):
+        return None
+    name, shape = type(network).__name__, getattr(network, "image_shape", None)
+    if shape is not None and tuple(shape) != tuple(x_t.shape[1:]):
+        return f"{name} is for images {tuple(shape)}, and got {tuple(x_t.shape[1:])}"
+    dtype, device = precision_of_weights(network), device_of(network)
+    if device != x_t.device:
+        return f"{name} is on {device}, and the images are on {x_t.device}; move one of them"
+    if dtype != x_t.dtype:
+        return (
+            f"{name} has weights of {dtype}, and x_t is {x_t.dtype}; train float32 weights, under torch.autocast for a "
+            "lower precision"
+        )
+    return None
 
 
 def _versions(*tensors: Tensor | None) -> list[int]:

@@ -14,7 +14,7 @@ from fastddpm.config import Preset
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.data.batches import Batches
 from fastddpm.diffusion import Diffusion
-from fastddpm.errors import DataError, DivergedError
+from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.pretrained.run import check_weights
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
@@ -64,12 +64,13 @@ class Trainer:
         config = preset.train
         # The model that the run began with, which checkpoints record: its weights are not random ones.
         self.origin: Origin | None = None
+        given = network
         if network is None:
             torch.manual_seed(config.seed)
             network = UNet(preset.unet)
-        else:
-            self.origin = Origin(f"a {type(network).__name__} that was given", checksum(network))
         self.interface = check_network(network, preset, dataset)
+        if given is not None:
+            self.origin = Origin(f"a {type(given).__name__} that was given", checksum(given))
         self._plain = is_plain(network)
         self.network = network.to(device).train()
         self.strategy = parallel.make_strategy(self.network, config, group)
@@ -104,6 +105,11 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         with dropout_of(self.network, self.preset.train.seed, self.step, self.group.rank, self.device):
             for per_image in self.part_losses():
+                if not per_image.requires_grad:
+                    raise UsageError(
+                        f"the output of {type(self.network).__name__} has no gradient: its forward detaches it, or "
+                        "computes under torch.no_grad() or with numpy"
+                    )
                 if self.preset.train.mode == "paper":
                     per_image.mean().backward()
                     self.optimizer.end_shard()

@@ -116,7 +116,37 @@ def test_greys_of_32_bits_take_the_smallest_range_that_holds_them() -> None:
         with pytest.raises(BadImageError, match="expected 16 bits, 0 to 65535"):
             pixels(png(wrong, "TIFF"))
     dark = png(np.full((8, 8), 4000, np.int32), "TIFF")
-    assert open_picture(dark).peak == 4000 and open_picture(dark, "white").peak is None
+    assert open_picture(dark).levels.peak == 4000 and open_picture(dark, "white").levels.peak is None
+
+
+def test_images_of_32_bits_with_different_ranges_are_refused(tmp_path: Path, load: Load) -> None:
+    """A dark image of a set up to 65535 would be taken for a bright one up to 255; a black one fits all."""
+    root = tmp_path / "deep"
+    root.mkdir()
+    bright, black = VALUES.astype(np.float32), np.zeros((8, 8), np.float32)
+    for name, values in (("a", bright), ("b", bright * (200 / bright.max())), ("c", black)):
+        (root / f"{name}.tiff").write_bytes(png(values, "TIFF"))
+    message = "images of 32 bits do not say what white is: 1 have values up to 255, 1 have values up to 65,535"
+    with pytest.raises(DataError, match=message):
+        load(source=root, background="white")
+    with pytest.raises(DataError, match=message):
+        write_pack(open_image_source(root), tmp_path / "x.fdpack", Preprocessing(8, 3, "none", "white"), report=print)
+    assert not (tmp_path / "x.fdpack").exists()
+    (root / "b.tiff").unlink()
+    images = load(source=root, background="white").images
+    np.testing.assert_array_equal(images[:, 0], np.stack([np.round(VALUES / 257.0), black]))
+
+
+def test_a_png_of_16_bits_is_never_taken_for_one_of_32() -> None:
+    """Its white is 65535, however dark it is."""
+    np.testing.assert_array_equal(pixels(png((VALUES // 1000).astype(np.uint16))), 0)
+
+
+def test_a_damaged_colour_profile_is_left_out_of_account() -> None:
+    file = io.BytesIO()
+    Image.fromarray(COLOUR).convert("CMYK").save(file, "JPEG", icc_profile=b"no profile", quality=100)
+    with Image.open(io.BytesIO(file.getvalue())) as image:
+        np.testing.assert_array_equal(pixels(file.getvalue()), np.asarray(image.convert("RGB")))
 
 
 def test_exact_images_are_the_same_with_a_background() -> None:

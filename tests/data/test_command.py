@@ -94,13 +94,38 @@ def test_inspect_names_every_bad_image_and_exits_3(source: Path, capsys: pytest.
     for name in ("2/locked.png", "1/dot.png", "1/long.png"):  # readable here; good images of odd sizes
         del reasons[name]
     with pytest.raises(DataError) as error:
-        main(["inspect", str(source)])
+        main(["inspect", str(source), "--background", "None"])
     first = str(error.value).splitlines()[0]
     assert first == f"{len(reasons)} of 44 images in {source} cannot be used:" and error.value.exit_code == 3
     named = listed(str(error.value))
     assert named.keys() == reasons.keys()
     assert all(reason in named[name] for name, reason in reasons.items())
     assert "44 images, 33 of them good, 11 bad" in capsys.readouterr().out
+
+
+def test_inspect_reads_as_training_on_data_alone_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Transparent images are good there, on white; with a preset they need the option, which a note says."""
+    root = tmp_path / "-pictures"
+    root.mkdir()
+    for i in range(20):
+        layers = [RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8), np.full((8, 8, 1), 85 * (i % 4), np.uint8)]
+        (root / f"{i:02}.png").write_bytes(png(np.dstack(layers)))
+    main(["inspect", str(root)])
+    said = capsys.readouterr().out
+    assert "20 images, 20 of them good, 0 bad" in said
+    assert "15 of them are good on a background only" in said and "train with --background white" in said
+    assert f"next: python -m fastddpm.train --data {root}\n" in said
+    with pytest.raises(DataError, match="15 of 20 images"):
+        main(["inspect", str(root), "--background", "None"])
+    capsys.readouterr()
+    (root / "20.png").write_bytes(b"no picture")
+    result = python("-m", "fastddpm.data", "inspect", "./-pictures", cwd=tmp_path)
+    assert "next: python -m fastddpm.train --data ./-pictures --skip-bad\n" in result.stdout
+    assert result.returncode == 3
+    for path in root.glob("*.png"):
+        path.write_bytes(b"")
+    result = python("-m", "fastddpm.data", "inspect", "--", "-pictures", cwd=tmp_path)
+    assert result.stdout.endswith("next: nothing can be trained on, as no image is good\n")
 
 
 def test_verify_with_a_size_asks_what_training_asks(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

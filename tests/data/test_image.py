@@ -146,15 +146,15 @@ def test_the_largest_of_16_bit_values_is_noticed() -> None:
     colour[3, 5, 1] = 4095
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
     brightness = Brightness()
-    brightness.add(open_picture(encoded(COLOUR)).peak)
+    brightness.add(open_picture(encoded(COLOUR)).levels)
     assert brightness.note() is None
     for data in (grey16(values), grey16(values // 2), png(32, 32, 16, 2, rows)):
-        brightness.add(open_picture(data).peak)
+        brightness.add(open_picture(data).levels)
     assert brightness.note() == (
         "3 images have 16 bits, but their largest value is 4,095 of 65,535, so they will be dark. If they hold 12-bit "
         "data, multiply their values by 16 first"
     )
-    brightness.add(open_picture(grey16(values * 9)).peak)  # 36,855
+    brightness.add(open_picture(grey16(values * 9)).levels)  # 36,855
     assert brightness.note() is None
 
 

@@ -1,5 +1,6 @@
 """Arguments that cannot be meant: one message, which says what came and what is expected."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,9 @@ def test_levels_given_as_floats_are_refused(prediction: Any) -> None:
             ValueError, match=r"got torch.float32 of up to 25[0-9.]+: divide levels of 0\.\.255 by 127\.5"
         ):
             diffusion.loss(network, levels.float(), key)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"got torch\.float32 with NaN or infinity"):
+            diffusion.loss(network, (levels.float() / 127.5 - 1).index_fill(0, torch.tensor([1]), wrong), key)
     with torch.no_grad():
         from_levels, _ = diffusion.loss(network, levels, key)
         from_floats, _ = diffusion.loss(network, levels.float() / 127.5 - 1, key)

@@ -175,6 +175,45 @@ def test_another_output_is_refused(answer: Callable[[Tensor], Any], message: str
         Diffusion().loss(network, torch.zeros(1, *SHAPE), NoiseKey.of(0, 0, [0]))
 
 
+class Sized(torch.nn.Module):
+    """A convolution of three channels."""
+
+    image_shape = (3, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.layer(x_t)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("network", "channels", "message"),
+    [
+        (Sized(), 1, r"Sized is for images \(3, 4, 4\), and got \(1, 4, 4\); its forward failed: Given groups=1"),
+        (
+            Sized().bfloat16(),
+            3,
+            r"Sized has weights of torch.bfloat16, and x_t is torch.float32; train float32 weights",
+        ),
+        (Sized().double(), 3, r"Sized has weights of torch.float64, and x_t is torch.float32; train float32 weights"),
+    ],
+)
+def test_images_that_are_not_the_networks_own_are_refused(network: Sized, channels: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Diffusion().loss(network, torch.zeros(2, channels, 4, 4), NoiseKey.of(0, 0, [0, 1]))
+
+
+def test_a_failure_of_the_networks_own_stays_as_it_is() -> None:
+    def fails(x_t: Tensor) -> Tensor:
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match=r"^out of luck$"):
+        Diffusion().loss(Other(fails, image_shape=SHAPE), torch.zeros(1, *SHAPE), NoiseKey.of(0, 0, [0]))
+
+
 class Writes(torch.nn.Module):
     """Doubles one of its arguments where it stands."""
 

@@ -207,6 +207,38 @@ def test_what_cannot_be_trained_is_refused(network: Callable[[], nn.Module], opt
         trainer_of(network(), **options)
 
 
+class Detached(MLP):
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x_t, t).detach()
+
+
+class Unsized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LazyConv2d(1, 1)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.layer(x_t)
+        return out
+
+
+@pytest.mark.parametrize("mode", ["standard", "paper"])
+def test_an_output_without_a_gradient_is_refused(mode: str) -> None:
+    with pytest.raises(UsageError, match="the output of Detached has no gradient: its forward detaches it"):
+        trainer_of(Detached(), mode=mode).train_step()
+
+
+def test_a_lazy_network_is_trained_once_it_has_its_shapes() -> None:
+    lazy = Unsized()
+    with pytest.raises(
+        UsageError, match=r"parameters without a shape, layer\.weight for one; call it on a batch first"
+    ):
+        trainer_of(lazy)
+    lazy(torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64))
+    loss, _, applied = trainer_of(lazy).train_step()
+    assert torch.isfinite(loss) and applied
+
+
 def test_sharding_it_is_refused() -> None:
     with pytest.raises(UsageError, match="parallel fsdp is for a UNet as it is configured, not for this MLP"):
         Trainer(preset_of(parallel="fsdp"), images_of(), CPU, ProcessGroup(0, 2), network=MLP())

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import __version__ as pillow_version
 
 from fastddpm.data.dataset import Checksum, checksum
-from fastddpm.data.image import Brightness, Preprocessing, as_planes, fitted, open_picture
-from fastddpm.data.ingest import Labels, Problems, Report, map_images, raise_or_report
+from fastddpm.data.image import Brightness, Levels, Preprocessing, as_planes, fitted, open_picture
+from fastddpm.data.ingest import Labels, Problems, Report, map_images, raise_or_report, refuse_mixture
 from fastddpm.data.readers.source import EncodedImage, ImageSource
 from fastddpm.errors import StorageError
 from fastddpm.runtime.progress import announced
@@ -63,12 +63,13 @@ def write_pack(
     work = functools.partial(_record, preprocessing=preprocessing, store=store)
     brightness = Brightness()
     with _Writer(path) as writer:
-        for _, item, (data, planes, peak) in map_images(image_source, work, problems, title="packing"):
+        for _, item, (data, planes, levels) in map_images(image_source, work, problems, title="packing"):
             writer.append(data)
             labels.append(item.label)
             pixels.add(planes)
-            brightness.add(peak)
+            brightness.add(levels)
         raise_or_report(problems, len(labels), skip_bad=skip_bad, report=report)
+        refuse_mixture(brightness, image_source)
         if advice := brightness.note():
             report(f"{image_source.name}: {advice}")
         classes = labels.array()
@@ -100,17 +101,17 @@ def _described(classes: tuple[str, ...] | None) -> list[str] | None:
     return list(classes)
 
 
-def _record(item: EncodedImage, preprocessing: Preprocessing, store: Store) -> tuple[bytes, np.ndarray, int | None]:
-    """Return the bytes to store for an image, its pixels, uint8 (C, S, S), and `Picture.peak`."""
+def _record(item: EncodedImage, preprocessing: Preprocessing, store: Store) -> tuple[bytes, np.ndarray, Levels]:
+    """Return the bytes to store for an image, its pixels, uint8 (C, S, S), and `Picture.levels`."""
     data = item.read()
     picture = open_picture(data, preprocessing.background)
     image = fitted(picture, preprocessing)
     planes = as_planes(image, preprocessing)
     if store == "original" or (picture.image.size == image.size and len(data) <= planes.nbytes):
-        return data, planes, picture.peak
+        return data, planes, picture.levels
     file = io.BytesIO()
     image.save(file, "PNG")
-    return file.getvalue(), planes, picture.peak
+    return file.getvalue(), planes, picture.levels
 
 
 class _Writer:
