@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastddpm.config import CodecOptions, EngineConfig
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, all_problems, problem, refuse
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Checkpoint, Device, Resize, check_checkpoint, check_positive
 from fastddpm.runtime.progress import Meter, announced, log
@@ -72,8 +72,14 @@ class Command:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command on `arguments`, as `cli.run` passes them."""
-    action = cli.parse(Command, arguments, program=PROGRAM).action
-    check_checkpoint(action.checkpoint)
+    with all_problems():
+        action = cli.parse(Command, arguments, program=PROGRAM).action
+        with problem():
+            check_checkpoint(action.checkpoint)
+        if isinstance(action, Encode):
+            check_positive(count=action.count)
+            if action.out.is_dir():
+                refuse([f"{action.out} is a directory; name the file to write, such as {action.out / 'images.fdz'}"])
     if isinstance(action, Encode):
         _encode(action)
     else:
@@ -81,9 +87,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _encode(action: Encode) -> None:
-    check_positive(count=action.count)
-    if action.out.is_dir():
-        raise UsageError(f"{action.out} is a directory; name the file to write, such as {action.out / 'images.fdz'}")
     check_out(action.out.parent)
 
     with announced("loading PyTorch"):

@@ -66,6 +66,15 @@ def all_problems() -> Iterator[None]:
     refuse(problems)
 
 
+@contextlib.contextmanager
+def problem() -> Iterator[None]:
+    """Inside `all_problems`, keep a `UsageError` of the block for its end, so that the next check is made as well."""
+    try:
+        yield
+    except UsageError as error:
+        refuse([str(error)])
+
+
 def refuse(problems: Iterable[str]) -> None:
     """Raise `UsageError` with all `problems`, if there are any; inside `all_problems`, keep them for its end."""
     found = list(dict.fromkeys(problems))

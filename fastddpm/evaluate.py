@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, all_problems, problem, refuse
 from fastddpm.evaluation.options import (
     PICTURE_NAMES,
     PICTURES_OF_DATA,
@@ -100,21 +100,26 @@ def parse_names(text: str, known: Sequence[str], option: str) -> list[str]:
         return list(known)
     unknown = sorted(wanted.difference(known, ["none"]))
     if unknown:
-        raise UsageError(f"--{option} takes {', '.join(known)}, all or none; got {unknown[0]!r}")
+        raise UsageError(f"--{option} takes {', '.join(known)}, all or none; got {', '.join(map(repr, unknown))}")
     return [name for name in known if name in wanted]
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command on `arguments`, as `cli.run` passes them."""
-    command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
-    metrics = parse_names(command.metrics or "all", METRICS, "metrics")
-    pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
-    check_positive(batch=command.batch)
-    check_checkpoint(command.checkpoint)
-    check_out(_out(command))
     group = distributed.group_from_environment()
     report = log if group.is_main else discard
-    metrics, pictures = _with_reference(command, metrics, pictures, report)
+    metrics, pictures = list(METRICS), list(PICTURE_NAMES)
+    with all_problems():
+        command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
+        check_positive(batch=command.batch)
+        with problem():
+            check_checkpoint(command.checkpoint)
+        with problem():
+            metrics = parse_names(command.metrics or "all", METRICS, "metrics")
+        with problem():
+            pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
+        metrics, pictures = _with_reference(command, metrics, pictures, report)
+    check_out(_out(command))
     with announced("loading PyTorch", report):
         from fastddpm.evaluation.report import Report
         from fastddpm.runtime.device import choose_device
@@ -154,12 +159,13 @@ def _with_reference(
     """
     if command.write_statistics is not None:
         if command.write_statistics.is_dir():
-            raise UsageError(f"{command.write_statistics} is a directory; name the .npz file to write")
-        check_out(command.write_statistics.parent)
+            refuse([f"{command.write_statistics} is a directory; name the .npz file to write"])
+        else:
+            check_out(command.write_statistics.parent)
         if command.reference is not None and command.data is None:
-            raise UsageError("--write-statistics writes those of the data; name them with --data beside --reference")
+            refuse(["--write-statistics writes those of the data; name them with --data beside --reference"])
         if not set(metrics).intersection(QUALITY_METRICS):
-            raise UsageError("--write-statistics needs the features of the data; add fid to --metrics")
+            refuse(["--write-statistics needs the features of the data; add fid to --metrics"])
     if command.reference is None:
         return metrics, pictures
     if not command.reference.is_file():
@@ -235,16 +241,23 @@ def _context(
 
 
 def _check(command: Command, context: "EvaluationContext", metrics: Sequence[str], pictures: Sequence[str]) -> None:
-    """Raise `UsageError`, before anything long, for options that do not fit the model, the data or earlier results."""
+    """Raise `UsageError`, before anything long, for options that do not fit the model, the data or earlier results.
+
+    It names all of them.
+    """
     from fastddpm.evaluation.figures.draw import check_picture
     from fastddpm.evaluation.likelihood import check_bits
     from fastddpm.evaluation.quality import check_quality
 
-    check_quality(context, [metric for metric in metrics if metric in QUALITY_METRICS], command.quality)
-    if set(metrics).intersection(BITS_METRICS):
-        check_bits(_split_context(command, context), command.bits)
-    for name in pictures:
-        check_picture(name, context, command.picture)
+    with all_problems():
+        with problem():
+            check_quality(context, [metric for metric in metrics if metric in QUALITY_METRICS], command.quality)
+        with problem():
+            if set(metrics).intersection(BITS_METRICS):
+                check_bits(_split_context(command, context), command.bits)
+        for name in pictures:
+            with problem():
+                check_picture(name, context, command.picture)
 
 
 def _network(name: str, context: "EvaluationContext", report: Callable[[str], None]) -> "FeatureNetwork":

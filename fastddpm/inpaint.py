@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import tyro
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, all_problems, problem, refuse
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import (
     BatchSize,
@@ -70,12 +70,20 @@ class Command:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command on `arguments`, as `cli.run` passes them."""
-    command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
-    seeds = parse_numbers(command.seeds, "seeds")
-    check_positive(batch=command.batch)
-    if not 0 <= command.frames <= MAX_FRAMES:
-        raise UsageError(f"--frames must be in 0..{MAX_FRAMES}; got {command.frames}")
-    check_checkpoint(command.checkpoint)
+    seeds: list[int] = []
+    with all_problems():
+        command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
+        check_positive(batch=command.batch, jump_length=command.jump_length, resamplings=command.resamplings)
+        if not 0 <= command.frames <= MAX_FRAMES:
+            refuse([f"--frames must be in 0..{MAX_FRAMES}; got {command.frames}"])
+        with problem():
+            check_checkpoint(command.checkpoint)
+        with problem():
+            seeds = parse_numbers(command.seeds, "seeds")
+        with problem():
+            parse_numbers(command.pick or "0", "pick")
+        with problem():
+            parse_numbers(command.labels or "0", "labels")
     out = command.out or cli.run_of(command.checkpoint) / "inpainting"
     check_out(out)
 

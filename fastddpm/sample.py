@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import all_problems, problem, refuse
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, check_checkpoint, check_positive, parse_numbers
 from fastddpm.runtime.progress import announced, discard, log
@@ -56,20 +56,15 @@ class Command:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command on `arguments`, as `cli.run` passes them."""
-    command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
-    seeds = parse_numbers(command.seeds, "seeds")
-    labels = _labels(command, len(seeds))
-    check_positive(batch=command.batch, shard_size=command.shard_size)
-    check_checkpoint(command.checkpoint)
     group = distributed.group_from_environment()
-    sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or group.world_size > 1
-    animation = _animation(command)
-    if sharded and animation is not None:
-        option = "--gif" if command.gif else "--animation"
-        raise UsageError(
-            f"{option} is for up to {MOST_IN_ONE_FILE:,} images in one file, drawn by one process: leave it out, or "
-            "draw fewer seeds without --shard-size"
-        )
+    with all_problems():
+        command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
+        check_positive(batch=command.batch, shard_size=command.shard_size)
+        with problem():
+            check_checkpoint(command.checkpoint)
+        seeds, labels = _seeds_and_labels(command)
+        sharded = command.shard_size is not None or len(seeds) > MOST_IN_ONE_FILE or group.world_size > 1
+        animation = _animation(command, sharded=sharded)
     out = command.out or cli.run_of(command.checkpoint) / f"samples-{seeds[0]}-{seeds[-1]}"
     check_out(out)
 
@@ -161,29 +156,40 @@ def _write_adm_of(shards: "Shards") -> None:
     print(path)
 
 
-def _animation(command: Command) -> str | None:
+def _animation(command: Command, *, sharded: bool) -> str | None:
     """Return the suffix of the animation, None for no animation. Raises `UsageError` if it cannot be written."""
+    suffix = ".gif" if command.gif else {"none": None, "webp": ".webp", "gif": ".gif"}[command.animation]
     if command.gif and command.animation == "webp":
-        raise UsageError("--gif and --animation webp exclude each other; give one of them")
-    if command.animation == "webp":
+        refuse(["--gif and --animation webp exclude each other; give one of them"])
+    elif command.animation == "webp":
         from PIL import features
 
         if not features.check("webp"):
-            raise UsageError("this installation of Pillow writes no WebP; use --animation gif")
-    return ".gif" if command.gif else {"none": None, "webp": ".webp", "gif": ".gif"}[command.animation]
-
-
-def _labels(command: Command, num_seeds: int) -> list[int] | None:
-    if command.labels is None:
-        return None
-    labels = parse_numbers(command.labels, "labels")
-    if len(labels) == 1:
-        return labels * num_seeds
-    if len(labels) != num_seeds:
-        raise UsageError(
-            f"--labels gives {len(labels)} classes for {num_seeds} seeds; give one for each seed, or one for all"
+            refuse(["this installation of Pillow writes no WebP; use --animation gif"])
+    if sharded and suffix is not None:
+        option = "--gif" if command.gif else "--animation"
+        refuse(
+            [
+                f"{option} is for up to {MOST_IN_ONE_FILE:,} images in one file, drawn by one process: leave it out, "
+                "or draw fewer seeds without --shard-size"
+            ]
         )
-    return labels
+    return suffix
+
+
+def _seeds_and_labels(command: Command) -> tuple[list[int], list[int] | None]:
+    """Return the seeds and the class of each, None for the default ones. Raises `UsageError` for unfit numbers."""
+    seeds: list[int] = []
+    labels = None
+    with problem():
+        seeds = parse_numbers(command.seeds, "seeds")
+    with problem():
+        labels = None if command.labels is None else parse_numbers(command.labels, "labels")
+    if labels is None or not seeds:
+        return seeds, labels
+    if len(labels) not in (1, len(seeds)):
+        refuse([f"--labels gives {len(labels)} classes for {len(seeds)} seeds; give one for each seed, or one for all"])
+    return seeds, labels * len(seeds) if len(labels) == 1 else labels
 
 
 if __name__ == "__main__":

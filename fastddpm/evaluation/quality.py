@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, refuse
 from fastddpm.metrics.features import Activations, FeatureNetwork
 from fastddpm.metrics.frechet import Moments, frechet_distance
 from fastddpm.metrics.inception_score import inception_score
@@ -181,13 +181,13 @@ def check_quality(context: EvaluationContext, metrics: Sequence[str], options: Q
     if unknown:
         raise UsageError(f"metrics of samples are {', '.join(QUALITY_METRICS)}; got {unknown[0]!r}")
     if "is" in metrics and options.samples < options.splits:
-        raise UsageError(
-            f"--samples {options.samples} cannot be split into --splits {options.splits} parts; use --splits 1"
-        )
+        refuse([f"--samples {options.samples} cannot be split into --splits {options.splits} parts; use --splits 1"])
     if "pr" in metrics and min(options.samples, len(context.dataset.images)) <= options.neighbours:
-        raise UsageError(
-            f"metric pr with --neighbours {options.neighbours} needs {options.neighbours + 1} samples and images at "
-            f"least; got --samples {options.samples} and {len(context.dataset.images)} images"
+        refuse(
+            [
+                f"metric pr with --neighbours {options.neighbours} needs {options.neighbours + 1} samples and images "
+                f"at least; got --samples {options.samples} and {len(context.dataset.images)} images"
+            ]
         )
 
 

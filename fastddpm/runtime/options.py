@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, refuse
 
 Checkpoint = Annotated[
     Path,
@@ -54,10 +54,12 @@ _NUMBER = re.compile("[0-9]{1,19}")
 
 
 def check_positive(**values: int | None) -> None:
-    """Raise `UsageError` for an option below 1. None, an option that was not given, passes."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive; got {value}")
+    """Raise `UsageError` for options below 1. None, an option that was not given, passes."""
+    refuse(
+        f"--{name.replace('_', '-')} must be positive; got {value}"
+        for name, value in values.items()
+        if value is not None and value < 1
+    )
 
 
 def check_checkpoint(path: Path) -> None:

@@ -3,11 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes
 
-from fastddpm.config import EngineConfig, Method
+from fastddpm.config import EngineConfig, Method, SampleConfig
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChainOptions:
-    """Options of the reverse chain. Method, steps, eta and guidance default to those of the run's SampleConfig."""
+    """Options of the reverse chain. Method, steps, eta and guidance default to those of the run's SampleConfig.
+
+    Raises `UsageError` for impossible values.
+    """
 
     method: Method | None = None
     """Sampling method: ancestral (Algorithm 2) or ddim. Default: the run's."""
@@ -33,13 +36,18 @@ class ChainOptions:
     """64-bit key of all noise. Another key draws another image for every seed."""
     engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
+    def __post_init__(self) -> None:
+        SampleConfig(**{"method": "ddim", **self._given()})  # raises UsageError for values that suit no run
+
+    def _given(self) -> dict[str, Any]:
+        names = ("method", "steps", "eta", "guidance")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def sampler(self, model: "Model") -> "Sampler":
         """Return a sampler of `model` with these options. Raises `UsageError` for values out of range."""
         from .sampler import Sampler
 
-        names = ("method", "steps", "eta", "guidance")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        config = dataclasses.replace(model.preset.sample, **given)
+        config = dataclasses.replace(model.preset.sample, **self._given())
         return Sampler(
             model.unet, model.diffusion, config.steps, config.method, config.eta,
             guidance=config.guidance, seed=self.noise_seed, engine=self.engine,

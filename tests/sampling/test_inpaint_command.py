@@ -172,7 +172,7 @@ def test_images_without_labels_are_completed_without_a_class(run: Path, tmp_path
         (["--labels", "1,2"], "--labels gives 2 classes for 8 images; give one for each image, or one for all"),
         (["--labels", "12"], r"labels must be in 0\.\.9; got 12"),
         (["--mask", "half"], "--mask takes left-half"),
-        (["--resamplings", "0"], "jump length and resamplings must be positive; got 10 and 0"),
+        (["--resamplings", "0"], "--resamplings must be positive; got 0"),
         (["--guidance", "2", "--seeds", "x"], "--seeds takes numbers and ranges"),
         (["--batch", "0"], "--batch must be positive; got 0"),
         (["--frames", "-1"], r"--frames must be in 0\.\.1000; got -1"),
