@@ -12,7 +12,7 @@ from fastddpm.config import CodecOptions, EngineConfig
 from fastddpm.errors import UsageError, all_problems, problem, refuse
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Checkpoint, Device, Resize, check_checkpoint, check_positive
-from fastddpm.runtime.progress import Meter, announced, log
+from fastddpm.runtime.progress import Meter, announced, counted, log
 from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
@@ -101,7 +101,10 @@ def _encode(action: Encode) -> None:
     most = sampler.diffusion.timesteps - action.codec.last(sampler.diffusion.timesteps)
     steps = min(action.codec.steps or most, most)
     report_notes(model, log)
-    log(f"{len(images)} images, {steps} steps: {len(images) * steps:,} evaluations of the network")
+    log(
+        f"{counted(len(images), 'images')}, {counted(steps, 'steps')}: "
+        f"{counted(len(images) * steps, 'evaluations')} of the network"
+    )
     with Meter("coding", len(images) * steps, "image steps") as meter:
 
         def progress(done: int) -> None:
@@ -141,7 +144,7 @@ def _decode(action: Decode) -> None:
         action.out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(decoded.images):
             save_png(grid(image[None], padding=0, scale=1), action.out / f"{i:010d}.png")
-    print(f"{action.out}: {len(decoded.images)} images")
+    print(f"{action.out}: {counted(len(decoded.images), 'images')}")
 
 
 def _model(action: Encode | Decode) -> "Model":
@@ -177,7 +180,7 @@ def _summary(coded: "Encoded", images: "np.ndarray", out: Path) -> str:
 
     dims = coded.dimensions
     lines = [
-        f"{out}: {len(images)} images, {len(coded.data):,} bytes, {coded.gross_bits_per_dim:.3f} bits/dim",
+        f"{out}: {counted(len(images), 'images')}, {len(coded.data):,} bytes, {coded.gross_bits_per_dim:.3f} bits/dim",
         f"  of these {coded.bits_per_dim:.3f} for the images, {coded.initial / dims:.3f} for the initial bits, "
         f"{coded.overhead / dims:.3f} for the header",
     ]

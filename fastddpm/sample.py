@@ -11,7 +11,7 @@ import tyro
 from fastddpm.errors import all_problems, problem, refuse
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import BatchSize, Checkpoint, Device, check_checkpoint, check_positive, parse_numbers
-from fastddpm.runtime.progress import announced, discard, log
+from fastddpm.runtime.progress import announced, counted, discard, log
 from fastddpm.sampling.options import ChainOptions
 from fastddpm.storage.files import check_out
 
@@ -83,7 +83,10 @@ def main(arguments: Sequence[str]) -> None:
     image_seeds(seeds)
     classes = sampler.labels_for(seeds, labels)
     report_notes(model, report)
-    report(f"{len(seeds)} images, {sampler.method}, {sampler.steps} steps, guidance {sampler.guidance}, on {device}")
+    report(
+        f"{counted(len(seeds), 'images')}, {sampler.method}, {counted(sampler.steps, 'steps')}, guidance "
+        f"{sampler.guidance}, on {device}"
+    )
     if sharded:
         _sample_shards(command, sampler, seeds, classes, out, batch, group)
         return
@@ -140,7 +143,7 @@ def _sample_shards(
             if command.npz == "adm":
                 _write_adm_of(shards)
         drawn = f", {rate:.2f} images/s" if missing else ""
-        print(f"{out}: {mine} shards of {size} images{drawn}")
+        print(f"{out}: {counted(mine, 'shards')} of {counted(size, 'images')}{drawn}")
 
 
 def _write_adm_of(shards: "Shards") -> None:

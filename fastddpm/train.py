@@ -22,7 +22,7 @@ from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import to_dict
 from fastddpm.storage.files import check_out
 from fastddpm.training import from_data, given, initial
-from fastddpm.training.network_sizes import NetworkSize
+from fastddpm.training.network_sizes import NETWORK_SIZES, NetworkSize
 from fastddpm.training.runs import free_run, newest_checkpoint, newest_run
 from fastddpm.training.saved import RunOptions, changed, refuse_changes
 
@@ -55,7 +55,7 @@ class Command:
     init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Model whose weights and architecture the run begins with, as for sample: a run, a checkpoint, a diffusers
     directory, a file, or digits. Optimizer and average begin anew. Default of --preset: the model's own settings."""
-    network: NetworkSize | None = None
+    network: Annotated[NetworkSize | None, tyro.conf.arg(metavar="|".join(NETWORK_SIZES))] = None
     """With --data and without --preset: size of the network. Default: tiny on a CPU, small or base on a GPU."""
     minutes: float | None = None
     """Train for about so many minutes, samples included, in place of --steps: the first steps are timed. Default: 30
@@ -262,7 +262,7 @@ def _open_data(
     command: Command, wanted: Preset, group: distributed.ProcessGroup, report: Callable[[str], None]
 ) -> "Dataset":
     """Open the data set. Rank 0 opens it first and fills the cache for the others."""
-    from fastddpm.data import open_dataset
+    from fastddpm.data import batch_indices, open_dataset
 
     def opened() -> "Dataset":
         return open_dataset(
@@ -279,6 +279,7 @@ def _open_data(
     distributed.on_main(lambda: own.append(opened()), group)
     dataset = own[0] if own else opened()
     distributed.assert_same((len(dataset.images), dataset.checksum), "the number of images or their sha256", group)
+    batch_indices(0, len(dataset.images), wanted.train.batch, wanted.train.seed)  # refuses a batch larger than the set
     report(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}")
     return dataset
 

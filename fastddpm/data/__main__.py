@@ -16,7 +16,7 @@ import tyro
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime import cli
 from fastddpm.runtime.options import Background, Resize, SkipBad
-from fastddpm.runtime.progress import log
+from fastddpm.runtime.progress import counted, log
 from fastddpm.storage.files import check_out
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _lines(found: "Findings", pack: "Pack | None") -> list[str]:
     """Format the findings as text."""
     names = found.class_names[:_SHOWN] + ([".."] if len(found.class_names) > _SHOWN else [])
     lines = [
-        f"{found.source}: {found.images:,} images, {found.good:,} of them good, {found.bad:,} bad",
+        f"{found.source}: {counted(found.images, 'images')}, {found.good:,} of them good, {found.bad:,} bad",
         f"kinds      {_counts(found.kinds)}",
         f"sizes      {_counts(found.sizes)}; shorter side {found.smallest} to {found.largest}",
         f"bytes      {found.encoded_bytes:,} encoded",

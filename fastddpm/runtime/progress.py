@@ -118,6 +118,11 @@ class Meter:
             log("  ".join(part for part in parts if part))
 
 
+def counted(number: float, unit: str) -> str:
+    """Return a number with its unit, a plural noun whose singular lacks the s: "1 image", "2,000 images"."""
+    return f"{number:,.10g} {unit.removesuffix('s') if number == 1 else unit}"
+
+
 def duration(seconds: float) -> str:
     """Return a number of seconds as text: 45 s, 12 min 05 s or 3 h 07 min."""
     if seconds < 60:

@@ -1,7 +1,6 @@
 """The report of `--dry-run`: block shapes, parameters, memory, and the time of one real training step."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,13 +11,15 @@ from fastddpm.runtime.progress import announced, duration, log
 from fastddpm.unet import AttnBlock, Down, ResBlock, Up
 
 from .parallel import FSDP
+from .time_budget import mean_step, sampling_seconds
 from .trainer import Trainer
 
 _MIB = 2**20
+_MEASURED_S = 1.0
 
 
 def describe_run(trainer: Trainer, report: Callable[[str], None] = log) -> str:
-    """Return a report on the run of a new `trainer`: takes two training steps and writes no files.
+    """Return a report on the run of a new `trainer`: takes training steps for some seconds and writes no files.
 
     Every process calls this. `report` gets a line about each part that takes long.
     """
@@ -29,20 +30,18 @@ def describe_run(trainer: Trainer, report: Callable[[str], None] = log) -> str:
         shapes, activation_bytes = _activations(_undivided(trainer))
     with announced("compiling and taking the first step" if config.compile else "taking the first step", report):
         trainer.train_step()  # the first step allocates, and compiles
-    with announced("timing one step", report):
-        started = time.perf_counter()
-        loss, _, _ = trainer.train_step()
-        loss.item()  # waits for the device
-        seconds = time.perf_counter() - started
-
+    with announced("timing steps", report):
+        seconds = mean_step(trainer, _MEASURED_S)
+    sampling = sampling_seconds(trainer.preset, seconds)
     each = f" in each of {group.world_size} processes" if group.world_size > 1 else ""
     lines = [f"{name:<28} {'x'.join(map(str, shape))}" for name, shape in shapes.items()]
     lines += [
         f"parameters    {num_parameters:,}",
         f"state         {state_bytes / _MIB:,.0f} MiB: weights, gradients, Adam, EMA{each}",
         f"activations   {activation_bytes / _MIB:,.0f} MiB kept for the backward pass of one micro-batch{each}",
-        f"one step      {seconds:.2f} s on {trainer.device}, batch {config.batch}",
-        f"whole run     {duration(seconds * config.steps)} for {config.steps:,} steps, without sampling",
+        f"one step      {seconds:.2g} s on {trainer.device}, batch {config.batch}",
+        f"whole run     about {duration(seconds * config.steps + sampling)}: {config.steps:,} steps, and "
+        f"{duration(sampling)} for samples",
     ]
     return "\n".join(lines)
 

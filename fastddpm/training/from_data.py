@@ -15,7 +15,7 @@ from fastddpm.errors import DataError
 from fastddpm.presets import preset as preset_of
 from fastddpm.runtime import cli
 from fastddpm.runtime.distributed import ProcessGroup, on_main
-from fastddpm.runtime.progress import announced
+from fastddpm.runtime.progress import announced, counted
 
 from .given import NAME, Given
 from .initial import starting_preset
@@ -194,7 +194,11 @@ def choose(
     if train.flip:
         lines.append("images are also shown mirrored [--no-flip]")
     if minutes is not None:
-        say("--minutes, --steps", given.minutes, f"{minutes:g} minutes: the steps are measured before the first")
+        say(
+            "--minutes, --steps",
+            given.minutes,
+            f"{counted(minutes, 'minutes')}: the steps are measured before the first",
+        )
     guidance = 2.0 if num_classes else 1.0
     sample = (
         SampleConfig("ddim", min(50, diffusion.timesteps), guidance=guidance, count=36)

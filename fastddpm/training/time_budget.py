@@ -9,7 +9,7 @@ import torch
 from fastddpm.config import Preset
 from fastddpm.data import Dataset
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, on_main
-from fastddpm.runtime.progress import announced, duration
+from fastddpm.runtime.progress import announced, counted, duration
 
 from .trainer import Trainer
 
@@ -39,16 +39,23 @@ def steps_within(
     """
     with announced("timing the first steps", report):
         seconds = seconds_per_step(preset, dataset, device, group, data_workers=data_workers)
-    sampling = min(sampling_seconds(preset, seconds), _MOST_SAMPLING * 60 * minutes)
+    samples = sampling_seconds(preset, seconds)
+    sampling = min(samples, _MOST_SAMPLING * 60 * minutes)
     steps = on_main(lambda: two_digits((60 * minutes - sampling) / seconds), group)
+    time_given = counted(minutes, "minutes")
     report(
-        f"{steps:,} steps: {minutes:g} minutes at {seconds:.2g} s a step, with {duration(sampling)} for samples; "
+        f"{counted(steps, 'steps')}: {time_given} at {seconds:.2g} s a step, with {duration(sampling)} for samples; "
         "--steps or --minutes changes it"
     )
+    if samples > sampling:
+        report(
+            f"note: the samples take {duration(samples)}, so the run takes longer than {time_given}; fewer "
+            "--sample.count, --sample.steps or more --preview-every shorten it"
+        )
     if steps < FEW_STEPS:
         report(
-            f"note: {steps:,} steps give blurred colours at best; it takes {FEW_STEPS:,} and more to see shapes: give "
-            "more --minutes, or a smaller --image-size or --network"
+            f"note: {counted(steps, 'steps')} give blurred colours at best; it takes {FEW_STEPS:,} and more to see "
+            "shapes: give more --minutes, or a smaller --image-size or --network"
         )
     return steps
 
@@ -62,20 +69,25 @@ def seconds_per_step(
     data_workers: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return the seconds that a training step takes, a mean over about ten seconds (at least 3 steps)."""
+    """Return the seconds that a training step takes, by `mean_step` of a new trainer."""
     trainer = Trainer(preset, dataset, device, group, data_workers=data_workers)
     try:
         _timed(trainer, WARM_UP, clock)
-        guess = _timed(trainer, 2, clock) / 2
-        steps = on_main(lambda: max(3, min(_MOST_MEASURED, int(MEASURED_S / max(guess, 1e-6)))), group)
-        seconds = _timed(trainer, steps, clock)
-        return on_main(lambda: seconds / steps, group)
+        return mean_step(trainer, MEASURED_S, clock)
     finally:
         trainer.batches.close()
         del trainer
         gc.collect()  # a network and its optimizer refer to each other; the run needs the memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def mean_step(trainer: Trainer, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Take steps with `trainer` for about so many seconds, at least 2; return the mean seconds of one, on all ranks."""
+    guess = _timed(trainer, 1, clock)
+    steps = on_main(lambda: max(1, min(_MOST_MEASURED, int(seconds / max(guess, 1e-6)))), trainer.group)
+    taken = _timed(trainer, steps, clock)
+    return on_main(lambda: taken / steps, trainer.group)
 
 
 def _timed(trainer: Trainer, steps: int, clock: Callable[[], float]) -> float:

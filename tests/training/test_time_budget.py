@@ -44,8 +44,8 @@ def test_the_time_of_a_step(preset: Preset, dataset: Dataset, monkeypatch: pytes
     monkeypatch.setattr(time_budget.Trainer, "train_step", lambda self: (taken.append(self.step), train_step(self))[1])
     ticks = itertools.count(0, 0.25)
     monkeypatch.setattr(time_budget, "MEASURED_S", 1.0)
-    assert seconds_per_step(preset, dataset, CPU, clock=lambda: next(ticks)) == 0.25 / 8  # 1 s at 0.25 / 2 s a step
-    assert taken == list(range(3 + 2 + 8))
+    assert seconds_per_step(preset, dataset, CPU, clock=lambda: next(ticks)) == 0.25 / 4  # 1 s at 0.25 s a step
+    assert taken == list(range(3 + 1 + 4))
 
 
 def test_samples_count_as_a_quarter_of_a_training_step(preset: Preset) -> None:
@@ -67,6 +67,10 @@ def test_the_steps_that_fit(preset: Preset, dataset: Dataset, monkeypatch: pytes
     ]
     # Samples that would take too long take half of the time, and a run that is too short says so.
     assert steps_within(1, preset, dataset, CPU, report=lines.append) == 60
+    assert lines[-2] == (
+        "note: the samples take 1 min 24 s, so the run takes longer than 1 minute; fewer --sample.count, "
+        "--sample.steps or more --preview-every shorten it"
+    )
     assert lines[-1].startswith("note: 60 steps give blurred colours at best; it takes 500 and more")
 
 
