@@ -248,6 +248,8 @@ def _reasons() -> Iterator[None]:
     except Image.DecompressionBombError:
         raise BadImageError(f"its header claims far more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # a damaged file can raise nearly anything
+        if "MAX_TEXT" in str(error):
+            raise BadImageError("it carries more text than Pillow reads; save it without its text chunks") from error
         raise BadImageError(f"damaged: {str(error) or type(error).__name__}") from error
 
 

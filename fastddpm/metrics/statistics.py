@@ -22,6 +22,7 @@ from .features import FeatureNetwork
 from .frechet import Statistics
 
 _ROUNDING = 1e-6  # of the largest entry or eigenvalue: what float32 and another order of summation may leave
+_LARGEST = 1e100  # its square is finite
 _TEXT = 512  # bytes of the small arrays
 
 
@@ -72,8 +73,9 @@ def read_statistics(path: Path, network: FeatureNetwork, report: Callable[[str],
         raise UsageError(f"there is no file of statistics at {path}") from None
     _check_network(arrays.get("features"), network, path, report)
     mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
-    _check_gaussian(mean, covariance, path)
-    statistics = Statistics(mean, (covariance + covariance.T) / 2, _count(arrays.get("count"), path))
+    count = _count(arrays.get("count"), path)
+    _check_gaussian(mean, covariance, count, path)
+    statistics = Statistics(mean, (covariance + covariance.T) / 2, count)
     with open_regular(path) as file:
         sha256 = hashlib.sha256(file.read()).hexdigest()
     return Reference(statistics, path.name, sha256)
@@ -93,11 +95,15 @@ def _check_network(text: np.ndarray | None, network: FeatureNetwork, path: Path,
         raise UsageError(f"{path} holds statistics of network {text!s:.100}, not of {_signature(network)}")
 
 
-def _check_gaussian(mean: torch.Tensor, covariance: torch.Tensor, path: Path) -> None:
-    """Raise `DataError` unless these are the mean and the covariance of something."""
+def _check_gaussian(mean: torch.Tensor, covariance: torch.Tensor, count: int | None, path: Path) -> None:
+    """Raise `DataError` unless these are the mean and the covariance of `count` points, None: of any number."""
     for name, values in (("mu", mean), ("sigma", covariance)):
         if not bool(torch.isfinite(values).all()):
             raise DataError(f"{path}: {name} holds NaN or infinity")
+        if float(values.abs().max()) > _LARGEST:
+            raise DataError(
+                f"{path}: {name} holds values of up to {float(values.abs().max()):g}, which no features have"
+            )
     largest = float(covariance.abs().max())
     asymmetry = float((covariance - covariance.T).abs().max())
     if asymmetry > _ROUNDING * largest:
@@ -105,6 +111,9 @@ def _check_gaussian(mean: torch.Tensor, covariance: torch.Tensor, path: Path) ->
     values = torch.linalg.eigvalsh(covariance)
     if float(values[0]) < -_ROUNDING * float(values[-1].abs()):
         raise DataError(f"{path}: sigma is no covariance; it has the negative eigenvalue {float(values[0]):g}")
+    rank = int((values > _ROUNDING * values[-1]).sum())
+    if count is not None and rank >= count:
+        raise DataError(f"{path}: sigma has rank {rank}, which takes {rank + 1} images or more, and count is {count}")
 
 
 def _count(value: np.ndarray | None, path: Path) -> int | None:

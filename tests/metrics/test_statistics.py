@@ -102,6 +102,9 @@ def with_entry(i: int, j: int, value: float) -> np.ndarray:
         (GOOD | {"sigma": with_entry(0, 0, np.inf)}, DataError, "sigma holds NaN or infinity"),
         (GOOD | {"sigma": with_entry(0, 1, 0.1)}, DataError, "sigma is not symmetric; entries differ by up to 0.1"),
         (GOOD | {"sigma": with_entry(2, 2, -0.5)}, DataError, "it has the negative eigenvalue -0.5"),
+        (GOOD | {"mu": np.full(D, 1e200)}, DataError, "mu holds values of up to 1e+200, which no features have"),
+        (GOOD | {"sigma": 1e200 * np.eye(D)}, DataError, "sigma holds values of up to 1e+200"),
+        (GOOD | {"count": np.array(D)}, DataError, "sigma has rank 6, which takes 7 images or more, and count is 6"),
         (GOOD | {"count": np.array(1)}, DataError, "count must be one integer, 2 or more; got int64 1"),
         (
             GOOD | {"features": np.array("digits sha256 ff")},

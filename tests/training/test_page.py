@@ -292,7 +292,8 @@ def test_numbers_that_are_none_or_infinite_do_not_stop_it(tmp_path: Path) -> Non
 # Strings from outside
 
 HOSTILE = (
-    """</style></title><script>alert(1)</script><img src="http://x/y.png" onerror='alert(2)'>{{ 7 * 7 }}\x00\ud800"""
+    """</style></title><script>alert(1)</script><img src="http://x/y.png" onerror='alert(2)'>{{ 7 * 7 }}"""
+    "\x00\ud800\x1b[2J"
 )
 
 
@@ -306,9 +307,11 @@ def test_strings_of_the_data_are_text(tmp_path: Path) -> None:
     (run / "evaluation" / "metrics.json").write_text(json.dumps(found))
     parsed = page_of(run)
     check_self_contained(parsed)
-    shown = HOSTILE.replace("\x00", "").replace("\ud800", "")
+    shown = HOSTILE.partition("\x00")[0]
     assert parsed.text.count("<script>alert(1)</script>") >= 10 and "{{ 7 * 7 }}" in parsed.text
-    assert shown.partition("\x00")[0][:60] in parsed.text and "a<b>&\"'" in parsed.text
+    assert shown[:60] in parsed.text and "a<b>&\"'" in parsed.text
+    written = (run / "index.html").read_text(encoding="utf-8")
+    assert not [c for c in written if c != "\n" and not c.isprintable()] and r"\x1b[2J" in written
 
 
 def check_self_contained(parsed: Parsed) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -24,6 +25,7 @@ from .summary import Summary
 _TABLE_ROWS = 12  # of the log, as numbers
 _PARTS = 4  # parts of a run, each with its own curve of the loss by timestep
 _FOLDER = Path(__file__).parent
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal would obey them, UTF-8 lacks the last
 
 
 def render(summary: Summary) -> str:
@@ -42,7 +44,7 @@ def render(summary: Summary) -> str:
     animation = shown(lambda: embedded_animation(run), "The animation")
     previews, preview_count, unreadable = embedded_previews(run)
     problems += unreadable
-    return _template().render(
+    page = _template().render(
         summary=summary,
         facts=summary.facts,
         preset=None if summary.facts is None else summary.facts.preset,
@@ -62,6 +64,7 @@ def render(summary: Summary) -> str:
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], page)
 
 
 @functools.cache
