@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.image_folder import Load, load, png, source, without_classes
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from fastddpm.data.cache import decoded
 from fastddpm.data.image import FORMATS, BadImageError, Preprocessing, decode, open_picture, read_header
@@ -140,6 +141,16 @@ def test_images_of_32_bits_with_different_ranges_are_refused(tmp_path: Path, loa
 def test_a_png_of_16_bits_is_never_taken_for_one_of_32() -> None:
     """Its white is 65535, however dark it is."""
     np.testing.assert_array_equal(pixels(png((VALUES // 1000).astype(np.uint16))), 0)
+
+
+def test_a_png_with_very_much_text_is_not_called_damaged() -> None:
+    text, file = PngInfo(), io.BytesIO()
+    text.add_text("x", "y" * 2**21, zip=True)
+    Image.fromarray(GREY).save(file, "PNG", pnginfo=text)
+    with pytest.raises(
+        BadImageError, match=r"^it carries more text than Pillow reads; save it without its text chunks$"
+    ):
+        pixels(file.getvalue())
 
 
 def test_a_damaged_colour_profile_is_left_out_of_account() -> None:
