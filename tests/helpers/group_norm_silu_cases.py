@@ -51,8 +51,8 @@ CASES = {
     # The first block after a CIFAR-10 upsampling: 12 channels to a group, and one group takes 4 of them
     # from h and 8 from the skip.
     "seam in a group": Case(2, 256, (8, 8), 32, c2=128),
-    # The same seam with everything else switched on.
-    "seam, all options": Case(2, 256, (4, 4), 32, c2=128, options=("temb", "affine")),
+    # The same seam, in the last of two groups, with everything else switched on.
+    "seam, all options": Case(2, 16, (4, 4), 2, c2=8, options=("temb", "affine")),
     # The widest concatenation, 32 channels to a group; the seam falls between groups.
     "512 + 512": Case(1, 512, (4, 4), 32, c2=512),
     # Attention's norm.
