@@ -46,6 +46,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]]
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("fast", [True, slow(False)])  # along random directions, or every derivative alone
 def test_forward_mode_and_second_derivatives_are_finite_differences(fast: bool, name: str) -> None:

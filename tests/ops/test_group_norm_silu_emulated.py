@@ -14,11 +14,12 @@ import pytest
 import torch
 from helpers import contract, group_norm_silu_cases
 from helpers.emulated_cuda import CHIPS, ORDERS, PATHS, emulated_library, key, launches, on_path
+from helpers.marks import slow
 from torch import Tensor
 
 from fastddpm.kernels.group_norm_silu import Arguments, cuda, reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, slow(torch.float16)]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -223,7 +224,7 @@ def dense_like(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=torch.float64).copy_(torch.from_numpy(np.ascontiguousarray(values)))
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", ["H200", slow("A100"), slow("RTX 4090")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", group_norm_silu_cases.CASES)
