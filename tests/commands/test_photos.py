@@ -199,6 +199,7 @@ def test_a_run_is_resumed_as_it_was_chosen(home: Path, monkeypatch: pytest.Monke
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_minutes_choose_the_steps_of_a_plain_run(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

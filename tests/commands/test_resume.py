@@ -90,6 +90,7 @@ def test_an_option_given_again_replaces_the_remembered_one(photos: Path, home: P
     assert RunOptions.read(home / "runs" / "mnist").data == str(home / "moved")
 
 
+@pytest.mark.slow
 def test_the_newest_run_is_that_of_the_last_checkpoint(home: Path) -> None:
     for name in ("gray128", "mnist", "mnist-2"):
         train.main([*TINY, "--steps", "1", "--out", f"runs/{name}"])

@@ -116,6 +116,7 @@ def test_no_directory_for_temporary_files(tmp_path: Path) -> None:
     assert_one_message(done, 2, "set TMPDIR to a directory that can be written to")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [slow(8), 12, slow(20)])
 def test_few_files_may_be_open(limit: int, tmp_path: Path) -> None:
     """The command does its work, or says in one line which limit is in the way."""

@@ -301,6 +301,7 @@ def patched(path: Path, name: str, size: int) -> None:
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.slow
 def test_zip_bombs_are_bounded(tmp_path: Path, load: Load) -> None:
     """A member of 200 MB that says so is refused; one that claims 1,000 bytes is not unpacked beyond them."""
     path = zip_of(tmp_path / "z.zip", {"bomb.png": bytes(200_000_000)})

@@ -132,6 +132,7 @@ def test_several_seeds(tmp_path: Path, quadrants: None) -> None:
     assert f"{np.mean(values):.4g} ± " in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between training and measuring: what was trained is not trained again."""
     options = [*SMALL, "--cells", "eps-simple", "--network", "none"]

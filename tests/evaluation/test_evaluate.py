@@ -120,6 +120,7 @@ def test_the_table_is_of_this_command_and_names_what_else_the_file_holds(
     assert only.startswith(str(whole / "metrics.json")) and only.count("train (") == 7
 
 
+@pytest.mark.slow
 def test_another_command_adds_to_the_figures(
     run: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,7 @@ def test_images_that_the_library_cannot_read_are_refused(images: torch.Tensor) -
         native.random_normal(4, images, torch.tensor(0), torch.tensor(0), 1)
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(
     not Path("/proc/self/maps").exists() or not (Path(torch.__file__).parent / "lib" / "libgomp.so.1").exists(),

@@ -135,6 +135,7 @@ def main(command: str, *arguments: str) -> None:
     importlib.import_module(f"fastddpm.{command}").main(arguments)
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_digits_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -161,6 +161,7 @@ def test_without_a_compiler_it_installs_and_says_what_is_slower(checkout: Path, 
     assert NO_NVCC_NOTE in cuda_status
 
 
+@pytest.mark.slow
 def test_a_wheel_without_a_compiler_is_for_any_platform_and_the_build_says_so(checkout: Path, tmp_path: Path) -> None:
     log = pip("wheel", "-v", "-w", str(tmp_path / "dist"), str(checkout), cwd=tmp_path, **NO_COMPILER)
     wheel = only_file(tmp_path / "dist")

@@ -37,8 +37,14 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        pytest.param(name, engine, marks=[] if engine == "all" or name == "tiny" else pytest.mark.slow)
+        for name in CONFIGS
+        for engine in ENGINES
+    ],
+)
 def test_numbers(name: str, engine: str) -> None:
     """Of float64 within float32 rounding, for a t of each image and for one t of all."""
     unet = network(CONFIGS[name])

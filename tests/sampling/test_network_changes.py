@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.networks import SMALL, random_model
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from fastddpm.unet import UNet
 
 SEEDS = [3, 7]
 ENGINES = {"library": EngineConfig(), "torch": EngineConfig(native=False)}
+BOTH = ["library", slow("torch")]
 
 
 def network() -> UNet:
@@ -74,7 +76,7 @@ def swapped(unet: UNet, weights: list[Tensor]) -> None:
     block.block2.conv1.weight.data.copy_(first)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BOTH)
 @pytest.mark.parametrize(
     "change",
     [by_data, by_foreach, by_numpy, by_state_dict, by_assignment, one_element, permuted, swapped],
@@ -177,7 +179,7 @@ def a_replaced_forward(unet: UNet) -> nn.Module:
     return unet
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BOTH)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

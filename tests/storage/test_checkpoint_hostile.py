@@ -139,6 +139,7 @@ def test_hostile_json_is_refused(saved: Path, case: str, name: str) -> None:
     assert growth < 100e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [b"[],", *map(slow, [b"{},", b"[[]],", b'{"a":0},', b"0.1,", b'"\\ud800",'])])
 def test_the_largest_json_takes_little_memory(text: bytes) -> None:
     data = b"[" + text * ((tensors.MAX_JSON_BYTES - 4) // len(text)) + b"0]"

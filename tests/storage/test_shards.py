@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.marks import slow
 from helpers.networks import SMALLEST, shaken
 from helpers.runs import trained
 from PIL import Image
@@ -160,10 +161,10 @@ def test_a_damaged_shard_is_drawn_again(
     [
         (["--steps", "5"], "steps 4, not 5"),
         (["--noise-seed", "1"], "noise_seed 0, not 1"),
-        (["--precision", "bf16"], "precision float32, not bfloat16"),
+        slow(["--precision", "bf16"], "precision float32, not bfloat16"),
         (["--seeds", "1-8"], "seeds 0-7, not 1-8"),
-        (["--seeds", "0-6"], "seeds 0-7, not 0-6"),
-        (["--labels", "3"], "labels 0-7, not 3,3,3,3,3,3,3,3"),
+        slow(["--seeds", "0-6"], "seeds 0-7, not 0-6"),
+        slow(["--labels", "3"], "labels 0-7, not 3,3,3,3,3,3,3,3"),
         (["--shard-size", "2"], "shard_size 4, not 2"),
     ],
 )

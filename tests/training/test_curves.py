@@ -74,6 +74,7 @@ def test_quarters_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not plots.loss_by_t([{"step": 1}], 10, tmp_path / "x.png", "title")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_picture_beside_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path / "run", lines=3)
     old = a_run(tmp_path / "old", by_t=False)

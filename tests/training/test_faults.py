@@ -109,6 +109,7 @@ def test_requests_to_save_are_forgotten_and_those_to_stop_are_not() -> None:
         assert watch.requested() == signals.Request(signal.SIGINT, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_signal_inside_sampling_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -252,7 +253,7 @@ def poison_weight(trainer: Trainer) -> Callable[[], None]:
     return inject
 
 
-@pytest.mark.parametrize("poison", [poison_loss, poison_gradient, poison_weight])
+@pytest.mark.parametrize("poison", [poison_loss, slow(poison_gradient), poison_weight])
 @pytest.mark.parametrize("save_every", [2, slow(1000)])
 def test_nothing_is_made_of_a_step_that_is_not_finite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], poison: Any, save_every: int

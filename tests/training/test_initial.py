@@ -91,6 +91,7 @@ def test_averages_begin_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(not t.any() for t in moments.values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(run: Path, tmp_path: Path) -> None:
     model, whole, parts = fastddpm.load(run), tmp_path / "whole", tmp_path / "parts"
     train.main(["--init", str(run), "--out", str(whole), *ARGUMENTS])

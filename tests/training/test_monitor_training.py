@@ -58,6 +58,7 @@ def test_watching_changes_no_bit_of_a_checkpoint(tmp_path: Path) -> None:
     assert sum(str(name).startswith("ProfilerStep#") for name in names) == 2
 
 
+@pytest.mark.slow
 def test_a_preview_writes_the_page_and_a_failing_page_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +149,7 @@ COMMAND = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_leaves_all_that_repeats_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -307,6 +307,7 @@ cli.run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [

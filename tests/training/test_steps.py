@@ -47,6 +47,7 @@ def test_a_step_reads_nothing_back(options: dict[str, Any], monkeypatch: pytest.
     assert len(reads.found) == 1  # the count itself counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", slow("bf16")])
 def test_network_noise_and_loss_are_one_graph(precision: str) -> None:
     """No break, and no other graph for another step."""
