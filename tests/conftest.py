@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from helpers.marks import instruction_sets
 
 from fastddpm.kernels import native
 from fastddpm.ops.backend import CHOICES
@@ -70,7 +71,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
-@pytest.fixture(params=native.ISAS)
+@pytest.fixture(params=instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
     """The compiled library on each instruction set that this machine has."""
     before = native.isa()

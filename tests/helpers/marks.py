@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from fastddpm.kernels import native
+
 
 def slow(*values: Any) -> Any:
     """The parameters `values` of one test, run with the exhaustive tests only."""
@@ -14,3 +16,11 @@ def slow(*values: Any) -> Any:
 def with_large(values: Iterable[Any], *large: Any) -> list[Any]:
     """The parameters, with the mark `large` on those that are left out in Triton's interpreter, where they are slow."""
     return [pytest.param(value, marks=pytest.mark.large) if value in large else value for value in values]
+
+
+def instruction_sets() -> list[Any]:
+    """The instruction sets of the compiled library as parameters; those below this machine's best are slow."""
+    if native.unavailable() is not None:
+        return list(native.ISAS)
+    best = native.ISAS.index(native.isa())
+    return [*map(slow, native.ISAS[:best]), *native.ISAS[best:]]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.engines import arguments, in_float64, network, relative_error
+from helpers.marks import instruction_sets
 from helpers.networks import TINY, batch, tiny
 
 from fastddpm import ops
@@ -42,7 +43,7 @@ def as_many_threads_as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("name", CONFIGS)
 def test_numbers(name: str, isa: str) -> None:
     before = native.isa()
