@@ -83,11 +83,12 @@ typedef struct {
 typedef struct {
     float *x;                  /* (N, C, H, W), strides in elements: x_t, replaced by x_{t-1} */
     const void *out;           /* (N, C or 2C, H, W): dtype, strides in elements */
-    const float *table;        /* (S, 8), columns in kernels/reverse_step */
+    const float *table;        /* (S, 9), columns in kernels/reverse_step */
     const int64_t *timesteps;  /* (S,) */
     const int64_t *index;      /* the row to apply, read when the kernel runs */
     const float *noise;        /* dense NCHW, or null: drawn from key, its step being timesteps[*index] */
-    float *x0;                 /* dense NCHW, or null */
+    float *x0;                 /* dense NCHW, or null: x_0 prediction of the step before, replaced by this step's; read
+                                * if column 8 is not 0, and if it is null then, the result is NaN */
     fastddpm_key key;          /* step is not read */
     int64_t n, c, height, width, steps;
     int64_t x_stride[4], out_stride[4];

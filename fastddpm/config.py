@@ -16,7 +16,8 @@ Schedule = Literal["linear", "cosine", "quad", "const", "jsd"]
 Prediction = Literal["eps", "x0", "xprev", "v"]
 Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
 Loss = Literal["simple", "vlb", "hybrid", "min_snr"]
-Method = Literal["ancestral", "ddim"]
+Method = Literal["ancestral", "ddim", "dpm2m", "dpm2m-sde"]
+Spacing = Literal["even", "logsnr", "karras", "linspace", "leading", "trailing"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MOST_IN_GRID = 10_000
 MAX_TIMESTEPS = 100_000
@@ -47,7 +48,7 @@ def _chain_problems(method: str, eta: float, guidance: float) -> Iterator[str]:
             yield f"{name} must be a number; got {value!r:.100}"
             return
     if eta and method != "ddim":
-        yield f"eta is of method ddim, ancestral sampling has none; got {eta}"
+        yield f"eta is of method ddim, {method} has none; got {eta}"
     if not 0 <= guidance <= MAX_GUIDANCE:
         yield f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}"
 
@@ -130,16 +131,13 @@ class UNetConfig:
     def _misfits(self) -> Iterator[str]:
         if self.width % 2 or self.width < 4:
             yield f"width must be even and at least 4 (the time embedding halves it); got {self.width}"
-        divisor = 2 ** (len(self.multipliers) - 1)
-        if self.image_size % divisor:
-            yield (
-                f"image_size must be divisible by {divisor} for {len(self.multipliers)} levels; got {self.image_size}"
-            )
+        levels = len(self.multipliers)
+        if self.image_size % 2 ** (levels - 1):
+            yield f"image_size must be divisible by {2 ** (levels - 1)} for {levels} levels; got {self.image_size}"
         for multiplier in (1, *self.multipliers):  # the first convolution's output has one width
-            if self.width * multiplier % self.groups:
-                yield (
-                    f"groups must divide each level's channels; {self.groups} does not divide {self.width * multiplier}"
-                )
+            channels = self.width * multiplier
+            if channels % self.groups:
+                yield f"groups must divide each level's channels; {self.groups} does not divide {channels}"
 
 
 @dataclass(frozen=True)
@@ -288,9 +286,11 @@ class SampleConfig:
     """Sampling at the end of a run, and the defaults of `python -m fastddpm.sample`."""
 
     method: Method = "ancestral"
-    """Sampling method: ancestral (Algorithm 2 of the paper) or ddim."""
+    """Sampling method: ancestral (Algorithm 2 of the paper), ddim, or DPM-Solver++(2M): dpm2m, with noise dpm2m-sde."""
     steps: int | None = None
-    """Steps of the reverse chain. Default: T. Fewer are spread evenly over the timesteps, both ends included."""
+    """Steps of the reverse chain. Default: T. Fewer are spread over the timesteps as spacing says."""
+    spacing: Spacing = "even"
+    """Timesteps of a shorter chain: even, logsnr, karras, or linspace, leading, trailing as in diffusers."""
     eta: float = 0.0
     """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling)."""
     guidance: float = 1.0
@@ -304,7 +304,7 @@ class SampleConfig:
     def _problems(self) -> Iterator[str]:
         if self.steps is not None:
             yield from positive(self, "steps")
-        yield from _choice(self, "method")
+        yield from (*_choice(self, "method"), *_choice(self, "spacing"))
         yield from _range(self, "eta", 0.0, 1.0, closed=True)
         yield from _chain_problems(self.method, self.eta, self.guidance)
         if not 0 <= self.count <= MOST_IN_GRID:

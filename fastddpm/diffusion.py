@@ -155,6 +155,13 @@ class Diffusion:
         """The signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64 (T,)."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
+    @cached_property
+    def log_signal_to_noise(self) -> np.ndarray:
+        """log(alpha / sigma) = log(SNR) / 2, the lambda of Lu et al. 2022, float64 (T,); -inf where beta is 1."""
+        with np.errstate(divide="ignore"):
+            log_alpha_bar = np.cumsum(np.log1p(-self.betas))  # does not underflow, as alpha_bar may
+            return (log_alpha_bar - np.log(-np.expm1(log_alpha_bar))) / 2
+
     def respaced(self, timesteps: np.ndarray) -> Posterior:
         """Return the posterior of the process that visits only `timesteps`, int (S,) descending: float64 (S,) each.
 

@@ -103,9 +103,10 @@ def _complete(
     """Read the images, complete them and write the files; return their paths."""
     from fastddpm.data.image import Preprocessing
     from fastddpm.data.inputs import read_hole, read_images
-    from fastddpm.sampling.inpainting import cost, inpaint
+    from fastddpm.sampling.inpainting import check_method, cost, inpaint
     from fastddpm.training.length import report_notes
 
+    check_method(sampler)
     channels, size, _ = sampler.interface.shape
     preprocessing = Preprocessing(size, channels, command.resize)
     known = ~read_hole(command.mask, preprocessing)

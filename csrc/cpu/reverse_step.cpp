@@ -7,6 +7,7 @@ namespace FASTDDPM_ISA {
 namespace {
 
 constexpr uint32_t kReverseStream = 1;  // kernels/philox: STREAM_REVERSE
+constexpr int64_t kColumns = 9;          // kernels/reverse_step: StepTable
 
 float widened(float v) { return v; }
 float widened(uint16_t v) { return bit_cast<float>(static_cast<uint32_t>(v) << 16); }
@@ -64,7 +65,11 @@ void step_elements(const fastddpm_reverse_step_args &p, const float *row, int64_
         read_output(p, n, 1, first, count, sigma);
         deviations(p, row, sigma);
     }
-    float x0[kNormals];
+    const bool multistep = row[8] != 0;
+    float x0[kNormals] = {};
+    if (multistep && p.x0 != nullptr) memcpy(x0, p.x0 + dense, static_cast<size_t>(count) * sizeof(float));
+    if (multistep && p.x0 == nullptr)
+        for (float &previous : x0) previous = bit_cast<float>(0x7FC00000u);  // NaN
     for (int64_t i = 0; i < kNormals; i += kWidth) {
         const Vec x_t = load(x + i), prediction = load(out + i);
         Vec clean = row[0] * x_t + row[1] * prediction;
@@ -72,8 +77,9 @@ void step_elements(const fastddpm_reverse_step_args &p, const float *row, int64_
             clean = clean > p.clip ? splat(p.clip) : clean;
             clean = clean < -p.clip ? splat(-p.clip) : clean;
         }
-        store(x0 + i, clean);
         Vec mean = row[2] * clean + row[3] * x_t + row[4] * prediction;
+        if (multistep) mean += row[8] * load(x0 + i);
+        store(x0 + i, clean);
         if (noisy) mean += (p.variance != 0 ? load(sigma + i) : splat(row[5])) * load(noise + i);
         store(x + i, mean);
     }
@@ -86,7 +92,7 @@ void step_elements(const fastddpm_reverse_step_args &p, const float *row, int64_
 int32_t reverse_step(const fastddpm_reverse_step_args &p, int32_t threads) {
     const bool dtypes = p.dtype == FASTDDPM_FLOAT32 || p.dtype == FASTDDPM_BFLOAT16;
     if (!dtypes || p.variance < 0 || p.variance > 2 || *p.index < 0 || *p.index >= p.steps) return FASTDDPM_UNSUPPORTED;
-    const float *row = p.table + 8 * *p.index;
+    const float *row = p.table + kColumns * *p.index;
     const int64_t num = p.c * p.height * p.width;
     for_normals(p.n, num, threads, [&](int64_t n, int64_t first) {
         step_elements(p, row, n, first, smaller(kNormals, num - first));

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kStreamReverse = 1;  // kernels/philox
 enum { kFixed = 0, kLearned = 1 };     // kernels/reverse_step
-constexpr int kColumns = 8;
+constexpr int kColumns = 9;            // kernels/reverse_step: StepTable
 
 struct Row {
     float v[kColumns];
@@ -23,13 +23,14 @@ __device__ __forceinline__ Row row_of(const fastddpm_reverse_step_args &a, int64
     return row;
 }
 
-// One element; x is replaced, and x0, the clipped prediction, is returned.
+// One element; x is replaced, and x0, the clipped prediction, is returned. previous: that of the step before.
 __device__ __forceinline__ float step_element(const fastddpm_reverse_step_args &a, const Row &row, float prediction,
-                                              float variance, float z, float *x) {
+                                              float variance, float previous, float z, float *x) {
     float x0 = row.v[0] * *x + row.v[1] * prediction;
     // NaN stays NaN.
     if (a.clip > 0.0f) x0 = x0 < -a.clip ? -a.clip : x0 > a.clip ? a.clip : x0;
-    const float mean = row.v[2] * x0 + row.v[3] * *x + row.v[4] * prediction;
+    float mean = row.v[2] * x0 + row.v[3] * *x + row.v[4] * prediction;
+    if (row.v[8] != 0.0f) mean += row.v[8] * previous;
     float sigma = row.v[5];
     if (a.variance != kFixed) {
         if (a.variance != kLearned) variance = row.v[6] + (row.v[7] - row.v[6]) * (variance + 1.0f) / 2.0f;
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     const Four at = four_of_thread(num);
     if (at.count == 0) return;
     const Row row = row_of(a, index);
-    float z[4] = {}, x0[4];
+    float z[4] = {}, x0[4] = {NAN, NAN, NAN, NAN};
+    if (a.x0 && row.v[8] != 0.0f) load_four(a.x0, at, num, whole, x0);
     // The last step has no noise.
     if (row.v[5] > 0.0f) {
         if (a.noise) load_four(a.noise, at, num, whole, z);
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
         const int64_t out = at.n * a.out_stride[0] + place.c * a.out_stride[1] + place.y * a.out_stride[2] +
                             place.x * a.out_stride[3];
         const float variance = a.variance == kFixed ? 0.0f : element(a.out, out + a.c * a.out_stride[1], a.dtype);
-        x0[i] = step_element(a, row, element(a.out, out, a.dtype), variance, z[i], x);
+        x0[i] = step_element(a, row, element(a.out, out, a.dtype), variance, x0[i], z[i], x);
         place.next(a.height, a.width);
     }
     if (a.x0) store_four(a.x0, at, num, whole, x0);

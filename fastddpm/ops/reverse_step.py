@@ -29,11 +29,13 @@ def reverse_step(
     """Replace x_t by x_{t-1} in `x` and return it. On a GPU nothing is read back to the host.
 
     `x`: float32 (N, C, H, W). `out`: the network's output, (N, C, H, W), or (N, 2C, H, W) with a learned variance.
-    `table`: float32 (S, 8), one row per step, with the columns of `fastddpm.kernels.reverse_step.StepTable`.
+    `table`: float32 (S, 9), one row per step, with the columns of `fastddpm.kernels.reverse_step.StepTable`.
     `timesteps`: int64 (S,). `index`: 0-d int64, the row to apply. `images`: int64 (N,). `seed`: 0-d int64.
     `clip`: if > 0, the x_0 prediction is clipped to [-clip, clip]. `variance`: "fixed", "learned" or "learned_range".
-    `noise`: float32 like x. Default: drawn from (seed, images, timesteps[index]). `x0`: float32 like x, receives the
-    clipped x_0 prediction. Default: not written. Never differentiable. Raises ValueError for other shapes or dtypes.
+    `noise`: float32 like x. Default: drawn from (seed, images, timesteps[index]). `x0`: float32 like x, the clipped x_0
+    prediction of the step before, which is replaced by this step's. It is read only by a row whose `mean_from_previous`
+    is not 0; the result of such a row without `x0` is NaN. Default: not written. Never differentiable. Raises
+    ValueError for other shapes or dtypes.
     """
     if x.ndim != 4 or x.dtype != torch.float32:
         raise ValueError(f"reverse_step: x must be float32 (N, C, H, W); got {x.dtype} {tuple(x.shape)}")

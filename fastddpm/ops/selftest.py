@@ -199,7 +199,9 @@ def _noise(randn: _Randn, batch: int, device: torch.device) -> list[Trial]:
     x0 = (randn(batch, *shape, of=torch.float32) * 60 + 128).clamp(0, 255).to(torch.uint8).contiguous()
     t, levels = images * 7 % 1000, randn(1000, 2, of=torch.float32).abs()
     x, out = (randn(batch, *shape, of=torch.float32).contiguous() for _ in range(2))
-    rows, timesteps = randn(1000, COLUMNS, of=torch.float32).abs(), torch.arange(1000, device=device)
+    # The last column weighs the x_0 prediction of the step before, which a single step does not have.
+    rows = F.pad(randn(1000, COLUMNS - 1, of=torch.float32).abs(), (0, 1))
+    timesteps = torch.arange(1000, device=device)
 
     def exact_normals(stream: int) -> Tensor:
         counters = (np.arange(3 * 32 * 32 // 4)[None], np.arange(batch)[:, None], np.array(STEP), np.array(stream))

@@ -110,7 +110,9 @@ def _fastddpm_code(facts: Facts) -> str:
     sample, diffusion = facts.preset.sample, facts.preset.diffusion
     options = [f"steps={sample.steps or diffusion.timesteps}"]
     if sample.method != "ancestral":
-        options.append(f'method="{sample.method}", eta={sample.eta:g}')
+        options.append(f'method="{sample.method}"' + (f", eta={sample.eta:g}" if sample.method == "ddim" else ""))
+    if sample.spacing != "even":
+        options.append(f'spacing="{sample.spacing}"')
     if sample.guidance != 1:
         options.append(f"guidance={sample.guidance:g}")
     labels = ", labels=[0] * 4" if facts.preset.unet.num_classes else ""

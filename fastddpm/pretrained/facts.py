@@ -94,6 +94,7 @@ class Facts:
         decay = ", then a cosine to 0" if train.decay == "cosine" else ""
         emas = ", ".join(f"{decay:g}" for decay in train.decays)
         guidance = f", guidance {sample.guidance:g}" if sample.guidance != 1 else ""
+        spacing = f", spacing {sample.spacing}" if sample.spacing != "even" else ""
         rows = [
             ("images", f"{unet.image_size}×{unet.image_size}, {_channels(unet.image_channels)}{classes}{dropped}"),
             (
@@ -113,7 +114,7 @@ class Facts:
                 f"; gradient clipped to {train.clip_gradient:g}; EMA {emas}; "
                 f"{'random flips' if train.flip else 'no flips'}; {train.precision}",
             ),
-            ("sampling", f"{sample.method}, {sample.steps or diffusion.timesteps:,} steps{guidance}"),
+            ("sampling", f"{sample.method}, {sample.steps or diffusion.timesteps:,} steps{spacing}{guidance}"),
         ]
         if self.preset.name == FOREIGN:
             rows = rows[:3]

@@ -67,6 +67,8 @@ def inpaint(
 ) -> Inpainted:
     """Draw the unknown pixels of `images`, uint8 (N, C, H, W), with the sampler's steps, method and guidance.
 
+    The method is ancestral or ddim (`check_method`).
+
     `known`: bool, True at known pixels; one mask (H, W) for all images, or (N, H, W). `seeds`: (N,), one for each
     image's noise. To complete an image several times, repeat it with other seeds. `labels`: as for `Sampler.sample`.
     `jump_length`, `resamplings`: see `walk`; the defaults are the publication's. `frames`: number of places, evenly
@@ -75,8 +77,9 @@ def inpaint(
     A completed image depends on its known pixels, mask, seed and label, not on the rest of the batch. Known pixels stay
     exactly as they are. An image without known pixels takes each step once and is the image that `Sampler.sample`
     draws. An image without unknown pixels is returned without evaluating the network. Raises `UsageError` for other
-    shapes and dtypes.
+    shapes and dtypes, and for another method.
     """
+    check_method(sampler)
     mask = _mask(sampler, images, known, seeds)
     labels = sampler.labels_for(seeds, labels)
     drawn = Inpainted(images.copy(), np.repeat(images[:, None], frames, axis=1))
@@ -89,6 +92,18 @@ def inpaint(
             chain = _KnownPixelsChain(sampler, images[chosen], mask[chosen], [seeds[row] for row in chosen], classes)
             drawn.images[chosen], drawn.x0[chosen] = chain.run(order, shown, progress)
     return Inpainted(np.where(mask, images, drawn.images), np.where(mask[:, None], images[:, None], drawn.x0))
+
+
+def check_method(sampler: Sampler) -> None:
+    """Raise `UsageError` for dpm2m and dpm2m-sde.
+
+    They continue the x_0 prediction of the step before, but RePaint changes the state between the steps.
+    """
+    if sampler.multistep:
+        raise UsageError(
+            f"inpainting changes the known pixels after each step, which method {sampler.method} cannot follow; take "
+            "method ancestral or ddim"
+        )
 
 
 def cost(sampler: Sampler, known: np.ndarray, num_images: int, jump_length: int, resamplings: int) -> int:

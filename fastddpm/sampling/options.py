@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes
 
-from fastddpm.config import EngineConfig, Method, SampleConfig
+from fastddpm.config import EngineConfig, Method, SampleConfig, Spacing
 
 if TYPE_CHECKING:
     import torch
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChainOptions:
-    """Options of the reverse chain. Method, steps, eta and guidance default to those of the run's SampleConfig.
+    """Options of the reverse chain. Method, steps, spacing, eta and guidance default to the run's SampleConfig.
 
     Raises `UsageError` for impossible values.
     """
 
     method: Method | None = None
-    """Sampling method: ancestral (Algorithm 2) or ddim. Default: the run's."""
+    """Sampling method: ancestral (Algorithm 2), ddim, or DPM-Solver++(2M): dpm2m, with noise dpm2m-sde. Default: the
+    run's."""
     steps: int | None = None
-    """Steps of the chain, 1..T; fewer than T are spread evenly over the timesteps. Default: the run's."""
+    """Steps of the chain, 1..T; fewer than T are spread over the timesteps as --spacing says. Default: the run's."""
+    spacing: Spacing | None = None
+    """Timesteps of a shorter chain: even; logsnr or karras, denser where there is little noise; or linspace, leading,
+    trailing as in diffusers. Default: the run's."""
     eta: float | None = None
     """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling). Default: the run's."""
     guidance: float | None = None
@@ -40,7 +44,7 @@ class ChainOptions:
         SampleConfig(**{"method": "ddim", **self._given()})  # raises UsageError for values that suit no run
 
     def _given(self) -> dict[str, Any]:
-        names = ("method", "steps", "eta", "guidance")
+        names = ("method", "steps", "spacing", "eta", "guidance")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def sampler(self, model: "Model") -> "Sampler":
@@ -50,7 +54,7 @@ class ChainOptions:
         config = dataclasses.replace(model.preset.sample, **self._given())
         return Sampler(
             model.unet, model.diffusion, config.steps, config.method, config.eta,
-            guidance=config.guidance, seed=self.noise_seed, engine=self.engine,
+            spacing=config.spacing, guidance=config.guidance, seed=self.noise_seed, engine=self.engine,
         )  # fmt: skip
 
     def open(self, checkpoint: Path, device: "torch.device", batch: int | None) -> "tuple[Model, Sampler, int]":

@@ -1,9 +1,10 @@
-"""The sampler: ancestral sampling (Algorithm 2 of the paper) and DDIM."""
+"""The sampler: ancestral sampling (Algorithm 2 of the paper), DDIM and DPM-Solver++."""
 
 import dataclasses
 import functools
 import hashlib
 import numbers
+import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.config import EngineConfig, check_chain, check_seed, integer
+from fastddpm.config import EngineConfig, Method, check_chain, check_seed, integer
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.runtime.network import checksum, device_of, evaluate, interface_of, precision_of_weights
@@ -21,7 +22,8 @@ from fastddpm.runtime.network import checksum, device_of, evaluate, interface_of
 from .chain import ChainTables, ReverseChain, StartState
 from .cuda_graph import padded
 from .engine import Network, is_current, precision_of, prepare
-from .step_table import spread_timesteps, step_table
+from .spacing import choose_timesteps
+from .step_table import MULTISTEP, first_order, step_table
 
 MAX_IMAGE = 2**32 - 1
 
@@ -66,12 +68,13 @@ class Sampler:
 
     `network`: a `UNet`, or any module that follows the protocol in runtime/network.py. `shape`, (C, H, W), and
     `num_classes` are needed for a network that does not have them as attributes.
-    `steps`: number of reverse steps, 1..T, evenly spread over the timesteps with both ends included. Default: all T.
-    `timesteps`: the timesteps themselves, descending, instead of `steps`. `method`: "ancestral", or "ddim" with `eta`
-    in [0, 1]. `guidance`: scale of classifier-free guidance, 0 or more; 1 means none. A learned variance is not scaled.
-    `seed`: 64-bit key of the noise of all images of this sampler, -2^63..2^63-1. `engine`: how the network is
-    evaluated. Default: `EngineConfig()`. Raises `UsageError` for values outside these ranges, and for a network that
-    cannot be called as the protocol says.
+    `steps`: number of reverse steps, 1..T, spread over the timesteps as `spacing` says (`spaced_timesteps`): "even",
+    both ends included, "logsnr", "karras", "linspace", "leading" or "trailing". Default: all T. `timesteps`: the
+    timesteps themselves, descending, instead of `steps`. `method`: "ancestral"; "ddim" with `eta` in [0, 1]; "dpm2m" or
+    "dpm2m-sde", DPM-Solver++(2M) without and with noise. `guidance`: scale of classifier-free guidance, 0 or more; 1
+    means none. A learned variance is not scaled. `seed`: 64-bit key of the noise of all images of this sampler,
+    -2^63..2^63-1. `engine`: how the network is evaluated. Default: `EngineConfig()`. Raises `UsageError` for values
+    outside these ranges, and for a network that cannot be called as the protocol says.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Sampler:
         method: str = "ancestral",
         eta: float = 0.0,
         *,
+        spacing: str = "even",
         guidance: float = 1.0,
         seed: int = 0,
         timesteps: Sequence[int] | None = None,
@@ -90,30 +94,16 @@ class Sampler:
         num_classes: int | None = None,
     ) -> None:
         self.interface = interface_of(network, shape=shape, num_classes=num_classes)
-        if method not in ("ancestral", "ddim"):
-            raise UsageError(f"method must be ancestral or ddim; got {method!r}")
+        if method not in typing.get_args(Method):
+            raise UsageError(f"method must be one of {', '.join(typing.get_args(Method))}; got {method!r}")
         if isinstance(eta, numbers.Real) and not 0 <= eta <= 1:
             raise UsageError(f"eta must be in [0, 1]; got {eta}")
         check_chain(method, eta, guidance)
         check_seed(seed)
-        if steps is not None and timesteps is not None:
-            raise UsageError(f"give steps or timesteps, not both; got {steps} and {list(timesteps)}")
         self.network, self.diffusion, self.method, self.eta = network, diffusion, method, eta
-        self.guidance, self.seed = guidance, seed
-        self.engine = EngineConfig() if engine is None else engine
-        if timesteps is None:
-            self.timesteps = spread_timesteps(diffusion.timesteps, diffusion.timesteps if steps is None else steps)
-        else:
-            given = np.asarray(timesteps)
-            if given.size and given.dtype.kind not in "iu":
-                raise UsageError(f"timesteps must be integers; got {given.tolist()}")
-            self.timesteps = given.astype(np.int64)
-            if len(self.timesteps) == 0 or (np.diff(self.timesteps) >= 0).any():
-                raise UsageError(f"timesteps must be one or more, descending; got {self.timesteps.tolist()}")
-            if self.timesteps[0] >= diffusion.timesteps or self.timesteps[-1] < 0:
-                raise UsageError(
-                    f"timesteps must be in 0..{diffusion.timesteps - 1}; got {self.timesteps[0]}..{self.timesteps[-1]}"
-                )
+        self.guidance, self.seed, self.engine = guidance, seed, engine or EngineConfig()
+        self.timesteps = choose_timesteps(diffusion, method, steps, spacing, timesteps)
+        self.multistep = method in MULTISTEP
         self.table = np.stack(step_table(diffusion, self.timesteps, method, eta), axis=1)
         if guidance != 1 and self.interface.null_label is None:
             raise UsageError("guidance needs a network trained with label_dropout > 0, which has a null label")
@@ -232,8 +222,11 @@ class Sampler:
         expected = (num_images, *self.interface.shape)
         if not 0 <= start.step < self.steps:
             raise UsageError(f"start.step must be in 0..{self.steps - 1}; got {start.step}")
-        if start.x.shape != expected or start.x.dtype != torch.float32:
-            raise UsageError(f"start.x must be float32 {expected}; got {start.x.dtype} {tuple(start.x.shape)}")
+        for name, state in (("x", start.x), ("x0", start.x0)):
+            if state is not None and (state.shape != expected or state.dtype != torch.float32):
+                raise UsageError(f"start.{name} must be float32 {expected}; got {state.dtype} {tuple(state.shape)}")
+        if start.x0 is not None and start.step == 0:
+            raise UsageError("start.x0 is of a step before; step 0 has none")
 
     def _keep(self, chain: ReverseChain) -> None:
         """Keep a chain for the next batch of its size. The oldest one is dropped, to bound the memory."""
@@ -243,14 +236,19 @@ class Sampler:
 
     def _tables(self, device: torch.device) -> ChainTables:
         learned = self.method == "ancestral" and self.diffusion.config.learned_variance
+
+        def on_device(table: np.ndarray) -> Tensor:
+            return torch.tensor(table, dtype=torch.float32, device=device)
+
         return ChainTables(
-            table=torch.tensor(self.table, dtype=torch.float32, device=device),
+            table=on_device(self.table),
             timesteps=torch.tensor(self.timesteps, device=device),
             total=self.diffusion.timesteps,
             seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
             shape=self.interface.shape,
             clip=1.0 if self.diffusion.config.clip_x0 else 0.0,
             variance=self.diffusion.config.variance if learned else "fixed",
+            first_order=on_device(first_order(self.table)) if self.multistep else None,
         )
 
     def _states(self, chain: ReverseChain, num_images: int, first: int, watched: Collection[int]) -> Iterator[State]:
@@ -283,12 +281,14 @@ class Sampler:
 
     def settings(self) -> dict[str, Any]:
         """Return all that determines an image besides its seed and label, for a JSON file beside the images."""
+        # Methods of one step are described as before the last column was added, so that their files can be continued.
+        table = self.table if self.multistep else self.table[:, :-1]
         return {
             "network": checksum(self.network),
             "timesteps": hashlib.sha256(self.timesteps.tobytes()).hexdigest(),
             "diffusion": dataclasses.asdict(self.diffusion.config),
             "method": self.method,
-            "coefficients": hashlib.sha256(self.table.tobytes()).hexdigest(),
+            "coefficients": hashlib.sha256(table.tobytes()).hexdigest(),
             "steps": self.steps,
             "guidance": self.guidance,
             "noise_seed": self.seed,

@@ -1,37 +1,36 @@
-"""Coefficients of the reverse steps of Algorithm 2 and DDIM, in the form that `reverse_step` applies."""
+"""Coefficients of the steps of Algorithm 2, DDIM and DPM-Solver++, in the form that `reverse_step` applies."""
 
 import numpy as np
 
-from fastddpm.config import integer
 from fastddpm.diffusion import Diffusion
-from fastddpm.errors import UsageError
 from fastddpm.kernels.reverse_step import StepTable
 
-
-def spread_timesteps(timesteps: int, steps: int) -> np.ndarray:
-    """Return `steps` of the timesteps 0..timesteps-1, int64 (steps,), descending and evenly spread, both ends included.
-
-    A single step is timestep timesteps - 1. Raises `UsageError` unless 1 <= `steps` <= `timesteps`.
-    """
-    if not 1 <= integer(steps, "steps") <= timesteps:
-        raise UsageError(f"steps must be in 1..{timesteps}; got {steps}")
-    return np.round(np.linspace(timesteps - 1, 0, steps)).astype(np.int64)
+MULTISTEP = ("dpm2m", "dpm2m-sde")  # the methods whose step uses the x_0 prediction of the step before
 
 
 def step_table(diffusion: Diffusion, timesteps: np.ndarray, method: str, eta: float) -> StepTable:
     """Return the coefficients of each reverse step, float64 (S,) each, for descending `timesteps` (S,).
 
     `method` "ancestral": equation 7 of the paper for the re-spaced process (`Diffusion.respaced`). "ddim": equation 12
-    of Song et al. 2021, with eps derived from the clipped x_0 prediction; `eta` scales its noise.
+    of Song et al. 2021, with eps derived from the clipped x_0 prediction; `eta` scales its noise. "dpm2m": algorithm 2
+    of Lu et al. 2022, DPM-Solver++(2M); "dpm2m-sde": its form with noise, SDE-DPM-Solver++(2M). Their first and last
+    steps are first-order (`first_order`).
     """
     config, process = diffusion.config, diffusion.respaced(timesteps)
     x0_from_x, x0_from_out = (coefficient[timesteps] for coefficient in diffusion.x0_coefficients())
-    mean_from_out, log_var_low, log_var_high = np.zeros((3, len(timesteps)))
-    if method == "ddim":
-        sigma = eta * np.sqrt(process.variance)
+    mean_from_out, log_var_low, log_var_high, mean_from_previous = np.zeros((4, len(timesteps)))
+    if method != "ancestral":
+        # DPM-Solver++ of first order is DDIM: without noise, or in the SDE form with eta 1.
+        sigma = {"ddim": eta, "dpm2m": 0.0, "dpm2m-sde": 1.0}[method] * np.sqrt(process.variance)
         direction = np.sqrt(np.maximum(1 - process.alpha_bar_prev - sigma**2, 0.0) / (1 - process.alpha_bar))
         mean_from_x0 = np.sqrt(process.alpha_bar_prev) - direction * np.sqrt(process.alpha_bar)
         mean_from_x = direction
+        if method in MULTISTEP:
+            # Second order: x_0 is extrapolated linearly in lambda = log(alpha / sigma) to the middle of the step.
+            # A first timestep without signal is infinitely far away: the second step stays first-order, too.
+            length = np.diff(diffusion.log_signal_to_noise[timesteps])
+            mean_from_previous[1:-1] = -mean_from_x0[1:-1] * length[1:] / (2 * length[:-1])
+            mean_from_x0 = mean_from_x0 - mean_from_previous
     else:
         mean_from_x0, mean_from_x = process.from_x0, process.from_xt
         if config.prediction == "xprev":
@@ -46,4 +45,16 @@ def step_table(diffusion: Diffusion, timesteps: np.ndarray, method: str, eta: fl
         else:
             sigma = np.sqrt(process.variance if config.variance == "fixedsmall" else process.beta)
     sigma[-1] = 0.0
-    return StepTable(x0_from_x, x0_from_out, mean_from_x0, mean_from_x, mean_from_out, sigma, log_var_low, log_var_high)
+    return StepTable(
+        x0_from_x, x0_from_out, mean_from_x0, mean_from_x, mean_from_out, sigma, log_var_low, log_var_high,
+        mean_from_previous,
+    )  # fmt: skip
+
+
+def first_order(table: np.ndarray) -> np.ndarray:
+    """Return the steps of `table`, float64 (S, 9), as they are taken without the x_0 prediction of the step before."""
+    rows = StepTable(*table.T)
+    none = np.zeros_like(rows.mean_from_previous)
+    return np.stack(
+        rows._replace(mean_from_x0=rows.mean_from_x0 + rows.mean_from_previous, mean_from_previous=none), axis=1
+    )

@@ -87,7 +87,7 @@ def trajectories(
     # A watched step makes the device wait for the host, so not every step is reported.
     reports = {*range(first, last, max(1, sampler.steps // _REPORTS)), last} if progress is not None else set()
     for part in parts(len(seeds), batch):
-        part_start = None if start is None else StartState(start.x[part], start.step)
+        part_start = None if start is None else start.part(part)
         reported = first
         for state in sampler.trajectory(seeds[part], part_of(labels, part), reports | shown, part_start):
             if progress is not None and state.step in reports:

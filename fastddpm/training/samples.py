@@ -97,7 +97,9 @@ def draw_final_samples(
     if config.count == 0:
         return []
     guidance = guidance_of(network, preset)
-    sampler = Sampler(network, diffusion, config.steps, config.method, config.eta, guidance=guidance)
+    sampler = Sampler(
+        network, diffusion, config.steps, config.method, config.eta, spacing=config.spacing, guidance=guidance
+    )
     seeds = group.share(config.count)
     recorder = FrameRecorder(sampler, len(seeds))
     drawn = [batch.images for batch in sample_batches(sampler, seeds, recorder=recorder)]

@@ -19,7 +19,7 @@ def forward(a: Arguments) -> None:
     out = a.out if native.unsupported_dtype(a.out) is None else a.out.to(torch.float32)
     table, timesteps, images = a.table.contiguous(), a.timesteps.contiguous(), a.images.contiguous()
     noise = None if a.noise is None else a.noise.contiguous()
-    x0 = a.x0 if a.x0 is None or a.x0.is_contiguous() else torch.empty(a.x0.shape, dtype=torch.float32, device="cpu")
+    x0 = None if a.x0 is None else a.x0.contiguous()
     n, c, height, width = a.x.shape
     args = interface.ReverseStep(
         x=native.pointer(a.x), out=native.pointer(out), table=native.pointer(table),

@@ -18,7 +18,7 @@ def forward(a: Arguments) -> None:
     out = a.out if a.out.dtype in native_cuda.FLOATS else a.out.to(torch.float32)
     table, timesteps, images = a.table.contiguous(), a.timesteps.contiguous(), a.images.contiguous()
     noise = None if a.noise is None else a.noise.contiguous()
-    x0 = a.x0 if a.x0 is None or a.x0.is_contiguous() else torch.empty(a.x0.shape, device=a.x0.device)
+    x0 = None if a.x0 is None else a.x0.contiguous()
     n, c, height, width = a.x.shape
     pointer = native_cuda.pointer
     args = interface.ReverseStep(

@@ -1,4 +1,4 @@
-"""Sampling from p(x_{t-1} | x_t) (Algorithm 2 of the paper) and the DDIM update, by a row of a step table."""
+"""A step of Algorithm 2 of the paper, sampling from p(x_{t-1} | x_t), of DDIM or DPM-Solver++, by a row of a table."""
 
 import math
 
@@ -19,6 +19,9 @@ def forward(a: Arguments) -> None:
     if a.clip > 0:
         x0_hat = x0_hat.clamp(-a.clip, a.clip)
     mean = row.mean_from_x0 * x0_hat + row.mean_from_x * a.x + row.mean_from_out * prediction
+    # Without the earlier prediction a row that needs it has no result. Where it is not needed it may be anything.
+    previous = torch.nan if a.x0 is None else a.x0
+    mean = torch.where(row.mean_from_previous != 0, mean + row.mean_from_previous * previous, mean)
 
     noise = a.noise
     if noise is None:

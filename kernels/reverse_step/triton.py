@@ -58,6 +58,13 @@ def _reverse_step_kernel(
         x0_hat = tl.where(x0_hat > clip, clip, tl.where(x0_hat < -clip, -clip, x0_hat))
     mean = tl.load(row + 2, exists, nan) * x0_hat + tl.load(row + 3, exists, nan) * x_t
     mean += tl.load(row + 4, exists, nan) * prediction
+    from_previous = tl.load(row + 8, exists, nan)
+    if x0 is not None:
+        x0_at = _places(i, n, 0, height, width, x0_n, x0_c, x0_h, x0_w)
+        previous = tl.load(x0 + x0_at, i < tl.where(from_previous != 0, num, 0), 0.0)
+    else:
+        previous = tl.full([4 * B], nan, tl.float32)
+    mean = tl.where(from_previous != 0, mean + from_previous * previous, mean)
 
     if noise is None:
         t = tl.load(timesteps + at, exists, 0)
@@ -80,7 +87,7 @@ def _reverse_step_kernel(
     # On the last step sigma is 0 and the result must be the mean itself, whatever the noise is.
     tl.store(x + x_at, tl.where(switch > 0, mean + sigma * z, mean), mask)
     if x0 is not None:
-        tl.store(x0 + _places(i, n, 0, height, width, x0_n, x0_c, x0_h, x0_w), x0_hat, mask)
+        tl.store(x0 + x0_at, x0_hat, mask)
 
 
 def forward(a: Arguments) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 import fastddpm
 from fastddpm import sample, train
 from fastddpm.errors import DataError, DivergedError, UsageError
-from fastddpm.sampling.images import animation_suffix
+from fastddpm.sampling.images import animation_suffix, to_uint8
 from fastddpm.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -210,6 +210,18 @@ def test_ddim_and_fewer_steps(run: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(first, np.load(tmp_path / "samples.npz")["images"])
     sample.main([str(run), *options, "--noise-seed", "1"])
     assert (first != np.load(tmp_path / "samples.npz")["images"]).any()
+
+
+def test_dpm_solver_and_spacing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command's images are the sampler's, of as many steps as there are different timesteps."""
+    options = ["--method", "dpm2m-sde", "--steps", "12", "--spacing", "logsnr", "--guidance", "1"]
+    with pytest.warns(UserWarning, match="spacing logsnr gives .* different timesteps for 12 steps"):
+        sample.main([str(run), "--seeds", "0-1", *options, "--out", str(tmp_path)])
+    model = fastddpm.load(run)
+    with pytest.warns(UserWarning, match="spacing logsnr"):
+        sampler = fastddpm.Sampler(model.unet, model.diffusion, 12, "dpm2m-sde", spacing="logsnr")
+    assert f"dpm2m-sde, {sampler.steps} steps" in capsys.readouterr().err and sampler.steps < 12
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["images"], to_uint8(sampler.sample([0, 1])))
 
 
 def test_dry_run_reports_and_writes_nothing(

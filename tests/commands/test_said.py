@@ -65,7 +65,13 @@ def test_help_names_the_kind_of_an_optional_value(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         sample.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for option in ("--labels TEXT", "--batch N", "--out PATH", "--method {ancestral,ddim}", "--guidance NUMBER"):
+    for option in (
+        "--labels TEXT",
+        "--batch N",
+        "--out PATH",
+        "--method {ancestral,ddim,dpm2m,dpm2m-sde}",
+        "--guidance NUMBER",
+    ):
         assert option in text
 
 

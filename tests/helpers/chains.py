@@ -43,5 +43,5 @@ def chain_of(owner: Sampler, batch: int, images: list[int], label: list[int] | N
 
 
 def coefficient_table(diffusion: Diffusion, timesteps: np.ndarray, method: str, eta: float) -> np.ndarray:
-    """The step table as `reverse_step` reads it, float64 (S, 8)."""
+    """The step table as `reverse_step` reads it, float64 (S, 9)."""
     return np.stack(step_table(diffusion, timesteps, method, eta), axis=1)

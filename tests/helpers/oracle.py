@@ -145,6 +145,26 @@ class Process:
         """Equation 4."""
         return column(np.sqrt(self.alpha_bar[i])) * x0 + column(np.sqrt(1 - self.alpha_bar[i])) * eps
 
+    def dpm_solver(
+        self, i: int, x: np.ndarray, x0: np.ndarray, previous: np.ndarray | None, noisy: bool
+    ) -> tuple[np.ndarray, float]:
+        """Mean and deviation of a step of DPM-Solver++(2M): Lu et al. 2022b, algorithm 2 and, if noisy, equation 19.
+
+        `previous`: the x_0 prediction of the step before, or None for a first-order step.
+        """
+        if i == len(self.alpha_bar) - 1:
+            return x0, 0.0
+        signal, sigma = np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)
+        h = np.diff(np.log(signal / sigma))
+        estimate = x0
+        if previous is not None:
+            r = h[i - 1] / h[i]
+            estimate = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * previous
+        if noisy:
+            mean = sigma[i + 1] / sigma[i] * np.exp(-h[i]) * x - signal[i + 1] * np.expm1(-2 * h[i]) * estimate
+            return mean, float(sigma[i + 1] * np.sqrt(-np.expm1(-2 * h[i])))
+        return sigma[i + 1] / sigma[i] * x - signal[i + 1] * np.expm1(-h[i]) * estimate, 0.0
+
     def posterior_mean(self, i: np.ndarray, x0: np.ndarray, x_t: np.ndarray) -> np.ndarray:
         """Equation 7."""
         bar, prev, beta = (column(table[i]) for table in (self.alpha_bar, self.alpha_bar_prev, self.beta))
@@ -181,14 +201,18 @@ def column(values: np.ndarray) -> np.ndarray:
 def reverse_chain(
     network: Callable[[np.ndarray, int], np.ndarray], timesteps: np.ndarray, seeds: np.ndarray, seed: int, *,
     shape: tuple[int, int, int] = (1, 2, 2), variance: str = "fixedlarge", eta: float | None = None,
+    method: str = "ancestral",
 ) -> np.ndarray:  # fmt: skip
-    """Algorithm 2, or DDIM where eta is given, for a network that predicts eps: (N, *shape)."""
-    process = Process.respaced(timesteps)
+    """Algorithm 2, DDIM where eta is given, or dpm2m or dpm2m-sde, for a network that predicts eps: (N, *shape)."""
+    process, previous = Process.respaced(timesteps), None
     x = normals(shape, seeds, seed, step=0, stream=0)
     for i, t in enumerate(timesteps.tolist()):
         bar, prev, beta = process.alpha_bar[i], process.alpha_bar_prev[i], process.beta[i]
         x0 = np.clip((x - np.sqrt(1 - bar) * network(x, t)) / np.sqrt(bar), -1, 1)
-        if eta is None:
+        if method.startswith("dpm2m"):
+            x, sigma = process.dpm_solver(i, x, x0, previous, method == "dpm2m-sde")
+            previous = x0
+        elif eta is None:
             x = process.posterior_mean(np.full(len(x), i), x0, x)
             sigma = np.sqrt(process.posterior_variance[i] if variance == "fixedsmall" else beta)
         else:

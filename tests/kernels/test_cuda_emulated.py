@@ -145,8 +145,9 @@ def test_q_sample_outside_the_table_is_nan_not_memory() -> None:
 @pytest.mark.parametrize("variance", [FIXED, LEARNED, LEARNED_RANGE])
 @pytest.mark.parametrize("given", [False, True])
 def test_reverse_step(given: bool, variance: int, dtype: torch.dtype, layout: str) -> None:
-    table = torch.rand(4, 8) - 0.3
-    table[:, 5] = torch.tensor([0.7, 1.0, 0.2, 0.0])
+    with_earlier = torch.rand(4, 9) - 0.3
+    with_earlier[:, 5] = torch.tensor([0.7, 1.0, 0.2, 0.0])
+    with_earlier[3, 8] = 0.0
     timesteps, (images, seed, _) = torch.tensor([900, 600, 3, 0]), key().values()
     channels = 2 if variance == FIXED else 4
     for index, size in ((1, (4, 4)), (3, (4, 4)), (2, (3, 5))):
@@ -155,8 +156,10 @@ def test_reverse_step(given: bool, variance: int, dtype: torch.dtype, layout: st
         noise = torch.randn(x.shape) if given else None
         for clip in (0.0, 0.5):
             expected, ours = x.double(), STRIDED[layout](x.clone())
-            x0 = torch.full_like(x, torch.nan) if clip else None
-            x0_expected = torch.full_like(expected, torch.nan)
+            # Without an earlier prediction the last column is 0, and where it is 0 the prediction is not read.
+            table = with_earlier if clip else torch.cat([with_earlier[:, :8], torch.zeros(4, 1)], dim=1)
+            earlier = torch.full_like(x, torch.nan) if index == 3 else torch.randn(x.shape)
+            x0, x0_expected = earlier.clone() if clip else None, earlier.double()
             rest = (timesteps, torch.tensor(index), images, seed, clip, variance)
             wide = None if noise is None else noise.double()
             reverse_step_reference.forward(
@@ -172,7 +175,7 @@ def test_reverse_step_outside_the_table_is_nan_not_memory() -> None:
     images, seed, _ = key().values()
     for index in (4, -1):
         x = torch.zeros(2, 1, 2, 2)
-        step = (torch.zeros_like(x), torch.rand(4, 8), torch.arange(4), torch.tensor(index))
+        step = (torch.zeros_like(x), torch.rand(4, 9), torch.arange(4), torch.tensor(index))
         reverse_step_cuda.forward(reverse_step.Arguments(x, *step, images, seed, clip=0.0, variance=FIXED))
         assert x.isnan().all()
 

@@ -119,7 +119,7 @@ def test_every_operation_that_draws_noise_agrees_with_its_reference() -> None:
     x0 = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     table = torch.tensor([[0.6, 0.8]])
     out = torch.randn(5, 3, 8, 8)
-    row = torch.tensor([[1.1, -0.4, 0.7, 0.2, 0.0, 0.5, 0.0, 0.0]])
+    row = torch.tensor([[1.1, -0.4, 0.7, 0.2, 0.0, 0.5, 0.0, 0.0, 0.0]])
     results = {}
     for name in ("cpu", "reference"):
         with ops.use_backend(name):

@@ -64,7 +64,7 @@ def noise() -> list[Tensor]:
     x0 = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
     table = torch.tensor([[0.6, 0.8]])
     x_t, eps = ops.q_sample(x0, torch.zeros(40, dtype=torch.int64), table, **key, flip=torch.rand(40) < 0.5)
-    row = torch.tensor([[1.1, -0.4, 0.7, 0.2, 0.0, 0.5, 0.0, 0.0]])
+    row = torch.tensor([[1.1, -0.4, 0.7, 0.2, 0.0, 0.5, 0.0, 0.0, 0.0]])
     del key["step"]
     previous = ops.reverse_step(x_t.clone(), eps, row, torch.tensor([7]), torch.tensor(0), **key)
     return [drawn, x_t, eps, previous]

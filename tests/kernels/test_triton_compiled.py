@@ -76,7 +76,7 @@ def test_sizes_of_one_compile() -> None:
         shapes.Call("attention_backward", (*(meta(1, 1, 1) for _ in range(4)), nc, 1.0)),
         shapes.Call("random_normal", ([1], *key, 1)),
         shapes.Call("q_sample", (x, one, meta(1, 2), meta(1, dtype=torch.bool), x, *key)),
-        shapes.Call("reverse_step", (x, meta(1, 2, 1, 1), meta(1, 8), one, integer, one, integer, 1.0, 2, None, x)),
+        shapes.Call("reverse_step", (x, meta(1, 2, 1, 1), meta(1, 9), one, integer, one, integer, 1.0, 2, None, x)),
     ]  # fmt: skip
     jobs = {("sm_90", kernel): call.name for call in calls for kernel in resources.kernels_of(call)}
     assert len(jobs) >= 12

@@ -34,14 +34,16 @@ def test_a_sampler_s_steps_are_replays_of_one(device: torch.device) -> None:
     table, timesteps = torch.rand(STEPS, COLUMNS, device=device), torch.arange(STEPS, device=device)
     start = random_normal((3, 8, 8), key["images"], key["seed"], key["step"], 0)
     x, index = start.clone(), torch.tensor(STEPS - 1, device=device)
+    x0 = torch.zeros_like(x)  # each step reads the one before's
 
     def step() -> None:
-        reverse_step(x, torch.tanh(x), table, timesteps, index, key["images"], key["seed"])
+        reverse_step(x, torch.tanh(x), table, timesteps, index, key["images"], key["seed"], x0=x0)
         index.sub_(1)
 
     def begin(seed: int) -> None:
         key["seed"].fill_(seed)
         x.copy_(start)
+        x0.zero_()
         index.fill_(STEPS - 1)
 
     results = []

@@ -157,7 +157,7 @@ def test_what_is_never_differentiated_says_so() -> None:
             q_sample(dual, torch.tensor([0]), torch.ones(1, 2), torch.tensor([0]), one, one)
         with pytest.raises(UsageError, match="reverse_step has no derivative"):
             zero = torch.tensor(0)
-            reverse_step(x0.clone(), dual, torch.ones(1, 8), torch.tensor([0]), zero, torch.tensor([0]), one)
+            reverse_step(x0.clone(), dual, torch.ones(1, 9), torch.tensor([0]), zero, torch.tensor([0]), one)
 
 
 def test_autocast_casts_conv3x3_as_it_casts_a_convolution() -> None:

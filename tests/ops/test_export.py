@@ -52,6 +52,7 @@ def call_q_sample(x0: Tensor, t: Tensor, flip: Tensor, images: Tensor, *rest: Te
 def of_reverse_step(n: int, device: torch.device) -> Arguments:
     images, seed, step = key(n, device)
     table = torch.rand(10, COLUMNS, device=device)
+    table[:, -1] = 0  # there is no step before
     x, out = (torch.randn(n, 1, 3, 4, device=device) for _ in range(2))
     return [x, out, images], [table, torch.arange(10, device=device), step, seed]
 

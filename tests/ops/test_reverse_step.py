@@ -134,6 +134,45 @@ def test_ddim(
         np.testing.assert_allclose(contract.float64(a["x"]), expected, rtol=0, atol=5e-6 + from_x0 * 2.0**-22 * size)
 
 
+@pytest.mark.parametrize("chain", with_large(CHAINS, "all"))
+@pytest.mark.parametrize("method", ["dpm2m", "dpm2m-sde"])
+@pytest.mark.parametrize("clip", with_large([0.0, 1.0], 0.0))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_dpm_solver(
+    prediction: str, clip: float, method: str, chain: str, rng: np.random.Generator, device: torch.device
+) -> None:
+    """Lu et al. 2022b, with the x_0 prediction of the step before in `x0`, which this step's replaces."""
+    timesteps, rows = CHAINS[chain]
+    process, trained = oracle.Process.respaced(timesteps), oracle.Process.respaced()
+    table = coefficient_table(diffusion(prediction, "fixedlarge"), timesteps, method, 0.0)
+    for i in rows:
+        a = arguments(rng, timesteps, table, i, device)
+        ends = i in (0, len(timesteps) - 1)  # where no earlier prediction is read
+        earlier = np.full(SHAPE, np.nan) if ends else rng.uniform(-1, 1, SHAPE)
+        x, out = contract.float64(a["x"]), contract.float64(a["out"])
+        trained_at = np.full(2, timesteps[i])
+        x0 = trained.predict_x0(trained_at, prediction, out, x)
+        if clip:
+            x0 = np.clip(x0, -clip, clip)
+        mean, sigma = process.dpm_solver(i, x, x0, None if ends else earlier, method == "dpm2m-sde")
+        expected = mean + sigma * noise_at(timesteps[i])
+
+        buffer = torch.tensor(earlier, dtype=torch.float32, device=device)
+        reverse_step(**a, clip=clip, x0=buffer)
+        size = np.abs(x0).max() + np.abs(trained.predict_x0(trained_at, prediction, out, 0 * x)).max()
+        x0_error = 2.0**-22 * size
+        np.testing.assert_allclose(contract.float64(buffer), x0, rtol=0, atol=x0_error)
+        error = 5e-6 + abs(table[i, 2]) * x0_error
+        np.testing.assert_allclose(contract.float64(a["x"]), expected, rtol=0, atol=error)
+
+
+def test_a_row_that_lacks_the_earlier_prediction_gives_nan(rng: np.random.Generator, device: torch.device) -> None:
+    table = coefficient_table(diffusion("eps", "fixedlarge"), ALL_TIMESTEPS, "dpm2m", 0.0)
+    for step, lacks in ((0, False), (500, True), (999, False)):
+        x = reverse_step(**arguments(rng, ALL_TIMESTEPS, table, step, device))
+        assert x.isnan().all() if lacks else x.isfinite().all()
+
+
 def test_works_in_place(rng: np.random.Generator, device: torch.device) -> None:
     table = coefficient_table(diffusion("eps", "fixedlarge"), ALL_TIMESTEPS, "ancestral", 0.0)
     a = arguments(rng, ALL_TIMESTEPS, table, 500, device)
@@ -204,14 +243,16 @@ def test_fixed_variance_ignores_the_second_half(rng: np.random.Generator, device
 @pytest.mark.parametrize("layout", contract.LAYOUTS)
 def test_layouts(layout: str, rng: np.random.Generator, device: torch.device) -> None:
     table = coefficient_table(diffusion("eps", "learned"), ALL_TIMESTEPS, "ancestral", 0.0)
+    table[:, 8] = 0.3
     a = arguments(rng, ALL_TIMESTEPS, table, 200, device, channels=6)
-    expected_x0, x0 = torch.empty_like(a["x"]), contract.LAYOUTS[layout](a["x"])
+    earlier = a["out"][:, :3].clone()
+    expected_x0, x0 = earlier.clone(), contract.LAYOUTS[layout](earlier)
     expected = reverse_step(**(a | {"x": a["x"].clone()}), variance="learned", x0=expected_x0)
     strides = x0.stride()
     for name in ("x", "out"):
         laid_out = a | {"x": a["x"].clone()}
         laid_out[name] = contract.LAYOUTS[layout](laid_out[name])
-        reverse_step(**laid_out, variance="learned", x0=x0)
+        reverse_step(**laid_out, variance="learned", x0=x0.copy_(earlier))
         assert torch.equal(laid_out["x"], expected) and torch.equal(x0, expected_x0)
         assert x0.stride() == strides
 
@@ -286,8 +327,8 @@ def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:
         ({"out": torch.zeros(2, 4, 4, 4)}, r"out must be \(2, 3 or 6, 4, 4\); got \(2, 4, 4, 4\)"),
         ({"out": torch.zeros(2, 3, 4, 5)}, r"out must be \(2, 3 or 6, 4, 4\); got \(2, 3, 4, 5\)"),
         ({"variance": "learned"}, r"out must be \(2, 6, 4, 4\); got \(2, 3, 4, 4\)"),
-        ({"table": torch.zeros(1000, 7)}, r"table must be float32 \(S, 8\); got torch.float32 \(1000, 7\)"),
-        ({"table": torch.zeros(1000, 8, dtype=torch.float64)}, r"table must be float32 \(S, 8\); got torch.float64"),
+        ({"table": torch.zeros(1000, 8)}, r"table must be float32 \(S, 9\); got torch.float32 \(1000, 8\)"),
+        ({"table": torch.zeros(1000, 9, dtype=torch.float64)}, r"table must be float32 \(S, 9\); got torch.float64"),
         ({"timesteps": torch.arange(999)}, r"timesteps must be int64 \(1000,\); got \(999,\)"),
         ({"noise": torch.zeros(2, 3, 4, 5)}, r"noise must be float32 \(2, 3, 4, 4\); got \(2, 3, 4, 5\)"),
         ({"x0": torch.zeros(2, 3, 4, 5)}, r"x0 must be float32 \(2, 3, 4, 4\); got \(2, 3, 4, 5\)"),

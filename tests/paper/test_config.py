@@ -28,7 +28,7 @@ UNUSUAL = Preset(
         ema_ramp=True, flip=False, precision="bf16", compile=True, checkpoint_blocks=True, seed=-4, log_every=3,
         save_every=4, keep=5, preview_every=7, preview_steps=8, patience=6,
     ),
-    SampleConfig(method="ddim", steps=33, eta=0.5, guidance=2.5, count=4),
+    SampleConfig(method="ddim", steps=33, spacing="karras", eta=0.5, guidance=2.5, count=4),
 )  # fmt: skip
 
 
@@ -160,8 +160,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"mode": "paper", "accumulate": 2},
      "mode paper takes its batch in 8 shards already; leave accumulate at 1"),
     (SampleConfig, {"steps": 0}, "steps must be positive; got 0"),
-    (SampleConfig, {"method": "heun"}, "method must be one of ancestral, ddim; got 'heun'"),
-    (SampleConfig, {"eta": 0.5}, r"eta is of method ddim, ancestral sampling has none; got 0\.5"),
+    (SampleConfig, {"method": "heun"}, "method must be one of ancestral, ddim, dpm2m, dpm2m-sde; got 'heun'"),
+    (SampleConfig, {"eta": 0.5}, r"eta is of method ddim, ancestral has none; got 0\.5"),
     (SampleConfig, {"eta": 1.1}, r"eta must be in \[0\.0, 1\.0\]; got 1\.1"),
     (SampleConfig, {"count": -1}, r"count must be in 0\.\.10000; got -1"),
     (SampleConfig, {"guidance": -1.0}, r"guidance must be in 0\.\..*; got -1\.0"),

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastddpm.config import DiffusionConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
-from fastddpm.sampling.sampler import Sampler, spread_timesteps
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.sampling.spacing import spread_timesteps
 from fastddpm.unet import UNet
 
 
@@ -190,9 +191,9 @@ def test_learned_variance_drives_the_noise() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "euler"}, "method must be ancestral or ddim; got 'euler'"),
+        ({"method": "euler"}, "method must be one of ancestral, ddim, dpm2m, dpm2m-sde; got 'euler'"),
         ({"eta": 1.5}, r"eta must be in \[0, 1\]; got 1.5"),
-        ({"eta": 0.5}, "eta is of method ddim, ancestral sampling has none; got 0.5"),
+        ({"eta": 0.5}, "eta is of method ddim, ancestral has none; got 0.5"),
         ({"eta": -0.1}, r"eta must be in \[0, 1\]; got -0.1"),
         ({"steps": 0}, r"steps must be in 1\.\.1000; got 0"),
         ({"steps": 1001}, r"steps must be in 1\.\.1000; got 1001"),

@@ -13,7 +13,7 @@ from helpers.networks import Formula
 from fastddpm.config import DiffusionConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.sampling.step_table import spread_timesteps
+from fastddpm.sampling.spacing import spread_timesteps
 
 ALL = np.arange(999, -1, -1)
 
@@ -44,7 +44,7 @@ def test_ancestral_table(variance: str, timesteps: np.ndarray) -> None:
     process = oracle.Process.respaced(timesteps)
     bar, prev, beta, posterior = process.alpha_bar, process.alpha_bar_prev, process.beta, process.posterior_variance
     inner = np.arange(len(timesteps)) < len(timesteps) - 1
-    expected = np.zeros((len(timesteps), 8))
+    expected = np.zeros((len(timesteps), 9))
     expected[:, 0], expected[:, 1] = 1 / np.sqrt(bar), -np.sqrt(1 / bar - 1)
     expected[:, 2] = np.sqrt(prev) * beta / (1 - bar)
     expected[:, 3] = np.sqrt(bar / prev) * (1 - prev) / (1 - bar)

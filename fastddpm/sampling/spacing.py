@@ -1,0 +1,104 @@
+"""The timesteps of a chain that takes fewer than T steps."""
+
+import typing
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastddpm.config import Spacing, integer
+from fastddpm.diffusion import Diffusion
+from fastddpm.errors import UsageError
+
+from .step_table import MULTISTEP
+
+_KARRAS_RHO = 7.0  # Karras et al. 2022, equation 5
+
+
+def choose_timesteps(
+    diffusion: Diffusion, method: str, steps: int | None, spacing: str, timesteps: Sequence[int] | None
+) -> np.ndarray:
+    """Return the timesteps of a chain, int64 (S,): `timesteps` if given, otherwise `steps` of them, by default all T.
+
+    Raises `UsageError` unless `timesteps` are integers in 0..T-1, descending, and for what `spaced_timesteps` refuses.
+    """
+    if timesteps is None:
+        return spaced_timesteps(diffusion, method, diffusion.timesteps if steps is None else steps, spacing)
+    if steps is not None:
+        raise UsageError(f"give steps or timesteps, not both; got {steps} and {list(timesteps)}")
+    if spacing != "even":
+        raise UsageError(f"give spacing or timesteps, not both; got {spacing} and {list(timesteps)}")
+    given = np.asarray(timesteps)
+    if given.size and given.dtype.kind not in "iu":
+        raise UsageError(f"timesteps must be integers; got {given.tolist()}")
+    given = given.astype(np.int64)
+    if len(given) == 0 or (np.diff(given) >= 0).any():
+        raise UsageError(f"timesteps must be one or more, descending; got {given.tolist()}")
+    if given[0] >= diffusion.timesteps or given[-1] < 0:
+        raise UsageError(f"timesteps must be in 0..{diffusion.timesteps - 1}; got {given[0]}..{given[-1]}")
+    return given
+
+
+def spaced_timesteps(diffusion: Diffusion, method: str, steps: int, spacing: str) -> np.ndarray:
+    """Return the timesteps of a chain of `steps` steps, int64, descending, each in 0..T-1. T steps take all of them.
+
+    `spacing` of N < T steps:
+    even: evenly spread over the timesteps, both ends included; a single step is T - 1.
+    logsnr: those nearest to an even spread of log(alpha_bar / (1 - alpha_bar)), both ends included.
+    karras: those nearest to an even spread of sigma^(1/7), where sigma^2 = (1 - alpha_bar) / alpha_bar (equation 5 of
+    Karras et al. 2022), both ends included.
+    linspace, leading, trailing: those of diffusers' scheduler of the same `method`, with a steps_offset of 0. For
+    ancestral and ddim these are linspace(0, T - 1, N); k (T // N); and T - 1 - k T / N; rounded, for k = 0..N-1. For
+    dpm2m and dpm2m-sde, linspace and leading are those of N + 1 steps without the last, 0.
+
+    Timesteps that come up twice are taken once, and a warning says how many are left. Raises `UsageError` for `steps`
+    outside 1..T and for an unknown spacing.
+    """
+    total = diffusion.timesteps
+    timesteps = spread_timesteps(total, steps)
+    if spacing not in typing.get_args(Spacing):
+        raise UsageError(f"spacing must be one of {', '.join(typing.get_args(Spacing))}; got {spacing!r}")
+    if spacing == "even" or steps == total:
+        return timesteps
+    left_out = 1 if method in MULTISTEP else 0
+    points = steps + left_out
+    if spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, points).round()[left_out:]
+    elif spacing == "leading":
+        timesteps = (np.arange(points) * (total // points))[left_out:]
+    elif spacing == "trailing":
+        timesteps = (total - np.arange(steps) * (total / steps)).round() - 1
+    else:
+        timesteps = _nearest_in_noise(diffusion, steps, spacing)
+    distinct = np.flip(np.unique(timesteps.astype(np.int64))).copy()
+    if len(distinct) < steps:
+        warnings.warn(
+            f"spacing {spacing} gives {len(distinct)} different timesteps for {steps} steps; the chain takes these",
+            stacklevel=4,  # the caller of Sampler
+        )
+    return distinct
+
+
+def spread_timesteps(timesteps: int, steps: int) -> np.ndarray:
+    """Return `steps` of the timesteps 0..timesteps-1, int64 (steps,), descending and evenly spread, both ends included.
+
+    A single step is timestep timesteps - 1. Raises `UsageError` unless 1 <= `steps` <= `timesteps`.
+    """
+    if not 1 <= integer(steps, "steps") <= timesteps:
+        raise UsageError(f"steps must be in 1..{timesteps}; got {steps}")
+    return np.round(np.linspace(timesteps - 1, 0, steps)).astype(np.int64)
+
+
+def _nearest_in_noise(diffusion: Diffusion, steps: int, spacing: str) -> np.ndarray:
+    """Return `steps` timesteps, int64 and descending: those whose log(alpha / sigma) is nearest to the wanted ones."""
+    ascending = diffusion.log_signal_to_noise[::-1]
+    # The last timestep of schedule jsd has no signal. It counts as one with a little less than the one before.
+    ascending = np.maximum(ascending, ascending[np.isfinite(ascending)].min() - 1)
+    first, last = ascending[0], ascending[-1]
+    if spacing == "logsnr":
+        wanted = np.linspace(first, last, steps)
+    else:
+        wanted = -_KARRAS_RHO * np.log(np.linspace(np.exp(-first / _KARRAS_RHO), np.exp(-last / _KARRAS_RHO), steps))
+    above = np.searchsorted(ascending, wanted).clip(1, len(ascending) - 1)
+    below_is_nearer = wanted - ascending[above - 1] < ascending[above] - wanted
+    return len(ascending) - 1 - (above - below_is_nearer)
