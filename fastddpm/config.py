@@ -1,16 +1,14 @@
 """Configuration of a run as frozen dataclasses, whose field docstrings are the help texts. Imports no torch."""
 
 import math
-import numbers
-import operator
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Suppress, arg
 
 from fastddpm.errors import UsageError, refuse
+from fastddpm.runtime.checks import chain_problems, check_seed, choice_problems, positive, range_problems
 
 Schedule = Literal["linear", "cosine", "quad", "const", "jsd"]
 Prediction = Literal["eps", "x0", "xprev", "v"]
@@ -21,57 +19,6 @@ Spacing = Literal["even", "logsnr", "karras", "linspace", "leading", "trailing"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MOST_IN_GRID = 10_000
 MAX_TIMESTEPS = 100_000
-MAX_GUIDANCE = 1e6  # far above any useful scale, far below an overflow of float32
-
-
-def integer(value: Any, name: str) -> int:
-    """Return `value` as an int. Raises `UsageError`, with the value's `name`, for anything but an integer."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UsageError(f"{name} must be an integer; got {value!r:.100}") from None
-
-
-def check_seed(seed: int) -> None:
-    """Raise `UsageError` for a seed that is no integer of 64 bits."""
-    refuse([] if -(2**63) <= integer(seed, "seed") < 2**63 else [f"seed must be in -2^63..2^63-1; got {seed}"])
-
-
-def check_chain(method: str, eta: float, guidance: float) -> None:
-    """Raise `UsageError` for a positive `eta` without DDIM, and for a guidance scale out of range."""
-    refuse(_chain_problems(method, eta, guidance))
-
-
-def _chain_problems(method: str, eta: float, guidance: float) -> Iterator[str]:
-    for name, value in (("eta", eta), ("guidance", guidance)):
-        if not isinstance(value, numbers.Real):
-            yield f"{name} must be a number; got {value!r:.100}"
-            return
-    if eta and method != "ddim":
-        yield f"eta is of method ddim, {method} has none; got {eta}"
-    if not 0 <= guidance <= MAX_GUIDANCE:
-        yield f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}"
-
-
-def positive(config: Any, *names: str) -> Iterator[str]:
-    """Yield a problem for each of the fields `names` that is not above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not value > 0:
-            yield f"{name} must be positive; got {value}"
-
-
-def _range(config: Any, name: str, low: float, high: float, *, closed: bool = False) -> Iterator[str]:
-    value = getattr(config, name)
-    if not (low <= value < high or (closed and value == high)):
-        yield f"{name} must be in [{low}, {high}{']' if closed else ')'}; got {value}"
-
-
-def _choice(config: Any, name: str) -> Iterator[str]:
-    choices = typing.get_args(typing.get_type_hints(type(config))[name])
-    value = getattr(config, name)
-    if value not in choices:
-        yield f"{name} must be one of {', '.join(choices)}; got {value!r}"
 
 
 @dataclass(frozen=True)
@@ -121,8 +68,8 @@ class UNetConfig:
             f"{name} must be at most {limit}; got {value}" for name, (value, limit) in most.items() if value > limit
         ]
         yield from sizes or self._misfits()
-        yield from _range(self, "dropout", 0.0, 0.999)
-        yield from _range(self, "label_dropout", 0.0, 1.0)
+        yield from range_problems(self, "dropout", 0.0, 0.999)
+        yield from range_problems(self, "label_dropout", 0.0, 1.0)
         if self.num_classes < 0:
             yield f"num_classes must be 0 or more; got {self.num_classes}"
         if self.label_dropout > 0 and self.num_classes == 0:
@@ -175,7 +122,7 @@ class DiffusionConfig:
         if not 0 < self.beta_start < 1 or not 0 < self.beta_end < 1:
             yield f"beta_start and beta_end must be in (0, 1); got {self.beta_start}, {self.beta_end}"
         for name in ("schedule", "prediction", "variance", "loss"):
-            yield from _choice(self, name)
+            yield from choice_problems(self, name)
         yield from positive(self, "hybrid_weight", "min_snr_gamma")
         if self.loss == "hybrid" and not self.variance.startswith("learned"):
             yield (f"loss hybrid trains a learned variance; variance is {self.variance}, use learned or learned_range")
@@ -257,7 +204,7 @@ class TrainConfig:
         if self.lr == math.inf:
             yield "lr must be finite; got inf"
         for name in ("mode", "precision", "decay", "parallel"):
-            yield from _choice(self, name)
+            yield from choice_problems(self, name)
         if self.warmup < 0:
             yield f"warmup must be 0 or more; got {self.warmup}"
         if not self.decays or len(set(self.decays)) < len(self.decays):
@@ -304,9 +251,9 @@ class SampleConfig:
     def _problems(self) -> Iterator[str]:
         if self.steps is not None:
             yield from positive(self, "steps")
-        yield from (*_choice(self, "method"), *_choice(self, "spacing"))
-        yield from _range(self, "eta", 0.0, 1.0, closed=True)
-        yield from _chain_problems(self.method, self.eta, self.guidance)
+        yield from (*choice_problems(self, "method"), *choice_problems(self, "spacing"))
+        yield from range_problems(self, "eta", 0.0, 1.0, closed=True)
+        yield from chain_problems(self.method, self.eta, self.guidance)
         if not 0 <= self.count <= MOST_IN_GRID:
             yield f"count must be in 0..{MOST_IN_GRID}; got {self.count}"
 
@@ -341,7 +288,7 @@ class EngineConfig:
         refuse(self._problems())
 
     def _problems(self) -> Iterator[str]:
-        yield from _choice(self, "precision")
+        yield from choice_problems(self, "precision")
 
 
 @dataclass(frozen=True)

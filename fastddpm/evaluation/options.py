@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastddpm.config import MOST_IN_GRID, check_seed, positive
+from fastddpm.config import MOST_IN_GRID
 from fastddpm.errors import refuse
+from fastddpm.runtime.checks import check_seed, positive
 
 
 @dataclass(frozen=True)

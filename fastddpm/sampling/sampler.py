@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.config import EngineConfig, Method, check_chain, check_seed, integer
+from fastddpm.config import EngineConfig, Method
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
+from fastddpm.runtime.checks import check_chain, check_seed, integer
 from fastddpm.runtime.network import checksum, device_of, evaluate, interface_of, precision_of_weights
 
 from .chain import ChainTables, ReverseChain, StartState
 from .cuda_graph import padded
 from .engine import Network, is_current, precision_of, prepare
+from .isolation import evaluating, isolated
 from .spacing import choose_timesteps
 from .step_table import MULTISTEP, first_order, step_table
 
@@ -207,7 +209,7 @@ class Sampler:
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
         classes = self.labels_for(seeds, labels)
         label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
-        with _isolated(device):
+        with isolated(device):
             network = self._network()  # drops the kept chains if the network is new
             graph = self.engine.graph and device.type == "cuda"
             batch = padded(len(seeds)) if graph else len(seeds)
@@ -253,7 +255,7 @@ class Sampler:
 
     def _states(self, chain: ReverseChain, num_images: int, first: int, watched: Collection[int]) -> Iterator[State]:
         for i, t in enumerate(self.timesteps[first:].tolist(), first):
-            with _isolated(chain.x.device):
+            with isolated(chain.x.device):
                 chain.advance(i in watched)
             if i in watched:
                 yield State(i, t, chain.x[:num_images], chain.x0[:num_images])
@@ -267,7 +269,7 @@ class Sampler:
         """
         if isinstance(t, int):
             t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        with _isolated(x_t.device):
+        with isolated(x_t.device):
             return self._predict(self._network(), x_t, t, label)
 
     def probe(self, x_t: Tensor) -> Tensor:
@@ -327,7 +329,7 @@ class Sampler:
 
     def _predict(self, network: Network, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         if isinstance(network, nn.Module) and any(module.training for module in network.modules()):
-            with _evaluating(network):
+            with evaluating(network):
                 return self._predict(network, x, t, label)
         if isinstance(network, nn.Module):  # run as it is, in the precision of its weights
             x = x.to(precision_of_weights(network))
@@ -375,25 +377,3 @@ def _watched(first: int, steps: int, watch: Collection[int] | None) -> set[int]:
     if wrong:
         raise UsageError(f"watch must name steps in {first}..{steps - 1}; got {wrong[0]}")
     return set(watch)
-
-
-@contextmanager
-def _isolated(device: torch.device) -> Iterator[None]:
-    """Compute as the engine says: without gradients, whatever autocast or inference mode surrounds the call."""
-    if not torch.is_autocast_enabled(device.type) and not torch.is_inference_mode_enabled():
-        with torch.no_grad():
-            yield
-        return
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [inner for inner in module.modules() if inner.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for inner in training:
-            inner.training = True

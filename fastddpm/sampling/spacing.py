@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastddpm.config import Spacing, integer
+from fastddpm.config import Spacing
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
+from fastddpm.runtime.checks import integer
 
 from .step_table import MULTISTEP
 

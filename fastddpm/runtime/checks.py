@@ -1,0 +1,61 @@
+"""Checks of values that configurations and calls share: each names what came and what is expected. Imports no torch."""
+
+import numbers
+import operator
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from fastddpm.errors import UsageError, refuse
+
+MAX_GUIDANCE = 1e6  # far above any useful scale, far below an overflow of float32
+
+
+def integer(value: Any, name: str) -> int:
+    """Return `value` as an int. Raises `UsageError`, with the value's `name`, for anything but an integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} must be an integer; got {value!r:.100}") from None
+
+
+def check_seed(seed: int) -> None:
+    """Raise `UsageError` for a seed that is no integer of 64 bits."""
+    refuse([] if -(2**63) <= integer(seed, "seed") < 2**63 else [f"seed must be in -2^63..2^63-1; got {seed}"])
+
+
+def check_chain(method: str, eta: float, guidance: float) -> None:
+    """Raise `UsageError` for a positive `eta` without DDIM, and for a guidance scale out of range."""
+    refuse(chain_problems(method, eta, guidance))
+
+
+def chain_problems(method: str, eta: float, guidance: float) -> Iterator[str]:
+    for name, value in (("eta", eta), ("guidance", guidance)):
+        if not isinstance(value, numbers.Real):
+            yield f"{name} must be a number; got {value!r:.100}"
+            return
+    if eta and method != "ddim":
+        yield f"eta is of method ddim, {method} has none; got {eta}"
+    if not 0 <= guidance <= MAX_GUIDANCE:
+        yield f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}"
+
+
+def positive(config: Any, *names: str) -> Iterator[str]:
+    """Yield a problem for each of the fields `names` that is not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            yield f"{name} must be positive; got {value}"
+
+
+def range_problems(config: Any, name: str, low: float, high: float, *, closed: bool = False) -> Iterator[str]:
+    value = getattr(config, name)
+    if not (low <= value < high or (closed and value == high)):
+        yield f"{name} must be in [{low}, {high}{']' if closed else ')'}; got {value}"
+
+
+def choice_problems(config: Any, name: str) -> Iterator[str]:
+    choices = typing.get_args(typing.get_type_hints(type(config))[name])
+    value = getattr(config, name)
+    if value not in choices:
+        yield f"{name} must be one of {', '.join(choices)}; got {value!r}"
