@@ -3,12 +3,19 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
 from fastddpm.errors import UsageError, refuse
-from fastddpm.runtime.checks import chain_problems, check_seed, choice_problems, positive, range_problems
+from fastddpm.runtime.checks import (
+    chain_problems,
+    check_seed,
+    choice_problems,
+    guidance_problems,
+    positive,
+    range_problems,
+)
 
 Schedule = Literal["linear", "cosine", "quad", "const", "jsd"]
 Prediction = Literal["eps", "x0", "xprev", "v"]
@@ -242,6 +249,15 @@ class SampleConfig:
     """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling)."""
     guidance: float = 1.0
     """Scale of classifier-free guidance. 1: none. More: samples closer to their class."""
+    guidance_interval: tuple[int, int] | None = None
+    """First and last timestep, of 0..T-1, with classifier-free guidance. Default: all. Outside the network is evaluated
+    once, not twice."""
+    guidance_rescale: float = 0.0
+    """How far the standard deviation of the guided prediction is brought back to that of the class's, from 0 (not at
+    all) to 1 (Lin et al. 2023)."""
+    dynamic_threshold: float | None = None
+    """Fraction of an image's pixels, in (0, 1), whose |x_0| prediction dynamic thresholding leaves unclipped: x_0 is
+    clipped to their largest, or 1, and divided by it (Saharia et al. 2022). Default: x_0 is clipped to [-1, 1]."""
     count: int = 64
     """Images in the grid of final samples. 0: no samples."""
 
@@ -254,8 +270,14 @@ class SampleConfig:
         yield from (*choice_problems(self, "method"), *choice_problems(self, "spacing"))
         yield from range_problems(self, "eta", 0.0, 1.0, closed=True)
         yield from chain_problems(self.method, self.eta, self.guidance)
+        yield from guidance_problems(self.guidance_interval, self.guidance_rescale, self.dynamic_threshold)
         if not 0 <= self.count <= MOST_IN_GRID:
             yield f"count must be in 0..{MOST_IN_GRID}; got {self.count}"
+
+    def guidance_options(self) -> dict[str, Any]:
+        """Return the fields that change the network's predictions, by name, as `Sampler` takes them."""
+        names = ("guidance", "guidance_interval", "guidance_rescale", "dynamic_threshold")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -314,6 +336,15 @@ class Preset:
             yield (f"sample steps must be at most timesteps, {self.diffusion.timesteps}; got {self.sample.steps}")
         if self.sample.guidance != 1.0 and self.unet.label_dropout == 0:
             yield "guidance needs a network trained with label_dropout > 0"
+        sample = self.sample
+        yield from guidance_problems(
+            sample.guidance_interval,
+            sample.guidance_rescale,
+            sample.dynamic_threshold,
+            timesteps=self.diffusion.timesteps,
+            prediction=self.diffusion.prediction,
+            method=sample.method,
+        )
 
 
 @dataclass(frozen=True)

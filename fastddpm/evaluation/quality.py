@@ -78,7 +78,7 @@ def score_name(metric: str, network: FeatureNetwork) -> str:
 class Cost:
     """The work that is left: `images` to draw, images to compute `features` of, `evaluations` of the model, `seconds`.
 
-    `evaluations`: each of one image, images x steps; with guidance twice that.
+    `evaluations`: each of one image, images x steps; steps with guidance count twice.
     """
 
     images: int
@@ -107,7 +107,7 @@ def quality_cost(
     if features:
         batch = torch.zeros(context.batch, *context.sampler.interface.shape, dtype=torch.uint8, device=context.device)
         seconds += features * _timed(lambda: network(batch), context.device) / len(batch)
-    evaluations = evaluations_of(context.sampler, images, context.sampler.steps)
+    evaluations = evaluations_of(context.sampler, images, range(context.sampler.steps))
     seconds += evaluations * per_evaluation
     return Cost(images, features, evaluations, seconds / context.group.world_size)
 
@@ -115,7 +115,8 @@ def quality_cost(
 def seconds_per_evaluation(context: EvaluationContext) -> float:
     """Return the seconds that the model takes for one image in a batch of `context.batch`, timed after a warm-up."""
     x = torch.zeros(context.batch, *context.sampler.interface.shape, device=context.device)
-    return _timed(lambda: context.sampler.probe(x), context.device) / evaluations_of(context.sampler, context.batch, 1)
+    evaluations = len(x) * (2 if context.sampler.guided_steps.any() else 1)
+    return _timed(lambda: context.sampler.probe(x), context.device) / evaluations
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

@@ -64,5 +64,5 @@ def configuration(base: Preset, cell: Cell, seed: int, *, steps: int | None, tim
             loss=cell.loss,
         ),
         replace(base.train, seed=seed, steps=base.train.steps if steps is None else steps),
-        replace(base.sample, method="ancestral", steps=None, guidance=1.0, count=0),
+        replace(base.sample, method="ancestral", steps=None, guidance=1.0, dynamic_threshold=None, count=0),
     )

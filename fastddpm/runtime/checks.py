@@ -40,6 +40,40 @@ def chain_problems(method: str, eta: float, guidance: float) -> Iterator[str]:
         yield f"guidance must be in 0..{MAX_GUIDANCE:g}; got {guidance}"
 
 
+def guidance_problems(
+    interval: Any,
+    rescale: Any,
+    threshold: Any,
+    *,
+    timesteps: int | None = None,
+    prediction: str = "eps",
+    method: str = "ddim",
+) -> Iterator[str]:
+    """Yield what is wrong with the interval, the rescaling and the dynamic threshold of guidance.
+
+    `timesteps`, T, `prediction` and `method`: what they shall be used with. Default: only their own ranges are checked.
+    """
+    ends = interval if isinstance(interval, tuple | list) else ()
+    if interval is not None and not (
+        len(ends) == 2 and all(isinstance(end, numbers.Integral) for end in ends) and 0 <= ends[0] <= ends[1]
+    ):
+        yield f"guidance_interval must be two timesteps, 0 <= low <= high; got {interval!r:.100}"
+    elif interval is not None and timesteps is not None and ends[1] >= timesteps:
+        yield f"guidance_interval must be within timesteps 0..{timesteps - 1}; got {interval!r:.100}"
+    if not isinstance(rescale, numbers.Real) or not 0 <= float(rescale) <= 1:
+        yield f"guidance_rescale must be in [0, 1]; got {rescale!r:.100}"
+    if threshold is not None and (not isinstance(threshold, numbers.Real) or not 0 < float(threshold) < 1):
+        yield f"dynamic_threshold must be in (0, 1); got {threshold!r:.100}"
+    if prediction == "xprev":
+        if rescale:
+            yield "guidance_rescale is for networks that predict eps, x0 or v; this one predicts xprev"
+        if threshold is not None and method == "ancestral":
+            yield (
+                "dynamic_threshold is of the x_0 prediction, which ancestral steps do not use if the network predicts "
+                "xprev; take another method"
+            )
+
+
 def positive(config: Any, *names: str) -> Iterator[str]:
     """Yield a problem for each of the fields `names` that is not above 0."""
     for name in names:

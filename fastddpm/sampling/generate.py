@@ -86,11 +86,14 @@ def sample_batches(
     """
     last = sampler.steps - 1
     watch = {last} if recorder is None else {last, *recorder.watch}
+    each, evaluated = evaluations(sampler, 1, range(sampler.steps)), 0
     with Meter("sampling", len(seeds) * sampler.steps, "image steps") as meter:
 
-        def progress(evaluated: int) -> None:
-            steps = evaluated // evaluations(sampler, 1, 1)
-            meter.update(meter.done + steps, lambda rate: f"{rate / sampler.steps:.2f} images/s")
+        def progress(more: int) -> None:
+            nonlocal evaluated
+            evaluated += more  # a step with guidance counts for two of the others
+            steps = evaluated * sampler.steps // each
+            meter.update(steps, lambda rate: f"{rate / sampler.steps:.2f} images/s")
 
         if recorder is not None and len(seeds):
             shown = slice(0, min(recorder.images, batch))

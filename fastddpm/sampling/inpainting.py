@@ -67,7 +67,7 @@ def inpaint(
 ) -> Inpainted:
     """Draw the unknown pixels of `images`, uint8 (N, C, H, W), with the sampler's steps, method and guidance.
 
-    The method is ancestral or ddim (`check_method`).
+    The method is ancestral or ddim (`check_method`). Guidance moves all pixels; known ones are set after it.
 
     `known`: bool, True at known pixels; one mask (H, W) for all images, or (N, H, W). `seeds`: (N,), one for each
     image's noise. To complete an image several times, repeat it with other seeds. `labels`: as for `Sampler.sample`.
@@ -113,7 +113,7 @@ def cost(sampler: Sampler, known: np.ndarray, num_images: int, jump_length: int,
     """
     mask = np.broadcast_to(known[..., None, :, :], (num_images, 1, *known.shape[-2:]))
     return sum(
-        evaluations(sampler, len(rows), len(walk(sampler.steps, jump_length, times)))
+        evaluations(sampler, len(rows), walk(sampler.steps, jump_length, times))
         for rows, times in _groups(mask, resamplings)
     )
 
@@ -155,7 +155,7 @@ class _KnownPixelsChain:
                     jumps += 1
                     self._renoise(chain, step + 1, following, jumps)
                 if progress is not None:
-                    progress(evaluations(self._sampler, num, 1))
+                    progress(evaluations(self._sampler, num, [step]))
             return to_uint8(chain.x[:num]), x0
 
     def _set_known(self, chain: ReverseChain, step: int, jumps: int) -> None:

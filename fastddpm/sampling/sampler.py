@@ -23,9 +23,10 @@ from fastddpm.runtime.network import checksum, device_of, evaluate, interface_of
 from .chain import ChainTables, ReverseChain, StartState
 from .cuda_graph import padded
 from .engine import Network, is_current, precision_of, prepare
+from .guidance import CondFn, Guidance
 from .isolation import evaluating, isolated
 from .spacing import choose_timesteps
-from .step_table import MULTISTEP, first_order, step_table
+from .step_table import MULTISTEP, first_order, of_x0, step_table
 
 MAX_IMAGE = 2**32 - 1
 
@@ -74,9 +75,11 @@ class Sampler:
     both ends included, "logsnr", "karras", "linspace", "leading" or "trailing". Default: all T. `timesteps`: the
     timesteps themselves, descending, instead of `steps`. `method`: "ancestral"; "ddim" with `eta` in [0, 1]; "dpm2m" or
     "dpm2m-sde", DPM-Solver++(2M) without and with noise. `guidance`: scale of classifier-free guidance, 0 or more; 1
-    means none. A learned variance is not scaled. `seed`: 64-bit key of the noise of all images of this sampler,
-    -2^63..2^63-1. `engine`: how the network is evaluated. Default: `EngineConfig()`. Raises `UsageError` for values
-    outside these ranges, and for a network that cannot be called as the protocol says.
+    means none. A learned variance is not scaled. `guidance_interval`, `guidance_rescale`, `dynamic_threshold` and
+    `cond_fn`: those of `Guidance`; outside the interval, and with guidance 1, the network is evaluated once. With
+    `cond_fn` no CUDA graph is captured, because it may do anything. `seed`: 64-bit key of the noise of all images of
+    this sampler, -2^63..2^63-1. `engine`: how the network is evaluated. Default: `EngineConfig()`. Raises `UsageError`
+    for values outside these ranges, and for a network that cannot be called as the protocol says.
     """
 
     def __init__(
@@ -89,6 +92,10 @@ class Sampler:
         *,
         spacing: str = "even",
         guidance: float = 1.0,
+        guidance_interval: tuple[int, int] | None = None,
+        guidance_rescale: float = 0.0,
+        dynamic_threshold: float | None = None,
+        cond_fn: CondFn | None = None,
         seed: int = 0,
         timesteps: Sequence[int] | None = None,
         engine: EngineConfig | None = None,
@@ -103,8 +110,10 @@ class Sampler:
         check_chain(method, eta, guidance)
         check_seed(seed)
         self.network, self.diffusion, self.method, self.eta = network, diffusion, method, eta
-        self.guidance, self.seed, self.engine = guidance, seed, engine or EngineConfig()
+        self.seed, self.engine = seed, engine or EngineConfig()
+        self.guide = Guidance(guidance, guidance_interval, guidance_rescale, dynamic_threshold, cond_fn)
         self.timesteps = choose_timesteps(diffusion, method, steps, spacing, timesteps)
+        self.guide.check(diffusion, self.timesteps, method)
         self.multistep = method in MULTISTEP
         self.table = np.stack(step_table(diffusion, self.timesteps, method, eta), axis=1)
         if guidance != 1 and self.interface.null_label is None:
@@ -124,6 +133,16 @@ class Sampler:
         """The number of steps of a chain. Each evaluates the network once, or with guidance twice, for an image."""
         return len(self.timesteps)
 
+    @property
+    def guidance(self) -> float:
+        """The scale of classifier-free guidance."""
+        return self.guide.scale
+
+    @property
+    def guided_steps(self) -> np.ndarray:
+        """Whether each step takes classifier-free guidance, and so evaluates the network twice: bool (steps,)."""
+        return self.guide.inside(self.timesteps) & (self.guidance != 1)
+
     def sample(
         self,
         seeds: Sequence[int],
@@ -136,10 +155,10 @@ class Sampler:
 
         An image depends on its seed (0..2^32-1), its label and the sampler, not on the rest of the batch.
         `labels`: (N,), each in 0..num_classes-1 or the network's null label. Default: seed modulo num_classes, if the
-        network takes labels. `callback(step, t, x, x0)` is called with the fields of `State` after each step in `watch`
-        (0..steps-1). Default of `watch`: all steps. `start`: the states x_t, float32 (N, C, H, W), to start from.
-        Default: noise. The same states and seeds give the same images. Raises `UsageError` for seeds, labels or a start
-        out of range.
+        network takes labels. If it takes none, any integers may be given for `cond_fn`. `callback(step, t, x, x0)` is
+        called with the fields of `State` after each step in `watch` (0..steps-1). Default of `watch`: all steps.
+        `start`: the states x_t, float32 (N, C, H, W), to start from. Default: noise. The same states and seeds give the
+        same images. Raises `UsageError` for seeds, labels or a start out of range.
         """
         first = 0 if start is None else start.step
         watched = _watched(first, self.steps, watch) if callback else set()
@@ -184,12 +203,14 @@ class Sampler:
         """Return a sampler that differs from this one only in its scale of guidance."""
         return Sampler(
             self.network, self.diffusion, None, self.method, self.eta,
-            guidance=guidance, seed=self.seed, timesteps=self.timesteps.tolist(), engine=self.engine,
-            shape=self.interface.shape, num_classes=self.interface.num_classes,
+            guidance=guidance, guidance_interval=self.guide.interval, guidance_rescale=self.guide.rescale,
+            dynamic_threshold=self.guide.dynamic_threshold, cond_fn=self.guide.cond_fn, seed=self.seed,
+            timesteps=self.timesteps.tolist(), engine=self.engine, shape=self.interface.shape,
+            num_classes=self.interface.num_classes,
         )  # fmt: skip
 
     def unguided(self, timesteps: Sequence[int] | None = None) -> "Sampler":
-        """Return a sampler of the same network that takes the trained process: ancestral, without guidance, of seed 0.
+        """Return a sampler of the same network that takes the trained process: ancestral, of seed 0, without guidance.
 
         `timesteps`: descending. Default: all T.
         """
@@ -204,31 +225,22 @@ class Sampler:
         It is removed from the kept chains, so that no other caller advances it.
         """
         if start is not None:
-            self._check(start, len(seeds))
+            start.check(self.steps, (len(seeds), *self.interface.shape))
         device = self.device
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
         classes = self.labels_for(seeds, labels)
         label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
         with isolated(device):
             network = self._network()  # drops the kept chains if the network is new
-            graph = self.engine.graph and device.type == "cuda"
+            graph = self.engine.graph and device.type == "cuda" and self.guide.cond_fn is None
             batch = padded(len(seeds)) if graph else len(seeds)
             chain = self._chains.pop(batch, None)
-            if chain is None:
+            if chain is None or chain.labels != (label is not None):
                 predict = functools.partial(self._predict, network)
-                chain = ReverseChain(predict, self._tables(device), batch, labels=label is not None, graph=graph)
+                plain, has = functools.partial(predict, guided=False), label is not None
+                chain = ReverseChain(predict, self._tables(device), batch, plain=plain, labels=has, graph=graph)
             chain.begin(images, label, start)
         return chain
-
-    def _check(self, start: StartState, num_images: int) -> None:
-        expected = (num_images, *self.interface.shape)
-        if not 0 <= start.step < self.steps:
-            raise UsageError(f"start.step must be in 0..{self.steps - 1}; got {start.step}")
-        for name, state in (("x", start.x), ("x0", start.x0)):
-            if state is not None and (state.shape != expected or state.dtype != torch.float32):
-                raise UsageError(f"start.{name} must be float32 {expected}; got {state.dtype} {tuple(state.shape)}")
-        if start.x0 is not None and start.step == 0:
-            raise UsageError("start.x0 is of a step before; step 0 has none")
 
     def _keep(self, chain: ReverseChain) -> None:
         """Keep a chain for the next batch of its size. The oldest one is dropped, to bound the memory."""
@@ -238,19 +250,23 @@ class Sampler:
 
     def _tables(self, device: torch.device) -> ChainTables:
         learned = self.method == "ancestral" and self.diffusion.config.learned_variance
+        correction = self.guide.correction(self.diffusion, self.timesteps, self.method, device)
+        table = of_x0(self.table) if correction is not None and correction.gives_x0 else self.table
 
         def on_device(table: np.ndarray) -> Tensor:
             return torch.tensor(table, dtype=torch.float32, device=device)
 
         return ChainTables(
-            table=on_device(self.table),
+            table=on_device(table),
             timesteps=torch.tensor(self.timesteps, device=device),
             total=self.diffusion.timesteps,
             seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
             shape=self.interface.shape,
             clip=1.0 if self.diffusion.config.clip_x0 else 0.0,
             variance=self.diffusion.config.variance if learned else "fixed",
-            first_order=on_device(first_order(self.table)) if self.multistep else None,
+            first_order=on_device(first_order(table)) if self.multistep else None,
+            guided=tuple(self.guided_steps.tolist()),
+            correction=correction,
         )
 
     def _states(self, chain: ReverseChain, num_images: int, first: int, watched: Collection[int]) -> Iterator[State]:
@@ -261,7 +277,7 @@ class Sampler:
                 yield State(i, t, chain.x[:num_images], chain.x0[:num_images])
 
     def denoise(self, x_t: Tensor, t: Tensor | int, label: Tensor | None = None) -> Tensor:
-        """Return the network's prediction for `x_t`, with guidance, as `sample` evaluates it at every step.
+        """Return the network's prediction for `x_t`, with classifier-free guidance alone, as in a step of `sample`.
 
         `x_t`: float32 (N, C, H, W). `t`: int64 (N,), or one timestep for all. `label`: int64 (N,) if the network takes
         labels. Returns (N, C, H, W), or (N, 2C, H, W) with a learned variance: eps, or what else the network predicts.
@@ -270,16 +286,23 @@ class Sampler:
         if isinstance(t, int):
             t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
         with isolated(x_t.device):
-            return self._predict(self._network(), x_t, t, label)
+            network = self._network()
+            if self.guide.interval is None:
+                return self._predict(network, x_t, t, label)
+            inside = self.guide.inside(t)
+            if inside.all() or not inside.any():
+                return self._predict(network, x_t, t, label, guided=bool(inside[0]))
+            guided, plain = (self._predict(network, x_t, t, label, guided=guided) for guided in (True, False))
+            return torch.where(inside.reshape(-1, 1, 1, 1), guided, plain)
 
     def probe(self, x_t: Tensor) -> Tensor:
-        """Evaluate the network once as `sample` does in its first step, to measure time or memory. `x_t`: (N, C, H, W).
+        """Evaluate the network as `sample` does in its first guided step, to measure time or memory.
 
-        Labels are 0 if the network takes labels.
+        `x_t`: (N, C, H, W). Without guidance it is the first step. Labels are 0 if the network takes labels.
         """
         classes = self.interface.num_classes
         label = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device) if classes else None
-        return self.denoise(x_t, int(self.timesteps[0]), label)
+        return self.denoise(x_t, int(self.timesteps[self.guided_steps.argmax()]), label)
 
     def settings(self) -> dict[str, Any]:
         """Return all that determines an image besides its seed and label, for a JSON file beside the images."""
@@ -293,6 +316,7 @@ class Sampler:
             "coefficients": hashlib.sha256(table.tobytes()).hexdigest(),
             "steps": self.steps,
             "guidance": self.guidance,
+            **self.guide.settings(),
             "noise_seed": self.seed,
             "precision": str(precision_of(self.network, self.engine)).removeprefix("torch."),
             "fp8": self.engine.fp8,
@@ -327,14 +351,16 @@ class Sampler:
                 self._chains.clear()
         return self._prepared
 
-    def _predict(self, network: Network, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def _predict(self, network: Network, x: Tensor, t: Tensor, label: Tensor | None, *, guided: bool = True) -> Tensor:
         if isinstance(network, nn.Module) and any(module.training for module in network.modules()):
             with evaluating(network):
-                return self._predict(network, x, t, label)
+                return self._predict(network, x, t, label, guided=guided)
         if isinstance(network, nn.Module):  # run as it is, in the precision of its weights
             x = x.to(precision_of_weights(network))
+        if not self.interface.num_classes and self.guide.cond_fn is not None:
+            label = None  # it is the classifier's alone
         learned = self.diffusion.config.learned_variance
-        if self.guidance == 1:
+        if self.guidance == 1 or not guided:
             return evaluate(network, x, t, label, learned_variance=learned)
         if label is None:
             raise ValueError("guidance needs a label for each image; got none")
@@ -342,29 +368,24 @@ class Sampler:
         none = torch.full_like(label, self.interface.null_label)
         twice = t[:1].expand(2 * len(x)) if t.stride(0) == 0 else torch.cat([t, t])
         both = evaluate(network, torch.cat([x, x]), twice, torch.cat([label, none]), learned_variance=learned)
-        conditional, unconditional = both.chunk(2)
-        guided = unconditional + self.guidance * (conditional - unconditional)
-        # Guidance applies to the prediction alone; a learned variance stays that of the class.
-        guided[:, x.shape[1] :] = conditional[:, x.shape[1] :]
-        return guided
+        return self.guide.combine(both, x.shape[1])
 
     def labels_for(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> list[int] | None:
         """Return the class of each seed: `labels` if given, otherwise seed modulo num_classes; None without classes.
 
-        Raises `UsageError` for a wrong number of labels, and for one that is neither in range nor the null label.
+        A `cond_fn` may have labels although the network has no classes. Raises `UsageError` for a wrong number of
+        labels, and for one that is neither in range nor the null label.
         """
         num_classes = self.interface.num_classes
-        if not num_classes:
-            if labels is not None:
-                raise UsageError("this network was trained without classes; leave labels out")
-            return None
         if labels is None:
-            return [seed % num_classes for seed in seeds]
+            return [seed % num_classes for seed in seeds] if num_classes else None
+        if not num_classes and self.guide.cond_fn is None:
+            raise UsageError("this network was trained without classes; leave labels out")
         if len(labels) != len(seeds):
             raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(seeds)} seeds")
         classes = [integer(label, "a label") for label in labels]
         wrong = [label for label in classes if not 0 <= label < num_classes and label != self.interface.null_label]
-        if wrong:
+        if wrong and num_classes:
             raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
         return classes
 

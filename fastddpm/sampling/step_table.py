@@ -58,3 +58,11 @@ def first_order(table: np.ndarray) -> np.ndarray:
     return np.stack(
         rows._replace(mean_from_x0=rows.mean_from_x0 + rows.mean_from_previous, mean_from_previous=none), axis=1
     )
+
+
+def of_x0(table: np.ndarray) -> np.ndarray:
+    """Return the steps of `table`, float64 (S, 9), as they are taken if the network's output is the x_0 prediction."""
+    rows = StepTable(*table.T)
+    return np.stack(
+        rows._replace(x0_from_x=np.zeros_like(rows.x0_from_x), x0_from_out=np.ones_like(rows.x0_from_out)), axis=1
+    )

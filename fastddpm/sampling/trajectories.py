@@ -51,9 +51,12 @@ def relative(seed: int, k: int) -> int:
     return (seed + k * _GOLDEN) % 2**32
 
 
-def evaluations(sampler: Sampler, images: int, steps: int) -> int:
-    """Return the number of network evaluations, each of one image, for `images` and `steps`; guidance doubles it."""
-    return images * steps * (1 if sampler.guidance == 1 else 2)
+def evaluations(sampler: Sampler, images: int, steps: Sequence[int]) -> int:
+    """Return the number of network evaluations, each of one image, for `images` and `steps`, 0..S-1.
+
+    A step with classifier-free guidance takes two.
+    """
+    return images * (len(steps) + int(sampler.guided_steps[list(steps)].sum()))
 
 
 def parts(num: int, batch: int) -> Iterator[slice]:
@@ -91,7 +94,7 @@ def trajectories(
         reported = first
         for state in sampler.trajectory(seeds[part], part_of(labels, part), reports | shown, part_start):
             if progress is not None and state.step in reports:
-                progress(evaluations(sampler, part.stop - part.start, state.step + 1 - reported))
+                progress(evaluations(sampler, part.stop - part.start, range(reported, state.step + 1)))
                 reported = state.step + 1
             if state.step in shown:
                 yield part, state
@@ -138,7 +141,7 @@ def latents(
                 if step < max(steps):
                     chain.advance(keep_x0=False)
                     if progress is not None:
-                        progress(evaluations(sampler, size, 1))
+                        progress(evaluations(sampler, size, [step]))
     return kept
 
 

@@ -195,10 +195,11 @@ def test_classes_of_a_network_without_guidance(tmp_path: Path) -> None:
 # All of them
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("guidance", [1.0, 2.0, "in an interval"])
 @pytest.mark.parametrize("name", PICTURE_NAMES)
-def test_the_cost_is_what_the_network_is_asked(name: str, guidance: float, tmp_path: Path) -> None:
-    ours, asked = context_of(tmp_path, guidance=guidance), []
+def test_the_cost_is_what_the_network_is_asked(name: str, guidance: Any, tmp_path: Path) -> None:
+    chosen = {"guidance": guidance} if guidance in (1, 2) else {"guidance": 2.0, "guidance_interval": (200, 600)}
+    ours, asked = context_of(tmp_path, **chosen), []
     network: Any = ours.sampler.network
     inner = network.formula
     network.formula = lambda x, *rest: asked.append(len(x)) or inner(x, *rest)

@@ -28,7 +28,10 @@ UNUSUAL = Preset(
         ema_ramp=True, flip=False, precision="bf16", compile=True, checkpoint_blocks=True, seed=-4, log_every=3,
         save_every=4, keep=5, preview_every=7, preview_steps=8, patience=6,
     ),
-    SampleConfig(method="ddim", steps=33, spacing="karras", eta=0.5, guidance=2.5, count=4),
+    SampleConfig(
+        method="ddim", steps=33, spacing="karras", eta=0.5, guidance=2.5, guidance_interval=(5, 70),
+        guidance_rescale=0.5, dynamic_threshold=0.9, count=4,
+    ),
 )  # fmt: skip
 
 
@@ -165,6 +168,9 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SampleConfig, {"eta": 1.1}, r"eta must be in \[0\.0, 1\.0\]; got 1\.1"),
     (SampleConfig, {"count": -1}, r"count must be in 0\.\.10000; got -1"),
     (SampleConfig, {"guidance": -1.0}, r"guidance must be in 0\.\..*; got -1\.0"),
+    (SampleConfig, {"guidance_interval": (7, 5)}, r"guidance_interval must be two timesteps, .*; got \(7, 5\)"),
+    (SampleConfig, {"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\]; got 1\.5"),
+    (SampleConfig, {"dynamic_threshold": 1.0}, r"dynamic_threshold must be in \(0, 1\); got 1\.0"),
     (Preset, {"name": "x", "unet": UNetConfig(learned_variance=True)},
      "variance fixedlarge needs learned_variance=False in the network; got True"),
     (Preset, {"name": "x", "diffusion": DiffusionConfig(variance="learned", loss="vlb")},
@@ -190,6 +196,7 @@ def test_refuses(cls: type, options: dict[str, Any], message: str) -> None:
         (DiffusionConfig, {"timesteps": 2}),
         (TrainConfig, {"ema": 0.0, "warmup": 0}),
         (SampleConfig, {"method": "ddim", "eta": 1.0, "guidance": 0.0, "count": 0}),
+        (SampleConfig, {"guidance_interval": (0, 0), "guidance_rescale": 1.0}),
     ],
 )
 def test_accepts_the_ends_of_ranges(cls: type, options: dict[str, Any]) -> None:

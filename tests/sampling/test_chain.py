@@ -39,10 +39,11 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("labels", [False, True])
 def test_a_step_reads_nothing_on_the_host_and_moves_no_memory(labels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a CUDA graph needs it; guidance and labels included. The operators' own kernels: tests/ops."""
+    """As a CUDA graph needs it; guidance of every kind and labels included. The operators' own kernels: tests/ops."""
     monkeypatch.setattr(unet, "_check_range", lambda *_: None)  # it reads values on a CPU only
     config = tiny(num_classes=3, label_dropout=0.1) if labels else TINY
-    owner = sampler(config, guidance=2.0 if labels else 1.0)
+    guided: dict[str, Any] = {"guidance": 2.0, "guidance_rescale": 0.5, "dynamic_threshold": 0.9}
+    owner = sampler(config, **(guided if labels else {}))
     chain = chain_of(owner, 2, [5, 6], [0, 2] if labels else None)
     state = {name: value.data_ptr() for name, value in vars(chain).items() if isinstance(value, Tensor)}
     assert len(state) == (7 if labels else 6)
@@ -337,6 +338,22 @@ def test_graphs_give_the_images_of_launched_steps(precision: str) -> None:
             x0.append([state.x0.clone() for state in owner.trajectory([5, 5, 1, 0], watch=[2])])
     assert all(torch.equal(a, b) for a, b in zip(*images, strict=True))
     assert torch.equal(x0[0][0], x0[1][0])
+
+
+@pytest.mark.gpu
+def test_graphs_of_guided_steps_give_the_images_of_launched_ones() -> None:
+    """Two graphs, of steps inside and outside the interval, with rescaling and dynamic thresholding in them."""
+    images = []
+    for graph in (True, False):
+        owner = sampler(
+            tiny(num_classes=3, label_dropout=0.1), engine=EngineConfig(graph=graph), guidance=4.0,
+            guidance_interval=(300, 700), guidance_rescale=0.5, dynamic_threshold=0.9,
+        )  # fmt: skip
+        owner.network.cuda()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            images.append([owner.sample(seeds) for seeds in ([1, 2, 3, 4], [9, 8, 7, 6])])
+    assert all(torch.equal(a, b) for a, b in zip(*images, strict=True))
 
 
 @pytest.mark.gpu

@@ -188,14 +188,16 @@ def picture_cost(name: str, context: EvaluationContext, options: PictureOptions)
     """
     sampler, rows = context.sampler, options.rows
     if name == "classes":
-        images = classes_of(sampler) * len(options.column_seeds)
-        return sum(images * sampler.steps * (1 if scale == 1 else 2) for scale in _scales(sampler, options))
+        images, inside = classes_of(sampler) * len(options.column_seeds), sampler.guide.inside(sampler.timesteps)
+        return sum(
+            images * (sampler.steps + (int(inside.sum()) if scale != 1 else 0)) for scale in _scales(sampler, options)
+        )
     if name not in _DEPTHS:
-        return evaluations(sampler, rows, sampler.steps)
+        return evaluations(sampler, rows, range(sampler.steps))
     starts = [step_at(sampler, depth) for depth in _depths(name, sampler, options) if depth]
-    remaining = sum(sampler.steps - start for start in starts)
+    remaining = [step for start in starts for step in range(start, sampler.steps)]
     if name == "shared-latent":
-        return evaluations(sampler, rows, max(starts, default=0) + options.continuations * remaining)
+        return evaluations(sampler, rows, [*range(max(starts, default=0)), *remaining * options.continuations])
     return evaluations(sampler, (rows if name == "interpolation" else 1) * options.lambdas, remaining)
 
 
