@@ -115,6 +115,12 @@ def _fastddpm_code(facts: Facts) -> str:
         options.append(f'spacing="{sample.spacing}"')
     if sample.guidance != 1:
         options.append(f"guidance={sample.guidance:g}")
+        if sample.guidance_interval is not None:
+            options.append(f"guidance_interval={sample.guidance_interval}")
+        if sample.guidance_rescale:
+            options.append(f"guidance_rescale={sample.guidance_rescale:g}")
+    if sample.dynamic_threshold is not None:
+        options.append(f"dynamic_threshold={sample.dynamic_threshold:g}")
     labels = ", labels=[0] * 4" if facts.preset.unet.num_classes else ""
     return _python(
         "import fastddpm",

@@ -94,6 +94,12 @@ class Facts:
         decay = ", then a cosine to 0" if train.decay == "cosine" else ""
         emas = ", ".join(f"{decay:g}" for decay in train.decays)
         guidance = f", guidance {sample.guidance:g}" if sample.guidance != 1 else ""
+        if guidance and sample.guidance_interval is not None:
+            guidance += " at t = {} to {}".format(*sample.guidance_interval)
+        if guidance and sample.guidance_rescale:
+            guidance += f", rescaled by {sample.guidance_rescale:g}"
+        if sample.dynamic_threshold is not None:
+            guidance += f", dynamic threshold {sample.dynamic_threshold:g}"
         spacing = f", spacing {sample.spacing}" if sample.spacing != "even" else ""
         rows = [
             ("images", f"{unet.image_size}×{unet.image_size}, {_channels(unet.image_channels)}{classes}{dropped}"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChainOptions:
-    """Options of the reverse chain. Method, steps, spacing, eta and guidance default to the run's SampleConfig.
+    """Options of the reverse chain. All but the noise and the engine default to the run's SampleConfig.
 
     Raises `UsageError` for impossible values.
     """
@@ -36,6 +36,15 @@ class ChainOptions:
     """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling). Default: the run's."""
     guidance: float | None = None
     """Scale of classifier-free guidance; 1 means none. Default: the run's."""
+    guidance_interval: tuple[int, int] | None = None
+    """First and last timestep, of 0..T-1, with classifier-free guidance; the others take half the time. Default: the
+    run's."""
+    guidance_rescale: float | None = None
+    """Bring the standard deviation of the guided prediction back to that of the class's, from 0 (not at all) to 1
+    (fully). Default: the run's."""
+    dynamic_threshold: float | None = None
+    """Clip x_0 predictions to their quantile at this fraction, in (0, 1), of each image, if it is above 1, and divide
+    by it. Default: the run's; without one they are clipped to [-1, 1]."""
     noise_seed: int = 0
     """64-bit key of all noise. Another key draws another image for every seed."""
     engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
@@ -44,7 +53,7 @@ class ChainOptions:
         SampleConfig(**{"method": "ddim", **self._given()})  # raises UsageError for values that suit no run
 
     def _given(self) -> dict[str, Any]:
-        names = ("method", "steps", "spacing", "eta", "guidance")
+        names = {field.name for field in dataclasses.fields(SampleConfig)} - {"count"}
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def sampler(self, model: "Model") -> "Sampler":
@@ -54,7 +63,7 @@ class ChainOptions:
         config = dataclasses.replace(model.preset.sample, **self._given())
         return Sampler(
             model.unet, model.diffusion, config.steps, config.method, config.eta,
-            spacing=config.spacing, guidance=config.guidance, seed=self.noise_seed, engine=self.engine,
+            spacing=config.spacing, **config.guidance_options(), seed=self.noise_seed, engine=self.engine,
         )  # fmt: skip
 
     def open(self, checkpoint: Path, device: "torch.device", batch: int | None) -> "tuple[Model, Sampler, int]":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,17 +73,16 @@ class Previews:
         # A new sampler each time, because it would hold memory that training needs. No CUDA graph: capturing it costs
         # more than it saves in a few steps, and NCCL's threads may disturb the capture.
         engine = EngineConfig(graph=False)
-        guidance = guidance_of(network, self.preset)
-        sampler = Sampler(network, diffusion, steps, "ddim", guidance=guidance, engine=engine)
+        sampler = Sampler(network, diffusion, steps, "ddim", **guidance_of(network, self.preset), engine=engine)
         try:
             return to_uint8(sampler.sample(seeds))
         except (DataError, torch.OutOfMemoryError) as error:
             return str(error).partition("\n")[0]
 
 
-def guidance_of(network: nn.Module, preset: Preset) -> float:
-    """Return the preset's scale of guidance, or 1 for a network without a null label, which cannot be guided."""
-    return 1.0 if interface_of(network).null_label is None else preset.sample.guidance
+def guidance_of(network: nn.Module, preset: Preset) -> dict[str, Any]:
+    """Return the preset's guidance as `Sampler` takes it, of scale 1 for a network without a null label."""
+    return preset.sample.guidance_options() | ({"guidance": 1.0} if interface_of(network).null_label is None else {})
 
 
 def draw_final_samples(
@@ -96,10 +96,10 @@ def draw_final_samples(
     config = preset.sample
     if config.count == 0:
         return []
-    guidance = guidance_of(network, preset)
     sampler = Sampler(
-        network, diffusion, config.steps, config.method, config.eta, spacing=config.spacing, guidance=guidance
-    )
+        network, diffusion, config.steps, config.method, config.eta, spacing=config.spacing,
+        **guidance_of(network, preset),
+    )  # fmt: skip
     seeds = group.share(config.count)
     recorder = FrameRecorder(sampler, len(seeds))
     drawn = [batch.images for batch in sample_batches(sampler, seeds, recorder=recorder)]

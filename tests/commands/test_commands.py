@@ -224,6 +224,21 @@ def test_dpm_solver_and_spacing(run: Path, tmp_path: Path, capsys: pytest.Captur
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["images"], to_uint8(sampler.sample([0, 1])))
 
 
+def test_guidance_options(run: Path, tmp_path: Path) -> None:
+    """The command's images are the sampler's, and sampling.json says how they were drawn."""
+    options = ["--guidance", "4", "--guidance-interval", "4", "15", "--guidance-rescale", "0.5"]
+    options += ["--dynamic-threshold", "0.9", "--steps", "6", "--seeds", "0-1", "--shard-size", "2"]
+    sample.main([str(run), *options, "--out", str(tmp_path)])
+    model = fastddpm.load(run)
+    sampler = fastddpm.Sampler(
+        model.unet, model.diffusion, 6, guidance=4.0, guidance_interval=(4, 15), guidance_rescale=0.5,
+        dynamic_threshold=0.9,
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.load(tmp_path / "shard-00000.npz")["images"], to_uint8(sampler.sample([0, 1])))
+    said = json.dumps(json.loads((tmp_path / "sampling.json").read_text()))
+    assert '"guidance_interval": [4, 15]' in said and '"dynamic_threshold": 0.9' in said
+
+
 def test_dry_run_reports_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from fastddpm.pretrained.facts import Facts, TrainingSet, parameters_of
 from fastddpm.pretrained.model import Model
 from fastddpm.pretrained.scores import Score
 from fastddpm.runtime import network
+from fastddpm.sampling.guidance import Guidance
 from fastddpm.unet import UNet
 
 DATA = TrainingSet("photos", "ab" * 32, "hf:somebody/photos", ("cat", "dog"), 1234)
@@ -135,10 +136,16 @@ def program(card: str, heading: str) -> str:
     return str(code)
 
 
+GUIDED: dict[str, Any] = {
+    "guidance": 2.0, "guidance_interval": (1, 2), "guidance_rescale": 0.5, "dynamic_threshold": 0.9,
+}  # fmt: skip
+
+
 def saved(path: Path, **unet: Any) -> str:
     """The card of a model in a pipeline directory at `path`, with short chains."""
     model = random_model(tiny(**unet))
-    preset = Preset("cifar10", model.unet.config, DiffusionConfig(timesteps=4), sample=SampleConfig(steps=2))
+    sample = SampleConfig(steps=2, **(GUIDED if unet else {}))
+    preset = Preset("cifar10", model.unet.config, DiffusionConfig(timesteps=4), sample=sample)
     Model(model.unet, fastddpm.Diffusion(preset.diffusion), preset).save_pretrained(path)
     return (path / "README.md").read_text()
 
@@ -152,6 +159,9 @@ def test_its_program_for_fastddpm_runs(
     names: dict[str, Any] = {}
     exec(program(card, "Draw with fastddpm"), names)
     assert names["images"].shape == (4, 3, 12, 12) and names["sampler"].steps == 2
+    assert names["sampler"].guide == (Guidance(*GUIDED.values()) if classes else Guidance())
+    table = "ancestral, 2 steps, guidance 2 at t = 1 to 2, rescaled by 0.5, dynamic threshold 0.9"
+    assert (table in card) == bool(classes)
     assert ("class-conditional" in parts(card)[0]["tags"]) == bool(classes)
 
 

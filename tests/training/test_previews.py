@@ -1,21 +1,23 @@
 """Previews from the moving average: the sampler's images, without copies, by one process or several."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.networks import TINY, shaken
+from helpers.networks import TINY, Formula, shaken, tiny
 from helpers.team import grouped, values
 from PIL import Image
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.runtime.distributed import ProcessGroup
+from fastddpm.sampling.guidance import Guidance
 from fastddpm.sampling.images import grid, to_uint8
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.training.samples import Previews
+from fastddpm.training.samples import Previews, guidance_of
 from fastddpm.unet import UNet, network_with
 
 PRESET = Preset("x", TINY, DiffusionConfig(timesteps=50), sample=SampleConfig(steps=30))
@@ -117,3 +119,13 @@ def test_a_process_that_cannot_draw_keeps_no_other_waiting(tmp_path: Path) -> No
     (first, said), second = values(2, grouped, draw_together, tmp_path, 4, 1)
     assert first is None and second == (None, []) and list(tmp_path.iterdir()) == []
     assert len(said) == 1 and "images contain NaN" in said[0]
+
+
+def test_pictures_are_guided_as_the_preset_says() -> None:
+    """A network without a null label cannot be guided; its x_0 is limited all the same."""
+    sample = SampleConfig(guidance=2.0, guidance_interval=(5, 40), guidance_rescale=0.5, dynamic_threshold=0.9)
+    preset = dataclasses.replace(PRESET, unet=tiny(num_classes=3, label_dropout=0.1), sample=sample)
+    plain, guidable = (Formula(lambda x, t, label: x, num_classes=3, label_dropout=rate) for rate in (0.0, 0.1))
+    for network, scale in ((plain, 1.0), (guidable, 2.0)):
+        guide = Sampler(network, DIFFUSION, **guidance_of(network, preset)).guide
+        assert guide == Guidance(scale, (5, 40), 0.5, 0.9)
