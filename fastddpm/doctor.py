@@ -110,6 +110,7 @@ def system(device: "torch.device") -> dict[str, Any]:
 
     found: dict[str, Any] = {"fastddpm": __version__, "python": platform.python_version()}
     found |= {name: version(name) for name in LIBRARIES}
+    found["torch"] = torch.__version__  # with its build, +cu130 for one, which the metadata of the package may lack
     found |= {"system": platform.platform(), "device": _device_name(device)}
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda or torch.version.hip}
