@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -36,8 +37,8 @@ def _implementations(config: pytest.Config) -> list[Any]:
     if torch.cuda.is_available():
         triton = [pytest.param(name, marks=pytest.mark.gpu) for name in _ON_A_GPU]
     else:
-        missing = importlib.util.find_spec("triton") is None
-        triton = [pytest.param("triton", marks=pytest.mark.skipif(missing, reason="Triton is not installed"))]
+        reason = _without_interpreter()
+        triton = [pytest.param("triton", marks=pytest.mark.skipif(reason is not None, reason=str(reason)))]
     if config.getoption("--device") != "cpu":
         return ["reference", "auto", *triton]
     if native.unavailable() is not None:
@@ -46,6 +47,16 @@ def _implementations(config: pytest.Config) -> list[Any]:
     # The instruction sets below this machine's best run the same sources: with the exhaustive tests only.
     lower = [pytest.param(name, marks=pytest.mark.slow) for name in native.ISAS[: native.ISAS.index(best)]]
     return ["reference", *lower, best, *triton]
+
+
+def _without_interpreter() -> str | None:
+    """Return why Triton's kernels cannot run in its interpreter, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of Triton below 3.7 fails with NumPy 2.4 and later"
+    return None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
