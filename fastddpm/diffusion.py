@@ -22,7 +22,7 @@ from fastddpm.kernels.q_sample.reference import scale_images
 from fastddpm.ops import q_sample
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.ops.q_sample import refuse_levels
-from fastddpm.runtime.network import Network, evaluate
+from fastddpm.runtime.network import Network, check_examples, evaluate
 
 _COSINE_OFFSET = 0.008  # s of Nichol and Dhariwal 2021, equation 17
 _COSINE_MAX_BETA = 0.999
@@ -259,14 +259,15 @@ class Diffusion:
     ) -> tuple[Tensor, Tensor]:
         """Return the training loss of each image, float32 (N,), and its t, int64 (N,). All is drawn from `key`.
 
-        `network`: called as network(x_t, t), or network(x_t, t, label) with a label (runtime/network.py). `images`:
-        uint8 or floats in [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,); a fraction
-        `label_dropout` of them is replaced by `null_label`. Losses:
+        `network`: called as network(x_t, t), or network(x_t, t, label) with a label. `images`: uint8 or floats in
+        [-1, 1], (N, C, H, W). `flip`: mirror half of them. `label`: int64 (N,); a fraction `label_dropout` of them is
+        replaced by `null_label`. Raises `UsageError` as `evaluate` in runtime/network.py does. Losses:
         simple: equation 14, a mean over C, H, W.
         vlb: the bound's term at t in bits per dimension, not multiplied by T (the released code's scale).
         hybrid: simple + hybrid_weight T vlb, with the mean detached in vlb (Nichol and Dhariwal 2021).
         min_snr: simple, weighted so that the error of x_0 has weight min(SNR, gamma) (Hang et al. 2023).
         """
+        check_examples(images, key, label, null_label, label_dropout)
         draws = draw_examples(key, self.timesteps, label_dropout)
         flips = draws.flip if flip else None
         if self.config.prediction == "eps" and self.config.loss in ("simple", "min_snr"):
@@ -277,8 +278,7 @@ class Diffusion:
             x_t, eps = self.q_sample(x0, draws.t, key)
         if label is not None and null_label is not None:
             label = torch.where(draws.drop_label, torch.full_like(label, null_label), label)
-        learned = self.config.learned_variance
-        out = evaluate(network, x_t, draws.t, label, key=key, learned_variance=learned)
+        out = evaluate(network, x_t, draws.t, label, key=key, learned_variance=self.config.learned_variance)
         return self.loss_terms(out, x_t, draws.t, eps, x0), draws.t
 
     def loss_terms(self, out: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, x0: Tensor | None) -> Tensor:

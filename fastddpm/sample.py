@@ -83,9 +83,10 @@ def main(arguments: Sequence[str]) -> None:
     image_seeds(seeds)
     classes = sampler.labels_for(seeds, labels)
     report_notes(model, report)
+    extras = "".join(f", {name.replace('_', ' ')} {value}" for name, value in sampler.guide.settings().items())
     report(
         f"{counted(len(seeds), 'images')}, {sampler.method}, {counted(sampler.steps, 'steps')}, guidance "
-        f"{sampler.guidance}, on {device}"
+        f"{sampler.guidance}{extras}, on {device}"
     )
     if sharded:
         _sample_shards(command, sampler, seeds, classes, out, batch, group)

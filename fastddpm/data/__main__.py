@@ -120,7 +120,7 @@ def _inspect(command: Inspect) -> None:
         )
     if command.background is not None and found.converted:
         found.notes += (
-            f"{found.converted:,} of them are good on a background only, as they are transparent, in CMYK or the like: "
+            f"{found.converted:,} of them are good on a background only (transparent, CMYK, 32 bits and the like): "
             f"train with --background {command.background}, which --data without --preset takes by itself",
         )
     proposal = _proposal(command.source, found) if command.split == "train" else []
@@ -130,8 +130,11 @@ def _inspect(command: Inspect) -> None:
         print("\n".join(_lines(found, pack)))
         if proposal:
             print("next: " + "\n  ".join(proposal))
-    if found.bad:
-        raise DataError(found.problems)
+    faults = [found.problems] if found.bad else []
+    if found.mixture:
+        faults.append(f"{found.source}: {found.mixture}")
+    if faults:
+        raise DataError("\n".join(faults))
 
 
 def _verify(command: Verify) -> None:
@@ -153,7 +156,7 @@ def _verify(command: Verify) -> None:
                 )
             image_source = open_image_source(command.source, command.split)
             found = scan(image_source, preprocessing=preprocessing, duplicates=False, full_list=full_list, report=log)
-            messages = [found.problems] if found.bad else []
+            messages = [text for text in (found.problems, found.mixture) if text]
             summary = f"{found.good:,} images" + (
                 f", fit for {preprocessing.image_size}x{preprocessing.image_size}" if preprocessing else ""
             )
@@ -212,6 +215,8 @@ def _proposal(source: str, found: "Findings") -> list[str]:
 
     if not found.good:
         return ["nothing can be trained on, as no image is good"]
+    if found.mixture:
+        return ["nothing can be trained on, before images of 32 bits have one range"]
     surveyed, packed = look(source)
     try:
         chosen = choose(surveyed, Machine("cpu", _ANY_MEMORY), Given(), source=source, packed=packed)

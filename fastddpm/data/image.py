@@ -131,7 +131,7 @@ class Brightness:
         """Return why the images of 32 bits cannot be used together, None if they can: each has its own brightness."""
         if len(self.tops) < 2:
             return None
-        groups = ", ".join(f"{number:,} have values up to {top:,}" for top, number in sorted(self.tops.items()))
+        groups = ", ".join(f"{number:,} with values up to {top:,}" for top, number in sorted(self.tops.items()))
         return (
             f"its images of 32 bits do not say what white is: {groups}. Scaled each to its own range, dark ones would "
             "become bright; convert all to 8 or 16 bits by one rule first"
@@ -321,7 +321,9 @@ def _scaled(image: Image.Image, background: str | None, *, wide: bool) -> tuple[
     tops = ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if guess else (65535,)
     top = next((top for top in tops if values.max() <= top), None)
     if top is None or not values.min() >= 0:
-        raise BadImageError(f"its values are {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
+        found = "NaN" if np.isnan(values).any() else f"{values.min():g} to {values.max():g}"
+        ranges = "0 to " + " or 0 to ".join(map(str, tops)) if guess else "16 bits, 0 to 65535"
+        raise BadImageError(f"its values are {found}; expected {ranges}")
     scaled = values * 255 / top + 0.5 if image.mode == "F" else (values * 255 + top // 2) // top
     grey = Image.fromarray(scaled.astype(np.uint8))
     guessed = top if guess and values.max() > 0 else None

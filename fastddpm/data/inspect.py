@@ -104,8 +104,9 @@ class Findings:
     Counts of good images: `kinds` by "FORMAT MODE", `sizes` by "WIDTHxHEIGHT" (beyond 1,000 sizes by "other"), `sides`
     by the pixels of the shorter side, `classes` by label (`survey`: of all images). `class_names`: in the order of
     labels, empty if there are none. `smallest` and `largest`: pixels of the shorter side. `converted`: good images that
-    a background was needed for (`scan`). `problems`: the message about bad images. `duplicates`: number of images that
-    equal an earlier one, None if they were not compared; `equal`: up to 20 of them as (first, later) names.
+    a background was needed for (`scan`). `mixture`: why images of 32 bits do not go together, or empty. `problems`: the
+    message about bad images. `duplicates`: number of images that equal an earlier one, None if they were not compared;
+    `equal`: up to 20 of them as (first, later) names.
     """
 
     source: str
@@ -121,6 +122,7 @@ class Findings:
     class_names: list[str] = field(default_factory=list)
     bad: int = 0
     converted: int = 0
+    mixture: str = ""
     problems: str = ""
     duplicates: int | None = None
     equal: list[tuple[str, str]] = field(default_factory=list)
@@ -176,7 +178,9 @@ def scan(
             if duplicates:
                 digests.add(number, seen.digest)
         found.bad = problems.count
-        found.notes += tuple(filter(None, (brightness.note(), brightness.mixture())))
+        advice = brightness.note()
+        found.notes += (advice,) if advice else ()
+        found.mixture = brightness.mixture() or ""
         found.problems = problems.message() if problems.count else ""
         if duplicates:
             _compare(found, digests, image_source)

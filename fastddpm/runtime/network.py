@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, refuse
 
 Network = Callable[..., Tensor]
 
@@ -138,6 +138,26 @@ def evaluate(
             f"got {out.dtype} {tuple(out.shape)}"
         )
     return out
+
+
+def check_examples(
+    images: Tensor, key: Any, label: Tensor | None, null_label: int | None, label_dropout: float
+) -> None:
+    """Raise `UsageError` for arguments of `Diffusion.loss` that do not go together; nothing while one compiles it."""
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(getattr(key, "images", None), Tensor):
+        raise UsageError(f"key must be a NoiseKey, such as NoiseKey.draw(len(images), device); got {key!r:.100}")
+    problems = []
+    if len(key.images) != len(images):
+        problems.append(f"key is of {len(key.images)} images, and there are {len(images)}")
+    if label is not None and (label.shape != (len(images),) or label.dtype != torch.int64):
+        problems.append(f"label must be int64 ({len(images)},); got {label.dtype} {tuple(label.shape)}")
+    if not 0 <= label_dropout <= 1:
+        problems.append(f"label_dropout must be in [0, 1]; got {label_dropout}")
+    elif label_dropout and label is not None and null_label is None:
+        problems.append("label_dropout needs null_label, the label that means none")
+    refuse(problems)
 
 
 def _unfit(network: Network, x_t: Tensor) -> str | None:

@@ -164,7 +164,7 @@ class Correction:
 def gradient_of(cond_fn: CondFn, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
     """Return cond_fn(x, t, label), float32 (N, C, H, W), called with gradients enabled and on copies.
 
-    Raises `UsageError` for anything but a floating tensor like `x`.
+    Raises `UsageError` for anything but a floating tensor like `x`, without NaN and infinity.
     """
     with torch.inference_mode(False), torch.enable_grad():
         copy = x.detach().clone().requires_grad_()
@@ -176,7 +176,10 @@ def gradient_of(cond_fn: CondFn, x: Tensor, t: Tensor, label: Tensor | None) -> 
             f"cond_fn must return the gradient with respect to x, floating {tuple(x.shape)} on {x.device}; got "
             f"{gradient.dtype} {tuple(gradient.shape)} on {gradient.device}"
         )
-    return gradient.detach().float()
+    gradient = gradient.detach().float()
+    if not bool(torch.isfinite(gradient).all()):
+        raise UsageError(f"cond_fn returned NaN or infinity at t = {int(t[0])}")
+    return gradient
 
 
 def thresholded(x0: Tensor, fraction: float) -> Tensor:

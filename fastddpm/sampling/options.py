@@ -1,6 +1,7 @@
 """The options of all commands that draw images: reverse chain, noise and engine. Imports no torch."""
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import OmitArgPrefixes
 
 from fastddpm.config import EngineConfig, Method, SampleConfig, Spacing
+from fastddpm.runtime.progress import log
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChainOptions:
-    """Options of the reverse chain. All but the noise and the engine default to the run's SampleConfig.
-
-    Raises `UsageError` for impossible values.
-    """
+    """Options of the reverse chain. Default of all but the noise and the engine: the run's."""
 
     method: Method | None = None
     """Sampling method: ancestral (Algorithm 2), ddim, or DPM-Solver++(2M): dpm2m, with noise dpm2m-sde. Default: the
@@ -30,21 +29,21 @@ class ChainOptions:
     steps: int | None = None
     """Steps of the chain, 1..T; fewer than T are spread over the timesteps as --spacing says. Default: the run's."""
     spacing: Spacing | None = None
-    """Timesteps of a shorter chain: even; logsnr or karras, denser where there is little noise; or linspace, leading,
-    trailing as in diffusers. Default: the run's."""
+    """Timesteps of a shorter chain: even; logsnr or karras, denser where the noise changes faster; or linspace,
+    leading, trailing as in diffusers. Default: the run's."""
     eta: float | None = None
     """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling). Default: the run's."""
     guidance: float | None = None
     """Scale of classifier-free guidance; 1 means none. Default: the run's."""
     guidance_interval: tuple[int, int] | None = None
-    """First and last timestep, of 0..T-1, with classifier-free guidance; the others take half the time. Default: the
-    run's."""
+    """First and last timestep, of 0..T-1, with classifier-free guidance. At the others the network is evaluated once,
+    not twice. 0 and T-1: all. Default: the run's."""
     guidance_rescale: float | None = None
     """Bring the standard deviation of the guided prediction back to that of the class's, from 0 (not at all) to 1
     (fully). Default: the run's."""
     dynamic_threshold: float | None = None
-    """Clip x_0 predictions to their quantile at this fraction, in (0, 1), of each image, if it is above 1, and divide
-    by it. Default: the run's; without one they are clipped to [-1, 1]."""
+    """Dynamic thresholding of x_0 predictions: clip them to [-s, s] and divide by s, where s is this quantile, in
+    (0, 1), of the image's |x_0|, at least 1. 0: none, clip to [-1, 1]. Default: the run's."""
     noise_seed: int = 0
     """64-bit key of all noise. Another key draws another image for every seed."""
     engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
@@ -54,17 +53,27 @@ class ChainOptions:
 
     def _given(self) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(SampleConfig)} - {"count"}
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if given.get("dynamic_threshold") == 0:
+            given["dynamic_threshold"] = None
+        if given.get("method", "ddim") != "ddim":
+            given.setdefault("eta", 0.0)  # a run's eta is of its ddim
+        return given
 
     def sampler(self, model: "Model") -> "Sampler":
         """Return a sampler of `model` with these options. Raises `UsageError` for values out of range."""
         from .sampler import Sampler
 
         config = dataclasses.replace(model.preset.sample, **self._given())
-        return Sampler(
-            model.unet, model.diffusion, config.steps, config.method, config.eta,
-            spacing=config.spacing, **config.guidance_options(), seed=self.noise_seed, engine=self.engine,
-        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            sampler = Sampler(
+                model.unet, model.diffusion, config.steps, config.method, config.eta,
+                spacing=config.spacing, **config.guidance_options(), seed=self.noise_seed, engine=self.engine,
+            )  # fmt: skip
+        for warning in said:
+            log(f"note: {warning.message}")
+        return sampler
 
     def open(self, checkpoint: Path, device: "torch.device", batch: int | None) -> "tuple[Model, Sampler, int]":
         """Load the model at `checkpoint` onto `device`; return it, its sampler and the batch size.

@@ -385,8 +385,8 @@ class Sampler:
             raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(seeds)} seeds")
         classes = [integer(label, "a label") for label in labels]
         wrong = [label for label in classes if not 0 <= label < num_classes and label != self.interface.null_label]
-        if wrong and num_classes:
-            raise UsageError(f"labels must be in 0..{num_classes - 1}; got {wrong[0]}")
+        if wrong and (num_classes or max(map(abs, wrong)) >= 2**63):
+            raise UsageError(f"labels must be in 0..{(num_classes or 2**63) - 1}; got {wrong[0]}")
         return classes
 
 

@@ -53,7 +53,7 @@ def spaced_timesteps(diffusion: Diffusion, method: str, steps: int, spacing: str
     dpm2m and dpm2m-sde, linspace and leading are those of N + 1 steps without the last, 0.
 
     Timesteps that come up twice are taken once, and a warning says how many are left. Raises `UsageError` for `steps`
-    outside 1..T and for an unknown spacing.
+    outside 1..T, for an unknown spacing, and for one that would begin at timestep 0, where hardly any noise is left.
     """
     total = diffusion.timesteps
     timesteps = spread_timesteps(total, steps)
@@ -72,6 +72,10 @@ def spaced_timesteps(diffusion: Diffusion, method: str, steps: int, spacing: str
     else:
         timesteps = _nearest_in_noise(diffusion, steps, spacing)
     distinct = np.flip(np.unique(timesteps.astype(np.int64))).copy()
+    if distinct[0] == 0:
+        raise UsageError(
+            f"spacing {spacing} of 1 step takes timestep 0, which removes no noise; take another, or 2 steps"
+        )
     if len(distinct) < steps:
         warnings.warn(
             f"spacing {spacing} gives {len(distinct)} different timesteps for {steps} steps; the chain takes these",

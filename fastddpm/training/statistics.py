@@ -60,6 +60,7 @@ class SkippedSteps:
 def log_skipped_steps(run: Path, steps: dict[int, list[int]]) -> None:
     """Report skipped steps on stderr, and append each with its batch's examples to `run`/not_finite.jsonl."""
     path = run / "not_finite.jsonl"
+    run.mkdir(parents=True, exist_ok=True)  # no checkpoint may have been saved yet
     with open_to_append(path, log) as file:
         for step, examples in steps.items():
             file.write(json.dumps({"step": step, "examples": examples}) + "\n")

@@ -1,7 +1,9 @@
 """The commands as a user meets them: quick help, clear mistakes, exit codes, a whole small run."""
 
+import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import fastddpm
 from fastddpm import sample, train
 from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.sampling.images import animation_suffix, to_uint8
+from fastddpm.sampling.options import ChainOptions
 from fastddpm.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -215,13 +218,30 @@ def test_ddim_and_fewer_steps(run: Path, tmp_path: Path) -> None:
 def test_dpm_solver_and_spacing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command's images are the sampler's, of as many steps as there are different timesteps."""
     options = ["--method", "dpm2m-sde", "--steps", "12", "--spacing", "logsnr", "--guidance", "1"]
-    with pytest.warns(UserWarning, match="spacing logsnr gives .* different timesteps for 12 steps"):
-        sample.main([str(run), "--seeds", "0-1", *options, "--out", str(tmp_path)])
+    sample.main([str(run), "--seeds", "0-1", *options, "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert re.search(
+        "note: spacing logsnr gives [0-9]+ different timesteps for 12 steps; the chain takes these\n", said
+    )
     model = fastddpm.load(run)
     with pytest.warns(UserWarning, match="spacing logsnr"):
         sampler = fastddpm.Sampler(model.unet, model.diffusion, 12, "dpm2m-sde", spacing="logsnr")
-    assert f"dpm2m-sde, {sampler.steps} steps" in capsys.readouterr().err and sampler.steps < 12
+    assert f"dpm2m-sde, {sampler.steps} steps" in said and sampler.steps < 12
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["images"], to_uint8(sampler.sample([0, 1])))
+
+
+def test_what_a_run_has_can_be_switched_off(run: Path) -> None:
+    """0 for the threshold, all timesteps for the interval; another method than ddim leaves the run's eta."""
+    model = fastddpm.load(run)
+    own = dataclasses.replace(
+        model.preset.sample, method="ddim", eta=0.5, dynamic_threshold=0.9, guidance_interval=(2, 5)
+    )
+    model = dataclasses.replace(model, preset=dataclasses.replace(model.preset, sample=own))
+    plain = ChainOptions().sampler(model)
+    assert (plain.eta, plain.guide.dynamic_threshold, plain.guide.interval) == (0.5, 0.9, (2, 5))
+    other = ChainOptions(method="dpm2m", dynamic_threshold=0, guidance_interval=(0, 19)).sampler(model)
+    assert (other.method, other.eta, other.guide.dynamic_threshold) == ("dpm2m", 0.0, None)
+    assert other.guide.inside(other.timesteps).all()
 
 
 def test_guidance_options(run: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from helpers.image_folder import Load, load, png, source, without_classes
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from fastddpm.data import __main__ as command
 from fastddpm.data.cache import decoded
 from fastddpm.data.image import FORMATS, BadImageError, Preprocessing, decode, open_picture, read_header
 from fastddpm.data.pack.format import open_pack
@@ -114,25 +115,30 @@ def test_greys_of_32_bits_take_the_smallest_range_that_holds_them() -> None:
     ):
         np.testing.assert_array_equal(pixels(png(values, "TIFF")), expected)
     for wrong in (np.full((8, 8), 65536, np.int32), np.full((8, 8), -1, np.float32), np.full((8, 8), np.nan, "f4")):
-        with pytest.raises(BadImageError, match="expected 16 bits, 0 to 65535"):
+        with pytest.raises(BadImageError, match=r"its values are .*; expected 0 to .*65535$"):
             pixels(png(wrong, "TIFF"))
     dark = png(np.full((8, 8), 4000, np.int32), "TIFF")
     assert open_picture(dark).levels.peak == 4000 and open_picture(dark, "white").levels.peak is None
 
 
-def test_images_of_32_bits_with_different_ranges_are_refused(tmp_path: Path, load: Load) -> None:
+def test_images_of_32_bits_with_different_ranges_are_refused(
+    tmp_path: Path, load: Load, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A dark image of a set up to 65535 would be taken for a bright one up to 255; a black one fits all."""
     root = tmp_path / "deep"
     root.mkdir()
     bright, black = VALUES.astype(np.float32), np.zeros((8, 8), np.float32)
     for name, values in (("a", bright), ("b", bright * (200 / bright.max())), ("c", black)):
         (root / f"{name}.tiff").write_bytes(png(values, "TIFF"))
-    message = "images of 32 bits do not say what white is: 1 have values up to 255, 1 have values up to 65,535"
+    message = "images of 32 bits do not say what white is: 1 with values up to 255, 1 with values up to 65,535"
     with pytest.raises(DataError, match=message):
         load(source=root, background="white")
     with pytest.raises(DataError, match=message):
         write_pack(open_image_source(root), tmp_path / "x.fdpack", Preprocessing(8, 3, "none", "white"), report=print)
     assert not (tmp_path / "x.fdpack").exists()
+    with pytest.raises(DataError, match=message):
+        command.main(["inspect", str(root)])
+    assert "next: nothing can be trained on, before images of 32 bits have one range" in capsys.readouterr().out
     (root / "b.tiff").unlink()
     images = load(source=root, background="white").images
     np.testing.assert_array_equal(images[:, 0], np.stack([np.round(VALUES / 257.0), black]))

@@ -589,6 +589,7 @@ def test_a_prediction_of_the_step_before_is_refused_where_it_makes_no_sense() ->
 @pytest.mark.parametrize(
     ("result", "message"),
     [
+        (lambda x: x / 0, r"cond_fn returned NaN or infinity at t = "),
         (lambda x: None, r"cond_fn must return a tensor \(1, 1, 4, 4\); got a NoneType"),
         (lambda x: x.sum(), r"floating \(1, 1, 4, 4\) on cpu; got torch.float32 \(\) on cpu"),
         (lambda x: x.long(), r"floating \(1, 1, 4, 4\) on cpu; got torch.int64"),

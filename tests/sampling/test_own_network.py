@@ -206,6 +206,26 @@ def test_images_that_are_not_the_networks_own_are_refused(network: Sized, channe
         Diffusion().loss(network, torch.zeros(2, channels, 4, 4), NoiseKey.of(0, 0, [0, 1]))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": 0}, "key must be a NoiseKey, such as NoiseKey.draw(len(images), device); got 0"),
+        ({"key": NoiseKey.of(0, 0, [1])}, "key is of 1 images, and there are 2"),
+        ({"label": torch.zeros(2)}, "label must be int64 (2,); got torch.float32 (2,)"),
+        ({"label": torch.zeros(3, dtype=torch.int64)}, "label must be int64 (2,); got torch.int64 (3,)"),
+        ({"label_dropout": 1.5}, "label_dropout must be in [0, 1]; got 1.5"),
+        (
+            {"label": torch.zeros(2, dtype=torch.int64), "label_dropout": 0.5},
+            "label_dropout needs null_label, the label that means none",
+        ),
+    ],
+)
+def test_arguments_of_the_loss_that_do_not_go_together_are_refused(options: Any, message: str) -> None:
+    given = {"key": NoiseKey.of(0, 0, [0, 1])} | options
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Diffusion().loss(Sized(), torch.zeros(2, 3, 4, 4), **given)
+
+
 def test_a_failure_of_the_networks_own_stays_as_it_is() -> None:
     def fails(x_t: Tensor) -> Tensor:
         raise RuntimeError("out of luck")

@@ -65,7 +65,8 @@ def test_spread_in_noise(spacing: str, schedule: str) -> None:
 def test_every_number_of_steps(method: str, spacing: str) -> None:
     """Descending, in range; all T steps are all timesteps; so also for a schedule whose end has no signal."""
     for config in ({"timesteps": 37}, {"timesteps": 37, "schedule": "jsd", "prediction": "v"}):
-        for steps in (*range(1, 8), 18, 19, 35, 36, 37):
+        begins_at_0 = method == "ancestral" and spacing in ("linspace", "leading")
+        for steps in (*range(1 + begins_at_0, 8), 18, 19, 35, 36, 37):
             chosen = spaced(method, steps, spacing, **config)
             assert chosen == sorted(set(chosen), reverse=True) and chosen[-1] >= 0 and chosen[0] < 37
             assert len(chosen) == steps or (len(chosen) < steps and spacing in ("logsnr", "karras"))
@@ -73,7 +74,7 @@ def test_every_number_of_steps(method: str, spacing: str) -> None:
     assert len(spaced(method, 2, spacing, timesteps=2)) == 2
 
 
-@pytest.mark.parametrize("steps", [1, 7, 20, 33, 250, 999])
+@pytest.mark.parametrize("steps", [2, 7, 20, 33, 250, 999])
 def test_those_of_diffusers(steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     for spacing in ("linspace", "leading", "trailing"):
@@ -95,6 +96,14 @@ def test_those_of_diffusers_by_noise(spacing: str, option: str) -> None:
         theirs.alphas_cumprod = torch.tensor(np.cumprod(1 - oracle.betas("linear", 1000)))  # theirs is float32
         theirs.set_timesteps(steps)
         assert spaced("dpm2m", steps, spacing) == sorted(set(theirs.timesteps.tolist()), reverse=True)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_one_step_at_timestep_0_is_refused(spacing: str) -> None:
+    """diffusers takes it, and returns noise."""
+    with pytest.raises(UsageError, match=f"spacing {spacing} of 1 step takes timestep 0, which removes no noise"):
+        spaced("ddim", 1, spacing)
+    assert spaced("dpm2m", 1, "linspace") == [999]
 
 
 def test_timesteps_that_come_up_twice_are_taken_once_and_said() -> None:
