@@ -68,7 +68,7 @@ def spaced_timesteps(diffusion: Diffusion, method: str, steps: int, spacing: str
     elif spacing == "leading":
         timesteps = (np.arange(points) * (total // points))[left_out:]
     elif spacing == "trailing":
-        timesteps = (total - np.arange(steps) * (total / steps)).round() - 1
+        timesteps = np.arange(total, 0, -total / steps)[:steps].round() - 1  # rounded as theirs: 48 of 1000 has a tie
     else:
         timesteps = _nearest_in_noise(diffusion, steps, spacing)
     distinct = np.flip(np.unique(timesteps.astype(np.int64))).copy()

@@ -74,7 +74,7 @@ def test_every_number_of_steps(method: str, spacing: str) -> None:
     assert len(spaced(method, 2, spacing, timesteps=2)) == 2
 
 
-@pytest.mark.parametrize("steps", [2, 7, 20, 33, 250, 999])
+@pytest.mark.parametrize("steps", [2, 7, 20, 33, 48, 250, 999])
 def test_those_of_diffusers(steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     for spacing in ("linspace", "leading", "trailing"):
