@@ -170,15 +170,14 @@ def open_picture(data: bytes, background: str | None = None) -> Picture:
         deep_colour = any(";16" in str(tile.args) for tile in image.tile) and image.mode not in _SIXTEEN_BITS
         _scale_transparent_value(image)
         image.load()
-        peak = (
-            _largest(image, deep_colour) if background is None or image.mode != "I" or image.format == "PNG" else None
-        )
+        guess = background is not None and image.mode in ("I", "F") and image.format != "PNG"  # of 32 bits
+        peak = None if guess else _largest(image, deep_colour)
         upright = ImageOps.exif_transpose(image)
         if image.mode in _SIXTEEN_BITS or (image.mode == "F" and background is not None):
-            grey, top = _scaled(upright, background, wide=image.mode in ("I", "F") and image.format != "PNG")
+            grey, top = _scaled(upright, background, guess=guess)
             return Picture(*stored, grey, Levels(peak, top, converted=image.mode == "F" or grey.mode == "RGB"))
-        converted = background is not None and _needs_background(upright)
-        return Picture(*stored, _eight_bits(upright, background), Levels(peak, None, converted))
+        converted, needed = _eight_bits(upright, background)
+        return Picture(*stored, converted, Levels(peak, None, needed))
 
 
 def _scale_transparent_value(image: ImageFile.ImageFile) -> None:
@@ -253,21 +252,14 @@ def _reasons() -> Iterator[None]:
         raise BadImageError(f"damaged: {str(error) or type(error).__name__}") from error
 
 
-def _needs_background(image: Image.Image) -> bool:
-    """Return whether `_eight_bits` refuses an image without a background."""
-    if image.mode in _OTHER_COLOURS:
-        return True
-    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
-
-
-def _eight_bits(image: Image.Image, background: str | None) -> Image.Image:
+def _eight_bits(image: Image.Image, background: str | None) -> tuple[Image.Image, bool]:
     """Convert at most 8 bits per channel to mode L or RGB, without a background only if that loses nothing.
 
-    Raises BadImageError if it cannot be done.
+    Also returns whether the background was needed. Raises BadImageError if it cannot be done.
     """
     mode = image.mode
     if mode in _OTHER_COLOURS and background is not None:
-        return _to_rgb(image)
+        return _to_rgb(image), True
     if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
         advice = "" if background is not None else ", or let --background white do it"
         raise BadImageError(
@@ -275,12 +267,13 @@ def _eight_bits(image: Image.Image, background: str | None) -> Image.Image:
         )
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        if rgba.getchannel("A").getextrema() != (255, 255):
+        transparent = rgba.getchannel("A").getextrema() != (255, 255)
+        if transparent:
             if background is None:
                 raise BadImageError(_TRANSPARENT)
             rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
-        return rgba.convert("RGB")
-    return image.convert("L" if mode in ("1", "L") else "RGB")
+        return rgba.convert("RGB"), transparent
+    return image.convert("L" if mode in ("1", "L") else "RGB"), False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -309,15 +302,14 @@ def _largest(image: Image.Image, deep_colour: bool) -> int | None:
     return None
 
 
-def _scaled(image: Image.Image, background: str | None, *, wide: bool) -> tuple[Image.Image, int | None]:
+def _scaled(image: Image.Image, background: str | None, *, guess: bool) -> tuple[Image.Image, int | None]:
     """Scale grey of 16 or 32 bits to 8, rounded to nearest. Pillow's own conversion would clip it to 255.
 
-    16 bits are 0 to 65535. A file of 32 bits (`wide`) does not say its range: with a background it is taken as the
+    16 bits are 0 to 65535. A file of 32 bits does not say its range: with a background (`guess`) it is taken as the
     smallest that holds the values, of 0 to 1 (floats), 0 to 255 and 0 to 65535. That one is returned, too, unless all
     values are 0; `Brightness` refuses a set that would mix them.
     """
     values = np.asarray(image).astype(np.float64 if image.mode == "F" else np.int64)
-    guess = wide and background is not None
     tops = ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if guess else (65535,)
     top = next((top for top in tops if values.max() <= top), None)
     if top is None or not values.min() >= 0:
