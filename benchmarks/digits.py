@@ -121,7 +121,7 @@ def _likeness(reference: list[np.ndarray], features: list[np.ndarray]) -> dict[s
     return dict(zip(LIKENESS, np.mean(rows, axis=0).tolist(), strict=True))
 
 
-def _real_at(scorer: Scorer, count: int) -> dict[str, Any]:
+def real_at(scorer: Scorer, count: int) -> dict[str, Any]:
     """Mean and standard deviation over `DRAWS` draws of `count` probe digits, at most all 500: what real digits get."""
     rng = np.random.default_rng(0)
     count = min(count, len(scorer.probe_labels))
@@ -180,13 +180,14 @@ def score(images: np.ndarray, labels: np.ndarray | None = None, scorer: Scorer |
         scorer = Scorer(images.shape[-1])
     elif scorer.size != images.shape[-1]:
         raise DataError(f"the scorer was trained on {scorer.size}x{scorer.size} images; got {images.shape}")
-    rows = {"samples": _row(scorer, images, labels)}
-    rows |= {"real_at_this_size": _real_at(scorer, len(images)), "real_held_out": _real_all(scorer)}
-    rows |= {name: _row(scorer, noise, None) for name, noise in noise_images(scorer, len(images)).items()}
+    rows = {"samples": figures_of(scorer, images, labels)}
+    rows |= {"real_at_this_size": real_at(scorer, len(images)), "real_held_out": _real_all(scorer)}
+    rows |= {name: figures_of(scorer, noise, None) for name, noise in noise_images(scorer, len(images)).items()}
     return {"confident_above": CONFIDENT, "nets": len(scorer.nets), "temperature": scorer.temperature, "sets": rows}
 
 
-def _row(scorer: Scorer, images: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+def figures_of(scorer: Scorer, images: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+    """Confidence and likeness of `images`, as in a row of `score`."""
     found = scorer(images)
     return _confidence(found.probabilities, labels) | _likeness(scorer.reference.features, found.features)
 

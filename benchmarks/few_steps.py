@@ -26,7 +26,7 @@ from fastddpm.sampling.images import to_uint8
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
-from digits import Scorer, _real_at, _row
+from digits import Scorer, figures_of, real_at
 
 CHAINS = [
     ("ancestral", "even"), ("ddim", "even"), ("ddim", "trailing"), ("dpm2m", "even"), ("dpm2m", "logsnr"),
@@ -54,7 +54,7 @@ def measure(
         parts = [sampler.sample(range(i, min(i + AT_ONCE, images)), labels[i : i + AT_ONCE])
                  for i in range(0, images, AT_ONCE)]  # fmt: skip
         seconds.append(perf_counter() - start)
-        scores.append(_row(scorer, to_uint8(torch.cat(parts)), np.array(labels)))
+        scores.append(figures_of(scorer, to_uint8(torch.cat(parts)), np.array(labels)))
     row: dict[str, Any] = {
         "method": method, "spacing": spacing, "steps": steps, "evaluations": sampler.steps, "seconds": median(seconds),
     }  # fmt: skip
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = machine.parse(parser, arguments)
     model = fastddpm.load(options.model)
     scorer = Scorer(model.preset.unet.image_size)
-    floor = _real_at(scorer, options.images)
+    floor = real_at(scorer, options.images)
     print(f"real digits, as many: {floor[FIGURES[0]]:.4f}", flush=True)
     rows = []
     for method, spacing in CHAINS:

@@ -262,7 +262,8 @@ def _open_data(
     command: Command, wanted: Preset, group: distributed.ProcessGroup, report: Callable[[str], None]
 ) -> "Dataset":
     """Open the data set. Rank 0 opens it first and fills the cache for the others."""
-    from fastddpm.data import batch_indices, open_dataset
+    from fastddpm.data import open_dataset
+    from fastddpm.data.order import check_batch
 
     def opened() -> "Dataset":
         return open_dataset(
@@ -279,7 +280,7 @@ def _open_data(
     distributed.on_main(lambda: own.append(opened()), group)
     dataset = own[0] if own else opened()
     distributed.assert_same((len(dataset.images), dataset.checksum), "the number of images or their sha256", group)
-    batch_indices(0, len(dataset.images), wanted.train.batch, wanted.train.seed)  # refuses a batch larger than the set
+    check_batch(len(dataset.images), wanted.train.batch)
     report(f"data {dataset.name}: {len(dataset.images)} images, sha256 {dataset.checksum[:12]}")
     return dataset
 

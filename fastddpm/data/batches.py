@@ -10,7 +10,7 @@ from fastddpm.errors import UsageError
 from fastddpm.runtime.distributed import local_world_size
 
 from .dataset import Dataset
-from .order import batch_indices
+from .order import batch_indices, check_batch
 from .pack.format import PackedImages
 from .workers import Workers, default_workers
 
@@ -51,7 +51,7 @@ class Batches:
             raise UsageError(f"a batch of {batch} has no images for rank {rank} of {world_size}; use a larger --batch")
         if workers is not None and workers < 0:
             raise UsageError(f"workers must be 0 or more; got {workers}")
-        batch_indices(0, len(dataset.images), batch, seed)  # raises DataError if there are fewer images than a batch
+        check_batch(len(dataset.images), batch)
         self._dataset, self._batch, self._seed, self._device = dataset, batch, seed, device
         self.start, self.end = rank * batch // world_size, (rank + 1) * batch // world_size
         self._labels = None if dataset.labels is None else torch.from_numpy(np.array(dataset.labels)).to(device)

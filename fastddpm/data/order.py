@@ -21,15 +21,20 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+def check_batch(num_images: int, batch: int) -> None:
+    """Raise DataError if there are fewer images than a batch."""
+    if num_images < batch:
+        raise DataError(
+            f"{num_images} images are fewer than a batch of {batch}; use --batch {num_images} or fewer, or more images"
+        )
+
+
 def batch_indices(step: int, num_images: int, batch: int, seed: int) -> np.ndarray:
     """Return the image indices of training step `step`, int64 (batch,).
 
     An epoch has num_images // batch steps; its remaining images are dropped. Raises DataError if there are fewer
     images than a batch.
     """
-    if num_images < batch:
-        raise DataError(
-            f"{num_images} images are fewer than a batch of {batch}; use --batch {num_images} or fewer, or more images"
-        )
+    check_batch(num_images, batch)
     epoch, place = divmod(step, num_images // batch)
     return epoch_order(num_images, seed, epoch)[place * batch : (place + 1) * batch]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.guarded import guarded
+from helpers.marks import instruction_sets
 from helpers.triton_ladder import forget_choices, triton_modules
 
 from fastddpm.kernels import native
@@ -43,10 +44,9 @@ def _implementations(config: pytest.Config) -> list[Any]:
         return ["reference", "auto", *triton]
     if native.unavailable() is not None:
         return ["auto", *triton]
-    best = native.isa()
     # The instruction sets below this machine's best run the same sources: with the exhaustive tests only.
-    lower = [pytest.param(name, marks=pytest.mark.slow) for name in native.ISAS[: native.ISAS.index(best)]]
-    return ["reference", *lower, best, *triton]
+    own = instruction_sets()[: native.ISAS.index(native.isa()) + 1]
+    return ["reference", *own, *triton]
 
 
 def _without_interpreter() -> str | None:
