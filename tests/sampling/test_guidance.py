@@ -1,4 +1,4 @@
-"""Guidance against its formulas in float64: interval, rescaling, dynamic thresholding, the gradient of a classifier."""
+"""Guidance against its formulas in float64: interval, rescaling, dynamic thresholding; settings and refusals."""
 
 import json
 import pickle
@@ -8,7 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import oracle
+from helpers.guided_chains import (
+    CLASSES,
+    LABELS,
+    METHODS,
+    SEEDS,
+    SHAPE,
+    STEPS,
+    assert_close,
+    by_label,
+    expected_chain,
+    limited,
+    name_of,
+    of_class,
+    plain_network,
+    rescaled,
+    sampler,
+    softmax_gradient,
+    tilt,
+    uneven,
+    uneven_network,
+)
 from helpers.networks import Formula
 from helpers.own_networks import MLP
 from torch import Tensor
@@ -24,92 +44,7 @@ from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.trajectories import evaluations, latents
 from fastddpm.storage.documents import from_dict, to_dict
 
-SEEDS, SEED, STEPS, SHAPE = np.array([5, 6]), 3, 10, (1, 4, 4)
-METHODS: list[dict[str, Any]] = [
-    {"method": "ancestral"},
-    {"method": "ddim"},
-    {"method": "ddim", "eta": 0.5},
-    {"method": "dpm2m"},
-    {"method": "dpm2m-sde"},
-]
-CLASSES: dict[str, Any] = {"num_classes": 3, "label_dropout": 0.1}
-LABELS = [2, 1]
-Limit = Callable[[np.ndarray], np.ndarray]
-Of = Callable[[np.ndarray, int], np.ndarray]
-
-
-def name_of(options: dict[str, Any]) -> str:
-    return "-".join(map(str, options.values()))
-
-
-def sampler(network: torch.nn.Module, diffusion: DiffusionConfig | None = None, **options: Any) -> Sampler:
-    return Sampler(network, Diffusion(diffusion), **({"steps": STEPS, "seed": SEED} | options))
-
-
-# The chains a second time, in float64
-
-
-def clipped(x0: np.ndarray) -> np.ndarray:
-    return x0.clip(-1, 1)
-
-
-def expected_chain(
-    out_of: Of, timesteps: np.ndarray, *, prediction: str = "eps", method: str = "ancestral", eta: float = 0.0,
-    limit: Limit = clipped, gradient: Of | None = None, variance: str = "fixedlarge", log_variance: Of | None = None,
-) -> np.ndarray:  # fmt: skip
-    """The images of SEEDS: Algorithms 1 and 2 of Dhariwal and Nichol 2021 around the steps of the other papers."""
-    process, previous = oracle.Process.respaced(timesteps), None
-    x = oracle.normals(SHAPE, SEEDS, SEED, 0, 0)
-    for i, t in enumerate(timesteps.tolist()):
-        bar, prev, beta = process.alpha_bar[i], process.alpha_bar_prev[i], process.beta[i]
-        out = out_of(x, t)
-        x0 = process.predict_x0(np.array([i]), prediction, out, x)
-        slope = np.zeros_like(x) if gradient is None else gradient(x, t)
-        if method != "ancestral":
-            eps = (x - np.sqrt(bar) * x0) / np.sqrt(1 - bar) - np.sqrt(1 - bar) * slope
-            x0 = (x - np.sqrt(1 - bar) * eps) / np.sqrt(bar)
-        x0 = limit(x0)
-        if method.startswith("dpm2m"):
-            x, sigma = process.dpm_solver(i, x, x0, previous, method == "dpm2m-sde")
-            previous = x0
-        elif method == "ddim":
-            sigma = eta * np.sqrt((1 - prev) / (1 - bar) * beta)
-            eps = (x - np.sqrt(bar) * x0) / np.sqrt(1 - bar)
-            x = np.sqrt(prev) * x0 + np.sqrt(1 - prev - sigma**2) * eps
-        else:
-            of_step: Any = {"fixedlarge": beta, "fixedsmall": process.posterior_variance[i]}.get(variance)
-            if log_variance is not None:
-                low, high = np.log(max(process.posterior_variance[i], 1e-20)), np.log(beta)
-                v = log_variance(x, t)
-                of_step = np.exp(v if variance == "learned" else low + (high - low) * (v + 1) / 2)
-            mean = out if prediction == "xprev" else process.posterior_mean(np.array([i]), x0, x)
-            x, sigma = mean + of_step * slope, np.sqrt(of_step)
-        if i < len(timesteps) - 1:
-            x = x + sigma * oracle.normals(SHAPE, SEEDS, SEED, t, 1)
-    return x.clip(-1, 1)
-
-
-def assert_close(images: Tensor, expected: np.ndarray, atol: float = 1e-4) -> None:
-    assert np.abs(expected).min() < 0.9 and np.abs(expected[0] - expected[1]).max() > 0.05
-    np.testing.assert_allclose(images.double().numpy(), expected, rtol=0, atol=atol)
-
-
 # An interval of timesteps
-
-
-def by_label(x: Any, t: Any, label: Any) -> Any:
-    return 0.9 * x + 0.02 * label
-
-
-def of_class(scale: Callable[[int], float], network: Callable[[Any, Any, Any], Any] = by_label) -> Of:
-    """Guided predictions of LABELS; the null label is 3."""
-    labels = np.array(LABELS).reshape(-1, 1, 1, 1)
-
-    def out(x: np.ndarray, t: int) -> np.ndarray:
-        unconditional = network(x, t, 3)
-        return unconditional + scale(t) * (network(x, t, labels) - unconditional)
-
-    return out
 
 
 def counted(asked: list[int], **options: Any) -> Formula:
@@ -207,33 +142,6 @@ def test_denoise_and_probe_know_the_interval() -> None:
 # Rescaling
 
 
-def uneven(x: Any, t: Any, label: Any) -> Any:
-    """Predictions whose deviation depends on the label, not by a factor."""
-    sine = torch.sin if isinstance(x, Tensor) else np.sin
-    return 0.5 * x + 0.1 * label * sine(3 * x + 0.01 * t) + 0.02 * label
-
-
-def uneven_network(factor: float = 1.0, **options: Any) -> Formula:
-    def formula(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        assert label is not None
-        out = factor * uneven(x, t, label.reshape(-1, 1, 1, 1))
-        return torch.cat([out, 0 * out - 0.25], 1) if options.get("learned_variance") else out
-
-    return Formula(formula, image_size=4, **CLASSES, **options)
-
-
-def rescaled(phi: float, scale: float) -> Of:
-    """Lin et al. 2023, equations 15 and 16, of the network's output."""
-    labels = np.array(LABELS).reshape(-1, 1, 1, 1)
-
-    def out(x: np.ndarray, t: int) -> np.ndarray:
-        conditional, guided = uneven(x, t, labels), of_class(lambda _: scale, uneven)(x, t)
-        factors = conditional.std((1, 2, 3), keepdims=True) / guided.std((1, 2, 3), keepdims=True)
-        return phi * guided * factors + (1 - phi) * guided
-
-    return out
-
-
 @pytest.mark.parametrize("options", [METHODS[0], METHODS[1], METHODS[3]], ids=name_of)
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_rescaling(prediction: Any, options: dict[str, Any]) -> None:
@@ -266,16 +174,6 @@ def test_rescaling_leaves_a_learned_variance_and_a_constant_alone() -> None:
 
 
 # Dynamic thresholding
-
-
-def limited(fraction: float) -> Limit:
-    """Saharia et al. 2022, section 2.3."""
-
-    def limit(x0: np.ndarray) -> np.ndarray:
-        s = np.quantile(np.abs(x0).reshape(len(x0), -1), fraction, axis=1).clip(1).reshape(-1, 1, 1, 1)
-        return x0.clip(-s, s) / s
-
-    return limit
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.9, 0.995, 0.999999])
@@ -318,179 +216,6 @@ def test_a_threshold_beside_a_learned_variance_and_without_the_clip() -> None:
         assert_close(ours.sample(SEEDS.tolist(), LABELS), expected)
 
 
-# The gradient of a classifier
-
-
-WEIGHTS = np.random.default_rng(1).standard_normal((3, *SHAPE))
-SCALE = 1.5
-
-
-def softmax_gradient(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-    """A linear classifier of three classes that is surer where there is less noise, by autograd."""
-    assert label is not None and x.requires_grad and x.is_leaf and torch.is_grad_enabled()
-    assert x.dtype == torch.float32 and t.dtype == label.dtype == torch.int64 and t.shape == label.shape == (len(x),)
-    sharpness = 1 / (1 + 0.01 * t)
-    logits = torch.einsum("nchw,kchw->nk", x, torch.tensor(WEIGHTS, dtype=torch.float32)) * sharpness[:, None]
-    chosen = logits.log_softmax(1).gather(1, label[:, None]).sum()
-    return SCALE * torch.autograd.grad(chosen, x)[0]
-
-
-def numpy_softmax_gradient(x: np.ndarray, t: int) -> np.ndarray:
-    sharpness = 1 / (1 + 0.01 * t)
-    logits = np.einsum("nchw,kchw->nk", x, WEIGHTS) * sharpness
-    share = np.exp(logits - logits.max(1, keepdims=True))
-    share /= share.sum(1, keepdims=True)
-    return SCALE * sharpness * (WEIGHTS[LABELS] - np.einsum("nk,kchw->nchw", share, WEIGHTS))
-
-
-def plain(x: Any, t: Any) -> Any:
-    cosine = torch.cos if isinstance(x, Tensor) else np.cos
-    return 0.6 * x + 0.2 * cosine(2 * x + 0.01 * t)
-
-
-def plain_network(second: float | None = None, **options: Any) -> Formula:
-    def formula(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        out = plain(x, t)
-        return out if second is None else torch.cat([out, second * x], 1)
-
-    return Formula(formula, image_size=4, **({"num_classes": 3} | options))
-
-
-@pytest.mark.parametrize("options", METHODS, ids=name_of)
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_classifier_guidance(prediction: Any, options: dict[str, Any]) -> None:
-    ours = sampler(plain_network(), DiffusionConfig(prediction=prediction), cond_fn=softmax_gradient, **options)
-    images = ours.sample(SEEDS.tolist(), LABELS)
-    given: dict[str, Any] = {"prediction": prediction, **options}
-    expected = expected_chain(plain, ours.timesteps, gradient=numpy_softmax_gradient, **given)
-    assert_close(images, expected)
-    assert np.abs(expected - expected_chain(plain, ours.timesteps, **given)).max() > 0.05
-    alone = torch.cat([ours.sample([seed], [label]) for seed, label in zip(SEEDS.tolist(), LABELS, strict=True)])
-    torch.testing.assert_close(alone, images, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall", "learned", "learned_range"])
-def test_ancestral_steps_move_by_their_own_variance(variance: Any) -> None:
-    learned = variance.startswith("learned")
-    config = DiffusionConfig(variance=variance, loss="vlb" if learned else "simple")
-    second = -0.3 if learned else None
-    ours = sampler(plain_network(second, learned_variance=learned), config, cond_fn=softmax_gradient)
-    expected = expected_chain(
-        plain, ours.timesteps, gradient=numpy_softmax_gradient, variance=variance,
-        log_variance=(lambda x, t: -0.3 * x) if learned else None,
-    )  # fmt: skip
-    assert_close(ours.sample(SEEDS.tolist(), LABELS), expected)
-
-
-def test_other_methods_leave_a_learned_variance_unread() -> None:
-    config = DiffusionConfig(variance="learned_range", loss="vlb")
-    ours = sampler(plain_network(-0.3, learned_variance=True), config, method="ddim", cond_fn=softmax_gradient)
-    expected = expected_chain(plain, ours.timesteps, gradient=numpy_softmax_gradient, method="ddim")
-    assert_close(ours.sample(SEEDS.tolist(), LABELS), expected)
-
-
-def test_a_network_that_predicts_the_step_before() -> None:
-    """Ancestral steps of it do not go through x_0."""
-    ours = sampler(
-        Formula(lambda x, t, label: 0.95 * x, image_size=4, num_classes=3), DiffusionConfig(prediction="xprev"),
-        cond_fn=softmax_gradient, steps=None, timesteps=range(19, -1, -1),
-    )  # fmt: skip
-    given: dict[str, Any] = {"prediction": "xprev", "gradient": numpy_softmax_gradient}
-    expected = expected_chain(lambda x, t: 0.95 * x, ours.timesteps, **given)
-    assert_close(ours.sample(SEEDS.tolist(), LABELS), expected)
-
-
-@pytest.mark.parametrize("options", METHODS, ids=name_of)
-def test_all_at_once(options: dict[str, Any]) -> None:
-    ours = sampler(
-        uneven_network(), guidance=3.0, guidance_interval=(300, 700), guidance_rescale=0.5, dynamic_threshold=0.9,
-        cond_fn=softmax_gradient, **options,
-    )  # fmt: skip
-    inside, outside = rescaled(0.5, 3.0), of_class(lambda t: 1.0, uneven)
-    expected = expected_chain(
-        lambda x, t: (inside if 300 <= t <= 700 else outside)(x, t), ours.timesteps, limit=limited(0.9),
-        gradient=numpy_softmax_gradient, **options,
-    )  # fmt: skip
-    assert_close(ours.sample(SEEDS.tolist(), LABELS), expected, atol=3e-4)
-
-
-MEAN, DEVIATION, TILT = 0.1, 0.3, 2.0
-
-
-def gaussian(mean: float, **options: Any) -> Sampler:
-    """The exact network of data from N(mean, DEVIATION^2)."""
-    bar = torch.tensor(np.cumprod(1 - oracle.betas("linear", 1000)))
-
-    def exact_eps(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        signal, noise = bar[t].sqrt(), 1 - bar[t]
-        return (noise.sqrt() * (x.double() - signal * mean) / (bar[t] * DEVIATION**2 + noise)).float()
-
-    return sampler(Formula(exact_eps, image_size=4), DiffusionConfig(clip_x0=False), **options)
-
-
-def tilt(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-    """The gradient of log p(y | x_t) for log p(y | x_0) = TILT x_0 + constant: TILT dE[x_0 | x_t] / dx_t."""
-    bar = torch.tensor(np.cumprod(1 - oracle.betas("linear", 1000)))[t].reshape(-1, 1, 1, 1)
-    return (TILT * bar.sqrt() * DEVIATION**2 / (bar * DEVIATION**2 + 1 - bar)).float().expand_as(x)
-
-
-@pytest.mark.parametrize("options", METHODS[1:], ids=name_of)
-def test_a_tilted_gaussian_is_a_gaussian(options: dict[str, Any]) -> None:
-    """N(m, s^2) exp(a x_0) is N(m + a s^2, s^2): guided chains of the one are the chains of the other."""
-    guided, other = gaussian(MEAN, cond_fn=tilt, **options), gaussian(MEAN + TILT * DEVIATION**2, **options)
-    torch.testing.assert_close(guided.sample(range(4)), other.sample(range(4)), rtol=0, atol=1e-4)
-
-
-def test_ancestral_steps_of_a_tilted_gaussian() -> None:
-    """To first order in the step: of all 1000 steps, the images of a seed move by a s^2."""
-    guided, before = (gaussian(MEAN, steps=1000, cond_fn=fn).sample(range(16)) for fn in (tilt, None))
-    inside = (guided.abs() < 1) & (before.abs() < 1)
-    moved = (guided - before)[inside]
-    assert inside.float().mean() > 0.9 and (moved - TILT * DEVIATION**2).abs().max() < 0.01
-
-
-def test_a_classifier_of_a_network_without_classes() -> None:
-    """Labels are then the classifier's alone, and may be left out."""
-    ours = sampler(plain_network(num_classes=0), cond_fn=softmax_gradient)
-    expected = expected_chain(plain, ours.timesteps, gradient=numpy_softmax_gradient)
-    assert_close(ours.sample(SEEDS.tolist(), LABELS), expected)
-    without = sampler(plain_network(num_classes=0), cond_fn=lambda x, t, label: 0 * x if label is None else x)
-    plainly = sampler(plain_network(num_classes=0)).sample([5])
-    for labels in (None, [7], None):  # in turn, also where a chain was kept
-        assert torch.equal(without.sample([5], labels), plainly) == (labels is None)
-
-
-def test_the_classifier_gets_copies_in_any_mode() -> None:
-    def careless(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        assert label is not None
-        gradient = softmax_gradient(x, t, label)
-        x.detach().zero_()
-        t.zero_()
-        label.zero_()
-        return gradient
-
-    ours, other = (sampler(plain_network(), method="ddim", cond_fn=fn) for fn in (careless, softmax_gradient))
-    expected = other.sample(SEEDS.tolist(), LABELS)
-    assert torch.equal(ours.sample(SEEDS.tolist(), LABELS), expected) and not expected.requires_grad
-    with torch.inference_mode():
-        assert torch.equal(other.sample(SEEDS.tolist(), LABELS), expected)
-        latents(other, SEEDS.tolist(), LABELS, [2])
-    with torch.autocast("cpu"):
-        assert torch.equal(other.sample(SEEDS.tolist(), LABELS), expected)
-
-
-def test_inpainting_is_guided() -> None:
-    """Where nothing is known it is `sample`; known pixels stay."""
-    ours = sampler(plain_network(), cond_fn=softmax_gradient, dynamic_threshold=0.9)
-    images, known = np.full((2, *SHAPE), 99, np.uint8), np.zeros((4, 4), bool)
-    free = inpaint(ours, images, known, SEEDS.tolist(), LABELS).images
-    drawn = (ours.sample(SEEDS.tolist(), LABELS).numpy() + 1) * 127.5
-    assert np.abs(free - drawn).max() <= 0.51
-    known[:2] = True
-    half = inpaint(ours, images, known, SEEDS.tolist(), LABELS, jump_length=2, resamplings=2).images
-    assert (half[:, :, :2] == 99).all() and (half[:, :, 2:] != 99).any()
-
-
 # What a sampler says of itself
 
 
@@ -515,7 +240,7 @@ def test_settings() -> None:
     said = json.loads(json.dumps(sampler(ours.network, guidance=2.0, **options).settings()))
     assert {name: said.pop(name) for name in options} == {
         "guidance_interval": [5, 700], "guidance_rescale": 0.5, "dynamic_threshold": 0.99,
-        "cond_fn": f"{__name__}.softmax_gradient",
+        "cond_fn": "helpers.guided_chains.softmax_gradient",
     }  # fmt: skip
     assert said == ours.settings()
 
