@@ -118,6 +118,7 @@ def test_shuffled_digits_keep_their_pixels(judge: Any) -> None:
     assert digits.noise_images(judge, 600)["shuffled_digits"].shape == (600, 1, 16, 16)
 
 
+@pytest.mark.slow
 def test_temperature_recovers_a_known_one(rng: np.random.Generator) -> None:
     logits = rng.normal(size=(8000, 10)) * 2
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)  # drawn from softmax(logits)

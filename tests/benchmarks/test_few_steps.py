@@ -17,6 +17,7 @@ def scorer() -> Scorer:
     return Scorer(16, seeds=(0,), epochs=1)
 
 
+@pytest.mark.slow
 def test_a_row_is_the_score_of_the_samplers_images(scorer: Scorer) -> None:
     """Two noise keys, whose images are scored one by one here."""
     from digits import score

@@ -54,6 +54,7 @@ def test_images_come_back_as_arrays(run: Path, file: Path, tmp_path: Path, capsy
         np.testing.assert_array_equal(arrays["labels"], expected.labels[:5])
 
 
+@pytest.mark.slow
 def test_images_come_back_as_pictures_and_go_in_as_arrays(
     run: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

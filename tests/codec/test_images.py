@@ -86,6 +86,7 @@ def coded(sampler: Sampler, images: np.ndarray, labels: np.ndarray | None = None
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variance", "steps", "timesteps", "num"),
     [slow("fixedsmall", 30, 1000, 300), ("fixedlarge", 30, 1000, 300), slow("fixedsmall", None, 60, 200)],

@@ -293,6 +293,7 @@ def test_resume_refuses_another_model_and_continues_with_other_steps(
     assert not (tmp_path / "runs" / "mnist-2").exists()
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_preset_and_fewer_steps_than_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

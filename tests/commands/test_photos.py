@@ -184,6 +184,7 @@ def test_the_options_of_the_command_line_come_first(home: Path) -> None:
     assert (options.background, options.resize, options.allow_bad) == ("black", "lanczos", 0.2)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_as_it_was_chosen(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_folder(photographs(), home / "photos")
     common = [*QUICK, "--data", "photos", "--batch", "2", "--dropout", "0.1"]
@@ -296,6 +297,7 @@ def test_inspect_proposes_the_same_line(home: Path, capsys: pytest.CaptureFixtur
     assert shlex.join(["--data", str(source)]) in json.loads(capsys.readouterr().out)["training"][0]
 
 
+@pytest.mark.slow
 def test_evaluation_reads_them_with_the_same_options(home: Path) -> None:
     source = str(as_folder(photographs(), home / "photos"))
     train.main([*QUICK, "--data", source, "--steps", "1", "--timesteps", "5", "--sample.steps", "5"])

@@ -117,6 +117,7 @@ def test_only_runs_of_the_preset_if_one_is_given(home: Path, capsys: pytest.Capt
         train.main(["--resume", "--preset", "lsun256"])
 
 
+@pytest.mark.slow
 def test_a_damaged_log_stops_no_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main([*TINY, "--steps", "2"])
     run = home / "runs" / "mnist"

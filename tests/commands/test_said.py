@@ -389,6 +389,7 @@ def test_an_animation_that_cannot_be_written_is_refused_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_override_is_recorded_and_marked(tmp_path: Path) -> None:
     from fastddpm.training.environment import changes
 

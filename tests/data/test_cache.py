@@ -312,6 +312,7 @@ def test_an_entry_that_appears_meanwhile_does_no_harm(
     assert len(entries(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_writers_that_finish_together_share_one_entry(load: Load, tmp_path: Path) -> None:
     """None falls back to memory, for no other process takes away what it has written, and no copies stay behind."""
     together = threading.Barrier(4)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from helpers.packs import numbered, packed
 
@@ -14,6 +15,7 @@ from fastddpm.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_training_from_a_pack_is_training_from_an_array(tmp_path: Path) -> None:
     """Bit for bit; with a resume in the middle of an epoch, from a pack, of what was trained from an array."""
     pixels, labels = numbered(103), [i % 7 for i in range(103)]

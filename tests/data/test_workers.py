@@ -165,6 +165,7 @@ def test_a_worker_that_cannot_start_is_named(pack: Pack, monkeypatch: pytest.Mon
         batches.at(0)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_named_and_stopped(pack: Pack) -> None:
     batches = Batches(pack.dataset(), BATCH, SEED, CPU, workers=2)
     batches.at(0)
@@ -206,6 +207,7 @@ def test_a_damaged_image_is_an_error_of_its_own_step(tmp_path: Path) -> None:
             np.testing.assert_array_equal(batches.at(step + 1)[0].numpy(), PIXELS[expected(step + 1)])
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_their_process(pack: Pack) -> None:
     """The training process may end, raise, or be killed."""
     program = (

@@ -67,6 +67,7 @@ def whole(run: Path, home: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_one_command_measures_everything(whole: Path, run: Path) -> None:
     found = document(whole)
     assert set(found["train"]) == SCORES | {"bpd", "rate-distortion"}
@@ -361,6 +362,7 @@ def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: P
     ]
 
 
+@pytest.mark.slow
 def test_statistics_are_written_and_compared_with(
     whole: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

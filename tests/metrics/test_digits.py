@@ -36,6 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "EPOCHS", 1)
 
 
+@pytest.mark.slow
 def test_the_feature_network(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features of two nets side by side, each of a total variance of 1 on its digits; their mean probabilities."""
     monkeypatch.setattr(digits, "SEEDS", (0, 1))

@@ -133,6 +133,7 @@ def test_the_layout_is_that_of_the_published_file(weights: Path) -> None:
     assert 0 < 95_628_359 - bytes_of_tensors < 200_000
 
 
+@pytest.mark.slow
 def test_folding_changes_nothing_and_logits_have_no_bias(weights: Path) -> None:
     plain = inception.InceptionV3().eval()
     plain.load_state_dict(torch.load(weights, weights_only=True))
@@ -149,6 +150,7 @@ def test_folding_changes_nothing_and_logits_have_no_bias(weights: Path) -> None:
     torch.testing.assert_close(logits, found.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_weights_are_not_called_inception(weights: Path, tmp_path: Path) -> None:
     checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
     network = open_network(str(weights), image_size=32)

@@ -61,7 +61,7 @@ def noise_at(timestep: int) -> np.ndarray:
 
 @pytest.mark.parametrize("chain", with_large(CHAINS, "all"))
 @pytest.mark.parametrize("clip", with_large([0.0, 1.0], 0.0))
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", with_large(VARIANCES, "fixedsmall", "learned"))
 @pytest.mark.parametrize("prediction", with_large(PREDICTIONS, *PREDICTIONS[1:]))  # rows of the table, no more
 def test_ancestral(
     prediction: str, variance: str, clip: float, chain: str, rng: np.random.Generator, device: torch.device
@@ -137,7 +137,7 @@ def test_ddim(
 @pytest.mark.parametrize("chain", with_large(CHAINS, "all"))
 @pytest.mark.parametrize("method", ["dpm2m", "dpm2m-sde"])
 @pytest.mark.parametrize("clip", with_large([0.0, 1.0], 0.0))
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", with_large(PREDICTIONS, *PREDICTIONS[1:]))  # rows of the table, no more
 def test_dpm_solver(
     prediction: str, clip: float, method: str, chain: str, rng: np.random.Generator, device: torch.device
 ) -> None:

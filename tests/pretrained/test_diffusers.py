@@ -131,6 +131,7 @@ def test_classes_equal_diffusers(tmp_path: Path) -> None:
         assert relative(model.unet(x, t, label), theirs(x, t, class_labels=label).sample) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variance", "prediction", "backend", "bound"),
     [

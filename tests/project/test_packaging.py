@@ -384,6 +384,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [package["metadata"] for package in json.loads(report.read_text())["install"]]
 
 
+@pytest.mark.slow
 def test_an_install_changes_no_package_of_the_environment(resolved: list[dict[str, Any]]) -> None:
     """Whatever versions are here, from the lowest on: the resolver would install fastddpm and nothing else."""
     assert [package["name"] for package in resolved] == ["fastddpm"]

@@ -42,6 +42,7 @@ def complete(trainer: Trainer, run: Path, *, resume: bool = False) -> None:
 # R1 and R2: killed or signalled, and resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [4, slow(6)])
 def test_a_signal_inside_the_writing_of_a_checkpoint_waits_for_it(at: int, tmp_path: Path) -> None:
     preset = tiny_preset(steps=6, save_every=2, log_every=1)
@@ -85,6 +86,7 @@ def test_sigusr1_saves_and_goes_on(tmp_path: Path) -> None:
     assert digest(whole_state(trainer)) == digest(whole_state(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("torchrun", "pause_s"), [(False, 0.0), (True, 2.1)])
 def test_the_second_signal_ends_the_process_at_once(torchrun: bool, pause_s: float) -> None:
     """Under torchrun a signal may come twice, from it and from whoever sent it to all processes."""

@@ -62,6 +62,7 @@ def curves(group: ProcessGroup, ways: dict[str, dict[str, Any]]) -> dict[str, An
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "names"),
     [(2, ["ddp-accumulate", "fsdp"]), slow(2, ["ddp", "ddp-bf16", "paper"]), slow(4, ["ddp-accumulate", "paper"])],
@@ -120,6 +121,7 @@ def whole_and_parts(group: ProcessGroup, options: dict[str, Any], directory: Pat
     return [(digest(s), log_digest(directory / n)) for s, n in ((whole, "whole"), (parts, "parts"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "kind"), [(2, "ddp"), slow(4, "ddp"), slow(2, "fsdp")])
 def test_resume_is_bit_exact(tmp_path: Path, count: int, kind: str) -> None:
     for whole, parts in team.values(count, team.grouped, whole_and_parts, {"parallel": kind}, tmp_path):

@@ -39,6 +39,7 @@ def with_fault(group: ProcessGroup, run: Path, fault: str, kind: str) -> None:
     train(group, tiny_preset(save_every=1, parallel=kind), run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "kind"), [("killed", "ddp"), slow("hung", "ddp"), slow("killed", "fsdp")])
 def test_the_others_stop_when_a_process_is_lost(tmp_path: Path, fault: str, kind: str) -> None:
     run = tmp_path / "run"
@@ -127,6 +128,7 @@ def signalled(group: ProcessGroup, run: Path) -> tuple[int, str]:
     return 0, ""
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for one in team.run(2, team.grouped, signalled, run):
