@@ -200,7 +200,9 @@ class UNet(nn.Module):
         self.time2 = _linear(time_channels, time_channels)
         self.label: nn.Embedding | None = None
         if config.num_classes:
-            self.label = nn.Embedding(config.num_classes + (config.label_dropout > 0), time_channels)
+            rows = torch.empty(config.num_classes + (config.label_dropout > 0), time_channels)
+            # On the meta device a draw from the normal distribution would import torch's compiler: 2 seconds.
+            self.label = nn.Embedding.from_pretrained(rows if rows.is_meta else nn.init.normal_(rows), freeze=False)
         self.conv_in = Conv3x3(config.image_channels, width)
 
         channels, size, layer = width, config.image_size, 0

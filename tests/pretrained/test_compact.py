@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,14 @@ def test_the_digits_model_draws_the_images_that_are_kept() -> None:
         expected = kept["images"].astype(int)
     assert expected.shape == (4, 1, 16, 16) and expected.std() > 60  # digits, not noise and not empty
     assert np.abs(to_uint8(images).astype(int) - expected).max() <= 1
+
+
+def test_drawing_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """torch.compile's modules take seconds to import, and drawing uses none of them."""
+    arguments = ["digits", "--seeds", "0", "--steps", "1", "--out", str(tmp_path / "one")]
+    program = f"import sys; from fastddpm.sample import main; main({arguments}); print('torch._dynamo' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert (tmp_path / "one" / "samples.png").is_file() and out.splitlines()[-1] == "False"
 
 
 def test_the_digits_model_is_small_and_tells_how_it_was_made() -> None:
