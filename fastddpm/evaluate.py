@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> None:
     with distributed.process_group(group, timeout_s=7 * 24 * 3600):
         device = choose_device(command.device, distributed.local_rank())
         with announced(f"reading {command.checkpoint}", report):
-            opened = command.chain.open(command.checkpoint, device, command.batch)
+            opened = command.chain.open(command.checkpoint, device, command.batch, report)
         features = _features(command, metrics, opened[0], report)
         if features is None:
             metrics = [metric for metric in metrics if metric not in QUALITY_METRICS]

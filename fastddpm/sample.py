@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
 
     device = choose_device(command.device, distributed.local_rank())
     with announced(f"reading {command.checkpoint}", report):
-        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
+        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch, report)
     image_seeds(seeds)
     classes = sampler.labels_for(seeds, labels)
     report_notes(model, report)

@@ -1,5 +1,6 @@
 """Guidance: classifier-free, by the gradient of a classifier, and what keeps a strong one in range."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +92,10 @@ class Guidance:
         if self.dynamic_threshold is not None:
             found["dynamic_threshold"] = float(self.dynamic_threshold)
         if self.cond_fn is not None:
-            named = self.cond_fn if hasattr(self.cond_fn, "__qualname__") else type(self.cond_fn)
+            function: Any = self.cond_fn
+            while isinstance(function, functools.partial):
+                function = function.func
+            named = function if hasattr(function, "__qualname__") else type(function)
             found["cond_fn"] = f"{named.__module__}.{named.__qualname__}"
         return found
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,8 +61,11 @@ class ChainOptions:
             given.setdefault("eta", 0.0)  # a run's eta is of its ddim
         return given
 
-    def sampler(self, model: "Model") -> "Sampler":
-        """Return a sampler of `model` with these options. Raises `UsageError` for values out of range."""
+    def sampler(self, model: "Model", report: Callable[[str], None] = log) -> "Sampler":
+        """Return a sampler of `model` with these options; `report` gets notes on them.
+
+        Raises `UsageError` for values out of range.
+        """
         from .sampler import Sampler
 
         config = dataclasses.replace(model.preset.sample, **self._given())
@@ -72,18 +76,26 @@ class ChainOptions:
                 spacing=config.spacing, **config.guidance_options(), seed=self.noise_seed, engine=self.engine,
             )  # fmt: skip
         for warning in said:
-            log(f"note: {warning.message}")
+            report(f"note: {warning.message}")
+        if config.guidance == 1:
+            given = {"--guidance-interval": self.guidance_interval, "--guidance-rescale": self.guidance_rescale}
+            idle = [name for name, value in given.items() if value]
+            if idle:
+                report(f"note: {' and '.join(idle)} without effect, because guidance 1 means none; add --guidance 2")
         return sampler
 
-    def open(self, checkpoint: Path, device: "torch.device", batch: int | None) -> "tuple[Model, Sampler, int]":
+    def open(
+        self, checkpoint: Path, device: "torch.device", batch: int | None, report: Callable[[str], None] = log
+    ) -> "tuple[Model, Sampler, int]":
         """Load the model at `checkpoint` onto `device`; return it, its sampler and the batch size.
 
         `batch`: images evaluated at once. None: as many as memory holds, at most 512 on a GPU and 64 on a CPU.
+        `report` gets notes on the options.
         """
         from fastddpm.pretrained import load
 
         from . import batch_size
 
         model = load(checkpoint, device)
-        sampler = self.sampler(model)
+        sampler = self.sampler(model, report)
         return model, sampler, batch or batch_size.choose(sampler.probe, model.unet.config, device)

@@ -215,6 +215,15 @@ def test_ddim_and_fewer_steps(run: Path, tmp_path: Path) -> None:
     assert (first != np.load(tmp_path / "samples.npz")["images"]).any()
 
 
+def test_guidance_options_without_effect_are_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--guidance", "1", "--guidance-interval", "0", "10", "--guidance-rescale", "0.5"]
+    sample.main([str(run), "--seeds", "0", "--steps", "2", *options, "--out", str(tmp_path)])
+    expected = "note: --guidance-interval and --guidance-rescale without effect, because guidance 1 means none"
+    assert expected in capsys.readouterr().err
+
+
 def test_dpm_solver_and_spacing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command's images are the sampler's, of as many steps as there are different timesteps."""
     options = ["--method", "dpm2m-sde", "--steps", "12", "--spacing", "logsnr", "--guidance", "1"]

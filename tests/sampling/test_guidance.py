@@ -1,5 +1,6 @@
 """Guidance against its formulas in float64: interval, rescaling, dynamic thresholding; settings and refusals."""
 
+import functools
 import json
 import pickle
 from collections.abc import Callable
@@ -245,12 +246,13 @@ def test_settings() -> None:
     assert said == ours.settings()
 
 
-def test_a_classifier_that_is_an_object_is_named_by_its_class() -> None:
+def test_a_classifier_that_is_an_object_is_named_by_its_class_also_in_a_partial() -> None:
     class Classifier:
         def __call__(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
             return x
 
-    assert sampler(plain_network(), cond_fn=Classifier()).settings()["cond_fn"].endswith("<locals>.Classifier")
+    for cond_fn in (Classifier(), functools.partial(Classifier(), label=None)):
+        assert sampler(plain_network(), cond_fn=cond_fn).settings()["cond_fn"].endswith("<locals>.Classifier")
 
 
 def test_copies_are_guided_alike() -> None:
