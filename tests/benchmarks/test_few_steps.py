@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from digits import Scorer
+from helpers.networks import SMALL, random_model
 
 import fastddpm
 
@@ -23,12 +24,13 @@ def test_a_row_is_the_score_of_the_samplers_images(scorer: Scorer) -> None:
     from digits import score
 
     model = fastddpm.load("digits")
-    row = few_steps.measure(model, scorer, "dpm2m", "logsnr", 4, 20, 2)
+    guidance = model.preset.sample.guidance
+    row = few_steps.measure(model, few_steps.of_digits(scorer, 20), "dpm2m:logsnr", 4, 20, 2, guidance=guidance)
     assert (row["steps"], row["evaluations"]) == (4, 4) and row["seconds"] > 0
     labels, found = [seed % 10 for seed in range(20)], []
     for key in range(2):
         sampler = fastddpm.Sampler(
-            model.unet, model.diffusion, 4, "dpm2m", spacing="logsnr", guidance=model.preset.sample.guidance, seed=key
+            model.unet, model.diffusion, 4, "dpm2m", spacing="logsnr", guidance=guidance, seed=key
         )
         levels = ((sampler.sample(range(20), labels) + 1) * 127.5).round().to(torch.uint8).numpy()
         found.append(score(levels, np.array(labels), scorer)["sets"]["samples"]["classifier_frechet_distance"])
@@ -39,12 +41,65 @@ def test_a_row_is_the_score_of_the_samplers_images(scorer: Scorer) -> None:
 def test_the_command_writes_rows_and_a_picture(scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(few_steps, "Scorer", lambda size: scorer)
-    monkeypatch.setattr(few_steps, "CHAINS", [("ancestral", "even"), ("dpm2m", "logsnr")])
     out, picture = tmp_path / "few.json", tmp_path / "few.png"
-    arguments = ["--steps", "2", "3", "--images", "20", "--rounds", "1", "--out", str(out), "--plot", str(picture)]
+    arguments = [
+        "--chains",
+        "ancestral:even",
+        "dpm2m:logsnr",
+        "--steps",
+        "2",
+        "3",
+        "--images",
+        "20",
+        "--reference",
+        "3",
+        "--rounds",
+        "1",
+        "--out",
+        str(out),
+        "--plot",
+        str(picture),
+    ]
     assert few_steps.main(arguments) == 0
     document = json.loads(out.read_text())
     assert [(row["method"], row["evaluations"]) for row in document["rows"]] == [
         ("ancestral", 2), ("ancestral", 3), ("dpm2m", 2), ("dpm2m", 3),
     ]  # fmt: skip
+    assert [row["distance"] > 0.01 for row in document["rows"]] == [True] * 4
     assert document["rows"][0]["recall_sd"] is None and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_distance_is_from_the_solution_of_the_same_guidance_and_clipping(scorer: Scorer) -> None:
+    """Even steps of dpm2m, as many as the reference's, are the reference."""
+    model = fastddpm.load("digits")
+    judge = few_steps.of_digits(scorer, 4)
+    for clip in (True, False):
+        references = few_steps.solutions(model, 3, 4, 1, 1.5, clip)
+        row = few_steps.measure(model, judge, "dpm2m:even", 3, 4, 1, guidance=1.5, clip=clip, references=references)
+        other = few_steps.measure(model, judge, "dpm2m:even", 3, 4, 1, guidance=2.0, clip=clip, references=references)
+        assert row["distance"] == 0 < other["distance"]
+
+
+@pytest.mark.parametrize("method", ["ancestral", "ddim", "dpm2m", "dpm2m-sde"])
+def test_the_peers_take_the_same_timesteps(method: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    import few_steps_peers
+
+    model = random_model(SMALL)
+    model.save_pretrained(tmp_path / "pipeline")
+    theirs = few_steps_peers.scheduler(method, tmp_path / "pipeline" / "scheduler")
+    theirs.set_timesteps(7)
+    ours = fastddpm.Sampler(model.unet, model.diffusion, 7, method, spacing=few_steps_peers.SPACINGS[method])
+    assert theirs.timesteps.tolist() == ours.timesteps.tolist()
+
+
+@pytest.mark.slow
+def test_the_peers_are_timed(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    import few_steps_peers
+
+    out = tmp_path / "peers.json"
+    arguments = ["--steps", "1", "2", "--methods", "dpm2m", "--batch", "1", "--rounds", "1", "--out", str(out)]
+    assert few_steps_peers.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["steps"] for row in rows] == [1, 2] and all(row["seconds"].keys() > {"fastddpm"} for row in rows)
