@@ -10,7 +10,8 @@ digits of that number are the floor. For other images it is the kernel distance,
 EfficientNet-Lite0 and those of 2,000 images of `--data`; it has no floor but 0. `evaluations`: steps that are left of
 those asked for, as a spacing may name a timestep twice; guidance doubles them for the network. `seconds`: of drawing,
 medians over the rounds. With `--reference N` a row also has `distance`, the root mean square difference of its images
-from those of N even steps of dpm2m, the same model's ODE solved nearly exactly, which a method without noise aims at.
+from those of N even steps of dpm2m, the same model's ODE solved nearly exactly, which a method without noise aims at. A
+chain may also name its timesteps, descending: dpm2m:999,872,476,105,14,0.
 """
 
 import dataclasses
@@ -102,9 +103,10 @@ def measure(
     for key in range(rounds):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `evaluations` tells how many timesteps are left
-            sampler = fastddpm.Sampler(
-                model.unet, diffusion, steps, method, spacing=spacing, guidance=guidance, seed=key
-            )
+            taken: dict[str, Any] = {"steps": steps, "spacing": spacing}
+            if spacing[0].isdecimal():
+                taken = {"timesteps": [int(t) for t in spacing.split(",")]}
+            sampler = fastddpm.Sampler(model.unet, diffusion, method=method, guidance=guidance, seed=key, **taken)
         start = perf_counter()
         drawn = draw(sampler, labels, images)
         seconds.append(perf_counter() - start)
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(rounds=3)
     parser.add_argument("--model", default="digits", help="digits, or what fastddpm.load reads")
     parser.add_argument("--data", help="data set of a model of other images than digits, to compare with")
-    parser.add_argument("--chains", nargs="+", default=CHAINS, help="METHOD:SPACING of each line")
+    parser.add_argument("--chains", nargs="+", default=CHAINS, help="METHOD:SPACING or METHOD:T,T,.. of each line")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
     parser.add_argument("--guidance", type=float, nargs="+", help="default: the model's")
     parser.add_argument("--clip", nargs="+", choices=("on", "off"), default=["on"], help="clip x_0 predictions")
