@@ -108,17 +108,17 @@ def kernels_of(call: Call, chip: str = "sm_90") -> list[Kernel]:
 
     rocm = "0" if CHIPS[chip][0] == "hip" else None
     with (
-        _replaced(module, "launch", record),
-        _replaced(triton_launch, "interpreted", lambda: False),
-        _replaced(torch.version, "hip", rocm),
-        _replaced(module, "chip", lambda device: chip) if hasattr(module, "chip") else contextlib.nullcontext(),
+        replaced(module, "launch", record),
+        replaced(triton_launch, "interpreted", lambda: False),
+        replaced(torch.version, "hip", rocm),
+        replaced(module, "chip", lambda device: chip) if hasattr(module, "chip") else contextlib.nullcontext(),
     ):
         registry.call(module, call.name, call.args)
     return recorded
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(module, name)
     setattr(module, name, value)
     try:

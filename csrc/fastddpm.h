@@ -38,12 +38,13 @@ typedef struct {
 typedef struct {
     const void *x, *skip;              /* (N, C1, H, W), (N, C2, H, W): dtype, layout */
     const void *weight, *bias;         /* (C,): param_dtype; C = C1 + C2 */
-    const void *temb, *scale, *shift;  /* (N, C): param_dtype */
+    const void *temb, *scale, *shift;  /* (N, C): param_dtype; rows of temb are temb_stride apart, 0 for one row */
     void *y;                           /* (N, C, H, W): dtype, layout */
     float *mean, *rstd;                /* (N, G): written forward, read backward */
     fastddpm_key key;                  /* of the dropout mask; read only when dropout > 0 */
     int64_t n, c1, c2, height, width, groups;
     int64_t dropout_stream;            /* Philox stream of the mask */
+    int64_t temb_stride;
     float eps, dropout;
     int32_t silu, layout, dtype, param_dtype;
     /* Backward only. Sums over the batch are left to a fixed order: grad_weight and grad_bias are deterministic. */

@@ -26,7 +26,7 @@ class GroupNormSiLU(ctypes.Structure):
     _fields_ = [
         *_all(_POINTER, "x skip weight bias temb scale shift y mean rstd"),
         ("key", Key),
-        *_all(_INT64, "n c1 c2 height width groups dropout_stream"),
+        *_all(_INT64, "n c1 c2 height width groups dropout_stream temb_stride"),
         *_all(_FLOAT, "eps dropout"),
         *_all(_INT32, "silu layout dtype param_dtype"),
         *_all(_POINTER, "grad grad_x grad_skip grad_weight grad_bias grad_temb grad_scale grad_shift"),

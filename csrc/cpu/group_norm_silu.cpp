@@ -54,7 +54,7 @@ int32_t forward(const NormArgs &p, int32_t threads) {
         for (int64_t task = 0; task < p.n * p.groups; ++task) {
             const int64_t n = task / p.groups, first = task % p.groups * width;
             const Statistics group = statistics_of_group(in, moments + n * in.floats(),
-                                                         temb ? temb + n * channels : nullptr, first, width, p.eps);
+                                                         temb ? temb + n * p.temb_stride : nullptr, first, width, p.eps);
             p.mean[task] = static_cast<float>(group.mean);
             p.rstd[task] = static_cast<float>(group.rstd);
             for (int64_t c = first; c < first + width; ++c) {

@@ -41,7 +41,7 @@ inline Affine norm_affine_of(const NormArgs &p, int64_t n, int64_t c) {
 }
 
 inline double norm_temb_of(const NormArgs &p, int64_t n, int64_t c) {
-    return p.temb == nullptr ? 0.0 : static_cast<const float *>(p.temb)[n * (p.c1 + p.c2) + c];
+    return p.temb == nullptr ? 0.0 : static_cast<const float *>(p.temb)[n * p.temb_stride + c];
 }
 
 // One number per channel for a vector of a run, which is adjacent channels of a pixel or adjacent pixels of a channel.

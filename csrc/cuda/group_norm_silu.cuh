@@ -201,11 +201,37 @@ FASTDDPM_DEVICE Affine affine_of(const Args &a, int64_t n, int c) {
 }
 
 FASTDDPM_DEVICE float embedding_of(const Args &a, int64_t n, int c) {
-    return a.temb ? element(a.temb, n * channels_of(a) + c, a.param_dtype) : 0.0f;
+    return a.temb ? element(a.temb, n * a.temb_stride + c, a.param_dtype) : 0.0f;
 }
 
 // Within 2^-21 of the sigmoid for |y| <= 10, where its derivative matters; 0 or 1 far out; NaN only for NaN.
-FASTDDPM_DEVICE float sigmoid(float y) { return __fdividef(1.0f, 1.0f + __expf(-y)); }
+FASTDDPM_DEVICE float sigmoid(float y) {
+#ifdef FASTDDPM_EMULATE
+    return __fdividef(1.0f, 1.0f + __expf(-y));
+#else
+    // Four instructions: __expf and __fdividef also keep denormal numbers, which no output has digits for.
+    float power, inverse;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y * -1.44269504f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+    return inverse;
+#endif
+}
+
+// Visits a line's vectors in batches whose loads are in flight together: use(i, load(i)) for each vector i.
+template <typename Load, typename Use>
+FASTDDPM_DEVICE void in_flight(const Line &line, Load load_at, Use use) {
+    constexpr int kFlight = 4;
+    int i = line.first;
+    for (; i + (kFlight - 1) * line.step < line.count; i += kFlight * line.step) {
+        decltype(load_at(0)) raw[kFlight];
+#pragma unroll
+        for (int u = 0; u < kFlight; ++u) raw[u] = load_at(i + u * line.step);
+#pragma unroll
+        for (int u = 0; u < kFlight; ++u) use(i + u * line.step, raw[u]);
+    }
+#pragma unroll 1
+    for (; i < line.count; i += line.step) use(i, load_at(i));
+}
 
 struct DropoutKey {
     uint64_t seed;

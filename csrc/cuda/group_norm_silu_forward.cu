@@ -39,25 +39,34 @@ FASTDDPM_DEVICE void apply(const Args &a, const Share &s, const Table &table, Dr
         }
         const auto x = input_cursor<kNhwc, V, T>(a, s, line);
         const auto y = cursor<kNhwc, V, T>(a, s, line, a.y, a.y, channels_of(a));
-#pragma unroll 2
-        for (int i = line.first; i < line.count; i += line.step) {
-            const auto raw = kStash ? stash[line.stash + i * line.stash_step] : load<V>(x.at(i));
-            float v[V];
-            raw.unpack(v);
+        const auto load_at = [&](int i) {
+            if constexpr (kStash) return stash[line.stash + i * line.stash_step];
+            else return load<V>(x.at(i));
+        };
+        // The choices are the call's: made outside of the loop, as two more copies of it.
+        const auto write = [&](auto with_silu, auto with_dropout) {
+            constexpr bool kSilu = decltype(with_silu)::value, kDropout = decltype(with_dropout)::value;
+            in_flight(line, load_at, [&](int i, const Pack<T, V> &raw) {
+                float v[V];
+                raw.unpack(v);
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const int k = kNhwc ? j : 0;
-                v[j] = fmaf(v[j] - centre[k], factor[k], offset[k]);
-                if (silu) v[j] *= sigmoid(v[j]);
-            }
-            if (dropout) {
-                const uint32_t kept =
-                    kept_of_vector<kNhwc, V>(a, key, rule.threshold, pixel_of<kNhwc, V>(s, i), s.c0 + line.c);
+                for (int j = 0; j < V; ++j) {
+                    const int k = kNhwc ? j : 0;
+                    v[j] = fmaf(v[j] - centre[k], factor[k], offset[k]);
+                    if (kDropout ? silu : kSilu) v[j] *= sigmoid(v[j]);
+                }
+                if constexpr (kDropout) {
+                    const uint32_t kept =
+                        kept_of_vector<kNhwc, V>(a, key, rule.threshold, pixel_of<kNhwc, V>(s, i), s.c0 + line.c);
 #pragma unroll
-                for (int j = 0; j < V; ++j) v[j] = kept >> j & 1 ? v[j] * rule.factor : v[j] * 0.0f;
-            }
-            store<V>(y.at(i), v);
-        }
+                    for (int j = 0; j < V; ++j) v[j] = kept >> j & 1 ? v[j] * rule.factor : v[j] * 0.0f;
+                }
+                store<V>(y.at(i), v);
+            });
+        };
+        if (dropout) write(std::true_type{}, std::true_type{});
+        else if (silu) write(std::true_type{}, std::false_type{});
+        else write(std::false_type{}, std::false_type{});
     });
 }
 
@@ -82,15 +91,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     channel_sums<kNhwc, V, 1>(s, scratch, sums, [&](const Line &line, float (&sum)[1][V]) {
         const auto x = input_cursor<kNhwc, V, T>(a, s, line);
-#pragma unroll 4
-        for (int i = line.first; i < line.count; i += line.step) {
-            const auto raw = load<V>(x.at(i));
-            stash[line.stash + i * line.stash_step] = raw;
-            float v[V];
-            raw.unpack(v);
+        in_flight(
+            line, [&](int i) { return load<V>(x.at(i)); },
+            [&](int i, const Pack<T, V> &raw) {
+                stash[line.stash + i * line.stash_step] = raw;
+                float v[V];
+                raw.unpack(v);
 #pragma unroll
-            for (int j = 0; j < V; ++j) sum[0][j] += v[j];
-        }
+                for (int j = 0; j < V; ++j) sum[0][j] += v[j];
+            });
     });
     const float pixels = static_cast<float>(s.pixels), count = pixels * static_cast<float>(per_group);
     for_each_group(
@@ -104,16 +113,17 @@ __global__ void __launch_bounds__(kThreads, 2)
         float centre[kNhwc ? V : 1];
 #pragma unroll
         for (int j = 0; j < (kNhwc ? V : 1); ++j) centre[j] = table.centre[line.c + j];
-#pragma unroll 2
-        for (int i = line.first; i < line.count; i += line.step) {
-            float v[V];
-            stash[line.stash + i * line.stash_step].unpack(v);
+        in_flight(
+            line, [&](int i) { return stash[line.stash + i * line.stash_step]; },
+            [&](int, const Pack<T, V> &raw) {
+                float v[V];
+                raw.unpack(v);
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const float deviation = v[j] - centre[kNhwc ? j : 0];
-                sum[0][j] = fmaf(deviation, deviation, sum[0][j]);
-            }
-        }
+                for (int j = 0; j < V; ++j) {
+                    const float deviation = v[j] - centre[kNhwc ? j : 0];
+                    sum[0][j] = fmaf(deviation, deviation, sum[0][j]);
+                }
+            });
     });
     float *partial = plan.memory + ((s.n * plan.parts + s.part) * a.groups + s.c0 / per_group) * 2;
     for_each_group(

@@ -25,14 +25,19 @@ class NativeCall:
         self.x, self.skip = self.dense(a.x), None if a.skip is None else self.dense(a.skip)
         self.images = None if a.images is None else a.images.contiguous()
         self.parameters = {
-            name: None if parameter is None else parameter.to(parameter_dtype).contiguous()
+            name: None if parameter is None else parameter.to(parameter_dtype)
             for name, parameter in self.given.items()
         }
+        # Rows of temb may be one row, repeated: its channels alone must be adjacent.
+        for name, parameter in self.parameters.items():
+            if parameter is not None and not (name == "temb" and parameter.stride(1) == 1):
+                self.parameters[name] = parameter.contiguous()
+        temb = self.parameters["temb"]
         n, c1, height, width = a.x.shape
         self.args = interface.GroupNormSiLU(
             n=n, c1=c1, c2=a.channels - c1, height=height, width=width, groups=a.groups, eps=a.eps, silu=a.silu,
             dropout=round(a.dropout * 65536) / 65536,  # float32 holds it exactly
-            dropout_stream=STREAM_DROPOUT + 256 * a.layer,
+            dropout_stream=STREAM_DROPOUT + 256 * a.layer, temb_stride=0 if temb is None else temb.stride(0),
             layout=interface.NHWC if self.memory_format == torch.channels_last else interface.NCHW,
             dtype=self.library.dtype_code(a.x.dtype), param_dtype=self.library.dtype_code(parameter_dtype),
         )  # fmt: skip

@@ -7,8 +7,10 @@ from .. import triton_tiles
 from ..triton_launch import ceil_div, next_power_of_2
 
 # Elements of a tile per thread, forward (False) and backward (True), which keeps the gradient besides x.
-_VALUES = {False: 32, True: 16}  # the most that no chip spills
-_FEWER_VALUES = {False: 16, True: 8}  # preferred if there are threads enough
+_VALUES = {False: 32, True: 16}  # preferred for images whole in registers
+_MOST_VALUES = 64  # forward, for large tiles: the most that no chip spills
+_LARGE_TILE = 16384  # elements; in threads of 64 values, two programs share a multiprocessor
+_FEWER_VALUES = {False: 16, True: 8}  # of loops, and backward if there are threads enough
 _MAX_WARPS = 16
 _SECTOR = 32  # bytes: the least that memory moves
 _ROW = 64  # bytes of a pixel that one program takes if the image is not split
@@ -67,7 +69,9 @@ def choose(
 def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool) -> Tile:
     """Return the tile for a shape that has not been measured."""
     enough = _FEW_PROGRAMS if pixels >= _LARGE_IMAGE else 1
-    whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward)
+    whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward, _VALUES[backward])
+    if whole is None and not backward:
+        whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward, _MOST_VALUES)
     if whole is not None and n * ceil_div(groups, whole.groups) >= enough:
         return whole
     if pixels <= _CACHED_IMAGE:
@@ -82,11 +86,11 @@ def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channel
 
 
 def _whole_image(
-    pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool
+    pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool, values: int
 ) -> Tile | None:
     """Return a tile of all pixels by up to 64 bytes of channels; None if the registers lack room for even a sector."""
     block_p = next_power_of_2(pixels)
-    limit = _VALUES[backward] * 32 * _MAX_WARPS // block_p
+    limit = values * 32 * _MAX_WARPS // block_p
     together = _groups_within(max(min(limit, _ROW // num_bytes), next_power_of_2(cpg)), groups, cpg)
     block_c = next_power_of_2(together * cpg)
     if block_c > limit:
@@ -97,7 +101,12 @@ def _whole_image(
     while block_p * block_c < 1024 and together < groups:
         together = min(2 * together, groups)
         block_c = next_power_of_2(together * cpg)
-    warps = next_power_of_2(ceil_div(block_p * block_c, 32 * _FEWER_VALUES[backward]))
+    size = block_p * block_c
+    if backward:
+        values = _FEWER_VALUES[True]
+    else:
+        values = _MOST_VALUES if size >= _LARGE_TILE else _VALUES[False]
+    warps = next_power_of_2(ceil_div(size, 32 * values))
     return Tile(block_p, block_c, together, max(1, min(warps, _MAX_WARPS)), 0)
 
 

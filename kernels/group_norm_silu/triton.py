@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import triton_launch
 from ..philox import STREAM_DROPOUT
-from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
+from ..triton_launch import ceil_div, interpreted, launch, next_power_of_2, unavailable
 from ..triton_tiles import chip
 from . import Arguments, reference, tiles, too_large
 from .triton_backward import (
@@ -39,10 +39,12 @@ class _Call:
         x, groups = a.x, a.groups
         self.memory_format = a.memory_format
         self.x, self.skip = self.dense(x), None if a.skip is None else self.dense(a.skip)
-        self.parameters = [
-            None if parameter is None else parameter.contiguous()
-            for parameter in (a.temb, a.weight, a.bias, a.scale, a.shift)
+        # Rows of temb may be one row, repeated: its channels alone must be adjacent.
+        temb = a.temb if a.temb is None or a.temb.stride(1) == 1 else a.temb.contiguous()
+        others = [
+            None if parameter is None else parameter.contiguous() for parameter in (a.weight, a.bias, a.scale, a.shift)
         ]
+        self.parameters = [temb, *others]
         self.n, self.c1 = x.shape[:2]
         self.channels, self.pixels = a.channels, x.shape[2] * x.shape[3]
         self.c2 = self.channels - self.c1
@@ -53,7 +55,8 @@ class _Call:
         self.blocks = ceil_div(groups, self.tile.groups)
         self.chunk = ceil_div(ceil_div(self.pixels, max(self.tile.chunks, 1)), self.tile.block_p) * self.tile.block_p
         self.chunks = ceil_div(self.pixels, self.chunk)
-        self.sizes = (self.blocks, self.pixels, self.c1, self.c2, groups)
+        temb_stride = 0 if temb is None else temb.stride(0)
+        self.sizes = (self.blocks, self.pixels, self.c1, self.c2, groups, temb_stride)
         self.key = (None if a.images is None else a.images.contiguous(), a.seed, a.step)
         self.dropout = (STREAM_DROPOUT + 256 * a.layer, round(a.dropout * 65536))
         self.shape: dict[str, Any] = {
@@ -64,7 +67,13 @@ class _Call:
         self.flags: dict[str, Any] = {
             "HAS_AFFINE": a.scale is not None, "SILU": a.silu, "DROPOUT": a.dropout > 0,
             "EIGHTS": self.channels % 8 == 0 and self.tile.groups * cpg % 8 == 0 and self.tile.block_c % 8 == 0,
+            "FAST": not interpreted() and torch.version.hip is None,
         }  # fmt: skip
+        used = self.tile.groups * cpg
+        self.even = (
+            self.tile.block_p == self.pixels and self.tile.block_c == used and groups % self.tile.groups == 0
+            and (a.skip is None or self.c1 % used == 0)
+        )  # fmt: skip
 
     def dense(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=self.memory_format)
@@ -91,7 +100,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     if call.tile.chunks == 0:
         call.launch(
             _group_norm_silu_whole_kernel, 1,
-            *inputs, y, mean, rstd, *call.key, *call.sizes, a.eps, *call.dropout, **call.flags,
+            *inputs, y, mean, rstd, *call.key, *call.sizes, a.eps, *call.dropout, EVEN=call.even, **call.flags,
         )  # fmt: skip
         return y, mean, rstd
     partial = None

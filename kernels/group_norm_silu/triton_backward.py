@@ -7,14 +7,23 @@ over the group. Sums over pixels are kept per channel, because the gradients of 
 import triton
 import triton.language as tl
 
-from .triton_forward import dropout_factor, gain_and_offset, group_sums, load_temb, load_tile, of_groups, offsets
+from .triton_forward import (
+    dropout_factor,
+    gain_and_offset,
+    group_sums,
+    load_temb,
+    load_tile,
+    of_groups,
+    offsets,
+    sigmoid_of,
+)
 
 
 @triton.jit
 def _x_hat_and_g(
     grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
     stream, threshold, C: tl.constexpr, NHWC: tl.constexpr,
-    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Return the normalised input, and the gradient before SiLU and dropout, whose input and mask are recomputed."""
     h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
@@ -25,14 +34,14 @@ def _x_hat_and_g(
         g *= dropout_factor(p, c0, c1 + c2, n, images, seed, step, stream, threshold, C, EIGHTS)
     if SILU:
         y = x_hat * gain[None, :] + offset[None, :]
-        sigmoid = 1.0 / (1.0 + tl.exp(-y))
+        sigmoid = sigmoid_of(y, FAST)
         g *= sigmoid * (1.0 + y * (1.0 - sigmoid))
     return x_hat, g
 
 
 @triton.jit
 def _moments(
-    mean, rstd, temb, n, g0, groups, c, c_mask, channels,
+    mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask,
     GB: tl.constexpr, CPG: tl.constexpr, C: tl.constexpr, G: tl.constexpr, HAS_TEMB: tl.constexpr,
 ):  # fmt: skip
     """Return the number subtracted from x and the factor of the difference, both (C,)."""
@@ -41,7 +50,7 @@ def _moments(
     mean_c = of_groups(tl.load(mean + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
     rstd_c = of_groups(tl.load(rstd + n * groups + g0 + g, g_mask, 0.0), C, CPG, G)
     if HAS_TEMB:
-        mean_c -= load_temb(temb, n, c, c_mask, channels)
+        mean_c -= load_temb(temb, n, c, c_mask, temb_stride)
     return mean_c, rstd_c
 
 
@@ -78,10 +87,10 @@ def _store_parameters(
 def _group_norm_silu_backward_whole_kernel(
     grad, x, skip, temb, weight, bias, scale, shift, mean, rstd, images, seed, step,
     grad_x, grad_skip, grad_temb, grad_scale, grad_shift, parts,
-    blocks, pixels, c1, c2, groups, stream, threshold,
+    blocks, pixels, c1, c2, groups, temb_stride, stream, threshold,
     CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
-    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients of GB groups of one image, all pixels at once; grid (N x blocks of groups,)."""
     n, g0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * GB
@@ -89,11 +98,13 @@ def _group_norm_silu_backward_whole_kernel(
     p, c = tl.arange(0, P), c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
     mask = (p < pixels)[:, None] & c_mask[None, :]
-    mean_c, rstd_c = _moments(mean, rstd, temb, n, g0, groups, c, c_mask, channels, GB, CPG, C, G, HAS_TEMB)
+    mean_c, rstd_c = _moments(
+        mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB
+    )
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
     x_hat, g = _x_hat_and_g(
         grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
-        stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+        stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST,
     )  # fmt: skip
     grad_gain, grad_offset = tl.sum(g * x_hat, axis=0), tl.sum(g, axis=0)
     _store_parameters(
@@ -113,7 +124,7 @@ def _group_norm_silu_backward_whole_kernel(
 def _chunk_sums(
     grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, piece, chunk, c0, c, c_mask, pixels, c1, c2,
     stream, threshold, P: tl.constexpr, C: tl.constexpr, NHWC: tl.constexpr,
-    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of g x_hat and of g over one chunk of pixels, per channel: both (C,)."""
     grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
@@ -123,7 +134,7 @@ def _chunk_sums(
         mask = (p < end)[:, None] & c_mask[None, :]
         x_hat, g = _x_hat_and_g(
             grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
-            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST,
         )  # fmt: skip
         grad_gain += tl.sum(g * x_hat, axis=0)
         grad_offset += tl.sum(g, axis=0)
@@ -133,10 +144,10 @@ def _chunk_sums(
 @triton.jit
 def _group_norm_silu_backward_sums_kernel(
     grad, x, skip, temb, weight, bias, scale, shift, mean, rstd, images, seed, step, sums,
-    blocks, pixels, c1, c2, groups, chunk, stream, threshold,
+    blocks, pixels, c1, c2, groups, temb_stride, chunk, stream, threshold,
     CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
-    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Store `_chunk_sums` in sums, float32 (2, N, chunks, channels); grid (N x blocks, chunks)."""
     n, piece, g0 = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * GB
@@ -144,11 +155,13 @@ def _group_norm_silu_backward_sums_kernel(
     channels, c0 = c1 + c2, g0 * CPG
     c = c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
-    mean_c, rstd_c = _moments(mean, rstd, temb, n, g0, groups, c, c_mask, channels, GB, CPG, C, G, HAS_TEMB)
+    mean_c, rstd_c = _moments(
+        mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB
+    )
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
     grad_gain, grad_offset = _chunk_sums(
         grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, piece, chunk, c0, c, c_mask, pixels,
-        c1, c2, stream, threshold, P, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+        c1, c2, stream, threshold, P, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST,
     )  # fmt: skip
     at = (n.to(tl.int64) * chunks + piece) * channels + c
     tl.store(sums + at, grad_gain, c_mask)
@@ -159,10 +172,10 @@ def _group_norm_silu_backward_sums_kernel(
 def _group_norm_silu_backward_apply_kernel(
     grad, x, skip, temb, weight, bias, scale, shift, mean, rstd, images, seed, step, sums,
     grad_x, grad_skip, temb_sums, grad_scale, grad_shift, parts,
-    blocks, pixels, c1, c2, groups, chunk, stream, threshold,
+    blocks, pixels, c1, c2, groups, temb_stride, chunk, stream, threshold,
     CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
-    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Compute dx of one chunk; grid (N x blocks, chunks). temb_sums: (N, chunks, channels), the sums of dx per chunk.
 
@@ -173,12 +186,14 @@ def _group_norm_silu_backward_apply_kernel(
     channels, c0 = c1 + c2, g0 * CPG
     c = c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
-    mean_c, rstd_c = _moments(mean, rstd, temb, n, g0, groups, c, c_mask, channels, GB, CPG, C, G, HAS_TEMB)
+    mean_c, rstd_c = _moments(
+        mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB
+    )
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
     if sums is None:
         grad_gain, grad_offset = _chunk_sums(
             grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, piece, chunk, c0, c, c_mask, pixels,
-            c1, c2, stream, threshold, P, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+            c1, c2, stream, threshold, P, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST,
         )  # fmt: skip
     else:
         grad_gain, grad_offset = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
@@ -200,7 +215,7 @@ def _group_norm_silu_backward_apply_kernel(
         mask = (p < end)[:, None] & c_mask[None, :]
         x_hat, g = _x_hat_and_g(
             grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
-            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS,
+            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST,
         )  # fmt: skip
         dx = (g * gain[None, :] - u_mean[None, :] - x_hat * ux_mean[None, :]) * rstd_c[None, :]
         if HAS_TEMB:
