@@ -21,6 +21,7 @@ STRUCTURES = {
     "fastddpm_conv_args": interface.Conv,
     "fastddpm_norm_affine_args": interface.NormAffine,
     "fastddpm_digest_args": interface.Digest,
+    "fastddpm_crc32c_args": interface.Crc32c,
 }
 
 
