@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
+from fastddpm.unet import AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
 
 
 class PlainUNet(torch.nn.Module):
@@ -44,7 +44,7 @@ def _conv(layer: torch.nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _norm(norm: GroupNormSiLU, x: Tensor) -> Tensor:
-    return F.group_norm(x, norm.groups, norm.weight, norm.bias, GROUP_NORM_EPS)
+    return F.group_norm(x, norm.groups, norm.weight, norm.bias, norm.eps)
 
 
 def _res_block(block: ResBlock, x: Tensor, temb: Tensor) -> Tensor:

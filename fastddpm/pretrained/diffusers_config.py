@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastddpm.config import DiffusionConfig, Preset, UNetConfig
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import DataError, UsageError, refuse
 
 VERSION = "0.42.1"  # the version of diffusers that these fields and defaults are from
 
@@ -143,13 +143,17 @@ def read_scheduler(data: Any, where: str) -> DiffusionConfig:
 
 
 def write_unet(config: UNetConfig) -> dict[str, Any]:
-    """Convert our network's configuration to a complete UNet2DModel configuration."""
-    attends = [config.image_size >> i in config.attention_resolutions for i in range(len(config.multipliers))]
+    """Convert our network's configuration to a complete UNet2DModel configuration.
+
+    Raises `UsageError`, naming each option, for a network that is not written.
+    """
+    _refuse_options(config)
+    attends = config.attends
     values = {name: needed.values[0] for name, needed in _UNET_NEEDED.items()} | {
         "sample_size": config.image_size,
         "in_channels": config.image_channels,
         "out_channels": config.image_channels * (1 + config.learned_variance),
-        "block_out_channels": [config.width * multiplier for multiplier in config.multipliers],
+        "block_out_channels": list(config.level_channels),
         "down_block_types": [_down_type(attend) for attend in attends],
         "up_block_types": [_up_type(attend) for attend in reversed(attends)],
         "layers_per_block": config.blocks,
@@ -160,6 +164,20 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
         "num_train_timesteps": None,
     }
     return {"_class_name": "UNet2DModel", "_diffusers_version": VERSION} | dict(sorted(values.items()))
+
+
+def _refuse_options(config: UNetConfig) -> None:
+    """Raise `UsageError`, naming all options of the network that are not written to diffusers' files."""
+    paper = UNetConfig()
+    options = (
+        "channels", "middle_attention", "heads", "head_channels", "scale_shift", "resample", "downsample_padding",
+        "norm_eps", "freq_shift", "time_scale",
+    )  # fmt: skip
+    refuse(
+        f"a network with {name} {getattr(config, name)} is not written as a diffusers pipeline"
+        for name in options
+        if getattr(config, name) != getattr(paper, name)
+    )
 
 
 def write_scheduler(config: DiffusionConfig) -> dict[str, Any]:

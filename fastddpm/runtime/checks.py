@@ -92,4 +92,4 @@ def choice_problems(config: Any, name: str) -> Iterator[str]:
     choices = typing.get_args(typing.get_type_hints(type(config))[name])
     value = getattr(config, name)
     if value not in choices:
-        yield f"{name} must be one of {', '.join(choices)}; got {value!r}"
+        yield f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}"

@@ -35,10 +35,9 @@ def on_a_gpu(evaluate: Callable[[Tensor], object], config: UNetConfig, device: t
     """Return the batch size from a GPU's free memory and the peak memory of evaluating 4 and 12 images."""
     peaks = []
     for batch in _PROBE_BATCHES:
-        shape = (batch, config.image_channels, config.image_size, config.image_size)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        evaluate(torch.zeros(shape, device=device))
+        evaluate(torch.zeros((batch, *config.image_shape), device=device))
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
@@ -57,7 +56,8 @@ def on_a_cpu(config: UNetConfig, free: float | None = None) -> int:
     if free is None:
         free = free_bytes(torch.device("cpu"))
     # About thirty feature maps of the first level exist at once: the skips, and the inputs and outputs of a block.
-    per_image = 30 * 4 * config.image_size**2 * config.width
+    _, height, width = config.image_shape
+    per_image = 30 * 4 * height * width * config.level_channels[0]
     return min(64, largest_batch(free, 0.0, per_image))
 
 

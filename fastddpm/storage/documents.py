@@ -67,7 +67,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         lists = [arg for arg in wanted if typing.get_origin(arg) is tuple]
         return _parse((lists if lists and isinstance(value, list) else wanted)[0], value, where)
     if origin is Literal:
-        if value not in typing.get_args(hint):
+        if not any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint)):
             raise UsageError(f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}; got {value!r:.100}")
         return value
     if hint is float and type(value) is int and abs(value) < 2**63:

@@ -16,8 +16,10 @@ from fastddpm.storage.documents import difference, from_dict, to_dict
 UNUSUAL = Preset(
     "unusual",
     UNetConfig(
-        image_size=24, image_channels=1, width=20, multipliers=(3, 1), blocks=4, attention_resolutions=(24, 12),
-        dropout=0.25, groups=5, num_classes=7, label_dropout=0.125, learned_variance=True,
+        image_size=(24, 16), image_channels=1, width=20, blocks=4, attention_resolutions=(24, 12), dropout=0.25,
+        groups=5, num_classes=7, label_dropout=0.125, learned_variance=True, channels=(60, 30), middle_attention=False,
+        head_channels=15, scale_shift=True, resample="resblock", downsample_padding=1, norm_eps=1e-5, freq_shift=0,
+        time_scale=0.25,
     ),
     DiffusionConfig(
         timesteps=77, schedule="quad", beta_start=3e-4, beta_end=0.5, prediction="v", variance="learned_range",
@@ -37,7 +39,8 @@ UNUSUAL = Preset(
 
 def test_the_unusual_configuration_leaves_no_default() -> None:
     """So that the round trip below notices any field that is dropped."""
-    standard = {"train.mode", "train.parallel"}  # paper forbids accumulate, and fsdp compile
+    # head_channels forbids heads, paper accumulate, and fsdp compile
+    standard = {"unet.heads", "train.mode", "train.parallel"}
     for section in ("unet", "diffusion", "train", "sample"):
         config = getattr(UNUSUAL, section)
         for f in dataclasses.fields(config):
@@ -127,6 +130,28 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (UNetConfig, {"multipliers": (1,) * 13, "image_size": 4096}, "levels must be at most 12; got 13"),
     (UNetConfig, {"multipliers": (65,)}, "the largest multiplier must be at most 64; got 65"),
     (UNetConfig, {"num_classes": 1_000_001}, "num_classes must be at most 1000000; got 1000001"),
+    (UNetConfig, {"image_size": (32, 0)}, r"image_size must be positive; got \(32, 0\)"),
+    (UNetConfig, {"image_size": (32, 36)}, r"image_size must be divisible by 8 for 4 levels; got \(32, 36\)"),
+    (UNetConfig, {"image_size": (8, 4104)}, "image_size must be at most 4096; got 4104"),
+    (UNetConfig, {"image_size": (8, 8, 8)}, r"image_size must be an integer, or a height and a width; got \(8, 8, 8\)"),
+    (UNetConfig, {"image_size": 32.0}, r"image_size must be an integer, or a height and a width; got 32\.0"),
+    (UNetConfig, {"channels": ()}, r"channels must be one or more positive integers; got \(\)"),
+    (UNetConfig, {"channels": (64, 0)}, r"channels must be one or more positive integers; got \(64, 0\)"),
+    (UNetConfig, {"channels": (64, 48)}, "groups must divide each level's channels; 32 does not divide 48"),
+    (UNetConfig, {"channels": (32,) * 13, "image_size": 4096}, "levels must be at most 12; got 13"),
+    (UNetConfig, {"channels": (262_176,)}, "the largest level must be at most 262144; got 262176"),
+    (UNetConfig, {"heads": 0}, "heads must be positive; got 0"),
+    (UNetConfig, {"head_channels": 0}, "head_channels must be positive; got 0"),
+    (UNetConfig, {"heads": 3}, "heads must divide the channels of each attention block; 3 does not divide 256"),
+    (UNetConfig, {"head_channels": 48},
+     "head_channels must divide the channels of each attention block; 48 does not divide 256"),
+    (UNetConfig, {"heads": 2, "head_channels": 64}, "heads and head_channels exclude each other; got 2 and 64"),
+    (UNetConfig, {"resample": "pool"}, "resample must be one of conv, resblock; got 'pool'"),
+    (UNetConfig, {"downsample_padding": 2}, "downsample_padding must be one of 0, 1; got 2"),
+    (UNetConfig, {"freq_shift": -1}, "freq_shift must be one of 0, 1; got -1"),
+    (UNetConfig, {"norm_eps": 0.0}, r"norm_eps must be in \(0, 1\); got 0\.0"),
+    (UNetConfig, {"norm_eps": float("nan")}, r"norm_eps must be in \(0, 1\); got nan"),
+    (UNetConfig, {"time_scale": float("inf")}, "time_scale must be positive and finite; got inf"),
     (DiffusionConfig, {"timesteps": 1}, r"timesteps must be in 2\.\.100000; got 1"),
     (DiffusionConfig, {"timesteps": 100_001}, r"timesteps must be in 2\.\.100000; got 100001"),
     (DiffusionConfig, {"beta_start": 0.0}, r"beta_start and beta_end must be in \(0, 1\); got 0\.0, 0\.02"),
@@ -201,6 +226,40 @@ def test_refuses(cls: type, options: dict[str, Any], message: str) -> None:
 )
 def test_accepts_the_ends_of_ranges(cls: type, options: dict[str, Any]) -> None:
     assert {name: getattr(cls(**options), name) for name in options} == options
+
+
+def test_one_representation_of_a_network() -> None:
+    """Equal sides are one number, and channels leave no multipliers; also of what JSON gives."""
+    assert (
+        UNetConfig(image_size=(32, 32)) == UNetConfig() and to_dict(UNetConfig(image_size=(32, 32)))["image_size"] == 32
+    )
+    wide = from_dict(UNetConfig, {"image_size": [16, 64], "channels": [64, 96], "multipliers": []})
+    assert wide == UNetConfig(image_size=(16, 64), channels=(64, 96), multipliers=(9,))
+    assert wide.image_shape == (3, 16, 64) and wide.multipliers == ()
+
+
+def test_channels_of_the_levels() -> None:
+    """Multiples of the width, or as given; the first convolution then has those of the first level."""
+    narrowing = UNetConfig(width=64, multipliers=(2, 1, 3))
+    assert (narrowing.level_channels, narrowing.first_channels) == ((128, 64, 192), 64)
+    given = UNetConfig(width=64, channels=(32, 96))
+    assert (given.level_channels, given.first_channels) == ((32, 96), 32)
+    assert given.attends == (False, True)
+    assert UNetConfig(image_size=(16, 64), attention_resolutions=(16, 4)).attends == (True, False, True, False)
+    assert [UNetConfig(heads=4).heads_of(256), UNetConfig(head_channels=64).heads_of(256)] == [4, 4]
+
+
+def test_all_mistakes_of_a_network_at_once() -> None:
+    with pytest.raises(UsageError) as error:
+        UNetConfig(norm_eps=2.0, freq_shift=7, heads=3, time_scale=-1.0, channels=(64, 80), image_size=(31, 32))  # type: ignore[arg-type]
+    assert str(error.value).splitlines()[1:] == [
+        "  image_size must be divisible by 2 for 2 levels; got (31, 32)",
+        "  groups must divide each level's channels; 32 does not divide 80",
+        "  heads must divide the channels of each attention block; 3 does not divide 80",
+        "  freq_shift must be one of 0, 1; got 7",
+        "  norm_eps must be in (0, 1); got 2.0",
+        "  time_scale must be positive and finite; got -1.0",
+    ]
 
 
 def test_configurations_are_frozen() -> None:

@@ -128,8 +128,7 @@ def _report_fp8(network: FusedUNet, exact: FusedUNet, last: int) -> None:
     """
     config, device = network.unet.config, next(network.unet.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    shape = (4, config.image_channels, config.image_size, config.image_size)
-    x_t = torch.randn(shape, generator=generator, device=device)
+    x_t = torch.randn((4, *config.image_shape), generator=generator, device=device)
     label = torch.zeros(4, dtype=torch.int64, device=device) if config.num_classes else None
     errors = []
     for t in (last // 10, last // 2, last):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastddpm.config import EngineConfig
 from fastddpm.ops import attention, conv3x3_fp8, group_norm_silu
 from fastddpm.ops.conv3x3_fp8 import quantised, to_e4m3
-from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up
+from fastddpm.unet import AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up
 
 from .current import Weights
 
@@ -138,7 +138,7 @@ def _sum(*biases: Tensor | None) -> Tensor:
 
 
 def _norm(norm: GroupNormSiLU, h: Tensor, skip: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
-    return group_norm_silu(h, norm.weight, norm.bias, norm.groups, GROUP_NORM_EPS, skip=skip, temb=temb, silu=norm.silu)
+    return group_norm_silu(h, norm.weight, norm.bias, norm.groups, norm.eps, skip=skip, temb=temb, silu=norm.silu)
 
 
 class _Conv3x3:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastddpm.kernels import interface, native
 from fastddpm.kernels.conv3x3 import algorithm_for
 from fastddpm.runtime.device import one_thread
-from fastddpm.unet import GROUP_NORM_EPS, AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
+from fastddpm.unet import AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
 
 from .current import Weights
 
@@ -192,9 +192,9 @@ class _Plan:
         widest = max(max(m.weight.numel() for m in unet.modules() if isinstance(m, GroupNormSiLU)), 1)
         self._gain, self._offset = _empty(self._batch, widest), _empty(self._batch, widest)
 
-        size = unet.config.image_size
-        self._output_shape = (self._batch, size, size, unet.conv_out.out_channels)
-        self._input, self._output = self._build(unet, size)
+        _, height, width = unet.image_shape
+        self._output_shape = (self._batch, height, width, unet.conv_out.out_channels)
+        self._input, self._output = self._build(unet)
         # One page of 4096 bytes more, so that the workspace can begin at a page. The structures hold addresses only;
         # the attribute keeps the memory alive.
         self._workspace = _empty(self._workspace_bytes // 4 + 1024)
@@ -218,10 +218,11 @@ class _Plan:
                 native.check(name, code)
         return out.permute(0, 3, 1, 2)
 
-    def _build(self, unet: UNet, size: int) -> tuple[interface.Conv, interface.Conv]:
+    def _build(self, unet: UNet) -> tuple[interface.Conv, interface.Conv]:
         """Append all calls of the network, in order; return the structures that hold its input and its output."""
         arena = self._arena
-        x_t = _empty(self._batch, size, size, unet.config.image_channels)  # only its shape counts; `run` gets the data
+        channels, height, width = unet.image_shape
+        x_t = _empty(self._batch, height, width, channels)  # only its shape counts; `run` gets the data
         h = self._conv(unet.conv_in, x_t)
         entry = cast(interface.Conv, self._calls[-1][1])
         skips = [h]
@@ -323,7 +324,7 @@ class _Plan:
         args = interface.NormAffine(
             x=h.data_ptr(), skip=native.pointer(skip), weight=norm.weight.data_ptr(), bias=norm.bias.data_ptr(),
             gain=self._gain.data_ptr(), offset=self._offset.data_ptr(), n=len(h), pixels=h.shape[1] * h.shape[2],
-            c1=h.shape[3], c2=0 if skip is None else skip.shape[3], groups=norm.groups, eps=GROUP_NORM_EPS,
+            c1=h.shape[3], c2=0 if skip is None else skip.shape[3], groups=norm.groups, eps=norm.eps,
         )  # fmt: skip
         args.workspace_bytes = self._library.fastddpm_cpu_norm_affine_workspace(ctypes.byref(args))
         self._workspace_bytes = max(self._workspace_bytes, args.workspace_bytes)

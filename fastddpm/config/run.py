@@ -1,11 +1,11 @@
-"""Configuration of a run as frozen dataclasses, whose field docstrings are the help texts. Imports no torch."""
+"""Configuration of all but the network: diffusion, training, sampling, engine, codec; and of a whole run."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress, arg
+from tyro.conf import arg
 
 from fastddpm.errors import UsageError, refuse
 from fastddpm.runtime.checks import (
@@ -17,6 +17,8 @@ from fastddpm.runtime.checks import (
     range_problems,
 )
 
+from .unet import UNetConfig
+
 Schedule = Literal["linear", "cosine", "quad", "const", "jsd"]
 Prediction = Literal["eps", "x0", "xprev", "v"]
 Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
@@ -26,72 +28,6 @@ Spacing = Literal["even", "logsnr", "karras", "linspace", "leading", "trailing"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MOST_IN_GRID = 10_000
 MAX_TIMESTEPS = 100_000
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """The U-Net. Without a preset the defaults are the paper's CIFAR-10 model."""
-
-    image_size: int = 32
-    """Height and width of the images in pixels; must be divisible by 2^(levels - 1)."""
-    image_channels: int = 3
-    """Channels of the images: 1 for grey, 3 for colour."""
-    width: int = 128
-    """Channels of the first level; even, at least 4."""
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """Channels of each level, as multiples of width. Every level but the last ends with a downsampling by 2."""
-    blocks: int = 2
-    """Residual blocks per level of the downsampling path; the upsampling path has one more."""
-    attention_resolutions: tuple[int, ...] = (16,)
-    """Feature map sizes, in pixels, at which attention follows every residual block. The middle always has it."""
-    dropout: float = 0.1
-    """Dropout probability, between the second SiLU and the second convolution of each residual block."""
-    groups: int = 32
-    """Groups of each GroupNorm; must divide the width and every level's channels."""
-    num_classes: int = 0
-    """Number of classes of a class-conditional model. 0: no labels."""
-    label_dropout: float = 0.0
-    """Fraction of training labels that are replaced by "no label". Classifier-free guidance needs more than 0."""
-    learned_variance: Annotated[bool, Suppress] = False
-    """Whether the output has C more channels, for the variance. Set from the diffusion's variance."""
-
-    def __post_init__(self) -> None:
-        refuse(self._problems())
-
-    def _problems(self) -> Iterator[str]:
-        sizes = list(positive(self, "image_size", "image_channels", "width", "blocks", "groups"))
-        if not self.multipliers or min(self.multipliers) < 1:
-            sizes.append(f"multipliers must be one or more positive integers; got {self.multipliers}")
-        most = {
-            "image_size": (self.image_size, 4096),
-            "image_channels": (self.image_channels, 64),
-            "width": (self.width, 4096),
-            "blocks": (self.blocks, 64),
-            "levels": (len(self.multipliers), 12),
-            "the largest multiplier": (max(self.multipliers, default=0), 64),
-            "num_classes": (self.num_classes, 1_000_000),
-        }
-        sizes += [
-            f"{name} must be at most {limit}; got {value}" for name, (value, limit) in most.items() if value > limit
-        ]
-        yield from sizes or self._misfits()
-        yield from range_problems(self, "dropout", 0.0, 0.999)
-        yield from range_problems(self, "label_dropout", 0.0, 1.0)
-        if self.num_classes < 0:
-            yield f"num_classes must be 0 or more; got {self.num_classes}"
-        if self.label_dropout > 0 and self.num_classes == 0:
-            yield "label_dropout needs num_classes > 0"
-
-    def _misfits(self) -> Iterator[str]:
-        if self.width % 2 or self.width < 4:
-            yield f"width must be even and at least 4 (the time embedding halves it); got {self.width}"
-        levels = len(self.multipliers)
-        if self.image_size % 2 ** (levels - 1):
-            yield f"image_size must be divisible by {2 ** (levels - 1)} for {levels} levels; got {self.image_size}"
-        for multiplier in (1, *self.multipliers):  # the first convolution's output has one width
-            channels = self.width * multiplier
-            if channels % self.groups:
-                yield f"groups must divide each level's channels; {self.groups} does not divide {channels}"
 
 
 @dataclass(frozen=True)

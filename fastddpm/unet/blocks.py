@@ -1,0 +1,244 @@
+"""The blocks of the U-Net: convolutions, norms, residual and attention blocks, resampling.
+
+With the defaults of the configuration all constants are those of the paper's released code: GroupNorm eps 1e-6;
+convolutions padded as TensorFlow's SAME (downsampling pads right and bottom only); one attention head of the full
+width; biases zero; weights Xavier-uniform, with gain 1e-5 in the last layer of a residual branch.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastddpm.config import UNetConfig
+from fastddpm.ops import attention, conv3x3, group_norm_silu
+from fastddpm.ops.noise import NoiseKey
+
+NEAR_ZERO_GAIN = 1e-5  # the released code replaces a scale of 0 by a variance scale of 1e-10
+
+
+def _initialise(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
+    nn.init.xavier_uniform_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution with stride 1 and zero padding; with `doubled`, of the image upsampled by 2 (nearest) first."""
+
+    def __init__(self, in_channels: int, out_channels: int, gain: float = 1.0, *, doubled: bool = False) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.doubled = doubled
+        _initialise(self, gain)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # On a GPU PyTorch's own convolution is the fastest, and torch.compile can choose layouts around it.
+        if input.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return conv3x3(input, self.weight, self.bias, doubled=self.doubled)
+        return super().forward(_doubled(input) if self.doubled else input)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0) -> nn.Conv2d:
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding)
+    _initialise(layer)
+    return layer
+
+
+def linear(in_features: int, out_features: int, gain: float = 1.0) -> nn.Linear:
+    """Return a linear layer, initialised as the released code's: Xavier-uniform with `gain`, the bias zero."""
+    layer = nn.Linear(in_features, out_features)
+    _initialise(layer, gain)
+    return layer
+
+
+class GroupNormSiLU(nn.Module):
+    """Compute dropout(silu(scale_shift(group_norm(concat(x, skip) + temb)))); all but the norm is optional."""
+
+    def __init__(
+        self, channels: int, groups: int, eps: float, *, silu: bool = True, dropout: float = 0.0, layer: int = 0
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.groups, self.eps, self.silu, self.dropout, self.layer = groups, eps, silu, dropout, layer
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        skip: Tensor | None = None,
+        temb: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        key: NoiseKey | None = None,
+    ) -> Tensor:
+        if not (self.training and self.dropout > 0):
+            return group_norm_silu(
+                x, self.weight, self.bias, self.groups, self.eps,
+                skip=skip, temb=temb, scale=scale, shift=shift, silu=self.silu,
+            )  # fmt: skip
+        if key is None:
+            key = NoiseKey.draw(len(x), x.device)
+        return group_norm_silu(
+            x, self.weight, self.bias, self.groups, self.eps,
+            skip=skip, temb=temb, scale=scale, shift=shift, silu=self.silu,
+            dropout=self.dropout, images=key.images, seed=key.seed, step=key.step, layer=self.layer,
+        )  # fmt: skip
+
+
+class ResBlock(nn.Module):
+    """Compute conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb)))) + shortcut(x) with x = concat(h, skip).
+
+    x is never formed: the norm reads both inputs, and the 1x1 shortcut is split in two. With the configuration's
+    `scale_shift` the embedding acts behind the second norm: silu((1 + scale) norm2(conv1(..)) + shift).
+
+    `resample`, for blocks without a skip: average 2x2 pixels ("down") or double them ("up"), of x before the shortcut
+    and of silu(norm1(x)) before conv1 (Dhariwal and Nichol 2021, after BigGAN).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_channels: int,
+        config: UNetConfig,
+        layer: int,
+        skip: int = 0,
+        resample: Literal["down", "up"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.resample, self.scale_shift = resample, config.scale_shift
+        self.norm1 = GroupNormSiLU(in_channels + skip, config.groups, config.norm_eps)
+        self.conv1 = Conv3x3(in_channels + skip, out_channels, doubled=resample == "up")
+        self.temb_proj = linear(time_channels, out_channels * (1 + config.scale_shift))
+        self.norm2 = GroupNormSiLU(out_channels, config.groups, config.norm_eps, dropout=config.dropout, layer=layer)
+        self.conv2 = Conv3x3(out_channels, out_channels, NEAR_ZERO_GAIN)
+        self.shortcut = _conv(in_channels + skip, out_channels, 1) if in_channels + skip != out_channels else None
+
+    def forward(self, h: Tensor, activated_temb: Tensor, skip: Tensor | None, key: NoiseKey | None) -> Tensor:
+        """Return (N, C, H, W), of half or double the size if the block resamples.
+
+        `h`: (N, C1, H, W). `activated_temb`: silu(temb) (N, 4 width). `skip`: (N, C2, H, W).
+        """
+        residual, x = self.norm1(h, skip=skip), h
+        if self.resample == "down":
+            residual, x = F.avg_pool2d(residual, 2), F.avg_pool2d(h, 2)
+        elif self.resample == "up":
+            x = _doubled(h)
+        residual = self.conv1(residual)
+        projected = self.temb_proj(activated_temb)
+        if self.scale_shift:
+            scale, shift = projected.chunk(2, dim=1)
+            residual = self.norm2(residual, scale=scale, shift=shift, key=key)
+        else:
+            residual = self.norm2(residual, temb=projected, key=key)
+        residual = self.conv2(residual)
+        if skip is None:
+            return residual + (x if self.shortcut is None else self.shortcut(x))
+        assert self.shortcut is not None  # x has more channels than the output whenever there is a skip
+        weight_h, weight_skip = self.shortcut.weight.split([h.shape[1], skip.shape[1]], dim=1)
+        return residual + F.conv2d(h, weight_h, self.shortcut.bias) + F.conv2d(skip, weight_skip)
+
+
+class AttnBlock(nn.Module):
+    """Compute x + proj(attention(q, k, v)), with q, k, v linear in group_norm(x); over all pixels.
+
+    With several heads each attends on its own, over C / heads adjacent channels of q, k and v.
+    """
+
+    def __init__(self, channels: int, groups: int, eps: float = 1e-6, heads: int = 1) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupNormSiLU(channels, groups, eps, silu=False)
+        self.q, self.k, self.v = (linear(channels, channels) for _ in range(3))
+        self.proj = linear(channels, channels, NEAR_ZERO_GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
+        q, k, v = (split_heads(layer(tokens), self.heads) for layer in (self.q, self.k, self.v))
+        out = self.proj(join_heads(attention(q, k, v), self.heads))
+        return x + out.reshape(n, height, width, c).permute(0, 3, 1, 2)
+
+
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """Return (N, L, C) as (N heads, L, C / heads): the heads of an image are neighbours in the batch."""
+    return tokens if heads == 1 else tokens.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def join_heads(tokens: Tensor, heads: int) -> Tensor:
+    """Return what `split_heads` made of (N, L, C) as (N, L, C)."""
+    return tokens if heads == 1 else tokens.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
+class Down(nn.Module):
+    """3x3 convolution with stride 2 of an image of even sizes, padded by one at the right and bottom.
+
+    That is TensorFlow's SAME. With `padding` 1 there is one at the left and top as well, as in most PyTorch code; the
+    one at the right and bottom is then never read.
+    """
+
+    def __init__(self, channels: int, padding: int = 0) -> None:
+        super().__init__()
+        self.conv = _conv(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv3x3(channels, channels, doubled=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Level(nn.Module):
+    """One resolution of the down or up path: residual blocks, each followed by attention if configured."""
+
+    def __init__(
+        self, blocks: list[ResBlock], attentions: list[AttnBlock], resample: Down | Up | ResBlock | None
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        self.resample = resample
+
+    def attend(self, index: int, h: Tensor) -> Tensor:
+        """Apply the attention that follows residual block `index`; return `h` itself if the level has none."""
+        return self.attentions[index](h) if len(self.attentions) else h
+
+    def resampled(self, h: Tensor, activated_temb: Tensor, key: NoiseKey | None) -> Tensor:
+        """Return `h` down- or upsampled for the next level."""
+        if isinstance(self.resample, ResBlock):
+            return self.resample(h, activated_temb, None, key)
+        assert self.resample is not None
+        return self.resample(h)
+
+
+class Middle(nn.Module):
+    """Residual block, attention unless it is configured away, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, time_channels: int, config: UNetConfig, layer: int) -> None:
+        super().__init__()
+        self.block1 = ResBlock(channels, channels, time_channels, config, layer)
+        self.attention = attention_block(channels, config) if config.middle_attention else None
+        self.block2 = ResBlock(channels, channels, time_channels, config, layer + 1)
+
+    def forward(self, h: Tensor, activated_temb: Tensor, key: NoiseKey | None) -> Tensor:
+        h = self.block1(h, activated_temb, None, key)
+        return self.block2(h if self.attention is None else self.attention(h), activated_temb, None, key)
+
+
+def attention_block(channels: int, config: UNetConfig) -> AttnBlock:
+    """Return an attention block of `channels` as configured."""
+    return AttnBlock(channels, config.groups, config.norm_eps, config.heads_of(channels))
