@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .mapping import Family
 
 PAPER_RESOLUTION = 16  # pixels of the feature maps with attention, in the paper's networks and those after it
@@ -27,7 +29,8 @@ class Format:
     `sets`: the prefix of its averaged and of its raw weights; "" if the tensors are the whole file, which does not
     tell. `ignored`: tensors beside those of the network. `published`: configurations by name; `refused`: published
     files that are no such model, with the reason. `needed`: what has to be given, each with a word on it; one of
-    several by names joined by "|". `image_size`: from the levels that have attention, if that tells it.
+    several by names joined by "|". `image_size`: from the levels that have attention and from the file's other
+    tensors, if they tell it.
     """
 
     name: str
@@ -42,10 +45,10 @@ class Format:
     refused: Mapping[str, str] = field(default_factory=dict)
     needed: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    image_size: Callable[[Sequence[bool]], int | None] = lambda attends: None
+    image_size: Callable[[Sequence[bool], Mapping[str, Tensor]], int | None] = lambda attends, others: None
 
 
-def paper_image_size(attends: Sequence[bool]) -> int | None:
+def paper_image_size(attends: Sequence[bool], others: Mapping[str, Tensor]) -> int | None:
     """Return the image size of a network whose first attention is at 16 pixels; None without attention."""
     return PAPER_RESOLUTION << list(attends).index(True) if any(attends) else None
 

@@ -55,7 +55,7 @@ class Family:
     `outer`: its names of time1, time2, label, conv_in, norm_out, conv_out. `block`, `attention`: its names of layers
     in a residual block and in an attention block, either q, k, v or their joint layer qkv. `name`: its names of the
     modules, given ours in the order of evaluation. `count`: the number of levels and of blocks per level, from all
-    names; 0 if there are none. `parameters`: its words for a layer's weight and bias, and for those of a norm.
+    names; 0 if there are none; a family whose files tell the configuration needs none. `parameters`: its words for a layer's weight and bias, and for those of a norm.
     `layouts`: of weights, by kind: time1, conv, shortcut, linear, projection; those left out are as ours. `qkv`: the
     layout of joint layers for a number of heads and of dimensions. `fixed`: fields of UNetConfig that its code fixes;
     `tells`: those that its names tell.
@@ -65,7 +65,7 @@ class Family:
     block: Mapping[str, str]
     attention: Mapping[str, str]
     name: Callable[[Sequence[Place]], list[str]]
-    count: Callable[[Sequence[str]], tuple[int, int]]
+    count: Callable[[Sequence[str]], tuple[int, int]] = lambda names: (0, 0)
     parameters: Mapping[str, tuple[str, str]] = field(
         default_factory=lambda: {"layer": (".weight", ".bias"), "norm": (".weight", ".bias")}
     )

@@ -33,9 +33,11 @@ _STEPS = ("step", "global_step")
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors and plain values of a file, and what documents beside it tell of the two configurations."""
+    """The network's tensors of a file, the others and plain values, and what a document beside it tells of the two
+    configurations."""
 
     tensors: Mapping[str, Tensor]
+    others: Mapping[str, Tensor]
     values: Mapping[str, object]
     unet: Mapping[str, Any]
     process: Mapping[str, Any]
@@ -93,7 +95,7 @@ def read(
     else:
         stored = _of_file(source, unpickling)
         checkpoint, tensors, label = _chosen(stored, str(source), wanted, weights)
-        stored = Stored(tensors, stored.values, stored.unet, stored.process)
+        stored = Stored(tensors, stored.tensors, stored.values, stored.unet, stored.process)
         steps = next((value for name in _STEPS if type(value := stored.values.get(name)) is int and value >= 0), None)
     lines = [f"format: {checkpoint.name} ({checkpoint.repository})", f"weights: {label}"]
     unet, diffusion, tensors, told = _configured(checkpoint, published, stored, given or {}, str(source))
@@ -129,10 +131,10 @@ def _configured(
     lines = []
     fields |= {"dropout": 0.0} | known
     if "image_size" not in fields:
-        size = checkpoint.image_size(attends)
+        size = checkpoint.image_size(attends, stored.others)
         if size is not None:
             fields["image_size"] = size
-            lines.append(f"assumed: image size {size}, since the first attention is at 16 pixels in its configurations")
+            lines.append(f"assumed: image size {size}, from the level of the first attention or the file's noise")
     _refuse_untold(checkpoint, fields, where)
     if "attention_resolutions" not in fields:
         height = fields["image_size"]
@@ -223,7 +225,7 @@ def _of_file(source: Path, unpickling: bool) -> Stored:
         raise UsageError(f"there is no file or TensorFlow checkpoint {source}") from error
     if start[8:9] == b"{":  # safetensors: the header's length, and JSON
         with readable(source):
-            return Stored(parse_tensors(read_bytes(source, _MOST_BYTES), source), {}, {}, {})
+            return Stored(parse_tensors(read_bytes(source, _MOST_BYTES), source), {}, {}, {}, {})
     if source.suffix == ".pkl":
         from .catalogue import REFUSED
 
@@ -234,7 +236,7 @@ def _of_file(source: Path, unpickling: bool) -> Stored:
             "`python -m fastddpm.convert`, which reads it in a process of its own"
         )
     found = unpickle.read(source)
-    return Stored(found.tensors, found.values, {}, {})
+    return Stored(found.tensors, {}, found.values, {}, {})
 
 
 def _of_bundle(prefix: Path, weights: Weights | None) -> tuple[Stored, str, int | None]:
@@ -258,4 +260,4 @@ def _of_bundle(prefix: Path, weights: Weights | None) -> tuple[Stored, str, int 
     if hojonathanho.STEPS in bundle.variables:
         steps = int(tensor_bundle.read(bundle, [hojonathanho.STEPS])[hojonathanho.STEPS].reshape(-1)[0])
     label = f"averaged (..{average})" if chosen is averaged else "raw"
-    return Stored(tensors, {}, unet, process), label, steps if steps is None or steps >= 0 else None
+    return Stored(tensors, {}, {}, unet, process), label, steps if steps is None or steps >= 0 else None

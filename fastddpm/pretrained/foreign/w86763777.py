@@ -1,7 +1,9 @@
 """Checkpoints of https://github.com/w86763777/pytorch-ddpm."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from .format import Format, Published, paper_diffusion, paper_image_size
 from .layouts import INTERLEAVED, PIXEL_2D
@@ -48,6 +50,14 @@ FAMILY = Family(
     fixed={"groups": 32, "norm_eps": 1e-5, "downsample_padding": 1, "freq_shift": 0},
 )
 
+
+
+def image_size(attends: Sequence[bool], others: Mapping[str, Tensor]) -> int | None:
+    """Return the image size from x_T, the noise of the previews, (N, 3, size, size); without one as for the paper."""
+    noise = others.get("x_T")
+    return noise.shape[3] if noise is not None and noise.ndim == 4 else paper_image_size(attends, others)
+
+
 FORMAT = Format(
     name="w86763777",
     repository="https://github.com/w86763777/pytorch-ddpm",
@@ -63,5 +73,5 @@ FORMAT = Format(
             {"variance": "fixedlarge"},
         )
     },
-    image_size=paper_image_size,
+    image_size=image_size,
 )
