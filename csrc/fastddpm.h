@@ -53,13 +53,15 @@ typedef struct {
     float *grad_temb, *grad_scale, *grad_shift;   /* (N, C), null when absent */
 } fastddpm_group_norm_silu_args;
 
-/* out = softmax(scale q k^T) v for N sequences of L tokens and C channels, one head; channels are adjacent. */
+/* out = softmax(scale q k^T) v for N sequences of L tokens and C channels; channels are adjacent. With several heads,
+ * which the backward pass does not take, sequence n is head n % heads of image n / heads, and its channels follow those
+ * of the head before. */
 typedef struct {
     const void *q, *k, *v;
     void *out;
     float *lse;                          /* (N, L): written forward, read backward; may be null forward */
-    int64_t n, l, c;
-    int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2]; /* elements between sequences, between tokens */
+    int64_t n, l, c, heads;
+    int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2]; /* elements between images, between tokens */
     float scale;
     int32_t dtype;
     /* Backward only; dense (N, L, C). */
@@ -126,16 +128,28 @@ typedef struct {
     float *grad_bias;           /* (K,) or null */
 } fastddpm_conv_args;
 
-/* GroupNorm as a gain and an offset per image and channel: group_norm(x) = gain x + offset. float32, NHWC. */
+/* GroupNorm as a gain and an offset per image and channel: gain x + offset = (1 + scale) group_norm(x) + shift.
+ * float32, NHWC. */
 typedef struct {
     const float *x, *skip;      /* (N, H W, C1), (N, H W, C2) or null */
     const float *weight, *bias; /* (C,) */
+    const float *scale, *shift; /* (N, C), rows scale_stride elements apart; given together, or null */
     float *gain, *offset;       /* (N, C) */
     void *workspace;
     int64_t workspace_bytes;
-    int64_t n, pixels, c1, c2, groups;
+    int64_t n, pixels, c1, c2, groups, scale_stride;
     float eps;
 } fastddpm_norm_affine_args;
+
+/* Feature maps of half the size, by the mean of 2x2 pixels, or of double the size, by the nearest pixel. With gain and
+ * offset, of silu(gain x + offset). float32, NHWC, dense. */
+typedef struct {
+    const float *x;             /* (N, H, W, C); H and W even unless doubled */
+    const float *gain, *offset; /* (N, C), given together, or null */
+    float *out;                 /* (N, H / 2, W / 2, C), or (N, 2 H, 2 W, C) */
+    int64_t n, height, width, c;
+    int32_t doubled;
+} fastddpm_resample_args;
 
 /* A 64-bit digest of the bytes of `num` parts of memory, in order; not cryptographic. */
 typedef struct {
@@ -180,6 +194,7 @@ FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, floa
 FASTDDPM_API int64_t fastddpm_cpu_conv_packed_bytes(const fastddpm_conv_args *args);
 FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args);
+FASTDDPM_API int32_t fastddpm_cpu_resample(const fastddpm_resample_args *args, int32_t threads);
 FASTDDPM_API int32_t fastddpm_cpu_digest(const fastddpm_digest_args *args, int32_t threads);
 FASTDDPM_API int32_t fastddpm_cpu_crc32c(const fastddpm_crc32c_args *args);
 

@@ -36,7 +36,7 @@ class GroupNormSiLU(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_ = [
         *_all(_POINTER, "q k v out lse"),
-        *_all(_INT64, "n l c"),
+        *_all(_INT64, "n l c heads"),
         *_all(_INT64 * 2, "q_stride k_stride v_stride out_stride"),
         *_all(_FLOAT, "scale"),
         *_all(_INT32, "dtype"),
@@ -78,9 +78,17 @@ class Conv(ctypes.Structure):
 
 class NormAffine(ctypes.Structure):
     _fields_ = [
-        *_all(_POINTER, "x skip weight bias gain offset workspace"),
-        *_all(_INT64, "workspace_bytes n pixels c1 c2 groups"),
+        *_all(_POINTER, "x skip weight bias scale shift gain offset workspace"),
+        *_all(_INT64, "workspace_bytes n pixels c1 c2 groups scale_stride"),
         *_all(_FLOAT, "eps"),
+    ]
+
+
+class Resample(ctypes.Structure):
+    _fields_ = [
+        *_all(_POINTER, "x gain offset out"),
+        *_all(_INT64, "n height width c"),
+        *_all(_INT32, "doubled"),
     ]
 
 

@@ -73,7 +73,7 @@ void attend(const AttentionArgs &p, const Sequence &memory, int64_t n, int64_t f
     for (int64_t r = 0; r < rows; ++r) sums[r] = exponentiate(scores + r * score_row, p.l, p.scale);
     multiply(rows, scores, score_row, memory.values, p.c, p.l, out, out_row, kColumns);
     for (int64_t r = 0; r < rows; ++r) {
-        write(p, out + r * out_row, p.c, 1 / sums[r].total, p.out, n * p.out_stride[0] + (first + r) * p.out_stride[1]);
+        write(p, out + r * out_row, p.c, 1 / sums[r].total, p.out, start_of(p, p.out_stride, n) + (first + r) * p.out_stride[1]);
         if (p.lse != nullptr)
             p.lse[n * p.l + first + r] = static_cast<float>(sums[r].highest + __builtin_log(sums[r].total));
     }

@@ -25,7 +25,12 @@ constexpr int64_t whole_columns(int64_t columns) { return divide_up(columns, kCo
 
 inline bool attention_supported(const AttentionArgs &p) {
     const bool dtypes = p.dtype == FASTDDPM_FLOAT32 || p.dtype == FASTDDPM_BFLOAT16;
-    return dtypes && p.n > 0 && p.l > 0 && p.c > 0;
+    return dtypes && p.n > 0 && p.l > 0 && p.c > 0 && p.heads > 0 && p.n % p.heads == 0;
+}
+
+// Where sequence n of a tensor begins.
+inline int64_t start_of(const AttentionArgs &p, const int64_t *stride, int64_t n) {
+    return n / p.heads * stride[0] + n % p.heads * p.c;
 }
 
 inline void widen(const uint16_t *from, int64_t count, float *to) {
@@ -36,13 +41,13 @@ inline void widen(const uint16_t *from, int64_t count, float *to) {
 
 // Sequence n of an operand: the operand itself, or if it is bfloat16 the widened `copy`.
 inline Rows rows_of(const AttentionArgs &p, const void *tensor, const int64_t *stride, int64_t n, float *copy) {
-    if (p.dtype == FASTDDPM_FLOAT32) return {static_cast<const float *>(tensor) + n * stride[0], stride[1]};
+    if (p.dtype == FASTDDPM_FLOAT32) return {static_cast<const float *>(tensor) + start_of(p, stride, n), stride[1]};
     return {copy, p.c};
 }
 
 inline void widen_rows(const AttentionArgs &p, const void *tensor, const int64_t *stride, int64_t n, float *copy) {
     if (p.dtype == FASTDDPM_FLOAT32) return;
-    const uint16_t *from = static_cast<const uint16_t *>(tensor) + n * stride[0];
+    const uint16_t *from = static_cast<const uint16_t *>(tensor) + start_of(p, stride, n);
     for (int64_t i = 0; i < p.l; ++i) widen(from + i * stride[1], p.c, copy + i * p.c);
 }
 

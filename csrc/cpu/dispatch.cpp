@@ -108,6 +108,9 @@ FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *a
 FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args) {
     FASTDDPM_RUN(norm_affine_workspace, *args)
 }
+FASTDDPM_API int32_t fastddpm_cpu_resample(const fastddpm_resample_args *args, int32_t threads) {
+    FASTDDPM_RUN(resample, *args, usable(threads))
+}
 FASTDDPM_API int32_t fastddpm_cpu_digest(const fastddpm_digest_args *args, int32_t threads) {
     FASTDDPM_RUN(digest, *args, usable(threads))
 }

@@ -17,7 +17,7 @@ int64_t norm_affine_workspace(const fastddpm_norm_affine_args &p) {
 int32_t norm_affine(const fastddpm_norm_affine_args &p, int32_t threads) {
     const TwoInputs<float> in = inputs_of(p);
     const int64_t channels = in.channels(), tasks = in.tasks();
-    if (p.groups < 1 || channels % p.groups) return FASTDDPM_UNSUPPORTED;
+    if (p.groups < 1 || channels % p.groups || (p.scale == nullptr) != (p.shift == nullptr)) return FASTDDPM_UNSUPPORTED;
     if (p.workspace_bytes < norm_affine_workspace(p)) return FASTDDPM_NO_MEMORY;
     float *moments = static_cast<float *>(p.workspace);
     const int64_t width = channels / p.groups;
@@ -31,9 +31,14 @@ int32_t norm_affine(const fastddpm_norm_affine_args &p, int32_t threads) {
             const int64_t n = task / p.groups, first = task % p.groups * width;
             const Statistics group = statistics_of_group(in, moments + n * in.floats(), nullptr, first, width, p.eps);
             for (int64_t c = first; c < first + width; ++c) {
-                const double gain = p.weight[c] * group.rstd;
+                double gain = p.weight[c] * group.rstd, offset = p.bias[c] - group.mean * gain;
+                if (p.scale != nullptr) {
+                    const double factor = 1 + static_cast<double>(p.scale[n * p.scale_stride + c]);
+                    gain *= factor;
+                    offset = offset * factor + p.shift[n * p.scale_stride + c];
+                }
                 p.gain[n * channels + c] = static_cast<float>(gain);
-                p.offset[n * channels + c] = static_cast<float>(p.bias[c] - group.mean * gain);
+                p.offset[n * channels + c] = static_cast<float>(offset);
             }
         }
     }

@@ -24,7 +24,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _structure(q: Tensor, k: Tensor, v: Tensor, scale: float) -> interface.Attention:
     n, length, c = q.shape
-    args = interface.Attention(n=n, l=length, c=c, scale=scale, dtype=native.dtype_code(q.dtype))
+    args = interface.Attention(n=n, l=length, c=c, heads=1, scale=scale, dtype=native.dtype_code(q.dtype))
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         setattr(args, name, native.pointer(tensor))
         setattr(args, f"{name}_stride", (ctypes.c_int64 * 2)(*tensor.stride()[:2]))

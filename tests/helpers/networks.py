@@ -57,7 +57,7 @@ def random_model(config: UNetConfig, diffusion: DiffusionConfig | None = None) -
 
 
 def batch(n: int = 2, config: UNetConfig = TINY) -> tuple[Tensor, Tensor]:
-    x_t = torch.randn(n, config.image_channels, config.image_size, config.image_size)
+    x_t = torch.randn(n, *config.image_shape)
     return x_t, torch.arange(n) * 300 + 7
 
 
@@ -68,7 +68,7 @@ class Formula(nn.Module):
         super().__init__()
         self.formula = formula
         self.config = dataclasses.replace(SMALLEST, **({"image_size": 2} | config))
-        self.image_shape = (self.config.image_channels, self.config.image_size, self.config.image_size)
+        self.image_shape = self.config.image_shape
         self.num_classes = self.config.num_classes
         self.null_label = self.config.num_classes if self.config.label_dropout > 0 else None
         self.device_marker = nn.Parameter(torch.zeros(()))

@@ -20,6 +20,7 @@ STRUCTURES = {
     "fastddpm_reverse_step_args": interface.ReverseStep,
     "fastddpm_conv_args": interface.Conv,
     "fastddpm_norm_affine_args": interface.NormAffine,
+    "fastddpm_resample_args": interface.Resample,
     "fastddpm_digest_args": interface.Digest,
     "fastddpm_crc32c_args": interface.Crc32c,
 }

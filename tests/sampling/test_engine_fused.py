@@ -86,7 +86,7 @@ def test_phases_are_the_doubled_convolution() -> None:
     layer, x = Up(6).double(), torch.randn(2, 6, 5, 7, dtype=torch.float64)
     shaken(layer)
     for layout in (torch.channels_last, torch.contiguous_format):
-        ours = _PhaseUpsample(layer, _Cast(torch.float64, layout))(x)
+        ours = _PhaseUpsample(layer.conv, layer.conv.bias, _Cast(torch.float64, layout))(x)
         with ops.use_backend("reference"):
             torch.testing.assert_close(ours, layer(x), rtol=0, atol=1e-14)
 

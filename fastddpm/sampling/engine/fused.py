@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastddpm.config import EngineConfig
 from fastddpm.ops import attention, conv3x3_fp8, group_norm_silu
 from fastddpm.ops.conv3x3_fp8 import quantised, to_e4m3
-from fastddpm.unet import AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up
+from fastddpm.unet import AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up, join_heads, split_heads
 
 from .current import Weights
 
@@ -46,7 +46,8 @@ class FusedUNet:
             self._first, self._last = (
                 _ResBlock(block, self._time, engine, cast_to) for block in (unet.mid.block1, unet.mid.block2)
             )
-            self._attention = _Attention(unet.mid.attention, engine, cast_to)
+            middle = unet.mid.attention
+            self._attention: _Layer = _identity if middle is None else _Attention(middle, engine, cast_to)
             self._up = [_Level(level, self._time, engine, cast_to) for level in cast(Sequence[Level], unet.up)]
         # torch.compile makes a program for each batch size and keeps eight. Without fullgraph, a ninth size runs
         # uncompiled and torch logs that; with it, the ninth would be an error.
@@ -69,14 +70,14 @@ class FusedUNet:
                 h = attend(block(h, temb))
                 skips.append(h)
             if level.resample is not None:
-                h = level.resample(h)
+                h = level.resample(h, temb)
                 skips.append(h)
         h = self._last(self._attention(self._first(h, temb)), temb)
         for level in self._up:
             for block, attend in level.blocks:
                 h = attend(block(h, temb, skips.pop()))
             if level.resample is not None:
-                h = level.resample(h)
+                h = level.resample(h, temb)
         return self._conv_out(_norm(self.unet.norm_out, h))
 
 
@@ -97,7 +98,7 @@ class _Time:
 
     With `engine.time_table` these are rows of a table over all timesteps. With labels the table holds the embedding
     before the activation, because the label's embedding is added there, and one matrix product does the rest. The bias
-    of conv1 is part of a row: the norm after it adds both at once.
+    of conv1 is part of a row, unless the row scales and shifts: the norm after conv1 adds both at once.
     """
 
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, cast_to: _Cast) -> None:
@@ -108,7 +109,7 @@ class _Time:
         for block in blocks:
             self._columns[block] = (end, end + block.temb_proj.out_features)
             end += block.temb_proj.out_features
-        biases = [_sum(block.temb_proj.bias, block.conv1.bias) for block in blocks]
+        biases = [_sum(block.temb_proj.bias, None if block.scale_shift else block.conv1.bias) for block in blocks]
         weight, self._bias = torch.cat([block.temb_proj.weight for block in blocks]), torch.cat(biases)
         self._weight = weight.detach()
         self._table: Tensor | None = None
@@ -137,8 +138,18 @@ def _sum(*biases: Tensor | None) -> Tensor:
     return torch.stack([bias.detach() for bias in biases if bias is not None]).sum(0)
 
 
-def _norm(norm: GroupNormSiLU, h: Tensor, skip: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
-    return group_norm_silu(h, norm.weight, norm.bias, norm.groups, norm.eps, skip=skip, temb=temb, silu=norm.silu)
+def _norm(
+    norm: GroupNormSiLU,
+    h: Tensor,
+    skip: Tensor | None = None,
+    temb: Tensor | None = None,
+    scale_shift: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    scale, shift = scale_shift
+    return group_norm_silu(
+        h, norm.weight, norm.bias, norm.groups, norm.eps,
+        skip=skip, temb=temb, scale=scale, shift=shift, silu=norm.silu,
+    )  # fmt: skip
 
 
 class _Conv3x3:
@@ -166,13 +177,25 @@ class _Conv8Bit:
 
 
 class _ResBlock:
-    """conv2(silu(norm2(conv1(silu(norm1(x))) + temb))) + shortcut(x), x = concat(h, skip), which is never stored."""
+    """conv2(silu(norm2(conv1(silu(norm1(x))) + temb))) + shortcut(x), x = concat(h, skip), which is never stored.
+
+    With scale and shift in place of temb, and with resampling before conv1 and the shortcut, where the block has them.
+    """
 
     def __init__(self, block: ResBlock, time: _Time, engine: EngineConfig, cast_to: _Cast) -> None:
         self._norm1, self._norm2 = block.norm1, block.norm2
         convolution = _Conv8Bit if engine.fp8 else _Conv3x3
-        self._conv1 = convolution(block.conv1, None, cast_to)  # its bias comes with the time embedding
-        self._columns = time.columns(block)
+        # The bias of conv1 comes with the time embedding, if that is added right behind it.
+        bias = block.conv1.bias if block.scale_shift else None
+        self._conv1: _Layer = convolution(block.conv1, bias, cast_to)
+        self._resample: _Layer = _identity
+        if block.resample == "down":
+            self._conv1, self._resample = _After(_average, self._conv1), _average
+        elif block.resample == "up":
+            phases = engine.phase_convolutions and not engine.fp8
+            double = _After(_double, self._conv1)
+            self._conv1, self._resample = _PhaseUpsample(block.conv1, bias, cast_to) if phases else double, _double
+        self._columns, self._scale_shift = time.columns(block), block.scale_shift
         self._shortcut = None if block.shortcut is None else cast_to(block.shortcut.weight[:, :, 0, 0])
         bias = _sum(block.conv2.bias, None if block.shortcut is None else block.shortcut.bias)
         self._conv2 = convolution(block.conv2, bias, cast_to)
@@ -181,13 +204,35 @@ class _ResBlock:
     def __call__(self, h: Tensor, temb: Tensor, skip: Tensor | None = None) -> Tensor:
         first, end = self._columns
         residual = self._conv1(_norm(self._norm1, h, skip))
-        out = self._conv2(_norm(self._norm2, residual, temb=temb[:, first:end]))
+        if self._scale_shift:
+            scale, shift = temb[:, first:end].chunk(2, dim=1)
+            out = self._conv2(_norm(self._norm2, residual, scale_shift=(scale, shift)))
+        else:
+            out = self._conv2(_norm(self._norm2, residual, temb=temb[:, first:end]))
         if self._shortcut is None:
-            return out.add_(h)
+            return out.add_(self._resample(h))
         inputs = [h] if skip is None else [h, skip]
         for x, weight in zip(inputs, self._shortcut.split([x.shape[1] for x in inputs], dim=1), strict=True):
             _add_product(out, x, weight, self._accumulate)
         return out
+
+
+class _After:
+    """Two operations, one after the other."""
+
+    def __init__(self, first: _Layer, second: _Layer) -> None:
+        self._first, self._second = first, second
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._second(self._first(x))
+
+
+def _average(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _add_product(out: Tensor, x: Tensor, weight: Tensor, accumulate: bool) -> None:
@@ -213,6 +258,7 @@ class _Attention:
         )
         if engine.fused_qkv:
             self._weights, self._biases = [torch.cat(self._weights)], [torch.cat(self._biases)]
+        self._heads = block.heads
         self._proj, self._proj_bias = cast_to(block.proj.weight), cast_to(block.proj.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -220,28 +266,22 @@ class _Attention:
         tokens = _norm(self._norm, x).permute(0, 2, 3, 1).reshape(n, height * width, c)
         parts = [F.linear(tokens, *layer) for layer in zip(self._weights, self._biases, strict=True)]
         q, k, v = parts if len(parts) == 3 else parts[0].split(c, dim=-1)
-        out = F.linear(attention(q, k, v), self._proj, self._proj_bias)
+        q, k, v = (split_heads(part, self._heads) for part in (q, k, v))
+        out = F.linear(join_heads(attention(q, k, v), self._heads), self._proj, self._proj_bias)
         return out.reshape(n, height, width, c).permute(0, 3, 1, 2).add_(x)
 
 
 class _Downsample:
-    """3x3 convolution with stride 2, padded by one at the right and bottom."""
+    """3x3 convolution with stride 2, padded by one at the right and bottom, and as configured at the left and top."""
 
     def __init__(self, layer: Down, cast_to: _Cast) -> None:
         self._weight, self._bias = cast_to(layer.conv.weight), cast_to(layer.conv.bias)
+        self._symmetric = bool(layer.conv.padding[0])
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._symmetric:
+            return F.conv2d(x, self._weight, self._bias, stride=2, padding=1)
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self._weight, self._bias, stride=2)
-
-
-class _Upsample:
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
-
-    def __init__(self, layer: Up, cast_to: _Cast) -> None:
-        self._conv = _Conv3x3(layer.conv, layer.conv.bias, cast_to)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class _PhaseUpsample:
@@ -253,13 +293,13 @@ class _PhaseUpsample:
     of one 2x2 convolution, whose weights are summed in float64: 16 products instead of 36.
     """
 
-    def __init__(self, layer: Up, cast_to: _Cast) -> None:
-        weight = layer.conv.weight.detach().double()
+    def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: _Cast) -> None:
+        weight = layer.weight.detach().double()
         # selection[a, p, y] is 1 if row y of the weights falls on the p-th of the two input rows.
         selection = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         phases = torch.einsum("apy,bqx,ocyx->abocpq", selection, selection, weight)
         self._weight = cast_to(phases.flatten(0, 2))
-        self._bias = cast_to(layer.conv.bias).repeat(4)
+        self._bias = None if bias is None else cast_to(bias).repeat(4)
         self._layout = cast_to.layout
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -284,12 +324,29 @@ class _Level:
         if len(level.attentions):
             attentions = [_Attention(block, engine, cast_to) for block in cast(Sequence[AttnBlock], level.attentions)]
         self.blocks = list(zip(blocks, attentions, strict=True))
-        self.resample: _Layer | None = None
-        if isinstance(level.resample, Down):
-            self.resample = _Downsample(level.resample, cast_to)
+        self.resample: Callable[[Tensor, Tensor], Tensor] | None = None
+        if isinstance(level.resample, ResBlock):
+            self.resample = _ResBlock(level.resample, time, engine, cast_to)
         elif level.resample is not None:
-            upsample = _PhaseUpsample if engine.phase_convolutions else _Upsample
-            self.resample = upsample(level.resample, cast_to)
+            self.resample = _WithoutTime(_resampling(level.resample, engine, cast_to))
+
+
+def _resampling(layer: Down | Up, engine: EngineConfig, cast_to: _Cast) -> _Layer:
+    if isinstance(layer, Down):
+        return _Downsample(layer, cast_to)
+    if engine.phase_convolutions:
+        return _PhaseUpsample(layer.conv, layer.conv.bias, cast_to)
+    return _After(_double, _Conv3x3(layer.conv, layer.conv.bias, cast_to))
+
+
+class _WithoutTime:
+    """A layer that is called as a residual block is, and does not use the time embedding."""
+
+    def __init__(self, layer: _Layer) -> None:
+        self._layer = layer
+
+    def __call__(self, h: Tensor, temb: Tensor) -> Tensor:
+        return self._layer(h)
 
 
 def _identity(h: Tensor) -> Tensor:

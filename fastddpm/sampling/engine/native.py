@@ -105,6 +105,7 @@ class _Layer:
     out_channels: int
     kernel: int
     stride: int
+    pad: int
     algorithm: int
 
 
@@ -118,24 +119,19 @@ def _layer(module: nn.Module, height: int, width: int) -> _Layer:
         weight, bias = torch.cat(weights), torch.cat(biases)
     else:
         weight, bias = cast(Tensor, module.weight), cast(Tensor, module.bias)
-    stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
+    stride, pad = (module.stride[0], int(module.padding[0])) if isinstance(module, nn.Conv2d) else (1, 0)
     if weight.ndim == 2:
         weight = weight[:, :, None, None]
     k, c, kernel, _ = weight.shape
     algorithm = algorithm_for(kernel, stride, c, height, width)
     args = interface.Conv(
         weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
-        stride=stride, pad=_padding(kernel, stride), x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
+        stride=stride, pad=pad, x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
     )  # fmt: skip
     library = native.library()
     packed = _empty(library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args)) // 4)
     native.check("conv", library.fastddpm_cpu_conv_pack(ctypes.byref(args), ctypes.c_void_p(packed.data_ptr())))
-    return _Layer(packed, bias, c, k, kernel, stride, algorithm)
-
-
-def _padding(kernel: int, stride: int) -> int:
-    """Return the zeros above and to the left. With stride 2 the network pads only at the right and bottom."""
-    return 1 if kernel == 3 and stride == 1 else 0
+    return _Layer(packed, bias, c, k, kernel, stride, pad, algorithm)
 
 
 class _Arena:
@@ -231,16 +227,23 @@ class _Plan:
                 arena.hold(h)
                 h = self._attend(level, i, self._res_block(cast(ResBlock, block), h, None))
                 skips.append(h)
-            if level.resample is not None:
+            if isinstance(level.resample, ResBlock):
+                arena.hold(h)
+                h = self._resampling_block(level.resample, h)
+                skips.append(h)
+            elif level.resample is not None:
                 h = self._conv(level.resample.conv, h)
                 skips.append(h)
         arena.hold(h)
         h = self._res_block(unet.mid.block1, h, None)
-        h = self._res_block(unet.mid.block2, self._attention(unet.mid.attention, h), None)
+        h = h if unet.mid.attention is None else self._attention(unet.mid.attention, h)
+        h = self._res_block(unet.mid.block2, h, None)
         for level in cast(Iterable[Level], unet.up):
             for i, block in enumerate(level.blocks):
                 h = self._attend(level, i, self._res_block(cast(ResBlock, block), h, skips.pop()))
-            if level.resample is not None:
+            if isinstance(level.resample, ResBlock):
+                h = self._resampling_block(level.resample, h)
+            elif level.resample is not None:
                 low = h
                 h = self._conv(level.resample.conv, low, doubled=True)
                 arena.release(low)
@@ -249,19 +252,41 @@ class _Plan:
 
     def _res_block(self, block: ResBlock, h: Tensor, skip: Tensor | None) -> Tensor:
         """Append the calls of a residual block and return its output. Releases `h` and `skip`."""
-        residual = self._conv(block.conv1, h, skip=skip, norm=block.norm1, temb=self._temb_at[id(block)])
+        before, after = self._temb_columns(block)
+        residual = self._conv(block.conv1, h, skip=skip, norm=block.norm1, temb=before)
         if block.shortcut is not None:
             out = self._conv(block.shortcut, h, skip=skip)
             self._arena.release(h)
         elif self._arena.shared(h):
-            out = self._conv(block.conv2, residual, norm=block.norm2, residual=h)
+            out = self._conv(block.conv2, residual, norm=block.norm2, scale_shift=after, residual=h)
             self._arena.release(h, residual)
             return out
         else:
             out = h
-        self._conv(block.conv2, residual, norm=block.norm2, residual=out, out=out)
+        self._conv(block.conv2, residual, norm=block.norm2, scale_shift=after, residual=out, out=out)
         self._arena.release(residual, *([] if skip is None else [skip]))
         return out
+
+    def _resampling_block(self, block: ResBlock, h: Tensor) -> Tensor:
+        """Append the calls of a residual block that resamples and return its output. Releases `h`."""
+        assert block.shortcut is None  # as many channels come out as go in
+        before, after = self._temb_columns(block)
+        if block.resample == "up":
+            residual = self._conv(block.conv1, h, norm=block.norm1, temb=before, doubled=True)
+        else:
+            low = self._resample(h, norm=block.norm1)
+            residual = self._conv(block.conv1, low, temb=before)
+            self._arena.release(low)
+        out = self._resample(h, doubled=block.resample == "up")
+        self._arena.release(h)
+        self._conv(block.conv2, residual, norm=block.norm2, scale_shift=after, residual=out, out=out)
+        self._arena.release(residual)
+        return out
+
+    def _temb_columns(self, block: ResBlock) -> tuple[int | None, int | None]:
+        """Return the block's first column of the projections, if they are added before the second norm, or after it."""
+        first = self._temb_at[id(block)]
+        return (None, first) if block.scale_shift else (first, None)
 
     def _attend(self, level: Level, index: int, h: Tensor) -> Tensor:
         return self._attention(cast(AttnBlock, level.attentions[index]), h) if len(level.attentions) else h
@@ -273,7 +298,8 @@ class _Plan:
         triple, single = (ctypes.c_int64 * 2)(tokens * 3 * c, 3 * c), (ctypes.c_int64 * 2)(tokens * c, c)
         start = qkv.data_ptr()
         args = interface.Attention(
-            q=start, k=start + 4 * c, v=start + 8 * c, out=out.data_ptr(), n=n, l=tokens, c=c, scale=c**-0.5,
+            q=start, k=start + 4 * c, v=start + 8 * c, out=out.data_ptr(),
+            n=n * block.heads, l=tokens, c=c // block.heads, heads=block.heads, scale=(c // block.heads) ** -0.5,
             q_stride=triple, k_stride=triple, v_stride=triple, out_stride=single, dtype=interface.FLOAT32,
         )  # fmt: skip
         self._calls.append(("attention", args))
@@ -284,12 +310,14 @@ class _Plan:
 
     def _conv(
         self, module: nn.Module, h: Tensor, *, skip: Tensor | None = None, norm: GroupNormSiLU | None = None,
-        temb: int | None = None, residual: Tensor | None = None, out: Tensor | None = None, doubled: bool = False,
+        temb: int | None = None, scale_shift: int | None = None, residual: Tensor | None = None,
+        out: Tensor | None = None, doubled: bool = False,
     ) -> Tensor:  # fmt: skip
         """Append the calls for conv(silu(norm(concat(h, skip)))) + bias + temb + residual; return the output.
 
-        `temb`: the block's first column of the projections. `out`: where to write. Default: a buffer from the arena.
-        `doubled`: upsample h by 2 first, by the nearest neighbour.
+        `temb`: the block's first column of the projections. `scale_shift`: that of those which scale and shift the
+        norm's output. `out`: where to write. Default: a buffer from the arena. `doubled`: upsample h by 2 first, by the
+        nearest neighbour.
         """
         stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
         factor = 2 if doubled else 1
@@ -300,7 +328,7 @@ class _Plan:
         n, height, width, c1 = h.shape
         c2 = 0 if skip is None else skip.shape[3]
         if norm is not None:
-            self._norm(norm, h, skip)
+            self._norm(norm, h, skip, scale_shift)
         if out is None:
             out = self._arena.take(n, out_height, out_width, layer.out_channels)
         args = interface.Conv(
@@ -308,11 +336,11 @@ class _Plan:
             bias=layer.bias.data_ptr(),
             gain=None if norm is None else self._gain.data_ptr(),
             offset=None if norm is None else self._offset.data_ptr(),
-            temb=None if temb is None else self._temb.data_ptr() + 4 * temb, temb_stride=self._temb.shape[1],
+            temb=self._column(temb), temb_stride=self._temb.shape[1],
             residual=native.pointer(residual), out=out.data_ptr(),
             n=n, height=height, width=width, c1=c1, c2=c2, k=layer.out_channels,
             x_stride=(ctypes.c_int64 * 4)(*h.stride()), kernel=layer.kernel, stride=layer.stride,
-            pad=_padding(layer.kernel, layer.stride), doubled=doubled, silu=norm is not None and norm.silu,
+            pad=layer.pad, doubled=doubled, silu=norm is not None and norm.silu,
             algorithm=layer.algorithm,
         )  # fmt: skip
         args.workspace_bytes = self._library.fastddpm_cpu_conv_workspace(ctypes.byref(args), self._threads)
@@ -320,9 +348,30 @@ class _Plan:
         self._calls.append(("conv", args))
         return out
 
-    def _norm(self, norm: GroupNormSiLU, h: Tensor, skip: Tensor | None) -> None:
+    def _column(self, index: int | None) -> int | None:
+        """Return the address of a column of the projections, None without one."""
+        return None if index is None else self._temb.data_ptr() + 4 * index
+
+    def _resample(self, h: Tensor, *, norm: GroupNormSiLU | None = None, doubled: bool = False) -> Tensor:
+        """Append the calls that average 2x2 pixels of h, or with `norm` of silu(norm(h)), or double those of h."""
+        n, height, width, c = h.shape
+        if norm is not None:
+            self._norm(norm, h, None, None)
+        shape = (2 * height, 2 * width) if doubled else (height // 2, width // 2)
+        out = self._arena.take(n, *shape, c)
+        args = interface.Resample(
+            x=h.data_ptr(), gain=None if norm is None else self._gain.data_ptr(),
+            offset=None if norm is None else self._offset.data_ptr(), out=out.data_ptr(),
+            n=n, height=height, width=width, c=c, doubled=doubled,
+        )  # fmt: skip
+        self._calls.append(("resample", args))
+        return out
+
+    def _norm(self, norm: GroupNormSiLU, h: Tensor, skip: Tensor | None, scale_shift: int | None) -> None:
+        shift = None if scale_shift is None else scale_shift + norm.weight.numel()
         args = interface.NormAffine(
             x=h.data_ptr(), skip=native.pointer(skip), weight=norm.weight.data_ptr(), bias=norm.bias.data_ptr(),
+            scale=self._column(scale_shift), shift=self._column(shift), scale_stride=self._temb.shape[1],
             gain=self._gain.data_ptr(), offset=self._offset.data_ptr(), n=len(h), pixels=h.shape[1] * h.shape[2],
             c1=h.shape[3], c2=0 if skip is None else skip.shape[3], groups=norm.groups, eps=norm.eps,
         )  # fmt: skip
