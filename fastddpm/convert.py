@@ -26,7 +26,7 @@ class Command:
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """File or directory to convert; of a TensorFlow checkpoint its directory, or its prefix, as in model.ckpt-790000."""
+    """File or directory to convert; of a TensorFlow checkpoint its directory or its prefix, as model.ckpt-790000."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The .safetensors file to write."""
     like: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None

@@ -56,9 +56,7 @@ def is_pipeline(path: Path) -> bool:
     )
 
 
-def load(
-    path: str | os.PathLike[str], *, given: Mapping[str, Any] | None = None, unpickling: bool = False
-) -> Parts:
+def load(path: str | os.PathLike[str], *, given: Mapping[str, Any] | None = None, unpickling: bool = False) -> Parts:
     """Read the model of a pipeline directory, as float32, in evaluation mode, on the CPU.
 
     The file's weights may be float32, float16 or bfloat16, with diffusers' old or new names of attention layers.
@@ -113,9 +111,9 @@ def _process(root: Path, given: Mapping[str, Any]) -> tuple[Process, Path]:
         return read_scheduler(read_json(file), str(file)), file
     if not given:
         raise DataError(
-            f"{root} lacks scheduler/scheduler_config.json (or scheduler_config.json in the directory itself). If there "
-            "is none, convert it with python -m fastddpm.convert DIRECTORY OUT --config FILE.json, which tells the "
-            'process, as in {"schedule": "linear", "prediction": "eps"}'
+            f"{root} lacks scheduler/scheduler_config.json (or scheduler_config.json in the directory itself). If "
+            "there is none, convert it with python -m fastddpm.convert DIRECTORY OUT --config FILE.json, which tells "
+            'the process, as in {"schedule": "linear", "prediction": "eps"}'
         )
     return Process(from_dict(DiffusionConfig, dict(given), "--config"), SampleConfig(), ()), root
 

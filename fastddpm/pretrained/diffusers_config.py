@@ -59,7 +59,9 @@ def read_unet(data: Any, where: str, image_size: int | Sequence[int] | None = No
     """
     name = data.get("_class_name", "UNet2DModel") if isinstance(data, dict) else "UNet2DModel"
     if name != "UNet2DModel":
-        raise DataError(f"{where}: _class_name must be UNet2DModel, a network without text or other input; got {name!r}")
+        raise DataError(
+            f"{where}: _class_name must be UNet2DModel, a network without text or other input; got {name!r}"
+        )
     values = fields_of(data, _NEEDED, _READ, where)
     widths = _positive_list(values["block_out_channels"], f"{where}: block_out_channels")
     attends, resample = _levels(values, len(widths), where)
@@ -115,7 +117,7 @@ def _levels(values: Mapping[str, Any], levels: int, where: str) -> tuple[list[bo
     attends = [_DOWN[each][0] for each in down]
     if [_UP[each][0] for each in up] != attends[::-1]:
         raise DataError(f"{where}: up_block_types must have attention where down_block_types have it; got {up}, {down}")
-    kinds = {}
+    kinds: dict[str, str] = {}
     for field, types, known in (("downsample_type", down, _DOWN), ("upsample_type", up, _UP)):
         default = values[field] or "conv"
         if default not in _RESAMPLE:

@@ -19,14 +19,14 @@ def _name(places: Sequence[Place]) -> list[str]:
     named = []
     for place in places:
         if place.path == "mid":
-            named.append(f"mid_block.{_PARTS[place.kind]}.{place.index}")
+            named.append(f"mid_block.{_PARTS[place.kind]}.{place.number}")
             continue
         number = place.ours.split(".")[1]
         level = f"{place.path}_blocks.{number}"
         if place.resamples:
             named.append(f"{level}.{place.path}samplers.0{'.conv' if place.kind == 'conv' else ''}")
         else:
-            named.append(f"{level}.{_PARTS[place.kind]}.{place.index}")
+            named.append(f"{level}.{_PARTS[place.kind]}.{place.number}")
     return named
 
 

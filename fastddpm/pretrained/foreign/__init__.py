@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from fastddpm.runtime.lazy import importer
 
-_HOMES = {"FORMATS": ".catalogue", "convert": ".conversion", "table": ".table"}
+_HOMES = {"FORMATS": ".catalogue", "convert": ".conversion", "table": None}
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from . import table as table
     from .catalogue import FORMATS as FORMATS
     from .conversion import convert as convert
-    from .table import table as table
 else:
     __getattr__ = importer(__name__, _HOMES)
 

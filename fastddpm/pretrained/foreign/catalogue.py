@@ -1,14 +1,14 @@
-"""The formats that are read, what --like may name, and the formats that are refused, with the reason."""
+"""The formats that are read, and what --like may name."""
 
 import difflib
 import re
 from collections.abc import Collection
-from typing import NamedTuple
 
 from fastddpm.errors import DataError, UsageError
 
 from . import hojonathanho, openai, pesser, tqch, w86763777
 from .format import Format, Published
+from .refused import REFUSED
 
 FORMATS: dict[str, Format] = {
     each.name: each
@@ -22,33 +22,6 @@ FORMATS: dict[str, Format] = {
     )
 }
 TENSORFLOW = hojonathanho.FORMAT.name
-
-
-class Refused(NamedTuple):
-    """A format that is not read: a pattern that names of its tensors match, why, and the way round."""
-
-    pattern: str
-    reason: str
-    way_round: str
-
-
-REFUSED: dict[str, Refused] = {
-    "lucidrains": Refused(
-        r"(?:model/|ema/)?(?:ema_model\.|online_model\.)?(?:model\.)?init_conv\.weight",
-        "denoising-diffusion-pytorch has another network (a 7x7 first convolution, RMSNorm, linear attention)",
-        "load it with its own package, and give the network to fastddpm.Sampler, which takes networks of your own",
-    ),
-    "EDM": Refused(
-        r"(?:ema/|net/)?model\.(?:enc|dec)\..*",
-        "EDM has another network, conditioned on the noise's standard deviation, in pickles that hold program code",
-        "draw images with its own generate.py",
-    ),
-    "latent diffusion": Refused(
-        r"(?:state_dict/)?(?:model\.diffusion_model|first_stage_model)\..*",
-        "it is a latent diffusion model, whose network sees an autoencoder's features and not images",
-        "draw images with diffusers",
-    ),
-}
 
 
 def named(like: str | None) -> tuple[Format | None, Published | None]:

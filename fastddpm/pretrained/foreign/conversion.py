@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.errors import UsageError
+from fastddpm.presets import PRESETS, describe
 from fastddpm.pretrained import compact, diffusers
 from fastddpm.pretrained.facts import parameters_of
-from fastddpm.presets import PRESETS, describe
 from fastddpm.runtime.progress import announced
-from fastddpm.storage.documents import to_dict
 
 from .read import Imported, Weights, read
 

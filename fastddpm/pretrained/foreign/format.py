@@ -1,4 +1,4 @@
-"""What is known of an implementation's checkpoints: their names and tensors, and the configurations it has published."""
+"""What is known of an implementation's checkpoints: names, tensors, and the configurations that it has published."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

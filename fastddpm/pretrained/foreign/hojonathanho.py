@@ -19,11 +19,11 @@ def name(places: Sequence[Place]) -> list[str]:
     named = []
     for place in places:
         if place.path == "mid":
-            named.append(f"mid/{_NAMES[place.kind]}_{1 if place.kind == 'attention' else place.index + 1}")
+            named.append(f"mid/{_NAMES[place.kind]}_{1 if place.kind == 'attention' else place.number + 1}")
         elif place.kind == "conv":
             named.append(f"{place.path}_{place.level}/{place.path}sample/conv")
         else:
-            named.append(f"{place.path}_{place.level}/{_NAMES[place.kind]}_{place.index}")
+            named.append(f"{place.path}_{place.level}/{_NAMES[place.kind]}_{place.number}")
     return named
 
 

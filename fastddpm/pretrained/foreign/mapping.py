@@ -24,14 +24,14 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Place(NamedTuple):
     """A module of our network: a residual block, an attention block, or a resampling convolution.
 
-    `level` counts from 0, the full resolution, in both paths. `index`: the number of the block in its level; of what
+    `level` counts from 0, the full resolution, in both paths. `number`: that of the block in its level; of what
     resamples, the number of blocks before it.
     """
 
     kind: Literal["block", "attention", "conv"]
     path: Literal["down", "mid", "up"]
     level: int
-    index: int
+    number: int
     ours: str
 
     @property
@@ -55,10 +55,10 @@ class Family:
     `outer`: its names of time1, time2, label, conv_in, norm_out, conv_out. `block`, `attention`: its names of layers
     in a residual block and in an attention block, either q, k, v or their joint layer qkv. `name`: its names of the
     modules, given ours in the order of evaluation. `count`: the number of levels and of blocks per level, from all
-    names; 0 if there are none; a family whose files tell the configuration needs none. `parameters`: its words for a layer's weight and bias, and for those of a norm.
-    `layouts`: of weights, by kind: time1, conv, shortcut, linear, projection; those left out are as ours. `qkv`: the
-    layout of joint layers for a number of heads and of dimensions. `fixed`: fields of UNetConfig that its code fixes;
-    `tells`: those that its names tell.
+    names, 0 if there are none; not needed if its files tell the configuration. `parameters`: its words for a layer's
+    weight and bias, and for those of a norm. `layouts`: of weights, by kind: time1, conv, shortcut, linear, projection;
+    those left out are as ours. `qkv`: the layout of joint layers for a number of heads. `fixed`: fields of UNetConfig
+    that its code fixes; `tells`: those that its names tell.
     """
 
     outer: Mapping[str, str]
@@ -127,14 +127,14 @@ def inferred(family: Family, tensors: Mapping[str, Tensor], where: str) -> dict[
     attention_layer = next(iter(family.attention.values()))
     attends, channels, double = [False] * levels, [0] * levels, False
     for place, name in named.items():
-        if place.path != "down" or place.index:
+        if place.path != "down" or place.number:
             continue
         if place.kind == "attention":
             prefix = name + family.separator + attention_layer
             attends[place.level] = any(tensor.startswith(prefix) for tensor in tensors)
     exact = places(levels, blocks, attends)
     for place, name in zip(exact, family.name(exact), strict=True):
-        if place.path == "down" and place.kind == "block" and place.index == 0:
+        if place.path == "down" and place.kind == "block" and place.number == 0:
             layer = name + family.separator
             channels[place.level] = size(family.parameter(layer + family.block["conv2"], "bias"), 0)
             projected = size(family.parameter(layer + family.block["temb_proj"], "bias"), 0)
@@ -147,14 +147,18 @@ def inferred(family: Family, tensors: Mapping[str, Tensor], where: str) -> dict[
     time = size(family.parameter(family.outer["time1"], "bias"), 0)
     width = time // 4
     plain = width > 0 and first == width and all(count % width == 0 for count in channels)
-    fields: dict[str, Any] = dict(family.fixed) | dict(family.tells(list(tensors))) | {
-        "image_channels": image_channels,
-        "width": width,
-        "blocks": blocks,
-        "attends": attends,
-        "scale_shift": double,
-        "learned_variance": size(family.parameter(family.outer["conv_out"], "bias"), 0) == 2 * image_channels,
-    }
+    fields: dict[str, Any] = (
+        dict(family.fixed)
+        | dict(family.tells(list(tensors)))
+        | {
+            "image_channels": image_channels,
+            "width": width,
+            "blocks": blocks,
+            "attends": attends,
+            "scale_shift": double,
+            "learned_variance": size(family.parameter(family.outer["conv_out"], "bias"), 0) == 2 * image_channels,
+        }
+    )
     if plain:
         fields["multipliers"] = tuple(count // width for count in channels)
     else:
@@ -202,7 +206,7 @@ def _attention_rows(family: Family, place: Place, theirs: str, heads: int) -> It
             assert family.qkv is not None  # a family with the joint layer says how it is laid out
             for which in ("weight", "bias"):
                 ours = [f"{place.ours}.{part}.{which}" for part in "qkv"]
-                yield Row(family.parameter(full, which), ours, family.qkv(heads))  # type: ignore[arg-type]
+                yield Row(family.parameter(full, which), ours, family.qkv(heads))
         else:
             yield from _layer(family, full, f"{place.ours}.{layer}", "norm" if layer == "norm" else "projection")
 
@@ -225,7 +229,7 @@ def converted(family: Family, config: UNetConfig, tensors: Mapping[str, Tensor],
     problems = [f"{row.theirs} is missing" for row in table if row.theirs not in tensors]
     known = {row.theirs for row in table}
     problems += [f"{name} belongs to no layer" for name in tensors if name not in known]
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for row in table:
         if row.theirs not in tensors:
             continue

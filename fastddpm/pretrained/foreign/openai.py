@@ -21,7 +21,7 @@ def name(places: Sequence[Place]) -> list[str]:
     named, numbers = [], {"down": 0, "up": -1}  # item 0 of the first list is the first convolution
     for place in places:
         if place.path == "mid":
-            named.append(f"middle_block.{1 if place.kind == 'attention' else 2 * place.index}")
+            named.append(f"middle_block.{1 if place.kind == 'attention' else 2 * place.number}")
             continue
         child = int(place.kind == "attention")
         if place.path == "up" and place.resamples:

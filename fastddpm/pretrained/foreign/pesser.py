@@ -26,7 +26,7 @@ def count(names: Sequence[str]) -> tuple[int, int]:
 
 
 FAMILY = Family(
-    outer=hojonathanho.FAMILY.outer | {"time1": "temb.dense.0", "time2": "temb.dense.1"},
+    outer={**hojonathanho.FAMILY.outer, "time1": "temb.dense.0", "time2": "temb.dense.1"},
     block=hojonathanho.FAMILY.block,
     attention=hojonathanho.FAMILY.attention,
     name=name,
@@ -48,8 +48,6 @@ FORMAT = Format(
     signature=("temb.dense.0.weight", "conv_in.weight", "down.0.block.0.conv1.weight"),
     family=lambda options: FAMILY,
     diffusion=paper_diffusion,
-    published={
-        f"pesser/{prefix}{name}": model for name, model in _PUBLISHED.items() for prefix in ("", "ema_")
-    },
+    published={f"pesser/{prefix}{name}": model for name, model in _PUBLISHED.items() for prefix in ("", "ema_")},
     image_size=paper_image_size,
 )

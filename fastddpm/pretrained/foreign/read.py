@@ -1,4 +1,4 @@
-"""Read another implementation's checkpoint: find its format, its weights and its configuration, and map them to ours."""
+"""Read another implementation's checkpoint: its format, weights and configuration are found and mapped to ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, UsageError
 from fastddpm.pretrained.facts import FOREIGN
 from fastddpm.pretrained.parts import Parts
-from fastddpm.storage.documents import from_dict, read_object, to_dict
+from fastddpm.storage.documents import from_dict, read_object
 from fastddpm.storage.reading import open_regular, read_bytes, readable
 from fastddpm.storage.tensors import parse_tensors
 from fastddpm.unet import network_with
@@ -22,6 +22,7 @@ from . import hojonathanho, tensor_bundle, unpickle
 from .catalogue import FORMATS, TENSORFLOW, named, recognised
 from .format import Format, Published
 from .mapping import converted, inferred
+from .refused import REFUSED
 
 Weights = Literal["average", "raw"]
 _MOST_BYTES = 2**34
@@ -98,7 +99,8 @@ def read(
         stored = Stored(tensors, stored.tensors, stored.values, stored.unet, stored.process)
         steps = next((value for name in _STEPS if type(value := stored.values.get(name)) is int and value >= 0), None)
     lines = [f"format: {checkpoint.name} ({checkpoint.repository})", f"weights: {label}"]
-    unet, diffusion, tensors, told = _configured(checkpoint, published, stored, given or {}, str(source))
+    where = str(source) if published is None else f"{source} as {like}"
+    unet, diffusion, tensors, told = _configured(checkpoint, published, stored, given or {}, where)
     preset = Preset(FOREIGN, unet, diffusion, TrainConfig(), SampleConfig())
     process = Diffusion(diffusion)
     network = network_with(unet, tensors).requires_grad_(True)
@@ -170,9 +172,7 @@ def _of(given: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _refuse_untold(checkpoint: Format, fields: Mapping[str, Any], where: str) -> None:
     needed = dict(checkpoint.needed) | {"image_size": "height and width of the images"}
-    missing = {
-        names: word for names, word in needed.items() if not any(name in fields for name in names.split("|"))
-    }
+    missing = {names: word for names, word in needed.items() if not any(name in fields for name in names.split("|"))}
     if not missing:
         return
     wanted = ", ".join(f"{names.replace('|', ' or ')} ({word})" for names, word in missing.items())
@@ -199,7 +199,7 @@ def _chosen(
     own = {label: sets[prefix] for label, prefix in checkpoint.sets.items() if _network(checkpoint, sets[prefix])}
     if not own:  # a state dict alone
         own = {"": sets[""]}
-    label = weights or ("average" if "average" in own else next(iter(own)))
+    label: str = weights or ("average" if "average" in own else next(iter(own)))
     if list(own) == [""]:
         label, text = "", "those of the file, which does not tell whether they are averaged"
         if weights is not None:
@@ -227,8 +227,6 @@ def _of_file(source: Path, unpickling: bool) -> Stored:
         with readable(source):
             return Stored(parse_tensors(read_bytes(source, _MOST_BYTES), source), {}, {}, {}, {})
     if source.suffix == ".pkl":
-        from .catalogue import REFUSED
-
         raise DataError(f"{source} is a .pkl file and not read: {REFUSED['EDM'].reason}; {REFUSED['EDM'].way_round}")
     if not unpickling:
         raise UsageError(
@@ -252,7 +250,8 @@ def _of_bundle(prefix: Path, weights: Weights | None) -> tuple[Stored, str, int 
     tensors = {
         name.removeprefix(root).removesuffix(average): torch.from_numpy(array.copy()) for name, array in arrays.items()
     }
-    unet, process = {}, {}
+    unet: dict[str, Any] = {}
+    process: dict[str, Any] = {}
     document = prefix.with_name("kwargs.json")
     if document.exists():
         unet, process = hojonathanho.of_kwargs(read_object(document))

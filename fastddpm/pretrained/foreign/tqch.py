@@ -15,9 +15,9 @@ def name(places: Sequence[Place]) -> list[str]:
     named = []
     for place in places:
         if place.path == "mid":
-            named.append(f"middle.{1 if place.kind == 'attention' else 2 * place.index}")
+            named.append(f"middle.{1 if place.kind == 'attention' else 2 * place.number}")
             continue
-        item = f"{place.path}samples.level_{place.level}.{place.index}"
+        item = f"{place.path}samples.level_{place.level}.{place.number}"
         if place.kind == "block" and (place.path, place.level) in attends:
             item += ".0"
         elif place.kind != "block":  # after padding or doubling, or after the block

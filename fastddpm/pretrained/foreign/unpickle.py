@@ -6,6 +6,7 @@ safetensors, parsed as from a stranger.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,14 +21,16 @@ from fastddpm.storage.documents import parse_json
 from fastddpm.storage.reading import check_size, open_regular, read_bytes, readable
 from fastddpm.storage.tensors import parse_tensors
 
+from .refused import REFUSED
+
 _MOST_BYTES = 2**34
 _MEMORY_BYTES = 2**30  # that the child may take, and twice the file's bytes
 _SECONDS = 60  # that the child may compute, and a second for each 20 MB
 _BYTES_A_SECOND = 20 * 2**20
 _WAIT = 4  # times as long as it may compute, for a slow disk or a busy machine
 _PROGRAM = """
-import sys
-sys.path[:] = eval(sys.argv.pop(1))
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop(1))
 from fastddpm.pretrained.foreign.unpickle_child import main
 main(*sys.argv[1:])
 """
@@ -56,7 +59,7 @@ def read(source: Path) -> Unpickled:
     with tempfile.TemporaryDirectory(prefix="fastddpm-") as directory:
         target = Path(directory, "tensors.safetensors")
         limits = [_MEMORY_BYTES + 3 * size, size, seconds]
-        path = repr([entry or "." for entry in sys.path])
+        path = json.dumps([entry or "." for entry in sys.path])
         command = [sys.executable, "-c", _PROGRAM, path, str(source.absolute()), str(target), *map(str, limits)]
         try:
             done = subprocess.run(
@@ -88,16 +91,16 @@ def _said(done: "subprocess.CompletedProcess[bytes]", source: Path) -> Mapping[s
 def _explained(problem: str) -> str:
     """Return the child's problem in one line, in our words if it is a common one."""
     if "torch_utils.persistence" in problem:
+        return f"{REFUSED['EDM'].reason}; {REFUSED['EDM'].way_round}"
+    asked = re.search(r"GLOBAL (\S{1,100})", problem)
+    if asked:
         return (
-            "it is a pickle of EDM (NVIDIA), which holds program code; in EDM's own environment save "
-            "the network's state_dict() with torch.save"
-        )
-    if "Unsupported global" in problem or "Unsupported class" in problem or "WeightsUnpickler" in problem:
-        asked = problem.split("GLOBAL ", 1)[-1].split(" ", 1)[0] if "GLOBAL " in problem else "an object"
-        return (
-            f"it asks for {asked:.100}, which is neither tensor nor plain value and could run code; in the environment "
+            f"it asks for {asked[1]}, which is neither tensor nor plain value and could run code; in the environment "
             "that wrote it, save only the state_dict with torch.save"
         )
-    if problem.startswith(("MemoryError", "RuntimeError: [enforce fail at alloc")) or "allocate memory" in problem:
+    if problem.startswith("MemoryError") or "allocate memory" in problem:
         return "it takes more memory than a file of its size may"
-    return " ".join(problem.split())[:300]
+    kind, _, text = problem.partition(": ")
+    if kind == "ValueError":  # the child's own
+        return " ".join(text.split())[:300]
+    return f"it is damaged, or no file of torch.save ({kind}: {' '.join(text.split()).partition('. ')[0][:120]})"

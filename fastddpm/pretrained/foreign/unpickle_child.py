@@ -53,7 +53,7 @@ def collect(value: Any) -> tuple[dict[str, torch.Tensor], dict[str, int | float 
     holds no dictionary, tensors that are not dense, and two tensors of one name.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {_kind(value)}, not a dictionary of tensors")
+        raise ValueError(f"it holds an object of {type(value).__name__}, not a dictionary of tensors")
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, int | float | str | bool] = {}
     for name, item in _items(value, "", _DEPTH):
@@ -79,10 +79,6 @@ def _items(value: dict[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str
             yield from _items(item, f"{prefix}{key}/", depth - 1)
         else:
             yield prefix + key, item
-
-
-def _kind(value: Any) -> str:
-    return f"an object of {type(value).__name__}"
 
 
 def unpickled(source: str) -> Any:

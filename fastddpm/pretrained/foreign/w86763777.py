@@ -51,7 +51,6 @@ FAMILY = Family(
 )
 
 
-
 def image_size(attends: Sequence[bool], others: Mapping[str, Tensor]) -> int | None:
     """Return the image size from x_T, the noise of the previews, (N, 3, size, size); without one as for the paper."""
     noise = others.get("x_T")
