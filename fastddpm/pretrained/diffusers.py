@@ -36,7 +36,7 @@ from .diffusers_config import check_agreement, cosines_first, read_unet, write_u
 from .diffusers_fields import VERSION
 from .diffusers_names import family, renewed, theirs
 from .diffusers_scheduler import SCHEDULERS, Process, read_scheduler, write_scheduler
-from .facts import FOREIGN, Facts, parameters_of, scores_of
+from .facts import DIFFUSERS, Facts, parameters_of, scores_of
 from .foreign import unpickle
 from .foreign.mapping import converted
 from .parts import Parts
@@ -98,7 +98,7 @@ def _described(root: Path, given: Mapping[str, Any]) -> tuple[Preset, bool]:
         preset = from_dict(Preset, ours.get("preset") if isinstance(ours, dict) else None, str(root / OUR_FILE))
         check_agreement(preset, unet_config, diffusion_config, str(root / OUR_FILE), process.untold)
     else:
-        preset = Preset(FOREIGN, unet_config, diffusion_config, TrainConfig(), process.sample)
+        preset = Preset(DIFFUSERS, unet_config, diffusion_config, TrainConfig(), process.sample)
     return preset, cosines_first(data)
 
 

@@ -7,12 +7,10 @@ from typing import Any
 from fastddpm.errors import UsageError
 from fastddpm.presets import PRESETS, describe
 from fastddpm.pretrained import compact, diffusers
-from fastddpm.pretrained.facts import parameters_of
+from fastddpm.pretrained.facts import DIFFUSERS, parameters_of
 from fastddpm.runtime.progress import announced
 
 from .read import Imported, Weights, read
-
-DIFFUSERS = "diffusers"
 
 
 def convert(

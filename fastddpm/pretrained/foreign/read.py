@@ -11,7 +11,7 @@ from torch import Tensor
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, UsageError
-from fastddpm.pretrained.facts import FOREIGN
+from fastddpm.pretrained.facts import CONVERTED
 from fastddpm.pretrained.parts import Parts
 from fastddpm.storage.documents import from_dict, read_object
 from fastddpm.storage.reading import open_regular, read_bytes, readable
@@ -101,7 +101,7 @@ def read(
     lines = [f"format: {checkpoint.name} ({checkpoint.repository})", f"weights: {label}"]
     where = str(source) if published is None else f"{source} as {like}"
     unet, diffusion, tensors, told = _configured(checkpoint, published, stored, given or {}, where)
-    preset = Preset(FOREIGN, unet, diffusion, TrainConfig(), SampleConfig())
+    preset = Preset(CONVERTED, unet, diffusion, TrainConfig(), SampleConfig())
     process = Diffusion(diffusion)
     network = network_with(unet, tensors).requires_grad_(True)
     return Imported(Parts(network.channels_last(), process, preset, steps), checkpoint.name, lines + told)
@@ -155,7 +155,7 @@ def _configured(
     try:
         unet = from_dict(UNetConfig, {name: to_plain(value) for name, value in fields.items()}, f"{where}: network")
         diffusion = from_dict(DiffusionConfig, process, f"{where}: process")
-        Preset(FOREIGN, unet, diffusion)
+        Preset(CONVERTED, unet, diffusion)
     except UsageError as error:
         raise DataError(str(error)) from error
     return unet, diffusion, converted(family, unet, stored.tensors, where), lines
