@@ -86,7 +86,9 @@ def read_unet(data: Any, where: str, image_size: int | Sequence[int] | None = No
         image_size=size,
         image_channels=channels,
         width=widths[0],
-        **({"multipliers": tuple(width // widths[0] for width in widths)} if multiples else {"channels": widths}),
+        **(
+            {"multipliers": tuple(width // widths[0] for width in widths)} if multiples else {"channels": tuple(widths)}
+        ),
         blocks=values["layers_per_block"],
         attention_resolutions=tuple(height >> i for i, attend in enumerate(attends) if attend),
         dropout=_number(values, "dropout", where),

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from fastddpm.config import Preset
+from fastddpm.errors import UsageError
 from fastddpm.runtime.options import is_built_in
 
 from . import compact, diffusers, run
@@ -68,4 +69,11 @@ def _located(path: str | os.PathLike[str]) -> tuple[Path, ModuleType]:
         return source, compact
     if diffusers.is_pipeline(source):
         return source, diffusers
-    return source, read if read.is_checkpoint(source) else run
+    if read.is_checkpoint(source):
+        return source, read
+    if source.is_file():
+        raise UsageError(
+            f"{source} is a file, and no .safetensors; a checkpoint of another implementation is converted by "
+            "python -m fastddpm.convert, a run of fastddpm is a directory"
+        )
+    return source, run

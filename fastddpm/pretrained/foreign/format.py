@@ -30,7 +30,7 @@ class Format:
     tell. `ignored`: tensors beside those of the network. `published`: configurations by name; `refused`: published
     files that are no such model, with the reason. `needed`: what has to be given, each with a word on it; one of
     several by names joined by "|". `image_size`: from the levels that have attention and from the file's other
-    tensors, if they tell it.
+    tensors, if they tell it. `refuses`: why a network of these fields of UNetConfig is none that fastddpm has.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Format:
     refused: Mapping[str, str] = field(default_factory=dict)
     needed: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
     image_size: Callable[[Sequence[bool], Mapping[str, Tensor]], int | None] = lambda attends, others: None
 
 

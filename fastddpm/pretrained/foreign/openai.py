@@ -156,6 +156,11 @@ _NEEDED = {
 }
 
 
+def refuses(fields: Mapping[str, Any]) -> str | None:
+    """Return why a network is refused: an upsampling model's takes the channels of two images, and gives 6 as well."""
+    return _UPSAMPLER if fields["image_channels"] == 6 else None
+
+
 def _named(models: Mapping[str, Any]) -> dict[str, Any]:
     return {f"openai/{name}": model for name, model in models.items()}
 
@@ -170,6 +175,7 @@ IMPROVED = Format(
     published=_named(_IMPROVED),
     refused=_named({"upsample_cond_500K": _UPSAMPLER}),
     needed=_NEEDED,
+    refuses=refuses,
     options={"rescale_timesteps": True},
 )
 GUIDED = Format(
@@ -185,5 +191,6 @@ GUIDED = Format(
         | {name: _UPSAMPLER for name in ("64_256_upsampler", "128_512_upsampler")}
     ),
     needed=_NEEDED,
+    refuses=refuses,
     options={"rescale_timesteps": False, "new_attention_order": False},
 )

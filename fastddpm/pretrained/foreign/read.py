@@ -126,6 +126,9 @@ def _configured(
     family = checkpoint.family(options)
     fields = inferred(family, stored.tensors, where)
     attends = fields.pop("attends")
+    reason = checkpoint.refuses(fields)
+    if reason is not None:
+        raise DataError(f"{where} cannot be converted: {reason}")
     known = dict(stored.unet) | dict(published.unet if published else {}) | _of(given, _UNET)
     if "channels" in known or "multipliers" in known:
         fields.pop("channels", None)
