@@ -160,6 +160,13 @@ typedef struct {
     int64_t num;
 } fastddpm_digest_args;
 
+/* The CRC32C of `bytes` bytes of memory. */
+typedef struct {
+    const void *data;
+    uint32_t *out;
+    int64_t bytes;
+} fastddpm_crc32c_args;
+
 FASTDDPM_API const char *fastddpm_error_text(int32_t code);
 
 /* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512. If the machine lacks `wanted`, the best that it has. */
@@ -190,6 +197,7 @@ FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *a
 FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args);
 FASTDDPM_API int32_t fastddpm_cpu_resample(const fastddpm_resample_args *args, int32_t threads);
 FASTDDPM_API int32_t fastddpm_cpu_digest(const fastddpm_digest_args *args, int32_t threads);
+FASTDDPM_API int32_t fastddpm_cpu_crc32c(const fastddpm_crc32c_args *args);
 
 /* The CUDA library. `stream` is a cudaStream_t; nothing waits for it, allocates, or reads device memory on the host, so
  * all of it can be captured in a graph. The workspace, of the size that the query gives for the same arguments, is

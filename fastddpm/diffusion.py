@@ -35,22 +35,27 @@ def betas(config: DiffusionConfig) -> np.ndarray:
     linear: equally spaced from beta_start to beta_end. quad: with equally spaced square roots. const: beta_end.
     jsd: 1/T, 1/(T-1), .., 1. These four are the released code's, which does not rescale them with T.
     cosine: alpha_bar(t) = cos^2((t/T + s)/(1 + s) pi/2), beta at most 0.999 (Nichol and Dhariwal 2021).
+    With `zero_terminal_snr`, sqrt(alpha_bar) is then shifted and scaled to end at 0 and begin as before (algorithm 1 of
+    Lin et al. 2023).
     """
-    num = config.timesteps
+    num, start, end = config.timesteps, config.beta_start, config.beta_end
     if config.schedule == "linear":
-        return np.linspace(config.beta_start, config.beta_end, num, dtype=np.float64)
-    if config.schedule == "quad":
-        return np.linspace(config.beta_start**0.5, config.beta_end**0.5, num, dtype=np.float64) ** 2
-    if config.schedule == "const":
-        return np.full(num, config.beta_end, dtype=np.float64)
-    if config.schedule == "jsd":
-        return 1.0 / np.linspace(num, 1, num, dtype=np.float64)
-
-    def alpha_bar(fraction: np.ndarray) -> np.ndarray:
-        return np.cos((fraction + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
-
-    steps = np.arange(num, dtype=np.float64)
-    return np.minimum(1 - alpha_bar((steps + 1) / num) / alpha_bar(steps / num), _COSINE_MAX_BETA)
+        scheduled = np.linspace(start, end, num)
+    elif config.schedule == "quad":
+        scheduled = np.linspace(start**0.5, end**0.5, num) ** 2
+    elif config.schedule == "const":
+        scheduled = np.full(num, end)
+    elif config.schedule == "jsd":
+        scheduled = 1.0 / np.linspace(num, 1, num)
+    else:
+        fraction = (np.arange(num + 1) / num + _COSINE_OFFSET) / (1 + _COSINE_OFFSET)
+        alpha_bar = np.cos(fraction * math.pi / 2) ** 2
+        scheduled = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], _COSINE_MAX_BETA)
+    if not config.zero_terminal_snr:
+        return scheduled
+    root = np.sqrt(np.cumprod(1 - scheduled))
+    alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
 @dataclass(frozen=True)

@@ -94,3 +94,7 @@ class Resample(ctypes.Structure):
 
 class Digest(ctypes.Structure):
     _fields_ = [*_all(_POINTER, "parts bytes out"), *_all(_INT64, "num")]
+
+
+class Crc32c(ctypes.Structure):
+    _fields_ = [*_all(_POINTER, "data out"), *_all(_INT64, "bytes")]

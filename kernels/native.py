@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 # torch is imported first: the compiled library then uses torch's OpenMP library and its threads.
 import torch
 from torch import Tensor
@@ -131,6 +133,14 @@ def digest(memory: Sequence[Tensor]) -> int:
         parts=ctypes.addressof(parts), bytes=ctypes.addressof(sizes), out=ctypes.addressof(out), num=len(memory)
     )
     call("digest", args)
+    return out.value
+
+
+def crc32c(data: np.ndarray) -> int:
+    """Return the CRC32C of a dense array's bytes. Raises RuntimeError without a library."""
+    out = ctypes.c_uint32()
+    args = interface.Crc32c(data=data.ctypes.data, out=ctypes.addressof(out), bytes=data.nbytes)
+    check("crc32c", library().fastddpm_cpu_crc32c(ctypes.byref(args)))
     return out.value
 
 

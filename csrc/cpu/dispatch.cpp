@@ -114,3 +114,6 @@ FASTDDPM_API int32_t fastddpm_cpu_resample(const fastddpm_resample_args *args, i
 FASTDDPM_API int32_t fastddpm_cpu_digest(const fastddpm_digest_args *args, int32_t threads) {
     FASTDDPM_RUN(digest, *args, usable(threads))
 }
+FASTDDPM_API int32_t fastddpm_cpu_crc32c(const fastddpm_crc32c_args *args) {
+    FASTDDPM_RUN(crc32c, *args)
+}

@@ -28,6 +28,7 @@ int32_t norm_affine(const fastddpm_norm_affine_args &args, int32_t threads);
 int64_t norm_affine_workspace(const fastddpm_norm_affine_args &args);
 int32_t resample(const fastddpm_resample_args &args, int32_t threads);
 int32_t digest(const fastddpm_digest_args &args, int32_t threads);
+int32_t crc32c(const fastddpm_crc32c_args &args);
 
 }  // namespace FASTDDPM_ISA
 }  // namespace fastddpm

@@ -55,6 +55,9 @@ class DiffusionConfig:
     """Upper limit of the signal-to-noise ratio in min-SNR weighting."""
     clip_x0: bool = True
     """Clip the prediction of x_0 to [-1, 1] when sampling."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that x_t at the last timestep is noise alone (Lin et al. 2023); not with prediction eps,
+    which x_0 cannot be computed from there."""
 
     def __post_init__(self) -> None:
         refuse(self._problems())

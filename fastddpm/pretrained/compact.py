@@ -1,14 +1,18 @@
-"""A model in one file: the EMA weights as float16 safetensors, with configuration, recipe and checksum in the header.
+"""A model in one file: its weights as safetensors, with configuration, recipe and checksum in the header.
+
+A run's EMA weights are packed as float16; other implementations' models are converted in float32.
 
 `digits.safetensors` beside this file is the model that comes with the package.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -17,11 +21,11 @@ from fastddpm.config import Preset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.network import checksum
-from fastddpm.storage.documents import from_dict, parse_json, read_object, to_dict
+from fastddpm.storage.documents import MAX_JSON_BYTES, from_dict, parse_json, read_object, to_dict
 from fastddpm.storage.files import write_whole
-from fastddpm.storage.reading import read_bytes, readable
+from fastddpm.storage.reading import check_size, open_regular, readable
 from fastddpm.storage.tensors import check_header, parse_tensors
-from fastddpm.unet import network_with
+from fastddpm.unet import meta_network, network_with
 
 from . import run
 from .parts import Parts
@@ -29,7 +33,6 @@ from .parts import Parts
 DIGITS = Path(__file__).with_name("digits.safetensors")
 _FORMAT = 1
 _RECIPE = ("step", "command", "fastddpm", "python", "libraries", "device", "threads", "processes", "data")
-_MOST_BYTES = 2**31
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -44,20 +47,29 @@ def pack(source: str | os.PathLike[str], path: str | os.PathLike[str], *, steps:
     preset = parts.preset
     if steps is not None:
         preset = dataclasses.replace(preset, sample=dataclasses.replace(preset.sample, steps=steps))
-    weights = {name: tensor.detach().contiguous() for name, tensor in parts.unet.state_dict().items()}
+    weights = {name: tensor.detach() for name, tensor in parts.unet.state_dict().items()}
     for name, tensor in weights.items():
         if not bool((tensor.abs() <= _LARGEST).all()):
             raise DataError(f"{source}: float16 cannot hold the values of {name}, which reach {tensor.abs().max():g}")
+    parts = dataclasses.replace(parts, preset=preset)
+    return write(parts, Path(path), _recipe(Path(source)), torch.float16)
+
+
+def write(parts: Parts, path: Path, recipe: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> str:
+    """Write a model as one file, atomically, its weights as `dtype`; return the file's sha256.
+
+    `recipe`: what the header shall tell of how the weights were made. Raises `StorageError` if it cannot be written.
+    """
     header = {
         "format": _FORMAT,
-        "preset": to_dict(preset),
+        "preset": to_dict(parts.preset),
         "steps": parts.steps,
         "weights_sha256": checksum(parts.unet),
-        "recipe": _recipe(Path(source)),
+        "recipe": recipe,
     }
-    halves = {name: tensor.to(torch.float16) for name, tensor in weights.items()}
-    data = safetensors.torch.save(halves, metadata={"fastddpm": json.dumps(header)})
-    write_whole(Path(path), lambda temporary: temporary.write_bytes(data), durable=True)
+    weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in parts.unet.state_dict().items()}
+    data = safetensors.torch.save(weights, metadata={"fastddpm": json.dumps(header)})
+    write_whole(path, lambda temporary: temporary.write_bytes(data), durable=True)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -82,38 +94,54 @@ def _recipe(source: Path) -> list[dict[str, Any]]:
 
 def read_preset(path: Path) -> Preset:
     """Return the configuration of the model in a file. Raises `DataError` as `load` does."""
-    return _header(_bytes(path), path)[0]
+    with _opened(path) as file:
+        return _header(_start(file, path), path)[0]
 
 
 def load(path: str | os.PathLike[str]) -> Parts:
-    """Read a model from a file that `pack` wrote, as float32, in evaluation mode, on the CPU.
+    """Read a model from a file that `pack` or `write` wrote, as float32, in evaluation mode, on the CPU.
 
     Raises `UsageError` if there is no file, and `DataError` if it is damaged or no such file.
     """
     path = Path(path)
-    data = _bytes(path)
-    preset, steps = _header(data, path)
+    with _opened(path) as file:
+        start = _start(file, path)
+        preset, steps = _header(start, path)
+        # No more is read than the network of the configuration can take, in float64.
+        most = len(start) + sum(8 * tensor.numel() for tensor in meta_network(preset.unet).state_dict().values())
+        check_size(file, most)
+        data = start + file.read()
     weights = parse_tensors(data, path)
     run.check_fit(preset.unet, weights, path)
     unet = network_with(preset.unet, {name: tensor.to(torch.float32) for name, tensor in weights.items()})
     return Parts(unet.requires_grad_(True).channels_last(), Diffusion(preset.diffusion), preset, steps)
 
 
-def _bytes(path: Path) -> bytes:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     if not path.exists():
         raise UsageError(f"there is no file {path}")
-    with readable(path):
-        return read_bytes(path, _MOST_BYTES)
+    with readable(path), open_regular(path) as file:
+        yield file
 
 
-def _header(data: bytes, path: Path) -> tuple[Preset, int | None]:
+def _start(file: BinaryIO, path: Path) -> bytes:
+    """Return the bytes of a file up to the end of its header. Raises `DataError` for a header that is not read."""
+    length = file.read(8)
+    start = length + file.read(min(int.from_bytes(length, "little"), MAX_JSON_BYTES))
+    check_header(start, path)
+    return start
+
+
+def _header(start: bytes, path: Path) -> tuple[Preset, int | None]:
     """Return configuration and steps from the header of a file."""
-    check_header(data, path)
-    length = int.from_bytes(data[:8], "little")
-    metadata = parse_json(data[8 : 8 + length], path).get("__metadata__")
+    metadata = parse_json(start[8:], path).get("__metadata__")
     text = metadata.get("fastddpm") if isinstance(metadata, dict) else None
     if not isinstance(text, str):
-        raise DataError(f"{path} holds no model of fastddpm: its header has no configuration")
+        raise DataError(
+            f"{path} holds no model of fastddpm: its header has no configuration; if it is another implementation's, "
+            "convert it with python -m fastddpm.convert"
+        )
     header = parse_json(text.encode(), path)
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise DataError(f"{path} holds a model in a format that this version does not read; it reads {_FORMAT}")

@@ -1,19 +1,19 @@
-"""Reader and writer of diffusers' `DDPMPipeline` directories, without importing diffusers.
+"""Reader and writer of diffusers' pipeline directories of unconditional models, without importing diffusers.
 
     model_index.json                                 optional when reading
     unet/config.json                                 or config.json at the root
-    unet/diffusion_pytorch_model.safetensors         or at the root
+    unet/diffusion_pytorch_model.safetensors         or at the root; also .fp16.safetensors, and in shards with an index
     scheduler/scheduler_config.json                  or scheduler_config.json at the root
     fastddpm.json                                    fastddpm's own: training, sampling and label settings
     README.md                                        the model card; not read
 
-No module that a file names is imported. diffusers' timesteps for short chains (`timestep_spacing`) are not adopted:
-`fastddpm.Sampler` spreads its own, or takes a list of timesteps.
+No module that a file names is imported. The scheduler tells the process, the sampling method and the spacing of a
+shorter chain's timesteps; with fastddpm.json beside it, that tells the latter two.
 """
 
 import json
 import os
-import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,83 +21,108 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastddpm.config import Preset, SampleConfig, TrainConfig
+from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, StorageError, UsageError
 from fastddpm.runtime.network import checksum
 from fastddpm.storage.documents import from_dict, read_json, to_dict
 from fastddpm.storage.files import sync, whole_directory
-from fastddpm.storage.reading import read_bytes, readable
+from fastddpm.storage.reading import check_size, open_regular, readable
 from fastddpm.storage.tensors import parse_tensors
-from fastddpm.unet import UNet
+from fastddpm.unet import meta_network, network_with
 
 from .card import model_card
-from .diffusers_config import VERSION, check_agreement, read_scheduler, read_unet, write_scheduler, write_unet
-from .facts import FOREIGN, Facts, parameters_of, scores_of
+from .diffusers_config import check_agreement, cosines_first, read_unet, write_unet
+from .diffusers_fields import VERSION
+from .diffusers_names import family, renewed, theirs
+from .diffusers_scheduler import SCHEDULERS, Process, read_scheduler, write_scheduler
+from .facts import DIFFUSERS, Facts, parameters_of, scores_of
+from .foreign import unpickle
+from .foreign.mapping import converted
 from .parts import Parts
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OUR_FILE = "fastddpm.json"
 CARD = "README.md"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-# (pattern, replacement): our parameter names to those of diffusers, applied in this order.
-_RENAMES = [
-    (r"^time([12])\.", r"time_embedding.linear_\1."),
-    (r"^label\.", "class_embedding."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"^mid\.block1\.", "mid_block.resnets.0."),
-    (r"^mid\.block2\.", "mid_block.resnets.1."),
-    (r"^mid\.attention\.", "mid_block.attentions.0."),
-    (r"^down\.(\d+)\.resample\.", r"down_blocks.\1.downsamplers.0."),
-    (r"^up\.(\d+)\.resample\.", r"up_blocks.\1.upsamplers.0."),
-    (r"^(down|up)\.(\d+)\.blocks\.", r"\1_blocks.\2.resnets."),
-    (r"^(down|up)\.(\d+)\.attentions\.", r"\1_blocks.\2.attentions."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-    (r"(attentions\.\d+)\.proj\.", r"\1.to_out.0."),
-    (r"\.temb_proj\.", ".time_emb_proj."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-]
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_STEM = WEIGHTS.removesuffix(".safetensors")
+_MOST_SHARDS = 1000
+_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 
 
-def load(path: str | os.PathLike[str]) -> Parts:
+def is_pipeline(path: Path) -> bool:
+    """Return whether `path` is a directory with the configuration of a network of diffusers, or a pipeline's index."""
+    return any((path / name).is_file() for name in ("model_index.json", "unet/config.json")) or (
+        (path / "config.json").is_file() and any(path.glob(f"{_STEM}*"))
+    )
+
+
+def load(path: str | os.PathLike[str], *, given: Mapping[str, Any] | None = None, unpickling: bool = False) -> Parts:
     """Read the model of a pipeline directory, as float32, in evaluation mode, on the CPU.
 
-    The file's weights may be float32, float16 or bfloat16, with diffusers' old or new names of attention layers. Raises
-    `UsageError` if there is no such directory, and `DataError` if a file is missing, damaged, or describes a model that
-    fastddpm cannot represent.
+    The file's weights may be float32, float16 or bfloat16, with diffusers' old or new names of attention layers.
+    `given`: what the directory does not tell: image_size if its sample_size is null, and fields of DiffusionConfig if
+    it has no scheduler. `unpickling`: also read weights of torch.save, in a child process. Raises `UsageError` if there
+    is no such directory, and `DataError` if a file is missing, damaged, or describes a model that fastddpm cannot
+    represent.
     """
     root = Path(path)
-    preset = read_preset(root)
-    with torch.device("meta"):
-        unet = UNet(preset.unet)
-    unet.load_state_dict(_read_weights(root, unet), assign=True)
-    return Parts(unet.channels_last().eval(), Diffusion(preset.diffusion), preset)
+    preset, cosines = _described(root, given or {})
+    tensors, where = _tensors(root, preset, unpickling)
+    weights = converted(family(cosines_first=cosines), preset.unet, renewed(tensors), str(where))
+    unet = network_with(preset.unet, weights).requires_grad_(True)
+    return Parts(unet.channels_last(), _diffusion(preset.diffusion, root), preset)
 
 
 def read_preset(path: str | os.PathLike[str]) -> Preset:
     """Return the configuration of the model in a pipeline directory. Raises as `load` does; reads no weights."""
-    root = Path(path)
+    return _described(Path(path), {})[0]
+
+
+def _described(root: Path, given: Mapping[str, Any]) -> tuple[Preset, bool]:
+    """Return the configuration of the model, and whether its time embedding has cosines before sines."""
     if not root.is_dir():
         raise UsageError(f"no diffusers directory at {root}")
     _check_index(root)
     unet_file = _find(root, "unet", "config.json")
-    scheduler_file = _find(root, "scheduler", "scheduler_config.json")
-    unet_config = read_unet(read_json(unet_file), str(unet_file))
-    diffusion_config = read_scheduler(read_json(scheduler_file), str(scheduler_file))
+    data = read_json(unet_file)
+    unet_config = read_unet(data, str(unet_file), given.get("image_size"))
+    process, scheduler_file = _process(root, {name: given[name] for name in given if name != "image_size"})
+    diffusion_config = process.diffusion
     if unet_config.learned_variance != diffusion_config.learned_variance:
         raise DataError(
             f"{unet_file} has {'twice' if unet_config.learned_variance else 'just'} the image's channels as output, "
             f"which does not go with variance_type {diffusion_config.variance} in {scheduler_file}"
         )
-    preset = Preset(FOREIGN, unet_config, diffusion_config, TrainConfig(), SampleConfig())
     if (root / OUR_FILE).exists():
         ours = read_json(root / OUR_FILE)
         preset = from_dict(Preset, ours.get("preset") if isinstance(ours, dict) else None, str(root / OUR_FILE))
-        check_agreement(preset, unet_config, diffusion_config, str(root / OUR_FILE))
-    return preset
+        check_agreement(preset, unet_config, diffusion_config, str(root / OUR_FILE), process.untold)
+    else:
+        preset = Preset(DIFFUSERS, unet_config, diffusion_config, TrainConfig(), process.sample)
+    return preset, cosines_first(data)
+
+
+def _process(root: Path, given: Mapping[str, Any]) -> tuple[Process, Path]:
+    """Return the process and the sampling of a directory's scheduler, and the scheduler's file."""
+    file = _found(root, "scheduler", "scheduler_config.json")
+    if file is not None:
+        if given:
+            raise UsageError(f"--config: {next(iter(given))} is told by {file}; change it there")
+        return read_scheduler(read_json(file), str(file)), file
+    if not given:
+        raise DataError(
+            f"{root} lacks scheduler/scheduler_config.json (or scheduler_config.json in the directory itself). If "
+            "there is none, convert it with python -m fastddpm.convert DIRECTORY OUT --config FILE.json, which tells "
+            'the process, as in {"schedule": "linear", "prediction": "eps"}'
+        )
+    return Process(from_dict(DiffusionConfig, dict(given), "--config"), SampleConfig(), ()), root
+
+
+def _diffusion(config: DiffusionConfig, root: Path) -> Diffusion:
+    try:
+        return Diffusion(config)
+    except UsageError as error:
+        raise DataError(f"{root}: {error}") from error
 
 
 def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -137,8 +162,8 @@ def _write_all(model: Parts, documents: dict[str, Any], directory: Path) -> None
     for name, document in documents.items():
         _write(directory / name, (json.dumps(document, indent=2) + "\n").encode())
     tensors = {
-        their_name(name): tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in model.unet.state_dict().items()
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in theirs(model.preset.unet, model.unet.state_dict()).items()
     }
     _write(directory / CARD, model_card(_facts(model)).encode())
     _write(directory / "unet" / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -149,74 +174,105 @@ def _facts(model: Parts) -> Facts:
     return Facts(model.preset, parameters_of(model.preset), model.steps, model.data, scores)
 
 
-def their_name(name: str) -> str:
-    """Return diffusers' name of one of our parameters."""
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def _check_index(root: Path) -> None:
     index = root / "model_index.json"
     if not index.exists():
         return
     data = read_json(index)
-    name = data.get("_class_name") if isinstance(data, dict) else None
-    if name != "DDPMPipeline":
-        raise DataError(f"{index}: _class_name must be DDPMPipeline; got {name!r}")
-    for part, expected in (("unet", "UNet2DModel"), ("scheduler", "DDPMScheduler")):
-        if not isinstance(data.get(part), list) or data[part][-1:] != [expected]:
-            raise DataError(f"{index}: {part} must be {expected}; got {data.get(part)!r}")
+    if not isinstance(data, dict):
+        raise DataError(f"{index} must hold a JSON object; it holds {type(data).__name__}")
+    if data.get("_class_name") not in _PIPELINES:
+        raise DataError(f"{index}: _class_name must be {' or '.join(_PIPELINES)}; got {data.get('_class_name')!r:.100}")
+    for part, known in (("unet", ["UNet2DModel"]), ("scheduler", list(SCHEDULERS))):
+        if not isinstance(data.get(part), list) or data[part][-1:] not in [[name] for name in known]:
+            raise DataError(f"{index}: {part} must be {' or '.join(known)}; got {data.get(part)!r:.100}")
+    others = [name for name in data if name not in ("unet", "scheduler") and not name.startswith("_")]
+    if others:
+        raise DataError(f"{index}: a pipeline must have a unet and a scheduler only; it also has {', '.join(others)}")
 
 
 def _find(root: Path, folder: str, name: str) -> Path:
-    for path in (root / folder / name, root / name):
-        if path.is_file():
-            return path
-    raise DataError(f"{root} lacks {folder}/{name} (or {name} in the directory itself)")
+    path = _found(root, folder, name)
+    if path is None:
+        raise DataError(f"{root} lacks {folder}/{name} (or {name} in the directory itself)")
+    return path
 
 
-def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
-    """Return float32 weights by our names, with the shapes of `unet` (a network on the meta device)."""
+def _found(root: Path, folder: str, name: str) -> Path | None:
+    return next((path for path in (root / folder / name, root / name) if path.is_file()), None)
+
+
+def _tensors(root: Path, preset: Preset, unpickling: bool) -> tuple[dict[str, Tensor], Path]:
+    """Return the tensors of a directory's weights by diffusers' names, and where they are from."""
+    most = 2 * sum(4 * tensor.numel() for tensor in meta_network(preset.unet).state_dict().values()) + 2**20
     for folder in (root / "unet", root):
-        if (folder / WEIGHTS).is_file():
-            path = folder / WEIGHTS
-            break
-    else:
-        pickled = [p for p in (*root.glob("*.bin"), *root.glob("unet/*.bin"), *root.glob("*.ckpt")) if p.is_file()]
-        if pickled:
-            raise DataError(
-                f"{pickled[0]} is a pickle, which can run code, and is not read; if you trust it, load it with "
-                "diffusers and save it with save_pretrained(..., safe_serialization=True)"
-            )
+        files = _files(folder)
+        if files:
+            return _read(files, most), files[0] if len(files) == 1 else folder
+    pickled = [p for p in (*root.glob("unet/*.bin"), *root.glob("*.bin"), *root.glob("*.ckpt")) if p.is_file()]
+    if not pickled:
         raise DataError(f"{root} lacks unet/{WEIGHTS} (or {WEIGHTS} in the directory itself)")
-    shapes = {name: tuple(parameter.shape) for name, parameter in unet.state_dict().items()}
-    expected_bytes = sum(4 * parameter.numel() for parameter in unet.state_dict().values())
-    with readable(path):
-        data = read_bytes(path, 2 * expected_bytes + 2**20)
-    theirs = {_new_attention_name(name): tensor for name, tensor in parse_tensors(data, path).items()}
-    names = {name: their_name(name) for name in shapes}
-    problems = [f"{theirs_name} is missing" for theirs_name in names.values() if theirs_name not in theirs]
-    problems += [f"{name} belongs to no layer" for name in theirs if name not in set(names.values())]
-    weights = {}
-    for name, theirs_name in names.items():
-        if theirs_name not in theirs:
-            continue
-        tensor = theirs[theirs_name]
-        if tensor.ndim == 4 and len(shapes[name]) == 2 and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]  # old attention projections were 1x1 convolutions
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype not in _FLOATS:
-            problems.append(f"{theirs_name} is {tensor.dtype} {tuple(tensor.shape)}, expected {shapes[name]}")
-        weights[name] = tensor.to(torch.float32)
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise DataError(f"{path} does not fit its configuration: {'; '.join(problems[:5])}{more}")
-    return weights
+    if not unpickling:
+        raise DataError(
+            f"{pickled[0]} is a pickle, which can run code, and is not read; if you trust it, name the directory to "
+            "python -m fastddpm.convert, which reads its tensors in a process of its own"
+        )
+    if len(pickled) > 1:
+        raise DataError(f"{root} holds {len(pickled)} pickles, of which one can be read: {pickled[0]}, {pickled[1]}")
+    return dict(unpickle.read(pickled[0]).tensors), pickled[0]
 
 
-def _new_attention_name(name: str) -> str:
-    match = re.fullmatch(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
-    return f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}" if match else name
+def _files(folder: Path) -> list[Path]:
+    """Return the files of the weights in `folder`, one or several shards; none if there are none.
+
+    Full precision is preferred to variants, of which only fp16 is known.
+    """
+    for variant in ("", ".fp16"):
+        whole = folder / f"{_STEM}{variant}.safetensors"
+        if whole.is_file():
+            return [whole]
+        index = folder / f"{_STEM}.safetensors.index{variant}.json"
+        if index.is_file():
+            return _shards(index)
+    others = sorted(folder.glob(f"{_STEM}.*.safetensors"))
+    if others:
+        raise DataError(
+            f"{folder} holds weights of the variant {others[0].name.split('.')[1]!r:.50} only; rename the file to "
+            f"{WEIGHTS} if they are what you want"
+        )
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    data = read_json(index)
+    names = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise DataError(f"{index}: weight_map must be an object of file names")
+    files = sorted(set(names.values()))
+    strange = [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]
+    if strange or not 1 <= len(files) <= _MOST_SHARDS:
+        raise DataError(
+            f"{index}: weight_map must name 1 to {_MOST_SHARDS} .safetensors files beside it; got "
+            f"{strange[0] if strange else len(files)!r:.100}"
+        )
+    return [index.with_name(name) for name in files]
+
+
+def _read(files: Sequence[Path], most: int) -> dict[str, Tensor]:
+    """Return the tensors of files that have at most `most` bytes together."""
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with readable(path), open_regular(path) as file:
+                most -= check_size(file, most)
+                found = parse_tensors(file.read(), path)
+        except FileNotFoundError as error:
+            raise DataError(f"{path.parent} lacks {path.name}, which its index names") from error
+        twice = next((name for name in found if name in tensors), None)
+        if twice is not None:
+            raise DataError(f"{path} holds {twice:.100}, which another file holds as well")
+        tensors |= found
+    return tensors
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -8,9 +8,11 @@ from types import ModuleType
 import torch
 
 from fastddpm.config import Preset
+from fastddpm.errors import UsageError
 from fastddpm.runtime.options import is_built_in
 
 from . import compact, diffusers, run
+from .foreign import read
 from .parts import Parts
 
 
@@ -24,7 +26,9 @@ class Model(Parts):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Model":
-        """Read the model of a run directory, one of its checkpoints, a diffusers pipeline directory or a packed file.
+        """Read the model of a run directory, one of its checkpoints, a diffusers directory, a packed or converted file.
+
+        Also of a TensorFlow checkpoint of the paper's released code, named by its prefix or its directory.
 
         "digits" is the model that comes with fastddpm, which the first command of the README trained. From a run the
         EMA weights are read. The network is in evaluation mode, on `device` (default: the CPU). Raises `UsageError` if
@@ -63,5 +67,13 @@ def _located(path: str | os.PathLike[str]) -> tuple[Path, ModuleType]:
     source = Path(path)
     if source.suffix == ".safetensors":
         return source, compact
-    is_pipeline = (source / "model_index.json").exists() or (source / "unet" / "config.json").exists()
-    return source, diffusers if is_pipeline else run
+    if diffusers.is_pipeline(source):
+        return source, diffusers
+    if read.is_checkpoint(source):
+        return source, read
+    if source.is_file():
+        raise UsageError(
+            f"{source} is a file, and no .safetensors; a checkpoint of another implementation is converted by "
+            "python -m fastddpm.convert, a run of fastddpm is a directory"
+        )
+    return source, run

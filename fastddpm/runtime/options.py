@@ -64,10 +64,12 @@ def check_positive(**values: int | None) -> None:
 
 def check_checkpoint(path: Path) -> None:
     """Raise `UsageError` if there is nothing at `path`."""
-    if not is_built_in(path) and not path.exists():
+    if is_built_in(path) or path.exists():
+        return
+    if not path.with_name(f"{path.name}.index").is_file():  # a TensorFlow checkpoint is named by its prefix
         raise UsageError(
             f"no checkpoint at {path}; give a run directory, one of its checkpoints, a diffusers pipeline directory, a "
-            "packed .safetensors file, or digits"
+            "packed or converted .safetensors file, the prefix of a TensorFlow checkpoint, or digits"
         )
 
 

@@ -22,6 +22,7 @@ STRUCTURES = {
     "fastddpm_norm_affine_args": interface.NormAffine,
     "fastddpm_resample_args": interface.Resample,
     "fastddpm_digest_args": interface.Digest,
+    "fastddpm_crc32c_args": interface.Crc32c,
 }
 
 

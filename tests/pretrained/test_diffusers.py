@@ -20,6 +20,7 @@ from fastddpm.errors import UsageError
 from fastddpm.kernels.philox import STREAM_INITIAL, STREAM_REVERSE
 from fastddpm.kernels.philox.eager import normals
 from fastddpm.pretrained import diffusers as pipelines
+from fastddpm.pretrained.diffusers_names import their_names
 from fastddpm.pretrained.model import Model
 from fastddpm.sampling.sampler import Sampler
 
@@ -81,14 +82,14 @@ Error = Callable[[torch.Tensor, torch.Tensor], float]
 
 
 def assert_gradients_equal(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], error: Error, bound: float
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], names: dict[str, str], error: Error, bound: float
 ) -> None:
     for name, gradient in ours.items():
         # A key's bias moves every score of a row alike: its exact gradient is 0, what is left is rounding.
         if name.endswith(".k.bias"):
             assert gradient.abs().max() < 1e-4 * ours[name[:-4] + "weight"].abs().max()
         else:
-            assert error(gradient, theirs[pipelines.their_name(name)]) < bound, name
+            assert error(gradient, theirs[names[name]]) < bound, name
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -100,7 +101,8 @@ def test_outputs_and_gradients_equal_diffusers_in_float64(compared: Compared, ba
     for image, expected in zip(out, compared.out, strict=True):
         assert relative(image, expected) < 1e-5
     # Sums of many terms that cancel: PyTorch's own float32 comes to 1e-5 on the full network.
-    assert_gradients_equal(ours, compared.gradients, lambda a, b: ((a - b).norm() / b.norm()).item(), 2e-5)
+    names = their_names(unet.config)
+    assert_gradients_equal(ours, compared.gradients, names, lambda a, b: ((a - b).norm() / b.norm()).item(), 2e-5)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -118,7 +120,7 @@ def test_gradients_of_plain_pytorch_equal_diffusers_in_float32(compared: Compare
     with fastddpm.ops.use_backend("reference"):
         ours = gradients_of(unet, (unet(compared.x, compared.t) * compared.weight).sum())
     expected = gradients_of(theirs, (theirs(compared.x, compared.t).sample * compared.weight).sum())
-    assert_gradients_equal(ours, expected, relative, 1e-5)
+    assert_gradients_equal(ours, expected, their_names(unet.config), relative, 1e-5)
 
 
 def test_classes_equal_diffusers(tmp_path: Path) -> None:

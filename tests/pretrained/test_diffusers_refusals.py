@@ -78,21 +78,28 @@ def altered(saved: Path, target: Path, file: str, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("attention_head_dim", 8), ("attention_head_dim", ...), ("norm_eps", 1e-5), ("norm_eps", ...),
-        ("freq_shift", 0), ("flip_sin_to_cos", True), ("downsample_padding", 1), ("center_input_sample", True),
-        ("time_embedding_type", "fourier"), ("act_fn", "gelu"), ("mid_block_scale_factor", 0.7),
-        ("resnet_time_scale_shift", "scale_shift"), ("add_attention", False), ("attn_norm_num_groups", 4),
-        ("class_embed_type", "timestep"), ("downsample_type", "resnet"), ("upsample_type", "resnet"),
-        ("sample_size", [8, 16]), ("out_channels", 4), ("block_out_channels", [32, 40]), ("block_out_channels", []),
-        ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"]),
-        ("up_block_types", ["UpBlock2D", "UpBlock2D"]),
+        ("attention_head_dim", 24), ("attention_head_dim", 0), ("norm_eps", "small"), ("freq_shift", 2),
+        ("downsample_padding", 2), ("center_input_sample", True), ("time_embedding_type", "fourier"),
+        ("time_embedding_type", "learned"), ("time_embedding_dim", 64), ("act_fn", "gelu"),
+        ("mid_block_scale_factor", 0.7), ("mid_block_type", None), ("resnet_time_scale_shift", "spatial"),
+        ("resnet_time_scale_shift", "scale_shift"), ("add_attention", 1), ("attn_norm_num_groups", 4),
+        ("class_embed_type", "timestep"), ("class_embed_type", "identity"), ("downsample_type", "kernel"),
+        ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]), ("sample_size", None),
+        ("sample_size", [8, 17]), ("sample_size", [8, 8, 8]), ("out_channels", 4), ("block_out_channels", [32, 40]),
+        ("block_out_channels", []), ("down_block_types", ["DownBlock2D", "CrossAttnDownBlock2D"]),
+        ("up_block_types", ["UpBlock2D", "UpBlock2D"]), ("up_block_types", None), ("num_class_embeds", "many"),
         ("layers_per_block", 10**6), ("block_out_channels", [10**9, 10**9]), ("norm_num_groups", 5),
-        ("layers_per_block", 1.5), ("dropout", 2.0),
+        ("layers_per_block", 1.5), ("dropout", 2.0), ("dropout", "none"), ("_class_name", "UNet2DConditionModel"),
     ],
 )  # fmt: skip
-def test_networks_that_are_not_the_papers_are_refused(saved: Path, tmp_path: Path, field: str, value: Any) -> None:
+def test_networks_that_are_not_ours_are_refused(saved: Path, tmp_path: Path, field: str, value: Any) -> None:
     path = altered(saved, tmp_path / "x", "unet/config.json", **{field: value})
-    ours = {"layers_per_block": "blocks", "block_out_channels": "width|block_out", "norm_num_groups": "groups"}
+    ours = {
+        "layers_per_block": "blocks", "block_out_channels": "width|block_out|groups", "norm_num_groups": "groups",
+        "sample_size": "sample_size|image_size", "num_class_embeds": "num_classes",
+        "down_block_types": "down_block_types|resample alike",
+        "resnet_time_scale_shift": "resnet_time_scale_shift|attn_norm_num_groups",
+    }  # fmt: skip
     with pytest.raises(DataError, match=ours.get(field, field)):
         pipelines.load(path)
 
@@ -101,13 +108,18 @@ def test_networks_that_are_not_the_papers_are_refused(saved: Path, tmp_path: Pat
     ("field", "value"),
     [
         ("beta_schedule", "sigmoid"), ("variance_type", "learned"), ("variance_type", "learned_range"),
-        ("prediction_type", "flow"), ("thresholding", True), ("clip_sample_range", 2.0), ("trained_betas", [0.1]),
+        ("prediction_type", "flow"), ("clip_sample_range", 2.0), ("trained_betas", [0.1]), ("clip_sample", "yes"),
         ("rescale_betas_zero_snr", True), ("num_train_timesteps", 1), ("num_train_timesteps", 10**9), ("beta_end", 2.0),
+        ("timestep_spacing", "random"), ("steps_offset", 1), ("_class_name", "ScoreSdeVeScheduler"),
+        ("_class_name", ["DDPMScheduler"]),
     ],
 )  # fmt: skip
 def test_processes_that_are_not_ours_are_refused(saved: Path, tmp_path: Path, field: str, value: Any) -> None:
     path = altered(saved, tmp_path / "x", "scheduler/scheduler_config.json", **{field: value})
-    ours = {"num_train_timesteps": "timesteps"}
+    ours = {
+        "num_train_timesteps": "timesteps", "_class_name": "the scheduler must be one of",
+        "rescale_betas_zero_snr": "leaves no signal",  # the paper's prediction is eps
+    }  # fmt: skip
     with pytest.raises(DataError, match=ours.get(field, field)):
         pipelines.load(path)
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "page",
     "curves",
     "doctor",
+    "convert",
     "data.__main__",
 }
 LAYERS = [
