@@ -146,7 +146,8 @@ def _write_all(model: Parts, documents: dict[str, Any], directory: Path) -> None
 
 def _facts(model: Parts) -> Facts:
     scores = () if model.run is None else scores_of(model.run, checksum(model.unet))
-    return Facts(model.preset, parameters_of(model.preset), model.steps, model.data, scores)
+    sigma_rel = None if model.average is None else model.average.sigma_rel
+    return Facts(model.preset, parameters_of(model.preset), model.steps, model.data, scores, sigma_rel)
 
 
 def their_name(name: str) -> str:

@@ -58,13 +58,17 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model. `steps` and `data` are None if unknown; `scores` are of these very weights."""
+    """What is known of a model. `steps` and `data` are None if unknown; `scores` are of these very weights.
+
+    `sigma_rel`: length of the power-function average that the weights are; None if they are the EMA of `preset`.
+    """
 
     preset: Preset
     parameters: int
     steps: int | None
     data: TrainingSet | None
     scores: tuple[Score, ...] = ()
+    sigma_rel: float | None = None
 
     @property
     def sentence(self) -> str:
@@ -92,7 +96,9 @@ class Facts:
         classes = f"; {unet.num_classes} classes" if unet.num_classes else ""
         dropped = f", left out for {unet.label_dropout:.0%} of images" if unet.label_dropout else ""
         decay = ", then a cosine to 0" if train.decay == "cosine" else ""
-        emas = ", ".join(f"{decay:g}" for decay in train.decays)
+        emas = "EMA " + ", ".join(f"{decay:g}" for decay in train.decays)
+        if self.sigma_rel is not None:
+            emas = f"power-function EMA of σ_rel {self.sigma_rel:g}"
         guidance = f", guidance {sample.guidance:g}" if sample.guidance != 1 else ""
         if guidance and sample.guidance_interval is not None:
             guidance += " at t = {} to {}".format(*sample.guidance_interval)
@@ -117,7 +123,7 @@ class Facts:
             (
                 "training",
                 f"Adam, batch {train.batch}, learning rate {train.lr:g} after {train.warmup:,} steps of warm-up{decay}"
-                f"; gradient clipped to {train.clip_gradient:g}; EMA {emas}; "
+                f"; gradient clipped to {train.clip_gradient:g}; {emas}; "
                 f"{'random flips' if train.flip else 'no flips'}; {train.precision}",
             ),
             ("sampling", f"{sample.method}, {sample.steps or diffusion.timesteps:,} steps{spacing}{guidance}"),

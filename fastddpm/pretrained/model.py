@@ -19,7 +19,8 @@ class Model(Parts):
     """A network with its weights (`unet`), its diffusion (`diffusion`), and the configuration of both (`preset`).
 
     `steps`: the training steps that the weights have taken; `data`: the images that they were trained on; `run`: the
-    run directory that they are from. Each is None if unknown, as of a pipeline.
+    run directory that they are from. Each is None if unknown, as of a pipeline. `average`: the power-function average
+    that the weights are (`python -m fastddpm.average`), None if they are the run's EMA.
     """
 
     @classmethod
