@@ -29,7 +29,7 @@ from .parts import Parts
 DIGITS = Path(__file__).with_name("digits.safetensors")
 _FORMAT = 1
 _RECIPE = ("step", "command", "fastddpm", "python", "libraries", "device", "threads", "processes", "data")
-_MOST_BYTES = 2**31
+MOST_BYTES = 2**31
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -103,7 +103,7 @@ def _bytes(path: Path) -> bytes:
     if not path.exists():
         raise UsageError(f"there is no file {path}")
     with readable(path):
-        return read_bytes(path, _MOST_BYTES)
+        return read_bytes(path, MOST_BYTES)
 
 
 def _header(data: bytes, path: Path) -> tuple[Preset, int | None]:

@@ -192,9 +192,8 @@ def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
             )
         raise DataError(f"{root} lacks unet/{WEIGHTS} (or {WEIGHTS} in the directory itself)")
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.state_dict().items()}
-    expected_bytes = sum(4 * parameter.numel() for parameter in unet.state_dict().values())
     with readable(path):
-        data = read_bytes(path, 2 * expected_bytes + 2**20)
+        data = read_bytes(path, most_bytes(sum(parameter.numel() for parameter in unet.state_dict().values())))
     theirs = {_new_attention_name(name): tensor for name, tensor in parse_tensors(data, path).items()}
     names = {name: their_name(name) for name in shapes}
     problems = [f"{theirs_name} is missing" for theirs_name in names.values() if theirs_name not in theirs]
@@ -213,6 +212,11 @@ def _read_weights(root: Path, unet: UNet) -> dict[str, Tensor]:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise DataError(f"{path} does not fit its configuration: {'; '.join(problems[:5])}{more}")
     return weights
+
+
+def most_bytes(parameters: int) -> int:
+    """Return the bytes that are read of the weights of a network with so many parameters: twice those of float32."""
+    return 8 * parameters + 2**20
 
 
 def _new_attention_name(name: str) -> str:

@@ -13,6 +13,7 @@ from fastddpm.unet import meta_network
 from .scores import FILE, Score, read_scores
 
 FOREIGN = "diffusers"  # the name of a configuration from another library's files, which do not tell the training
+OWN = "own"  # of a model made in Python, whose training is not known either
 _PREDICTIONS = {"eps": "the noise ε", "x0": "x_0", "xprev": "the mean of x_{t-1}", "v": "v"}
 _LOSSES = {"simple": "L_simple", "vlb": "the variational bound", "hybrid": "L_hybrid", "min_snr": "min-SNR weighted"}
 _VARIANCES = {
@@ -128,7 +129,7 @@ class Facts:
             ),
             ("sampling", f"{sample.method}, {sample.steps or diffusion.timesteps:,} steps{spacing}{guidance}"),
         ]
-        if self.preset.name == FOREIGN:
+        if self.preset.name in (FOREIGN, OWN):
             rows = rows[:3]
         if self.data is not None:
             rows.insert(0, ("data", _data_text(self.data)))
