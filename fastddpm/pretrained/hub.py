@@ -73,7 +73,7 @@ def fetch(source: str, *, weights: bool = True) -> Path:
     return root
 
 
-def push(directory: Path, name: str, *, private: bool, revision: str | None, message: str) -> str:
+def push(directory: Path, name: str, *, private: bool | None, revision: str | None, message: str) -> str:
     """Upload a directory as the model `name`, USER/NAME, which is made if it is new; return the address of the commit.
 
     Raises as `fetch` does, and `UsageError` if the hub refuses it.

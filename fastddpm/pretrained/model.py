@@ -60,13 +60,18 @@ class Model(Parts):
         diffusers.save(self, path, overwrite=overwrite)
 
     def push_to_hub(
-        self, name: str, *, private: bool = False, revision: str | None = None, message: str = "A model of fastddpm"
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "A model of fastddpm",
     ) -> str:
         """Upload what `save_pretrained` writes as the model `name`, USER/NAME, of the Hugging Face hub.
 
-        The model is made there if it is new. Others can see it unless `private`. `revision`: the branch to write.
-        Default: main. `message`: of the commit. Returns the address of the commit. The card does not state a license:
-        edit it there, or save, edit and upload the directory yourself.
+        The model is made there if it is new, for all to see unless `private` is true. Default: as the owner's settings
+        there say. `revision`: the branch to write. Default: main. `message`: of the commit. Returns the address of the
+        commit. The card does not state a license: add it there.
 
         Raises as `save_pretrained` does, and `UsageError` without huggingface_hub (pip install 'fastddpm[hub]'), or if
         the hub refuses it, as it does without a login.
