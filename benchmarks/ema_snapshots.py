@@ -38,12 +38,25 @@ def seconds(trainer: Trainer) -> float:
     return perf_counter() - start
 
 
+def seconds_of_update(trainer: Trainer) -> float:
+    """Of the two averages alone, as a step updates them."""
+    optimizer = trainer.optimizer
+    start = perf_counter()
+    with torch.no_grad():
+        for averages in optimizer.power_averages.values():
+            torch._foreach_lerp_(averages, optimizer.parameters, 1e-4)
+    return perf_counter() - start
+
+
 def measure(name: str, batch: int, rounds: int) -> dict[str, object]:
-    """Medians of a step's seconds, the median of the ratios of neighbours, and one snapshot and average of 20 files."""
+    """Medians of a step's seconds, of the ratios of neighbours and of the update alone, in turn; writing and reading.
+
+    `update_share`: of the update in a step, by the medians of neighbours; the ratio has the noise of two whole steps.
+    """
     plain, both = (trainer_of(name, batch, snapshots) for snapshots in (0, 1))
     for trainer in (plain, both):
         seconds(trainer)
-    pairs = [(seconds(plain), seconds(both)) for _ in range(rounds)]
+    rows = [(seconds(plain), seconds(both), seconds_of_update(both)) for _ in range(rounds)]
     with tempfile.TemporaryDirectory() as directory:
         writing = []
         for _ in range(10):
@@ -57,9 +70,11 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, object]:
         averaging = perf_counter() - start
     return {
         "parameters": sum(p.numel() for p in plain.network.parameters()),
-        "step_s": median(a for a, _ in pairs),
-        "step_with_averages_s": median(b for _, b in pairs),
-        "ratio": median(b / a for a, b in pairs),
+        "step_s": median(a for a, _, _ in rows),
+        "step_with_averages_s": median(b for _, b, _ in rows),
+        "ratio": median(b / a for a, b, _ in rows),
+        "update_s": median(c for _, _, c in rows),
+        "update_share": median(c / a for a, _, c in rows),
         "snapshot_s": median(writing),
         "snapshot_bytes": sum(files) // 10,
         "average_of_20_s": averaging,

@@ -118,7 +118,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             if name in self.hub.branches:
-                self._json({"error": "exists"}, 409)
+                self._json({"error": "exists", "url": f"{self.hub.address}/{name}"}, 409)
                 return
             self.hub.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
             self.hub.put(name, {})
