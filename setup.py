@@ -141,6 +141,7 @@ setup(
         "parquet": ["pyarrow"],
         "diffusers": ["diffusers>=0.42.1"],  # to run an exported pipeline; earlier versions have security advisories
         "lmdb": ["lmdb"],  # LSUN as distributed
+        "hub": ["huggingface_hub"],  # models of the Hugging Face hub, by name
         "hf": ["datasets"],  # data sets of the Hugging Face hub, by name
         "report": ["matplotlib"],  # plots
         "tensorboard": ["tensorboard"],
@@ -150,6 +151,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",
+            "huggingface_hub",
             "hypothesis",
             "lmdb",
             "diffusers>=0.42.1",

@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a model; without options, on digits, on this machine",
     "sample": "draw images from a trained model",
     "evaluate": "measure FID and other scores and bits/dim, draw the paper's pictures",
+    "average": "make an average of a run's weights of any length, after the run",
     "inpaint": "draw the masked part of images (RePaint)",
     "compress": "compress images with a trained model, without loss or lossy, and decompress them",
     "ablation": "train and compare the paper's parameterizations and losses, at small scale",

@@ -15,6 +15,7 @@ from fastddpm.runtime.checks import (
     guidance_problems,
     positive,
     range_problems,
+    snapshot_problems,
 )
 
 from .unet import UNetConfig
@@ -107,6 +108,14 @@ class TrainConfig:
     ema_ramp: bool = False
     """Limit the decay at step n = 0, 1, .. to (1 + n) / (10 + n), for runs that are short compared with 1 / (1 - ema).
     The paper does not do this."""
+    ema_snapshots: int = 0
+    """Steps between snapshots of power-function averages of the weights, from which `python -m fastddpm.average` makes
+    an average of any length after the run (Karras et al. 2024). The last step has one, too. 0: none."""
+    ema_snapshot_lengths: Annotated[tuple[float, ...], arg(metavar="FLOAT [FLOAT ...]")] = (0.05, 0.1)
+    """Length sigma_rel of each of these averages: the standard deviation of its weighting over the steps, as a
+    fraction of the run. With two, other lengths are reconstructed well; more take more memory."""
+    ema_snapshot_dtype: Literal["float16", "float32"] = "float16"
+    """Numbers of the snapshots. float32 takes twice the disk space."""
     flip: bool = True
     """Flip images horizontally, with probability 1/2."""
     mode: Literal["standard", "paper"] = "standard"
@@ -149,7 +158,7 @@ class TrainConfig:
         yield from positive(self, "lr", "clip_gradient")
         if self.lr == math.inf:
             yield "lr must be finite; got inf"
-        for name in ("mode", "precision", "decay", "parallel"):
+        for name in ("mode", "precision", "decay", "parallel", "ema_snapshot_dtype"):
             yield from choice_problems(self, name)
         if self.warmup < 0:
             yield f"warmup must be 0 or more; got {self.warmup}"
@@ -158,6 +167,7 @@ class TrainConfig:
         for decay in self.decays:
             if not 0.0 <= decay < 1.0:
                 yield f"ema must be in [0.0, 1.0); got {decay}"
+        yield from snapshot_problems(self.ema_snapshots, self.ema_snapshot_lengths)
         if self.accumulate > 0 and self.batch % self.accumulate:
             yield f"accumulate must divide batch; {self.accumulate} does not divide {self.batch}"
         if self.mode == "paper" and self.batch % 8:

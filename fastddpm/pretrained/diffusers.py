@@ -44,7 +44,8 @@ from .parts import Parts
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OUR_FILE = "fastddpm.json"
 CARD = "README.md"
-_STEM = WEIGHTS.removesuffix(".safetensors")
+STEM = WEIGHTS.removesuffix(".safetensors")
+VARIANTS = ("", ".fp16")  # in the order of preference
 _MOST_SHARDS = 1000
 _PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 
@@ -52,7 +53,7 @@ _PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 def is_pipeline(path: Path) -> bool:
     """Return whether `path` is a directory with the configuration of a network of diffusers, or a pipeline's index."""
     return any((path / name).is_file() for name in ("model_index.json", "unet/config.json")) or (
-        (path / "config.json").is_file() and any(path.glob(f"{_STEM}*"))
+        (path / "config.json").is_file() and any(path.glob(f"{STEM}*"))
     )
 
 
@@ -171,7 +172,8 @@ def _write_all(model: Parts, documents: dict[str, Any], directory: Path) -> None
 
 def _facts(model: Parts) -> Facts:
     scores = () if model.run is None else scores_of(model.run, checksum(model.unet))
-    return Facts(model.preset, parameters_of(model.preset), model.steps, model.data, scores)
+    sigma_rel = None if model.average is None else model.average.sigma_rel
+    return Facts(model.preset, parameters_of(model.preset), model.steps, model.data, scores, sigma_rel)
 
 
 def _check_index(root: Path) -> None:
@@ -204,7 +206,7 @@ def _found(root: Path, folder: str, name: str) -> Path | None:
 
 def _tensors(root: Path, preset: Preset, unpickling: bool) -> tuple[dict[str, Tensor], Path]:
     """Return the tensors of a directory's weights by diffusers' names, and where they are from."""
-    most = 2 * sum(4 * tensor.numel() for tensor in meta_network(preset.unet).state_dict().values()) + 2**20
+    most = most_bytes(parameters_of(preset))
     for folder in (root / "unet", root):
         files = _files(folder)
         if files:
@@ -227,14 +229,13 @@ def _files(folder: Path) -> list[Path]:
 
     Full precision is preferred to variants, of which only fp16 is known.
     """
-    for variant in ("", ".fp16"):
-        whole = folder / f"{_STEM}{variant}.safetensors"
+    for variant in VARIANTS:
+        whole, index = (folder / name for name in names_of_weights(variant))
         if whole.is_file():
             return [whole]
-        index = folder / f"{_STEM}.safetensors.index{variant}.json"
         if index.is_file():
-            return _shards(index)
-    others = sorted(folder.glob(f"{_STEM}.*.safetensors"))
+            return shards(index)
+    others = sorted(folder.glob(f"{STEM}.*.safetensors"))
     if others:
         raise DataError(
             f"{folder} holds weights of the variant {others[0].name.split('.')[1]!r:.50} only; rename the file to "
@@ -243,7 +244,13 @@ def _files(folder: Path) -> list[Path]:
     return []
 
 
-def _shards(index: Path) -> list[Path]:
+def names_of_weights(variant: str) -> tuple[str, str]:
+    """Return the names of a file with all weights of a `variant` of `VARIANTS`, and of the index of several."""
+    return f"{STEM}{variant}.safetensors", f"{STEM}.safetensors.index{variant}.json"
+
+
+def shards(index: Path) -> list[Path]:
+    """Return the files that an index names, which lie beside it. Raises `DataError`."""
     data = read_json(index)
     names = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -273,6 +280,11 @@ def _read(files: Sequence[Path], most: int) -> dict[str, Tensor]:
             raise DataError(f"{path} holds {twice:.100}, which another file holds as well")
         tensors |= found
     return tensors
+
+
+def most_bytes(parameters: int) -> int:
+    """Return the bytes that are read of the weights of a network with so many parameters: twice those of float32."""
+    return 8 * parameters + 2**20
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -14,6 +14,7 @@ from .scores import FILE, Score, read_scores
 
 # Names of configurations from other implementations' files, which do not tell the training.
 DIFFUSERS, CONVERTED = "diffusers", "converted"
+OWN = "own"  # of a model made in Python, whose training is not known either
 _PREDICTIONS = {"eps": "the noise ε", "x0": "x_0", "xprev": "the mean of x_{t-1}", "v": "v"}
 _LOSSES = {"simple": "L_simple", "vlb": "the variational bound", "hybrid": "L_hybrid", "min_snr": "min-SNR weighted"}
 _VARIANCES = {
@@ -59,13 +60,17 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model. `steps` and `data` are None if unknown; `scores` are of these very weights."""
+    """What is known of a model. `steps` and `data` are None if unknown; `scores` are of these very weights.
+
+    `sigma_rel`: length of the power-function average that the weights are; None if they are the EMA of `preset`.
+    """
 
     preset: Preset
     parameters: int
     steps: int | None
     data: TrainingSet | None
     scores: tuple[Score, ...] = ()
+    sigma_rel: float | None = None
 
     @property
     def sentence(self) -> str:
@@ -93,7 +98,9 @@ class Facts:
         classes = f"; {unet.num_classes} classes" if unet.num_classes else ""
         dropped = f", left out for {unet.label_dropout:.0%} of images" if unet.label_dropout else ""
         decay = ", then a cosine to 0" if train.decay == "cosine" else ""
-        emas = ", ".join(f"{decay:g}" for decay in train.decays)
+        emas = "EMA " + ", ".join(f"{decay:g}" for decay in train.decays)
+        if self.sigma_rel is not None:
+            emas = f"power-function EMA of σ_rel {self.sigma_rel:g}"
         guidance = f", guidance {sample.guidance:g}" if sample.guidance != 1 else ""
         if guidance and sample.guidance_interval is not None:
             guidance += " at t = {} to {}".format(*sample.guidance_interval)
@@ -118,12 +125,12 @@ class Facts:
             (
                 "training",
                 f"Adam, batch {train.batch}, learning rate {train.lr:g} after {train.warmup:,} steps of warm-up{decay}"
-                f"; gradient clipped to {train.clip_gradient:g}; EMA {emas}; "
+                f"; gradient clipped to {train.clip_gradient:g}; {emas}; "
                 f"{'random flips' if train.flip else 'no flips'}; {train.precision}",
             ),
             ("sampling", f"{sample.method}, {sample.steps or diffusion.timesteps:,} steps{spacing}{guidance}"),
         ]
-        if self.preset.name in (DIFFUSERS, CONVERTED):
+        if self.preset.name in (DIFFUSERS, CONVERTED, OWN):
             rows = rows[:3]
         if self.data is not None:
             rows.insert(0, ("data", _data_text(self.data)))

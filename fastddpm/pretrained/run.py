@@ -16,7 +16,7 @@ from fastddpm.storage.documents import from_dict
 from fastddpm.unet import meta_network, network_with
 
 from .facts import TrainingSet, started_on
-from .parts import Parts
+from .parts import Parts, PowerAverage
 
 
 def read_preset(path: str | os.PathLike[str]) -> Preset:
@@ -43,7 +43,17 @@ def load(path: str | os.PathLike[str]) -> Parts:
     started = None if run is None else started_on(run)
     if data is not None and started is not None and started.checksum == data.checksum:
         data = started  # which also has the number of images
-    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset, steps, data, run)
+    return Parts(unet.channels_last(), Diffusion(preset.diffusion), preset, steps, data, run, _average(saved))
+
+
+def _average(saved: checkpoint.Checkpoint) -> PowerAverage | None:
+    if "average" not in saved.documents:
+        return None
+    try:
+        average: PowerAverage = from_dict(PowerAverage, saved.documents["average"], f"{saved.path / 'average.json'}")
+    except UsageError as error:
+        raise DataError(str(error)) from error
+    return average
 
 
 def _preset(saved: checkpoint.Checkpoint) -> Preset:

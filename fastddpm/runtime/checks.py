@@ -8,6 +8,7 @@ from typing import Any
 
 from fastddpm.errors import UsageError, refuse
 
+SIGMA_REL = (0.001, 0.28)  # lengths of power-function averages; 1 / sqrt(12) = 0.2887 is the mean of all steps
 MAX_GUIDANCE = 1e6  # far above any useful scale, far below an overflow of float32
 
 
@@ -72,6 +73,23 @@ def guidance_problems(
                 "dynamic_threshold is of the x_0 prediction, which ancestral steps do not use if the network predicts "
                 "xprev; take another method"
             )
+
+
+def snapshot_problems(every: int, lengths: tuple[float, ...]) -> Iterator[str]:
+    """Yield what is wrong with the options of snapshots of power-function averages."""
+    if every < 0:
+        yield f"ema_snapshots must be 0 (for none) or more steps; got {every}"
+    if not lengths or len(set(lengths)) < len(lengths):
+        yield f"ema_snapshot_lengths must be one length, or several that differ; got {lengths}"
+    for length in lengths:
+        yield from sigma_rel_problems(length, "ema_snapshot_lengths")
+
+
+def sigma_rel_problems(sigma_rel: float, name: str) -> Iterator[str]:
+    """Yield a problem for a length of a power-function average that is out of range. `name`: of the option."""
+    low, high = SIGMA_REL
+    if not low <= sigma_rel <= high:
+        yield f"{name} must be in {low:g}..{high:g} (the plain mean of all steps has 0.2887); got {sigma_rel:g}"
 
 
 def positive(config: Any, *names: str) -> Iterator[str]:

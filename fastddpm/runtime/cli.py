@@ -7,6 +7,7 @@ import inspect
 import io
 import operator
 import os
+import re
 import sys
 import tempfile
 import typing
@@ -25,7 +26,7 @@ from tyro.constructors import (
 from fastddpm.errors import FastddpmError, StorageError, UsageError, all_problems, printable
 
 from . import distributed
-from .options import is_built_in
+from .options import is_built_in, is_hub_name
 
 T = TypeVar("T")
 
@@ -204,8 +205,11 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
 def run_of(checkpoint: Path) -> Path:
     """Return the directory for results of a model: the run of a checkpoint, or the directory that the model lies in.
 
-    For a packed file that is the directory of its name without .safetensors, and runs/digits for the built-in model.
+    For a packed file that is the directory of its name without .safetensors, runs/digits for the built-in model, and
+    runs/hub-USER-NAME for hub:USER/NAME.
     """
+    if is_hub_name(checkpoint):
+        return Path("runs") / re.sub("[:/@]", "-", str(checkpoint))
     if is_built_in(checkpoint):
         return Path("runs") / checkpoint
     if checkpoint.suffix == ".safetensors":

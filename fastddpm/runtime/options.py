@@ -1,5 +1,6 @@
 """Options that several commands share, and checks of their values. Imports no torch."""
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -15,7 +16,8 @@ Checkpoint = Annotated[
     tyro.conf.arg(
         metavar="CHECKPOINT",
         help="A run directory, one of its checkpoints, a diffusers pipeline directory, a packed .safetensors file, or "
-        "digits: the model that comes with fastddpm.",
+        "digits: the model that comes with fastddpm. hub:USER/NAME or hub:USER/NAME@REVISION: a model of the Hugging "
+        "Face hub, downloaded unless it is cached.",
     ),
 ]
 Device = Annotated[
@@ -49,7 +51,9 @@ Background = Annotated[
 ]
 
 BUILT_IN = "digits"
+HUB = "hub:"  # of models at the Hugging Face hub
 MAX_NUMBERS = 10_000_000
+_HUB_NAME = re.compile(r"hub:([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
 _NUMBER = re.compile("[0-9]{1,19}")
 
 
@@ -63,14 +67,40 @@ def check_positive(**values: int | None) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise `UsageError` if there is nothing at `path`."""
+    """Raise `UsageError` if there is nothing at `path`, or if it is the name of a model of the hub that cannot be."""
+    if is_hub_name(path):
+        check_hub_name(os.fspath(path))
+        return
     if is_built_in(path) or path.exists():
         return
     if not path.with_name(f"{path.name}.index").is_file():  # a TensorFlow checkpoint is named by its prefix
         raise UsageError(
             f"no checkpoint at {path}; give a run directory, one of its checkpoints, a diffusers pipeline directory, a "
-            "packed or converted .safetensors file, the prefix of a TensorFlow checkpoint, or digits"
+            "packed or converted .safetensors file, the prefix of a TensorFlow checkpoint, digits, or hub:USER/NAME"
         )
+
+
+def is_hub_name(path: str | os.PathLike[str]) -> bool:
+    """Return whether `path` names a model of the Hugging Face hub, with the prefix hub:, well or badly."""
+    return os.fspath(path).startswith(HUB)
+
+
+def check_hub_name(name: str) -> None:
+    """Raise `UsageError` unless `name` is hub:USER/NAME or hub:USER/NAME@REVISION and huggingface_hub is installed."""
+    hub_name(name)
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UsageError("models of the hub need huggingface_hub: pip install 'fastddpm[hub]'")
+
+
+def hub_name(name: str) -> tuple[str, str | None]:
+    """Return USER/NAME and the revision, None if none is named, of hub:USER/NAME@REVISION.
+
+    Raises `UsageError` for another form.
+    """
+    found = _HUB_NAME.fullmatch(name)
+    if found is None:
+        raise UsageError(f"a model of the hub is hub:USER/NAME or hub:USER/NAME@REVISION; got {name!r:.200}")
+    return found[1], found[2]
 
 
 def is_built_in(path: str | os.PathLike[str]) -> bool:

@@ -34,6 +34,7 @@ from .files import alive, move_into_place, sync
 from .locks import is_locked, locked
 from .tensors import DTYPES, check_header, parse_tensors
 
+FOLDER = "checkpoints"
 _LOCK = ".lock"
 _CHECKPOINT = re.compile(r"step-([0-9]{8,12})(\.old)?")
 _TEMPORARY = re.compile(r"\.tmp-[0-9]+(?:\.old)?-([0-9]{1,9})")
@@ -55,9 +56,16 @@ class Checkpoint:
 
 
 def save(
-    run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    documents: dict[str, Any],
+    keep: int | None,
+    folder: str = FOLDER,
 ) -> Path:
     """Write the checkpoint of `step`, remove all but the `keep` newest, and return the new checkpoint's directory.
+
+    `keep` None: keep all. `folder`: of the run, in which the checkpoints lie.
 
     `tensors` maps the name of a part to its tensors by name. They may be on any device and in any layout, and are saved
     bit for bit; dtypes are float16, bfloat16, float32, float64, signed integers, uint8 and bool. `documents` are JSON
@@ -70,18 +78,18 @@ def save(
     """
     _check_arguments(step, [*tensors], [*documents], keep)
     texts = _encode(documents)
-    with begin(run, step, _size(tensors, texts)) as temporary:
+    with begin(run, step, _size(tensors, texts), folder) as temporary:
         return _finish(temporary, step, tensors, texts, keep)
 
 
 @contextlib.contextmanager
-def begin(run: Path, step: int, num_bytes: int) -> Iterator[Path]:
+def begin(run: Path, step: int, num_bytes: int, folder: str = FOLDER) -> Iterator[Path]:
     """Yield a temporary directory for a checkpoint of `step` that several processes write; `finish` completes it.
 
     It is removed after the block unless `finish` was called inside. `num_bytes`: their approximate size, for an error
     message. Raises `StorageError` if the file system fails.
     """
-    directory = run / "checkpoints"
+    directory = run / folder
     temporary = _temporary(directory / f"step-{step:08d}")
     try:
         with _os_errors_as_storage_error(step, directory, num_bytes):
@@ -171,6 +179,21 @@ def in_use(run: Path) -> bool:
     return is_locked(run / _LOCK)
 
 
+def steps_in(directory: Path) -> dict[int, Path]:
+    """Return the checkpoints in a directory, damaged or not, by their steps, in order. Raises `DataError`."""
+    return {_order(path)[0]: path for path in _checkpoints(directory)}
+
+
+def remove_after(directory: Path, step: int) -> None:
+    """Remove the checkpoints of steps after `step` from a directory. Raises `StorageError`."""
+    for found, path in steps_in(directory).items():
+        if found > step:
+            try:
+                _discard(path)
+            except OSError as error:
+                raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
+
+
 def newest_step(run: Path) -> int | None:
     """Return the step of the newest checkpoint of `run`, damaged or not; None if there is none or it is unreadable."""
     try:
@@ -183,10 +206,10 @@ def newest_step(run: Path) -> int | None:
 # Writing
 
 
-def _check_arguments(step: int, parts: list[str], documents: list[str], keep: int) -> None:
+def _check_arguments(step: int, parts: list[str], documents: list[str], keep: int | None) -> None:
     if not 0 <= step < 10**12:
         raise UsageError(f"step must be in 0..10^12 - 1; got {step}")
-    if keep < 1:
+    if keep is not None and keep < 1:
         raise UsageError(f"keep must be at least 1 checkpoint; got {keep}")
     for name in parts + documents:
         if not _NAME.fullmatch(name):
@@ -200,7 +223,7 @@ def _check_arguments(step: int, parts: list[str], documents: list[str], keep: in
 
 
 def _finish(
-    temporary: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, bytes], keep: int
+    temporary: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, bytes], keep: int | None
 ) -> Path:
     directory = temporary.parent
     final = directory / f"step-{step:08d}"
@@ -295,12 +318,12 @@ def _discard(path: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def _prune(directory: Path, step: int, keep: int) -> None:
+def _prune(directory: Path, step: int, keep: int | None) -> None:
     # Later steps stay: a run that was started again by mistake must not remove the checkpoints of the first one.
     standing = [path for path in _checkpoints(directory) if _order(path)[0] <= step]
     replaced = [path for path in standing if path.suffix == ".old" and path.with_suffix("") in standing]
     standing = [path for path in standing if path not in replaced]
-    for path in replaced + standing[:-keep]:
+    for path in replaced + ([] if keep is None else standing[:-keep]):
         try:
             _discard(path)
         except OSError as error:

@@ -67,7 +67,7 @@ def _state_bytes(trainer: Trainer) -> int:
     """Bytes of weights, gradients, Adam's two moments and the averages that this process holds."""
     optimizer = trainer.optimizer
     of_weights = sum(t.nbytes for name, t in optimizer.state_dict().items() if name.startswith("weight."))
-    return of_weights * (4 + len(optimizer.averages))
+    return of_weights * (4 + len(optimizer.averages) + len(optimizer.power_averages))
 
 
 class SavedActivations:

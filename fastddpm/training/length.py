@@ -69,7 +69,7 @@ def too_short(config: TrainConfig, steps: int, origin: Origin | None = None) -> 
 def report_notes(model: "Model", report: Callable[[str], None]) -> None:
     """Report, before work with `model` begins, what makes it slow, and a training too short to give images."""
     report_obstacles(next(model.unet.parameters()).device.type, report)
-    if model.steps is not None:
+    if model.steps is not None and model.average is None:
         report_too_short(model.preset.train, model.steps, report)
 
 

@@ -11,6 +11,8 @@ from fastddpm.config import TrainConfig
 from fastddpm.errors import DataError
 from fastddpm.runtime.network import trained
 
+from .power_average import decay_of, exponent_of
+
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 PAPER_SHARDS = 8  # the released code trains on 8 TPU cores and clips the gradient of each
@@ -37,7 +39,8 @@ class Optimizer:
     """Adam on a network's trained parameters, its clipping, and exponential moving averages (EMA) of the weights.
 
     A step whose loss or gradient is not finite changes nothing: no weight, no moment, no average. This is
-    decided on the device, without a synchronization.
+    decided on the device, without a synchronization. Only the power-function averages, whose weighting is a function
+    of the step alone, count the unchanged weights once more.
 
     `local_shards`: this process's shard of each parameter (FSDP2), in the parameter's memory. Default: the parameters.
     `total_norm`: returns the gradient norm, 0-d, over the shards of all processes.
@@ -56,6 +59,8 @@ class Optimizer:
         self._local_shards = self.parameters if local_shards is None else list(local_shards)
         self._total_norm = total_norm
         self.averages = {decay: [p.detach().clone() for p in self._local_shards] for decay in config.decays}
+        lengths = config.ema_snapshot_lengths if config.ema_snapshots else ()
+        self.power_averages = {length: [p.detach().clone() for p in self._local_shards] for length in lengths}
         self._adam = torch.optim.Adam(self._local_shards, config.lr, ADAM_BETAS, ADAM_EPS, fused=True)
         for p in self._local_shards:
             self._adam.state[p] = {
@@ -106,6 +111,10 @@ class Optimizer:
         for decay, average in self.averages.items():
             share = 1 - decay_at(self.config, decay, step)
             self._update_average(average, share, self._average_sgd[decay], skipped)
+        for sigma_rel, average in self.power_averages.items():
+            share = 1 - decay_of(exponent_of(sigma_rel), step + 1)
+            with torch.no_grad():
+                torch._foreach_lerp_(average, self._local_shards, share)
         return norm, applied
 
     def zero_grad(self) -> None:
@@ -158,6 +167,10 @@ class Optimizer:
     def averaged(self, decay: float | None = None) -> dict[str, Tensor]:
         """Return the EMA of each parameter, by the network's own names. `decay` defaults to the first one."""
         return dict(zip(self.names, self.average if decay is None else self.averages[decay], strict=True))
+
+    def power_averaged(self, sigma_rel: float) -> dict[str, Tensor]:
+        """Return the power-function average of length `sigma_rel` of each parameter, by the network's own names."""
+        return dict(zip(self.names, self.power_averages[sigma_rel], strict=True))
 
 
 @torch.no_grad()

@@ -27,6 +27,11 @@ def average_part(decay: float, decays: tuple[float, ...]) -> str:
     return "model" if decay == decays[0] else f"model-{decay}"
 
 
+def power_part(sigma_rel: float) -> str:
+    """Return the name of the part with a power-function average, of a checkpoint or a snapshot."""
+    return f"power-{sigma_rel}"
+
+
 def save(
     run: Path,
     step: int,
@@ -44,7 +49,9 @@ def save(
     decays = optimizer.config.decays
     averages: dict[str, dict[str, Tensor]] = {}
     for decay in decays:
-        averages[average_part(decay, decays)] = _gather(optimizer.averaged(decay), strategy) | dict(constants)
+        averages[average_part(decay, decays)] = gather(optimizer.averaged(decay), strategy) | dict(constants)
+    for sigma_rel in optimizer.power_averages:
+        averages[power_part(sigma_rel)] = gather(optimizer.power_averaged(sigma_rel), strategy)
     if not isinstance(strategy, FSDP):
         parts = {**averages, TRAINING: state}
         return on_main(lambda: checkpoint.save(run, step, parts, documents, keep), strategy.group)
@@ -70,6 +77,14 @@ def restore(
             raise UsageError(f"{saved.path} holds no average of decay {decay}; keep --ema as it was when the run began")
         averaged = optimizer.averaged(decay)
         copy_tensors(averaged, _local(saved.tensors[part], averaged, strategy), saved.path)
+    for sigma_rel in optimizer.power_averages:
+        part, averaged = power_part(sigma_rel), optimizer.power_averaged(sigma_rel)
+        if part not in saved.tensors:
+            raise UsageError(
+                f"{saved.path} holds no power-function average of length {sigma_rel}, which is of all steps from the "
+                "first; keep --ema-snapshot-lengths as they were when the run began, or set --ema-snapshots 0"
+            )
+        copy_tensors(averaged, _local(saved.tensors[part], averaged, strategy), saved.path)
     copy_tensors(constants, saved.tensors[average_part(decays[0], decays)], saved.path)
     state = optimizer.state_dict()
     if TRAINING in saved.tensors:
@@ -87,7 +102,7 @@ def _to_dtensor(name: str, value: Tensor, strategy: SingleProcess) -> Tensor:
     return value if name.startswith("step.") else strategy.to_dtensor(_parameter(name), value)
 
 
-def _gather(shards: Mapping[str, Tensor], strategy: SingleProcess) -> dict[str, Tensor]:
+def gather(shards: Mapping[str, Tensor], strategy: SingleProcess) -> dict[str, Tensor]:
     """Gather each tensor. With FSDP, rank 0 keeps them, on the CPU to save device memory, and the others none."""
     if not isinstance(strategy, FSDP):
         return dict(shards)

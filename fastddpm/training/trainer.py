@@ -24,7 +24,7 @@ from fastddpm.storage.documents import to_dict
 from fastddpm.storage.files import write_json
 from fastddpm.unet import UNet, network_with
 
-from . import parallel, state
+from . import parallel, snapshots, state
 from .initial import Origin
 from .monitor import Monitor
 from .network import averaged_copy, check_network, dropout_of, is_plain
@@ -177,6 +177,7 @@ class Trainer:
         `patience` steps in a row with a loss or gradient that is not finite.
         """
         config, monitor = self.preset.train, self.monitor
+        snapshots.begin(run, self.step, self.group)
         saved_step, request = -1, Request()
         with SignalWatch() as watch, monitor.running(self.step, log):
             while self.step < config.steps:
@@ -188,6 +189,10 @@ class Trainer:
                 if self.device.type == "cpu" or logs:
                     self._look_for_skipped_steps(run)
                 monitor.log(self.step, functools.partial(self._measured, norm) if logs else None)
+                # Before the checkpoint of this step, from which a killed run goes on: no snapshot is left out.
+                if snapshots.due(config, self.step):
+                    with monitor.clock.exclude():
+                        self.save_snapshot(run, dataset_source)
                 request = self.strategy.reduce_request(watch.requested())
                 if request.save or self.step % config.save_every == 0:
                     with monitor.clock.exclude():
@@ -251,24 +256,39 @@ class Trainer:
         Raises `DivergedError`, and writes nothing, if a tensor is not finite.
         """
         self._refuse_damage()
-        documents = {
-            "config": to_dict(self.preset),
+        documents = self._documents(dataset_source) | {
             "state": {
                 "step": self.step,
                 "tally": dict(zip(("loss_sum", "steps", "bad_in_a_row"), self.losses.read(), strict=True)),
                 "loss_by_t": self.monitor.losses_by_t.state_dict(),
             },
+        }
+        keep = self.preset.train.keep
+        return state.save(run, self.step, self.optimizer, documents, keep, self.strategy, constants(self.network))
+
+    def save_snapshot(self, run: Path, dataset_source: str | None = None) -> Path:
+        """Write a snapshot of the power-function averages, and return its path. Raises as `save` does."""
+        self._refuse_damage()
+        documents = self._documents(dataset_source)
+        return snapshots.save(run, self.step, self.optimizer, documents, self.strategy, constants(self.network))
+
+    def _documents(self, dataset_source: str | None) -> dict[str, Any]:
+        """Return what is known of the model: configuration, data, the weights it began with, a network of one's own."""
+        documents = {
+            "config": to_dict(self.preset),
             "data": to_dict(TrainingData.of(self.dataset, dataset_source)),
         }
         if self.origin is not None:
             documents["origin"] = to_dict(self.origin)
         if not self._plain:
             documents["network"] = f"{type(self.network).__module__}.{type(self.network).__qualname__}"
-        keep = self.preset.train.keep
-        return state.save(run, self.step, self.optimizer, documents, keep, self.strategy, constants(self.network))
+        return documents
 
     def _refuse_damage(self) -> None:
         tensors = self.optimizer.state_dict() | constants(self.network)
+        for length in self.optimizer.power_averages:
+            averaged = self.optimizer.power_averaged(length)
+            tensors |= {f"power-function average {length} of {name}": t for name, t in averaged.items()}
         for decay in self.preset.train.decays:
             tensors |= {f"average {decay} of {name}": t for name, t in self.optimizer.averaged(decay).items()}
         for name in all_gather_object(first_not_finite(tensors), self.group):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.data import Dataset
@@ -36,10 +36,18 @@ def noise_images() -> Dataset:
     return Dataset(images, np.arange(29, dtype=np.int64) % 3, "noise", "0" * 64)
 
 
-def train(group: ProcessGroup, preset: Preset, run: Path, *, resume: bool = False, until: int | None = None) -> Trainer:
+def train(
+    group: ProcessGroup,
+    preset: Preset,
+    run: Path,
+    *,
+    resume: bool = False,
+    until: int | None = None,
+    network: nn.Module | None = None,
+) -> Trainer:
     """A trainer run to the end of `preset`, or saved at step `until` without having known that it would stop."""
     run.mkdir(exist_ok=True)
-    trainer = Trainer(preset, noise_images(), CPU, group)
+    trainer = Trainer(preset, noise_images(), CPU, group, network=network)
     if resume:
         trainer.resume(checkpoint.load(run))
     log = JsonLines(run / "log.jsonl", trainer.step if resume else None) if group.is_main else None

@@ -13,6 +13,7 @@ COMMANDS = {
     "train",
     "sample",
     "evaluate",
+    "average",
     "inpaint",
     "compress",
     "ablation",
