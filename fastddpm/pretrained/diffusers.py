@@ -29,7 +29,7 @@ from fastddpm.storage.documents import from_dict, read_json, to_dict
 from fastddpm.storage.files import sync, whole_directory
 from fastddpm.storage.reading import check_size, open_regular, readable
 from fastddpm.storage.tensors import parse_tensors
-from fastddpm.unet import meta_network, network_with
+from fastddpm.unet import network_with
 
 from .card import model_card
 from .diffusers_config import check_agreement, cosines_first, read_unet, write_unet

@@ -23,7 +23,7 @@ from fastddpm.runtime.options import check_hub_name, hub_name
 from fastddpm.storage.documents import MAX_JSON_BYTES
 from fastddpm.storage.reading import open_regular, readable
 
-from . import compact, diffusers
+from . import diffusers
 from .facts import parameters_of
 
 _DOCUMENTS = (
