@@ -138,7 +138,7 @@ def test_files_of_the_other_kind_are_refused(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="is a classifier, which draws no images; name it with --classifier"):
         fastddpm.load(saved)
     fastddpm.Trainer(random_model(EASY).preset, shades(128), torch.device("cpu")).save(tmp_path, None)
-    with pytest.raises(UsageError, match="is no classifier; train one with python -m fastddpm.classifier"):
+    with pytest.raises(UsageError, match=r"is no classifier; train one with python -m fastddpm\.classifier"):
         Classifier.from_pretrained(tmp_path)
     with pytest.raises(UsageError, match="does not exist"):
         Classifier.from_pretrained(tmp_path / "nothing")

@@ -82,7 +82,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, mon
         return step(self)
 
     monkeypatch.setattr(ClassifierTrainer, "train_step", stopped)
-    with pytest.raises(RunInterruptedError, match="SIGTERM: saved step 3 in .*; --resume continues it") as stop:
+    with pytest.raises(RunInterruptedError, match=r"SIGTERM: saved step 3 in .*; --resume continues it") as stop:
         run(trainer(), tmp_path / "parts")
     assert stop.value.exit_code == 143
     monkeypatch.setattr(ClassifierTrainer, "train_step", step)
@@ -106,7 +106,7 @@ def test_a_seed_names_a_training(tmp_path: Path) -> None:
 def test_another_data_set_or_fewer_steps_are_refused(tmp_path: Path) -> None:
     run(trainer(), tmp_path)
     saved = checkpoint.load(tmp_path)
-    with pytest.raises(DataError, match="was trained on shades .* name that data set, as it was, with --data"):
+    with pytest.raises(DataError, match=r"was trained on shades .* name that data set, as it was, with --data"):
         trainer(shades(48)).resume(saved)
     with pytest.raises(UsageError, match="has taken 4 steps already; --steps 3 would end before that"):
         trainer(steps=3).resume(saved)
