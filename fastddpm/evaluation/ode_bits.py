@@ -31,7 +31,7 @@ from .bits_per_dim import Float64Diffusion, conditioning, or_none
 from .options import OdeBitsOptions
 from .probability_flow import STAGES, ProbabilityFlow, most_steps, spread
 
-BLOCK = 8  # images that are kept together when an evaluation is interrupted
+BLOCK = 32  # images that are kept together when an evaluation is interrupted
 _STEPS = 100  # of the solver, unless the options say otherwise
 _LOG_2 = math.log(2.0)
 _BIN = 2 / 255
