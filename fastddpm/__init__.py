@@ -10,6 +10,7 @@ from .runtime.lazy import importer
 __version__ = "0.2.0.dev0"
 
 _HOMES = {
+    "Classifier": ".sampling.classifier",
     "Diffusion": ".diffusion",
     "EngineConfig": ".config",
     "Model": ".pretrained",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .presets import preset as preset
     from .pretrained import Model as Model
     from .pretrained import load as load
+    from .sampling.classifier import Classifier as Classifier
     from .sampling.sampler import Sampler as Sampler
     from .training.trainer import Trainer as Trainer
     from .unet import UNet as UNet

@@ -7,6 +7,7 @@ from fastddpm import __version__
 
 COMMANDS = {
     "train": "train a model; without options, on digits, on this machine",
+    "classifier": "train a classifier of noisy images that guides a model's chain",
     "sample": "draw images from a trained model",
     "evaluate": "measure FID and other scores and bits/dim, draw the paper's pictures",
     "average": "make an average of a run's weights of any length, after the run",

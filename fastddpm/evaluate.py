@@ -14,6 +14,7 @@ from fastddpm.evaluation.options import (
     PICTURES_OF_DATA,
     QUALITY_METRICS,
     BitsOptions,
+    OdeBitsOptions,
     PictureOptions,
     QualityOptions,
 )
@@ -27,6 +28,7 @@ from fastddpm.runtime.options import (
     SkipBad,
     check_checkpoint,
     check_positive,
+    parse_names,
 )
 from fastddpm.runtime.progress import announced, discard, duration, log
 from fastddpm.sampling.options import ChainOptions
@@ -48,7 +50,8 @@ COMMON = (  # what --help shows; --help-all shows the rest
     "guidance", "samples", "images", "every",
 )  # fmt: skip
 BITS_METRICS = ("bpd", "rate-distortion")
-METRICS = (*QUALITY_METRICS, *BITS_METRICS)
+BY_DEFAULT = (*QUALITY_METRICS, *BITS_METRICS)
+METRICS = (*BY_DEFAULT, "ode-bpd")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Command:
 
     checkpoint: Checkpoint
     metrics: Annotated[str | None, tyro.conf.arg(metavar=",".join(METRICS))] = None
-    """What to measure: one or more names, separated by commas, or all or none. Default: all that can run here."""
+    """What to measure: one or more names, separated by commas, or all or none. Default: all that can run here but
+    ode-bpd, the likelihood by the probability-flow ODE."""
     pictures: Annotated[str, tyro.conf.arg(metavar="all|none|NAME,..")] = "none"
     """Pictures to draw: one or more names, separated by commas, or all or none. The names are
     progressive, shared-latent, interpolation, interpolation-depths, neighbours, strips, classes."""
@@ -87,40 +91,28 @@ class Command:
     chain: Annotated[ChainOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ChainOptions)
     quality: Annotated[QualityOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=QualityOptions)
     bits: BitsOptions = dataclasses.field(default_factory=BitsOptions)
+    ode_bits: OdeBitsOptions = dataclasses.field(default_factory=OdeBitsOptions)
     picture: PictureOptions = dataclasses.field(default_factory=PictureOptions)
-
-
-def parse_names(text: str, known: Sequence[str], option: str) -> list[str]:
-    """Return the names in `text`, as in "fid,is", each once and in the order of `known`.
-
-    "all" gives all names, "none" no name. `option`: its name in messages. Raises `UsageError` for an unknown name.
-    """
-    wanted = {name.strip() for name in text.split(",")}
-    if wanted == {"all"}:
-        return list(known)
-    unknown = sorted(wanted.difference(known, ["none"]))
-    if unknown:
-        raise UsageError(f"--{option} takes {', '.join(known)}, all or none; got {', '.join(map(repr, unknown))}")
-    return [name for name in known if name in wanted]
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command on `arguments`, as `cli.run` passes them."""
     group = distributed.group_from_environment()
     report = log if group.is_main else discard
-    metrics, pictures = list(METRICS), list(PICTURE_NAMES)
+    metrics, pictures = list(BY_DEFAULT), list(PICTURE_NAMES)
     with all_problems():
         command = cli.parse(Command, arguments, program=PROGRAM, common=COMMON)
         check_positive(batch=command.batch)
         with problem():
             check_checkpoint(command.checkpoint)
         with problem():
-            metrics = parse_names(command.metrics or "all", METRICS, "metrics")
+            metrics = parse_names(command.metrics or ",".join(BY_DEFAULT), METRICS, "metrics")
         with problem():
             pictures = parse_names(command.pictures, PICTURE_NAMES, "pictures")
         metrics, pictures = _with_reference(command, metrics, pictures, report)
     check_out(_out(command))
     with announced("loading PyTorch", report):
+        from fastddpm.evaluation.features import open_on_main_first
         from fastddpm.evaluation.report import Report
         from fastddpm.runtime.device import choose_device
         from fastddpm.training.length import report_notes
@@ -142,7 +134,7 @@ def main(arguments: Sequence[str]) -> None:
             context.out.mkdir(parents=True, exist_ok=True)
             results = Report(context, command.checkpoint) if group.is_main else None
         report_notes(opened[0], report)
-        network = None if features is None else _network(features, context, report)
+        network = None if features is None else open_on_main_first(features, context, report)
         comparison = _comparison(command, network, report)
         _evaluate(command, context, network, comparison, metrics, pictures, results)
         run = cli.run_of(command.checkpoint)
@@ -247,6 +239,7 @@ def _check(command: Command, context: "EvaluationContext", metrics: Sequence[str
     """
     from fastddpm.evaluation.figures.draw import check_picture
     from fastddpm.evaluation.likelihood import check_bits
+    from fastddpm.evaluation.ode_likelihood import check_ode_bits
     from fastddpm.evaluation.quality import check_quality
 
     with all_problems():
@@ -255,23 +248,12 @@ def _check(command: Command, context: "EvaluationContext", metrics: Sequence[str
         with problem():
             if set(metrics).intersection(BITS_METRICS):
                 check_bits(_split_context(command, context), command.bits)
+        with problem():
+            if "ode-bpd" in metrics:
+                check_ode_bits(context, command.ode_bits)
         for name in pictures:
             with problem():
                 check_picture(name, context, command.picture)
-
-
-def _network(name: str, context: "EvaluationContext", report: Callable[[str], None]) -> "FeatureNetwork":
-    """Open the feature network. Rank 0 may have to train it; the others then find it in the cache."""
-    from fastddpm.metrics.networks import open_network
-
-    size, network = context.sampler.interface.shape[-1], None
-    for main_rank in (True, False):
-        if context.group.is_main == main_rank:
-            with announced(f"opening the feature network {name}", report):
-                network = open_network(name, image_size=size, device=context.device, report=log)
-        distributed.all_gather_object(None, context.group)
-    assert network is not None
-    return network
 
 
 def _evaluate(
@@ -289,7 +271,7 @@ def _evaluate(
             log(line)
     if network is not None:
         _add_quality(command, context, network, comparison, metrics, report)
-    if set(metrics).intersection(BITS_METRICS):
+    if set(metrics).difference(QUALITY_METRICS):
         _add_bits(command, context, metrics, report)
     if report is not None:
         _add_pictures(command, context, pictures, report)
@@ -309,6 +291,7 @@ def _estimates(
     """Return one line for each part with its work and the time it will take, from timing a batch of each network."""
     from fastddpm.evaluation.figures.draw import picture_cost
     from fastddpm.evaluation.likelihood import bits_cost
+    from fastddpm.evaluation.ode_likelihood import ode_bits_cost
     from fastddpm.evaluation.quality import quality_cost, seconds_per_evaluation
 
     with announced("timing the network"):
@@ -329,6 +312,12 @@ def _estimates(
         lines.append(
             f"bpd, rate-distortion: {evaluations:,} evaluations (images x timesteps), unless they are done already: "
             f"about {duration(evaluations * seconds / count)}"
+        )
+    if "ode-bpd" in metrics:
+        evaluations, each = ode_bits_cost(context, command.ode_bits)
+        lines.append(
+            f"ode-bpd: {evaluations:,} evaluations with a derivative, unless they are done already: about "
+            f"{duration(evaluations * each / count)}"
         )
     for name in pictures:
         evaluations = picture_cost(name, context, command.picture)
@@ -356,13 +345,19 @@ def _add_quality(
 
 def _add_bits(command: Command, context: "EvaluationContext", metrics: Sequence[str], report: "Report | None") -> None:
     from fastddpm.evaluation.likelihood import measure_bits
+    from fastddpm.evaluation.ode_likelihood import measure_ode_bits
     from fastddpm.evaluation.rate_distortion import measure_rate_distortion
 
     split_context = _split_context(command, context)
     split_context.out.mkdir(exist_ok=True)
-    for name, measure in (("bpd", measure_bits), ("rate-distortion", measure_rate_distortion)):
+    measures = {
+        "bpd": lambda: measure_bits(split_context, command.bits),
+        "rate-distortion": lambda: measure_rate_distortion(split_context, command.bits),
+        "ode-bpd": lambda: measure_ode_bits(split_context, command.ode_bits),
+    }
+    for name, measure in measures.items():
         if name in metrics:
-            record = measure(split_context, command.bits)
+            record = measure()
             if report is not None:
                 report.add(command.split, name, record | _data(context))
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from fastddpm.storage.shards import Shards
 
 PROGRAM = "fastddpm.sample"
-COMMON = ("seeds", "labels", "method", "steps", "guidance", "batch", "out", "png", "gif", "device")  # in --help
+COMMON = (  # what --help shows; --help-all shows the rest
+    "seeds", "labels", "method", "steps", "guidance", "classifier", "classifier_scale", "batch", "out", "png", "gif",
+    "device",
+)  # fmt: skip
 MOST_IN_ONE_FILE = 1024
 SHARD_SIZE = 1000
 

@@ -211,7 +211,7 @@ class ImageSums:
     over_images: np.ndarray
 
 
-class _Float64Diffusion(Diffusion):
+class Float64Diffusion(Diffusion):
     """The process with float64 tables on the device, because a thousand small terms are added up."""
 
     def _table(self, name: str, values: np.ndarray, device: torch.device) -> Tensor:
@@ -235,8 +235,8 @@ class _Evaluator:
         progress: Progress | None,
     ) -> None:
         self.plan, self.images, self.batch = plan, images, batch
-        self.labels, self.conditioning = _conditioning(sampler, labels, len(images))
-        self.exact = _Float64Diffusion(sampler.diffusion.config)
+        self.labels, self.conditioning = conditioning(sampler, labels, len(images))
+        self.exact = Float64Diffusion(sampler.diffusion.config)
         # The given sampler may take fewer steps or use guidance; the bound is that of the trained process.
         self.sampler = sampler.unguided()
         self.device = sampler.device
@@ -306,7 +306,7 @@ class _Evaluator:
         return terms, (prediction - x0).square().mean((1, 2, 3))
 
 
-def _conditioning(sampler: Sampler, labels: np.ndarray | None, num_images: int) -> tuple[np.ndarray | None, str]:
+def conditioning(sampler: Sampler, labels: np.ndarray | None, num_images: int) -> tuple[np.ndarray | None, str]:
     """Return the labels that the network is given, and a description for `BitsPerDim.conditioning`."""
     num_classes, null_label = sampler.interface.num_classes, sampler.interface.null_label
     if not num_classes:

@@ -19,6 +19,8 @@ from fastddpm.data.cache import default_directory
 from fastddpm.errors import DataError, StorageError
 from fastddpm.metrics.features import Activations, FeatureNetwork
 from fastddpm.metrics.frechet import Moments
+from fastddpm.metrics.networks import open_network
+from fastddpm.runtime.distributed import all_gather_object
 from fastddpm.runtime.progress import Meter, announced, discard, log
 from fastddpm.sampling.trajectories import parts
 from fastddpm.storage.files import save_arrays
@@ -185,3 +187,15 @@ def _moments(path: Path, shards: FeatureShards) -> Moments:
     if found != [(np.float64, (size,)), (np.float64, (size, size))] or count.shape or count != len(shards.seeds):
         raise DataError(f"{path} holds the moments of other features")
     return Moments(int(count), torch.from_numpy(mean), torch.from_numpy(product))
+
+
+def open_on_main_first(name: str, context: EvaluationContext, report: Callable[[str], None]) -> FeatureNetwork:
+    """Open the feature network `name`. Rank 0 may have to train it; the others then find it in the cache."""
+    size, network = context.sampler.interface.shape[-1], None
+    for main_rank in (True, False):
+        if context.group.is_main == main_rank:
+            with announced(f"opening the feature network {name}", report):
+                network = open_network(name, image_size=size, device=context.device, report=log)
+        all_gather_object(None, context.group)
+    assert network is not None
+    return network

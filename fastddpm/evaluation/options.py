@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from fastddpm.config import MOST_IN_GRID
 from fastddpm.errors import refuse
-from fastddpm.runtime.checks import check_seed, positive
+from fastddpm.runtime.checks import check_seed, choice_problems, positive
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,35 @@ class BitsOptions:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         refuse(positive(self, "every", *(() if self.images is None else ("images",))))
+
+
+@dataclass(frozen=True)
+class OdeBitsOptions:
+    """Options of bits per dimension by the probability-flow ODE (metric ode-bpd)."""
+
+    images: int = 64
+    """Number of images to evaluate, chosen at random by the seed; all if there are fewer."""
+    draws: int = 1
+    """Draws of dequantisation and probe for each image; more of them lower the standard error, at their cost."""
+    steps: int | None = None
+    """Steps of the solver, of three evaluations each, at most half of the timesteps. Default: 100, or as many as
+    there can be."""
+    end: Literal["uniform", "decoder"] = "uniform"
+    """From pixels to the first noise level: add uniform noise of a bin's width (uniform), or the noise of that level,
+    and decode the pixels as the bound does (decoder)."""
+    exact_trace: bool = False
+    """Compute the divergence exactly, by as many derivatives as an image has values, instead of Hutchinson's
+    estimate."""
+    seed: int = 0
+    """Seed of the draws and of the choice of images, a signed 64-bit number."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        yield from positive(self, "images", "draws", *(() if self.steps is None else ("steps",)))
+        yield from choice_problems(self, "end")
 
 
 QUALITY_METRICS = ("fid", "is", "kid", "pr")

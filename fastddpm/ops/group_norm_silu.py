@@ -90,6 +90,7 @@ def _plain(a: Arguments) -> Tensor:
 
     h = (a.x if a.skip is None else torch.cat([a.x, a.skip], dim=1)).to(dtype)
     h = h if a.temb is None else h + per_pixel(a.temb)
+    h = h.contiguous()  # PyTorch's forward-mode formula takes a view that channels_last does not have
     y = F.group_norm(h, a.groups, a.weight.to(dtype), a.bias.to(dtype), a.eps)
     if a.scale is not None and a.shift is not None:
         y = y * (1 + per_pixel(a.scale)) + per_pixel(a.shift)

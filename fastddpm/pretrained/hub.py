@@ -3,7 +3,7 @@
 `huggingface_hub` is imported only when it is used. Its cache and its variables count here, too: HF_HOME, HF_ENDPOINT,
 HF_TOKEN, HF_HUB_OFFLINE. Downloaded are the files that a reader of this package takes, and no others:
 
-    model_index.json, unet/, scheduler/, fastddpm.json    a directory of diffusers (diffusers.py); `push_to_hub` writes one
+    model_index.json, unet/, scheduler/, fastddpm.json    a directory of diffusers, as `push_to_hub` writes
     NAME.safetensors                                      or one packed file (compact.py)
 
 The hub's listing tells their sizes and hashes. A file that is larger than the network of its configuration is not

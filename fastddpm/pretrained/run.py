@@ -57,6 +57,8 @@ def _average(saved: checkpoint.Checkpoint) -> PowerAverage | None:
 
 
 def _preset(saved: checkpoint.Checkpoint) -> Preset:
+    if "classifier" in saved.documents:
+        raise UsageError(f"{saved.path} is a classifier, which draws no images; name it with --classifier")
     if "network" in saved.documents:
         raise UsageError(
             f"{saved.path} holds the weights of a network of your own ({saved.documents['network']!s:.100}); make that "

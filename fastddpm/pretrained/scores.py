@@ -9,6 +9,7 @@ from fastddpm.errors import DataError
 from fastddpm.storage.documents import read_object
 
 FILE = "metrics.json"
+_BITS = ("bpd", "ode-bpd")
 
 # The paper's numbers, tables 1 to 3 and section 4.1, by preset, metric and split. A split of None: any split.
 _PAPER: dict[tuple[str, str, str | None], str] = {
@@ -42,6 +43,8 @@ DEFINITIONS = {
     "of the network in brackets. Higher is better, 1 is best.",
     "bpd": "Variational bound on the negative log-likelihood of the images, in bits per dimension, ± its standard "
     "error. Lower is better.",
+    "ode-bpd": "Negative log-likelihood of the images by the probability-flow ODE, in bits per dimension, ± its "
+    "standard error. Lower is better.",
     "rate-distortion": "Bits per dimension of a progressive code, which are the bound without L_0, and the root mean "
     "square error, in levels of 255, of the images that it gives. Lower is better, both.",
 }
@@ -89,7 +92,7 @@ def read_scores(path: Path) -> Scores:
         Score(
             name=name,
             split=split,
-            value=record["bits_per_dim"] if name == "bpd" else record["rate" if name == "rate-distortion" else "value"],
+            value=record["bits_per_dim"] if name in _BITS else record["rate" if name == "rate-distortion" else "value"],
             measured=measured(name, record),
             paper=in_paper(str(checkpoint.get("preset")), name, split),
             data=measured_data(record),
@@ -110,7 +113,7 @@ def in_paper(preset: str, name: str, split: str) -> str:
 
 def measured(name: str, record: Mapping[str, Any]) -> str:
     """Return the value of a metric as text, with its error if it has one."""
-    if name == "bpd":
+    if name in _BITS:
         error = record["standard_error"]  # None for a single image
         return _number(record["bits_per_dim"]) + (f" ± {error:.4f}" if error is not None else "") + " bits/dim"
     if name == "rate-distortion":

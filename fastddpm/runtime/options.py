@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -136,3 +137,17 @@ def parse_numbers(text: str, option: str) -> list[int]:
             raise UsageError(f"--{option}: more than {MAX_NUMBERS:,} numbers; divide them among several calls")
         numbers += range(low, high + 1)
     return numbers
+
+
+def parse_names(text: str, known: Sequence[str], option: str) -> list[str]:
+    """Return the names in `text`, as in "fid,is", each once and in the order of `known`.
+
+    "all" gives all names, "none" no name. `option`: its name in messages. Raises `UsageError` for an unknown name.
+    """
+    wanted = {name.strip() for name in text.split(",")}
+    if wanted == {"all"}:
+        return list(known)
+    unknown = sorted(wanted.difference(known, ["none"]))
+    if unknown:
+        raise UsageError(f"--{option} takes {', '.join(known)}, all or none; got {', '.join(map(repr, unknown))}")
+    return [name for name in known if name in wanted]

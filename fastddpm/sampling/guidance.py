@@ -14,11 +14,14 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError, refuse
 from fastddpm.runtime.checks import guidance_problems
 
+from .classifier import ClassifierGuidance
+
 CondFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """cond_fn(x, t, label): the gradient of log p(label | x_t) with respect to x_t, float32 (N, C, H, W) like `x`.
 
 It is called with gradients enabled. `x`: a copy of x_t that requires grad. `t`: int64 (N,). `label`: int64 (N,), or
-None without labels. A factor on the result is the scale of the guidance.
+None without labels. A factor on the result is the scale of the guidance. That of a trained classifier is
+`Classifier.cond_fn`.
 """
 
 Timesteps = TypeVar("Timesteps", np.ndarray, Tensor)
@@ -46,8 +49,18 @@ class Guidance:
         if self.cond_fn is not None and not callable(self.cond_fn):
             raise UsageError(f"cond_fn must be a function of (x, t, label); got {self.cond_fn!r:.100}")
 
-    def check(self, diffusion: Diffusion, timesteps: np.ndarray, method: str) -> None:
-        """Raise `UsageError` if a chain of `diffusion` through `timesteps` cannot be guided so."""
+    @property
+    def classes(self) -> int:
+        """The number of classes that `cond_fn` guides to, 0 if it does not tell."""
+        return self.cond_fn.num_classes if isinstance(self.cond_fn, ClassifierGuidance) else 0
+
+    def check(self, diffusion: Diffusion, timesteps: np.ndarray, method: str, shape: tuple[int, int, int]) -> None:
+        """Raise `UsageError` if a chain of `diffusion` through `timesteps`, of images of `shape`, cannot be guided so.
+
+        `shape`: (C, H, W).
+        """
+        if isinstance(self.cond_fn, ClassifierGuidance):
+            self.cond_fn.check(diffusion, shape)
         config, values = diffusion.config, (self.interval, self.rescale, self.dynamic_threshold)
         refuse(guidance_problems(*values, timesteps=config.timesteps, prediction=config.prediction, method=method))
         if self.cond_fn is not None and method != "ancestral" and not diffusion.alpha_bar[timesteps].all():
@@ -82,7 +95,8 @@ class Guidance:
     def settings(self) -> dict[str, Any]:
         """Return what else than the scale determines an image, for JSON; nothing by default.
 
-        A `cond_fn` is named only: whether two of one name are the same is for the user to know.
+        A classifier is told by the sha256 of its weights and its scale. Another `cond_fn` is named only: whether two of
+        one name are the same is for the user to know.
         """
         found: dict[str, Any] = {}
         if self.scale != 1 and self.interval is not None:
@@ -91,7 +105,9 @@ class Guidance:
             found["guidance_rescale"] = float(self.rescale)
         if self.dynamic_threshold is not None:
             found["dynamic_threshold"] = float(self.dynamic_threshold)
-        if self.cond_fn is not None:
+        if isinstance(self.cond_fn, ClassifierGuidance):
+            found |= self.cond_fn.settings()
+        elif self.cond_fn is not None:
             function: Any = self.cond_fn
             while isinstance(function, functools.partial):
                 function = function.func

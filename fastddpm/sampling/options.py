@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import OmitArgPrefixes
 
 from fastddpm.config import EngineConfig, Method, SampleConfig, Spacing
-from fastddpm.runtime.progress import log
+from fastddpm.errors import refuse
+from fastddpm.runtime.checks import MAX_GUIDANCE
+from fastddpm.runtime.progress import announced, log
 
 if TYPE_CHECKING:
     import torch
 
     from fastddpm.pretrained.model import Model
 
+    from .classifier import ClassifierGuidance
     from .sampler import Sampler
 
 
@@ -45,12 +48,24 @@ class ChainOptions:
     dynamic_threshold: float | None = None
     """Dynamic thresholding of x_0 predictions: clip them to [-s, s] and divide by s, where s is this quantile, in
     (0, 1), of the image's |x_0|, at least 1. 0: none, clip to [-1, 1]. Default: the run's."""
+    classifier: Path | None = None
+    """Guide the chain by a classifier of noisy images: the directory that python -m fastddpm.classifier trained it in,
+    or one of its checkpoints. --guidance 0: by it alone, without the class in the network. Default: none."""
+    classifier_scale: float = 1.0
+    """Scale of the classifier's gradient, 0 or more."""
     noise_seed: int = 0
     """64-bit key of all noise. Another key draws another image for every seed."""
     engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         SampleConfig(**{"method": "ddim", **self._given()})  # raises UsageError for values that suit no run
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        if not 0 <= self.classifier_scale <= MAX_GUIDANCE:
+            yield f"classifier_scale must be in 0..{MAX_GUIDANCE:g}; got {self.classifier_scale}"
+        if self.classifier_scale != 1 and self.classifier is None:
+            yield "classifier_scale is of a classifier; name one with --classifier"
 
     def _given(self) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(SampleConfig)} - {"count"}
@@ -73,7 +88,8 @@ class ChainOptions:
             warnings.simplefilter("always")
             sampler = Sampler(
                 model.unet, model.diffusion, config.steps, config.method, config.eta,
-                spacing=config.spacing, **config.guidance_options(), seed=self.noise_seed, engine=self.engine,
+                spacing=config.spacing, **config.guidance_options(), cond_fn=self._cond_fn(model, report), seed=self.noise_seed,
+                engine=self.engine,
             )  # fmt: skip
         for warning in said:
             report(f"note: {warning.message}")
@@ -83,6 +99,18 @@ class ChainOptions:
             if idle:
                 report(f"note: {' and '.join(idle)} without effect, because guidance 1 means none; add --guidance 2")
         return sampler
+
+    def _cond_fn(self, model: "Model", report: Callable[[str], None]) -> "ClassifierGuidance | None":
+        """Return the guidance by --classifier, on the device of the model; None without one."""
+        if self.classifier is None:
+            return None
+        from fastddpm.runtime.network import device_of
+
+        from .classifier import Classifier
+
+        with announced(f"reading {self.classifier}", report):
+            classifier = Classifier.from_pretrained(self.classifier, device_of(model.unet))
+        return classifier.cond_fn(self.classifier_scale)
 
     def open(
         self, checkpoint: Path, device: "torch.device", batch: int | None, report: Callable[[str], None] = log

@@ -113,7 +113,7 @@ class Sampler:
         self.seed, self.engine = seed, engine or EngineConfig()
         self.guide = Guidance(guidance, guidance_interval, guidance_rescale, dynamic_threshold, cond_fn)
         self.timesteps = choose_timesteps(diffusion, method, steps, spacing, timesteps)
-        self.guide.check(diffusion, self.timesteps, method)
+        self.guide.check(diffusion, self.timesteps, method, self.interface.shape)
         self.multistep = method in MULTISTEP
         self.table = np.stack(step_table(diffusion, self.timesteps, method, eta), axis=1)
         if guidance != 1 and self.interface.null_label is None:
@@ -373,12 +373,12 @@ class Sampler:
     def labels_for(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> list[int] | None:
         """Return the class of each seed: `labels` if given, otherwise seed modulo num_classes; None without classes.
 
-        A `cond_fn` may have labels although the network has no classes. Raises `UsageError` for a wrong number of
-        labels, and for one that is neither in range nor the null label.
+        Those of the network, or if it has none, of the classifier. A `cond_fn` may have labels although the network has
+        no classes. Raises `UsageError` for a wrong number of labels, and for one neither in range nor the null label.
         """
         num_classes = self.interface.num_classes
         if labels is None:
-            return [seed % num_classes for seed in seeds] if num_classes else None
+            return [seed % of for seed in seeds] if (of := num_classes or self.guide.classes) else None
         if not num_classes and self.guide.cond_fn is None:
             raise UsageError("this network was trained without classes; leave labels out")
         if len(labels) != len(seeds):

@@ -15,7 +15,7 @@ from fastddpm.storage.reading import check_size, open_regular
 Record = dict[str, Any]
 _MAX_LINE_BYTES = 2**16
 _MAX_BYTES = 2**30
-_LISTS = ("loss_by_t",)
+_LISTS = ("loss_by_t", "accuracy_by_t")
 
 
 class JsonLines:

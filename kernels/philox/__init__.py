@@ -23,4 +23,5 @@ STREAM_ORDER = 4  # data order; step is the epoch, image the example's index
 STREAM_BOUND = 5  # eps of the bound's terms; at step T, which is no timestep, the order that assigns terms to images
 STREAM_RENOISE = 6  # eps that takes a state of the reverse chain back to an earlier one; step counts how often
 STREAM_PAD = 7  # the codec's pads: step is the timestep, image the number of a group of images
+STREAM_FLOW = 9  # of the likelihood by the ODE: step is 2 draw for what is added to pixels, 2 draw + 1 for the probe
 STREAM_DROPOUT = 8  # dropout masks; stream = STREAM_DROPOUT + 256 * layer

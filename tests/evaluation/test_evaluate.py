@@ -22,6 +22,7 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.evaluation import quality, report
 from fastddpm.metrics import digits, open_network
 from fastddpm.runtime import distributed
+from fastddpm.runtime.options import parse_names
 from fastddpm.sampling.options import ChainOptions
 
 SHORT = ["--steps", "2", "--batch", "16", "--samples", "40", "--kid-subsets", "3", "--bits.images", "2"]
@@ -327,9 +328,9 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 def test_names_are_taken_once_and_in_order() -> None:
     known = ("a", "b", "c")
-    assert evaluate.parse_names("c, a,c", known, "x") == ["a", "c"]
-    assert evaluate.parse_names("all", known, "x") == ["a", "b", "c"]
-    assert evaluate.parse_names("none", known, "x") == []
+    assert parse_names("c, a,c", known, "x") == ["a", "c"]
+    assert parse_names("all", known, "x") == ["a", "b", "c"]
+    assert parse_names("none", known, "x") == []
 
 
 def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: Path) -> None:

@@ -1,5 +1,6 @@
 """Derivatives beyond one backward pass: forward mode, second derivatives, torch.func; right, or refused."""
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -122,7 +123,9 @@ def unet() -> UNet:
     return random_model(TINY).unet.double().requires_grad_(False)
 
 
-def test_a_network_has_directional_derivatives(unet: UNet) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_network_has_directional_derivatives(unet: UNet, layout: torch.memory_format) -> None:
+    unet = copy.deepcopy(unet).to(memory_format=layout)
     x, v, t = torch.randn(2, 3, 12, 12).double(), torch.randn(2, 3, 12, 12).double(), torch.tensor([3, 700])
     _, tangent = torch.func.jvp(lambda x: unet(x, t), (x,), (v,))
     with forward_ad.dual_level():
