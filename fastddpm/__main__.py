@@ -15,6 +15,7 @@ COMMANDS = {
     "page": "write a page about a run, to look at in a browser",
     "curves": "plot the logs of one or more runs",
     "data": "inspect a data set, verify it, or pack it into one file",
+    "export": "write a model for other runtimes: ONNX, torch.export, AOTInductor, diffusers",
     "pretrained": "pack the model of a run into one file",
     "doctor": "show which implementations run here, how exact and how fast they are",
 }

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ChainOptions:
-    """Options of the reverse chain. Default of all but the noise and the engine: the run's."""
+class StepOptions:
+    """Options of the steps of a reverse chain. Default: the run's."""
 
     method: Method | None = None
     """Sampling method: ancestral (Algorithm 2), ddim, or DPM-Solver++(2M): dpm2m, with noise dpm2m-sde. Default: the
@@ -44,9 +44,6 @@ class ChainOptions:
     dynamic_threshold: float | None = None
     """Dynamic thresholding of x_0 predictions: clip them to [-s, s] and divide by s, where s is this quantile, in
     (0, 1), of the image's |x_0|, at least 1. 0: none, clip to [-1, 1]. Default: the run's."""
-    noise_seed: int = 0
-    """64-bit key of all noise. Another key draws another image for every seed."""
-    engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         SampleConfig(**{"method": "ddim", **self._given()})  # raises UsageError for values that suit no run
@@ -60,8 +57,8 @@ class ChainOptions:
             given.setdefault("eta", 0.0)  # a run's eta is of its ddim
         return given
 
-    def sampler(self, model: "Model") -> "Sampler":
-        """Return a sampler of `model` with these options. Raises `UsageError` for values out of range."""
+    def sampler(self, model: "Model", **options: Any) -> "Sampler":
+        """Return a sampler of `model` with these options and `options`. Raises `UsageError` for values out of range."""
         from .sampler import Sampler
 
         config = dataclasses.replace(model.preset.sample, **self._given())
@@ -69,11 +66,24 @@ class ChainOptions:
             warnings.simplefilter("always")
             sampler = Sampler(
                 model.unet, model.diffusion, config.steps, config.method, config.eta,
-                spacing=config.spacing, **config.guidance_options(), seed=self.noise_seed, engine=self.engine,
+                spacing=config.spacing, **config.guidance_options(), **options,
             )  # fmt: skip
         for warning in said:
             log(f"note: {warning.message}")
         return sampler
+
+
+@dataclass(frozen=True)
+class ChainOptions(StepOptions):
+    """Options of the reverse chain. Default of all but the noise and the engine: the run's."""
+
+    noise_seed: int = 0
+    """64-bit key of all noise. Another key draws another image for every seed."""
+    engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
+
+    def sampler(self, model: "Model", **options: Any) -> "Sampler":
+        """Return a sampler of `model` with these options and `options`. Raises `UsageError` for values out of range."""
+        return super().sampler(model, **{"seed": self.noise_seed, "engine": self.engine, **options})
 
     def open(self, checkpoint: Path, device: "torch.device", batch: int | None) -> "tuple[Model, Sampler, int]":
         """Load the model at `checkpoint` onto `device`; return it, its sampler and the batch size.

@@ -19,6 +19,7 @@ COMMANDS = {
     "page",
     "curves",
     "doctor",
+    "export",
     "data.__main__",
 }
 LAYERS = [
