@@ -27,9 +27,9 @@ def norm_conv(
 
     `x`: floating (N, C, H, W). `weight`: (K, C, 3, 3) or (K, C, 1, 1), `bias`: (K,). `norm`: weight and bias (C,),
     groups and eps; None: no norm. `scale`, `shift`: (N, C), given together: y (1 + scale) + shift after the norm.
-    `stride`: 1 or 2. `pad`: zeros above and to the left, default 1 for 3x3 with stride 1 and 2, 0 for 1x1; below and to
-    the right there are as many as give H' = H / stride, so with stride 2 pad 0 is TensorFlow's SAME. `doubled`: upsample
-    by 2, nearest, after the norm. `temb`: (N, K). `residual`: (N, K, H', W'). All of x's dtype. On a CPU the weights
+    `stride`: 1 or 2. `pad`: zeros above and to the left, by default 1 for 3x3 and 0 for 1x1; below and to the right
+    there are as many as give H' = H / stride, so with stride 2 pad 0 is TensorFlow's SAME. `doubled`: upsample by 2,
+    nearest, after the norm. `temb`: (N, K). `residual`: (N, K, H', W'). All of x's dtype. On a CPU the weights
     are packed at the first call, which takes up to four times their memory. Never differentiable. Raises ValueError for
     other shapes.
     """

@@ -5,12 +5,10 @@ buffers, `state_dict`, hooks and the modules themselves stay as they are.
 """
 
 import types
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import nn
 
 from fastddpm.errors import UsageError
@@ -117,7 +115,7 @@ Plan = tuple[str, Callable[..., Any]]
 
 
 def _plan(module: nn.Module) -> Plan | str | None:
-    """Return what a module becomes: a name and its new forward; a reason, if it is left; None if it is of no concern."""
+    """Return what a module becomes, a name and its new forward; the reason if it is left; None if it has no part."""
     kind = type(module)
     if kind is nn.Conv2d:
         return _plan_conv(module)

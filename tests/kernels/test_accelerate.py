@@ -1,4 +1,4 @@
-"""fastddpm.accelerate: diffusers' networks compute the same with our operations, and are themselves again afterwards."""
+"""fastddpm.accelerate: diffusers' networks compute the same with our operations, and are restored."""
 
 import copy
 from collections.abc import Iterator
@@ -142,7 +142,8 @@ def test_hooks_are_called_with_what_they_get_from_diffusers() -> None:
     unet = network("UNet2DModel")
     arguments, plain = inputs(unet), copy.deepcopy(unet)
     names = ["conv_in", "conv_act", "mid_block.resnets.0.norm2", "mid_block.resnets.1.conv1", "mid_block.resnets.1",
-             "up_blocks.0.upsamplers.0", "mid_block.attentions.0.to_q", "down_blocks.1.attentions.0.group_norm"]  # fmt: skip
+             "up_blocks.0.upsamplers.0", "mid_block.attentions.0.to_q",
+             "down_blocks.1.attentions.0.group_norm"]  # fmt: skip
     fastddpm.accelerate(unet)
     seen: list[list[Tensor]] = [[], []]
     for network_, values in zip((plain, unet), seen, strict=True):
