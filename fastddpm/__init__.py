@@ -17,6 +17,7 @@ _HOMES = {
     "Sampler": ".sampling.sampler",
     "Trainer": ".training.trainer",
     "UNet": ".unet",
+    "accelerate": ".ops.accelerate",
     "codec": None,
     "data": None,
     "errors": None,
@@ -25,6 +26,7 @@ _HOMES = {
     "ops": None,
     "preset": ".presets",
     "pretrained": None,
+    "restore": ".ops.accelerate",
 }
 __all__ = ["__version__", *_HOMES]
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from . import pretrained as pretrained
     from .config import EngineConfig as EngineConfig
     from .diffusion import Diffusion as Diffusion
+    from .ops.accelerate import accelerate as accelerate
+    from .ops.accelerate import restore as restore
     from .presets import preset as preset
     from .pretrained import Model as Model
     from .pretrained import load as load

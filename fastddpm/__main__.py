@@ -18,6 +18,7 @@ COMMANDS = {
     "curves": "plot the logs of one or more runs",
     "data": "inspect a data set, verify it, or pack it into one file",
     "convert": "convert another implementation's checkpoint: diffusers, TensorFlow, OpenAI's and others",
+    "export": "write a model for other runtimes: ONNX, torch.export, AOTInductor, diffusers",
     "pretrained": "pack the model of a run into one file",
     "doctor": "show which implementations run here, how exact and how fast they are",
 }

@@ -28,12 +28,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if transformed(q, k, v):
-        return _plain(q, k, v, scale)
+        return plain(q, k, v, scale)
     return torch.ops.fastddpm.attention(q, k, v, scale)[0]
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention in PyTorch's operators, for derivatives that the kernels do not have."""
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return the result in PyTorch's operators: for export, and for derivatives that the kernels do not have."""
     dtype = Arguments(q, k, v, scale).statistics_dtype
     scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(1, 2)) * scale
     return torch.matmul(torch.softmax(scores, dim=-1), v.to(dtype)).to(q.dtype)
@@ -56,8 +56,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        plain = functools.partial(_plain, scale=ctx.scale)
-        return *differentiable_backward(plain, ctx.saved_tensors[:3], grad, ctx.needs_input_grad[:3]), None
+        scaled = functools.partial(plain, scale=ctx.scale)
+        return *differentiable_backward(scaled, ctx.saved_tensors[:3], grad, ctx.needs_input_grad[:3]), None
     return *torch.ops.fastddpm.attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 

@@ -31,12 +31,12 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, doubled: b
     if bias is not None and (bias.shape != weight.shape[:1] or (bias.dtype != x.dtype and not casts)):
         raise ValueError(f"conv3x3: bias must be {x.dtype} ({weight.shape[0]},); got {bias.dtype} {tuple(bias.shape)}")
     if transformed(x, weight, bias):
-        return _plain(x, weight, bias, doubled)
+        return plain(x, weight, bias, doubled)
     return torch.ops.fastddpm.conv3x3(x, weight, bias, doubled)
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
-    """The convolution in PyTorch's operators, for derivatives that the kernels do not have."""
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+    """Return the result in PyTorch's operators: for export, and for derivatives that the kernels do not have."""
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x, weight, bias, padding=1)
 
 
@@ -63,8 +63,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted, (x, weight, bias) = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
     if torch.is_grad_enabled():
-        plain = functools.partial(_plain, doubled=ctx.doubled)
-        return *differentiable_backward(plain, (x, weight, bias), grad, wanted), None
+        convolve = functools.partial(plain, doubled=ctx.doubled)
+        return *differentiable_backward(convolve, (x, weight, bias), grad, wanted), None
     grads = torch.ops.fastddpm.conv3x3_backward(grad, x, weight, ctx.doubled, wanted)
     return *(gradient if want else None for gradient, want in zip(grads, wanted, strict=True)), None
 

@@ -44,7 +44,7 @@ def group_norm_silu(
     a = Arguments(x, weight, bias, groups, eps, skip, temb, scale, shift, silu, dropout, images, seed, step, layer)
     _check(a)
     if transformed(x, weight, bias, skip, temb, scale, shift):
-        return _plain(a)
+        return plain(a)
     return torch.ops.fastddpm.group_norm_silu(*a)[0]
 
 
@@ -81,8 +81,8 @@ def _check(a: Arguments) -> None:
             raise ValueError(f"group_norm_silu: images must be ({n},); got {tuple(a.images.shape)}")
 
 
-def _plain(a: Arguments) -> Tensor:
-    """The operation in PyTorch's operators, for derivatives that the kernels do not have."""
+def plain(a: Arguments) -> Tensor:
+    """Return the result in PyTorch's operators: for export, and for derivatives that the kernels do not have."""
     dtype = a.statistics_dtype
 
     def per_pixel(values: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, _, _, skip, temb, scale, shift, images, seed, step = ctx.saved_tensors
 
-    def plain(
+    def differentiable(
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -164,10 +164,10 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
             x, weight, bias, ctx.groups, ctx.eps, skip, temb, scale, shift, ctx.silu, ctx.dropout,
             images, seed, step, ctx.layer,
         )  # fmt: skip
-        return _plain(a)
+        return plain(a)
 
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6, 7, 8)]
-    found = differentiable_backward(plain, (x, weight, bias, skip, temb, scale, shift), grad, needed)
+    found = differentiable_backward(differentiable, (x, weight, bias, skip, temb, scale, shift), grad, needed)
     return *found[:3], None, None, *found[3:], None, None, None, None, None, None
 
 

@@ -74,17 +74,18 @@ class Guidance:
         low, high = (0, math.inf) if self.interval is None else self.interval
         return (low <= timesteps) & (timesteps <= high)
 
-    def combine(self, both: Tensor, channels: int) -> Tensor:
+    def combine(self, both: Tensor, channels: int, scale: Tensor | None = None) -> Tensor:
         """Return the guided network output, (N, C, H, W) or (N, 2C, H, W), of `both`: (2N, ..), first those with label.
 
         The first `channels`, C, are extrapolated, g = u + w (c - u). With `rescale`, g is multiplied by
         phi std(c) / std(g) + 1 - phi, standard deviations over the C, H, W of each image: Lin, Liu, Li, Yang 2023,
         equations 15 and 16. That is done to the network's output, be it eps, x_0 or v, as in the paper, whose network
         predicts v, and in diffusers: the output is what guidance extrapolates, and what the network has learned the
-        deviation of. The other channels, a learned variance, stay those of the class.
+        deviation of. The other channels, a learned variance, stay those of the class. `scale`: default that of `self`.
         """
-        conditional, unconditional = both.chunk(2)
-        guided = unconditional + self.scale * (conditional - unconditional)
+        half = both.shape[0] // 2  # not chunk(2), from which torch.export cannot prove that the halves are equal
+        conditional, unconditional = both[:half], both[half:]
+        guided = unconditional + (self.scale if scale is None else scale) * (conditional - unconditional)
         if self.rescale:
             of_class, of_guided = _deviation(conditional[:, :channels]), _deviation(guided[:, :channels])
             ratio = torch.where(of_guided > 0, of_class / of_guided, 1.0)

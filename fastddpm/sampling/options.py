@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ChainOptions:
-    """Options of the reverse chain. Default of all but the noise and the engine: the run's."""
+class StepOptions:
+    """Options of the steps of a reverse chain. Default: the run's."""
 
     method: Method | None = None
     """Sampling method: ancestral (Algorithm 2), ddim, or DPM-Solver++(2M): dpm2m, with noise dpm2m-sde. Default: the
@@ -48,24 +48,9 @@ class ChainOptions:
     dynamic_threshold: float | None = None
     """Dynamic thresholding of x_0 predictions: clip them to [-s, s] and divide by s, where s is this quantile, in
     (0, 1), of the image's |x_0|, at least 1. 0: none, clip to [-1, 1]. Default: the run's."""
-    classifier: Path | None = None
-    """Guide the chain by a classifier of noisy images: the directory that python -m fastddpm.classifier trained it in,
-    or one of its checkpoints. --guidance 0: by it alone, without the class in the network. Default: none."""
-    classifier_scale: float = 1.0
-    """Scale of the classifier's gradient, 0 or more."""
-    noise_seed: int = 0
-    """64-bit key of all noise. Another key draws another image for every seed."""
-    engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         SampleConfig(**{"method": "ddim", **self._given()})  # raises UsageError for values that suit no run
-        refuse(self._problems())
-
-    def _problems(self) -> Iterator[str]:
-        if not 0 <= self.classifier_scale <= MAX_GUIDANCE:
-            yield f"classifier_scale must be in 0..{MAX_GUIDANCE:g}; got {self.classifier_scale}"
-        if self.classifier_scale != 1 and self.classifier is None:
-            yield "classifier_scale is of a classifier; name one with --classifier"
 
     def _given(self) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(SampleConfig)} - {"count"}
@@ -76,8 +61,8 @@ class ChainOptions:
             given.setdefault("eta", 0.0)  # a run's eta is of its ddim
         return given
 
-    def sampler(self, model: "Model", report: Callable[[str], None] = log) -> "Sampler":
-        """Return a sampler of `model` with these options; `report` gets notes on them.
+    def sampler(self, model: "Model", report: Callable[[str], None] = log, **options: Any) -> "Sampler":
+        """Return a sampler of `model` with these options and `options`; `report` gets notes on them.
 
         Raises `UsageError` for values out of range.
         """
@@ -88,8 +73,7 @@ class ChainOptions:
             warnings.simplefilter("always")
             sampler = Sampler(
                 model.unet, model.diffusion, config.steps, config.method, config.eta,
-                spacing=config.spacing, **config.guidance_options(), cond_fn=self._cond_fn(model, report), seed=self.noise_seed,
-                engine=self.engine,
+                spacing=config.spacing, **config.guidance_options(), **options,
             )  # fmt: skip
         for warning in said:
             report(f"note: {warning.message}")
@@ -99,6 +83,38 @@ class ChainOptions:
             if idle:
                 report(f"note: {' and '.join(idle)} without effect, because guidance 1 means none; add --guidance 2")
         return sampler
+
+
+@dataclass(frozen=True)
+class ChainOptions(StepOptions):
+    """Options of the reverse chain. Default of all but classifier, noise and engine: the run's."""
+
+    classifier: Path | None = None
+    """Guide the chain by a classifier of noisy images: the directory that python -m fastddpm.classifier trained it in,
+    or one of its checkpoints. --guidance 0: by it alone, without the class in the network. Default: none."""
+    classifier_scale: float = 1.0
+    """Scale of the classifier's gradient, 0 or more."""
+    noise_seed: int = 0
+    """64-bit key of all noise. Another key draws another image for every seed."""
+    engine: Annotated[EngineConfig, OmitArgPrefixes] = dataclasses.field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        if not 0 <= self.classifier_scale <= MAX_GUIDANCE:
+            yield f"classifier_scale must be in 0..{MAX_GUIDANCE:g}; got {self.classifier_scale}"
+        if self.classifier_scale != 1 and self.classifier is None:
+            yield "classifier_scale is of a classifier; name one with --classifier"
+
+    def sampler(self, model: "Model", report: Callable[[str], None] = log, **options: Any) -> "Sampler":
+        """Return a sampler of `model` with these options and `options`; `report` gets notes on them.
+
+        Raises `UsageError` for values out of range, and what reading the classifier raises.
+        """
+        own = {"seed": self.noise_seed, "engine": self.engine, "cond_fn": self._cond_fn(model, report)}
+        return super().sampler(model, report, **own | options)
 
     def _cond_fn(self, model: "Model", report: Callable[[str], None]) -> "ClassifierGuidance | None":
         """Return the guidance by --classifier, on the device of the model; None without one."""

@@ -226,9 +226,8 @@ class Sampler:
         """
         if start is not None:
             start.check(self.steps, (len(seeds), *self.interface.shape))
-        device = self.device
+        device, classes = self.device, self.labels_for(seeds, labels)
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
-        classes = self.labels_for(seeds, labels)
         label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
         with isolated(device):
             network = self._network()  # drops the kept chains if the network is new
@@ -238,7 +237,7 @@ class Sampler:
             if chain is None or chain.labels != (label is not None):
                 predict = functools.partial(self._predict, network)
                 plain, has = functools.partial(predict, guided=False), label is not None
-                chain = ReverseChain(predict, self._tables(device), batch, plain=plain, labels=has, graph=graph)
+                chain = ReverseChain(predict, self.tables(device), batch, plain=plain, labels=has, graph=graph)
             chain.begin(images, label, start)
         return chain
 
@@ -248,7 +247,8 @@ class Sampler:
         while len(self._chains) > _KEPT_CHAINS:
             del self._chains[next(iter(self._chains))]
 
-    def _tables(self, device: torch.device) -> ChainTables:
+    def tables(self, device: torch.device) -> ChainTables:
+        """Return the tensors and constants that all chains of this sampler share, on `device`."""
         learned = self.method == "ancestral" and self.diffusion.config.learned_variance
         correction = self.guide.correction(self.diffusion, self.timesteps, self.method, device)
         table = of_x0(self.table) if correction is not None and correction.gives_x0 else self.table

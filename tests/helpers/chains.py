@@ -36,7 +36,7 @@ def chain_of(owner: Sampler, batch: int, images: list[int], label: list[int] | N
     def predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         return owner._predict(network, x, t, label)
 
-    chain = chains.ReverseChain(predict, owner._tables(torch.device("cpu")), batch, labels=label is not None)
+    chain = chains.ReverseChain(predict, owner.tables(torch.device("cpu")), batch, labels=label is not None)
     with torch.no_grad():
         chain.begin(torch.tensor(images), None if label is None else torch.tensor(label))
     return chain

@@ -22,6 +22,7 @@ COMMANDS = {
     "curves",
     "doctor",
     "convert",
+    "export",
     "data.__main__",
 }
 LAYERS = [

@@ -180,7 +180,7 @@ def test_a_step_taken_again_draws_other_noise() -> None:
     owner = Sampler(Formula(wave), Diffusion(), STEPS)
     process, bar = oracle.Process.respaced(owner.timesteps), np.cumprod(1 - oracle.betas("linear", 1000))
     chain = chains.ReverseChain(
-        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner._tables(torch.device("cpu")), 2
+        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner.tables(torch.device("cpu")), 2
     )
     for round_ in range(2):
         chain.begin(torch.tensor([4, 9]), None)

@@ -213,7 +213,7 @@ def test_without_it_the_first_step_is_first_order(method: str) -> None:
 def test_a_step_that_is_taken_again_is_first_order() -> None:
     owner = sampler(steps=6)
     chain = chains.ReverseChain(
-        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner._tables(torch.device("cpu")), 2
+        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner.tables(torch.device("cpu")), 2
     )
     chain.begin(torch.tensor([4, 9]), None)
     for _ in range(5):
@@ -242,7 +242,7 @@ def test_one_captured_step_is_the_chain_and_capturing_leaves_its_state(monkeypat
     monkeypatch.setattr(chains, "capture", capture)
     owner = sampler(steps=6)
     chain = chains.ReverseChain(
-        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner._tables(torch.device("cpu")), 2
+        lambda x, t, label: wave(x, t.reshape(-1, 1, 1, 1), label), owner.tables(torch.device("cpu")), 2
     )
     chain.begin(torch.tensor([4, 9]), None)
     chain.advance(keep_x0=False)
