@@ -21,6 +21,7 @@ from fastddpm.metrics.features import Activations, FeatureNetwork
 from fastddpm.metrics.frechet import Moments
 from fastddpm.metrics.networks import open_network
 from fastddpm.runtime.distributed import all_gather_object
+from fastddpm.runtime.image_size import image_size
 from fastddpm.runtime.progress import Meter, announced, discard, log
 from fastddpm.sampling.trajectories import parts
 from fastddpm.storage.files import save_arrays
@@ -191,7 +192,7 @@ def _moments(path: Path, shards: FeatureShards) -> Moments:
 
 def open_on_main_first(name: str, context: EvaluationContext, report: Callable[[str], None]) -> FeatureNetwork:
     """Open the feature network `name`. Rank 0 may have to train it; the others then find it in the cache."""
-    size, network = context.sampler.interface.shape[-1], None
+    size, network = image_size(context.sampler.interface.shape[1:]), None
     for main_rank in (True, False):
         if context.group.is_main == main_rank:
             with announced(f"opening the feature network {name}", report):
