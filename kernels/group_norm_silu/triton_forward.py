@@ -172,7 +172,8 @@ def _group_norm_silu_whole_kernel(
     c0, g0 = block * GB * CPG, block * GB
     channels = c1 + c2
     p, c = tl.arange(0, P), c0 + tl.arange(0, C)
-    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
+    # A mask that is known to be true is left out by the compiler.
+    c_mask = tl.full([C], 1, tl.int1) if EVEN else (tl.arange(0, C) < GB * CPG) & (c < channels)
     mask = (p < pixels)[:, None] & c_mask[None, :]
     if EVEN:
         h = _load_inside(x, skip, n, p, c0, pixels, c1, c2, C, NHWC, HAS_SKIP)
@@ -193,7 +194,7 @@ def _group_norm_silu_whole_kernel(
     rstd = rstd_of(variance, eps, FAST)
     rstd_c = tl.reshape(tl.broadcast_to(rstd[:, None], [GB, CPG]), [C]) if EVEN else of_groups(rstd, C, CPG, G)
     g = tl.arange(0, GB if EVEN else G)
-    g_mask = (g < GB) & (g0 + g < groups)
+    g_mask = tl.full([GB], 1, tl.int1) if EVEN else (g < GB) & (g0 + g < groups)
     tl.store(mean_out + n * groups + g0 + g, mean, g_mask)
     tl.store(rstd_out + n * groups + g0 + g, rstd, g_mask)
 
