@@ -72,9 +72,10 @@ def forward(a: Arguments) -> Tensor:
     skip = None if a.skip is None else a.skip.contiguous(memory_format=torch.channels_last)
     n, outputs, height, width = image.shape
     pixels, c1, c2 = n * height * width, x.shape[1], 0 if skip is None else skip.shape[1]
-    out = torch.empty_like(image, memory_format=torch.channels_last)
+    out = torch.empty(image.shape, dtype=image.dtype, device=image.device, memory_format=torch.channels_last)
     wide = image.dtype == torch.float32
-    block_m, block_k = min(128, max(16, next_power_of_2(pixels))), min(64 if wide else 128, max(16, next_power_of_2(outputs)))
+    block_m = min(128, max(16, next_power_of_2(pixels)))
+    block_k = min(64 if wide else 128, max(16, next_power_of_2(outputs)))
     block_c = min(32 if wide else 64, max(16, next_power_of_2(min(c1, c2 or c1))))
     even = pixels % block_m == 0 and outputs % block_k == 0 and c1 % block_c == 0 and c2 % block_c == 0
     blocks = ceil_div(outputs, block_k)

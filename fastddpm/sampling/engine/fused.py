@@ -78,13 +78,12 @@ class FusedUNet:
         """Return x_t in the network's precision and layout, with the channels that conv_in reads."""
         n, channels, height, width = x_t.shape
         shape = (n, self._conv_in.inputs, height, width)
-        # Zeros first: .contiguous() of one channel would leave it in the layout that it has.
-        if channels != shape[1]:
-            x = torch.zeros(shape, dtype=self.dtype, device=x_t.device).contiguous(memory_format=self._layout)
-            x[:, :channels] = x_t
-            return x
+        # Not x_t.contiguous(..): an image of one channel counts as dense in both layouts, and would stay as it is.
         x = torch.empty(shape, dtype=self.dtype, device=x_t.device, memory_format=self._layout)
-        return x.copy_(x_t)
+        if channels != shape[1]:
+            x.zero_()
+        x[:, :channels].copy_(x_t)
+        return x
 
     def _forward(self, x_t: Tensor, temb: Tensor) -> Tensor:
         """Evaluate the network; the highest resolution by `engine.chunk` images at a time."""
