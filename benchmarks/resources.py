@@ -127,7 +127,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def compile_for(chip: str, kernel: Kernel) -> Resources:
+def compiled_for(chip: str, kernel: Kernel) -> Any:
     """Compile; in a process without TRITON_INTERPRET."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -138,7 +138,17 @@ def compile_for(chip: str, kernel: Kernel) -> Resources:
         function, dict(kernel.signature), dict(kernel.constants),
         {(i,): [["tt.divisibility", 16]] for i in kernel.aligned},
     )  # fmt: skip
-    compiled = triton.compile(source, target=GPUTarget(backend, name, warp), options=dict(kernel.options))
+    return triton.compile(source, target=GPUTarget(backend, name, warp), options=dict(kernel.options))
+
+
+def cubin_for(chip: str, kernel: Kernel) -> bytes:
+    """The machine code for one of NVIDIA's chips."""
+    cubin: bytes = compiled_for(chip, kernel).asm["cubin"]
+    return cubin
+
+
+def compile_for(chip: str, kernel: Kernel) -> Resources:
+    backend, compiled = CHIPS[chip][0], compiled_for(chip, kernel)
     shared = compiled.metadata.shared
     if backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -185,13 +195,21 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(jobs: Sequence[tuple[str, Kernel]], workers: int | None = None) -> list[Resources]:
+    return _in_processes(compile_for, jobs, workers)
+
+
+def code_of(jobs: Sequence[tuple[str, Kernel]], workers: int | None = None) -> list[bytes]:
+    return _in_processes(cubin_for, jobs, workers)
+
+
+def _in_processes(function: Any, jobs: Sequence[tuple[str, Kernel]], workers: int | None) -> list[Any]:
     """In processes of their own, in which the kernels are not interpreted."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
     try:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-            return list(pool.map(compile_for, *zip(*jobs, strict=True), chunksize=1)) if jobs else []
+            return list(pool.map(function, *zip(*jobs, strict=True), chunksize=1)) if jobs else []
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]

@@ -35,6 +35,9 @@ _COPIES = {"clone", "_to_copy", "copy_", "cat", "flip", "index_select", "constan
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 _FLOAT64_A_NORMAL = 29  # as in limits.py
 _CAST = (nn.Conv2d, nn.Linear)
+# Those whose Triton implementations launch kernels themselves.
+_OPERATIONS = ("group_norm_silu", "attention", "add_product", "conv3x3_fp8", "q_sample", "reverse_step",
+               "random_normal")  # fmt: skip
 # Tables of which a kernel reads one row.
 _TABLES = ("table", "timesteps")
 
@@ -225,7 +228,7 @@ def tracing(chip: str = "sm_90") -> Iterator[Trace]:
     """In the block, a trace of what operators would launch on a GPU of type `chip`."""
     trace = Trace()
     with contextlib.ExitStack() as stack:
-        for operation in ("group_norm_silu", "attention", "conv3x3_fp8", "q_sample", "reverse_step", "random_normal"):
+        for operation in _OPERATIONS:
             module = importlib.import_module(f"fastddpm.kernels.{operation}.triton")
             stack.enter_context(replaced(module, "launch", trace.launched))
             if hasattr(module, "chip"):

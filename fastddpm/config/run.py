@@ -247,6 +247,23 @@ class EngineConfig:
     """Compute upsampling and the convolution after it as 2x2 convolutions with summed weights."""
     accumulate: bool = True
     """Add shortcuts inside the matrix products that compute them."""
+    one_product: bool = True
+    """Compute a shortcut of features and skip, and its sum with the block's output, by one product of our own. Then
+    accumulate has no effect. Needs channels_last."""
+    carried_biases: bool = True
+    """Add the biases of convolutions where the next operation reads their output."""
+    fused_residuals: bool = True
+    """Add residuals in the norm that reads the sum."""
+    folded_attention: bool = True
+    """With one head: multiply the weights of queries and keys, and of values and projection, beforehand."""
+    unpadded: bool = True
+    """Downsample by a 4x4 kernel with a row and a column of zeros, which needs no padded copy of the image."""
+    padded_channels: bool = True
+    """Fill the channels of the network's input and output up to a multiple of 8 with zeros."""
+    timed_convolutions: bool = True
+    """On a CUDA device: let cuDNN time its algorithms for each new shape and take the fastest."""
+    chunk: int = 0
+    """Images of the highest resolution to compute at a time, so that they stay in the cache. Default: all, 0."""
     graph: bool = True
     """On a CUDA device: capture a step of the chain as a CUDA graph and replay it."""
     compile: bool = False
@@ -260,6 +277,8 @@ class EngineConfig:
 
     def _problems(self) -> Iterator[str]:
         yield from choice_problems(self, "precision")
+        if self.chunk < 0:
+            yield f"chunk must be 0 or more; got {self.chunk}"
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,14 @@ def group_norm_silu(
     dtype. Raises ValueError for other shapes, and for dropout without images, seed and step.
     """
     a = Arguments(x, weight, bias, groups, eps, skip, temb, scale, shift, silu, dropout, images, seed, step, layer)
-    _check(a)
+    check(a)
     if transformed(x, weight, bias, skip, temb, scale, shift):
         return plain(a)
     return torch.ops.fastddpm.group_norm_silu(*a)[0]
 
 
-def _check(a: Arguments) -> None:
+def check(a: Arguments) -> None:
+    """Raise ValueError for shapes and dtypes that the operation does not take."""
     x, skip = a.x, a.skip
     if x.ndim != 4 or not x.dtype.is_floating_point:
         raise ValueError(f"group_norm_silu: x must be floating (N, C, H, W); got {x.dtype} {tuple(x.shape)}")

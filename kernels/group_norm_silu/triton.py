@@ -25,6 +25,7 @@ from .triton_forward import (
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 _SUM_ROWS, _SUM_CHANNELS = 32, 32
+LARGEST = 448.0  # of e4m3
 
 
 def unsupported(x: Tensor, groups: int, skip: Tensor | None, **rest: object) -> str | None:
@@ -78,10 +79,10 @@ class _Call:
     def dense(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=self.memory_format)
 
-    def image(self, channels: int) -> Tensor:
-        """Return an uninitialised image tensor in x's dtype, in the output's layout."""
+    def image(self, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an uninitialised image tensor in `dtype`, by default x's, in the output's layout."""
         shape = (self.n, channels, *self.x.shape[2:])
-        return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=self.memory_format)
+        return torch.empty(shape, dtype=dtype or self.x.dtype, device=self.x.device, memory_format=self.memory_format)
 
     def numbers(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
@@ -92,17 +93,39 @@ class _Call:
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same as the reference, statistics in float32."""
-    if a.x.numel() == 0:
-        return reference.forward(a)
+    return forward_of_sum(a, None, a.x.dtype)[:3] if a.x.numel() else reference.forward(a)
+
+
+def forward_of_sum(a: Arguments, residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y in `dtype`, mean, rstd and x + residual (empty without one), with that sum in the place of x.
+
+    `residual`: like x. `dtype`: that of x, or float8_e4m3fn, to whose range y is clamped.
+    """
     call = _Call(a, backward=False)
-    y, mean, rstd = call.image(call.channels), call.numbers(call.n, a.groups), call.numbers(call.n, a.groups)
+    mean, rstd = call.numbers(call.n, a.groups), call.numbers(call.n, a.groups)
+    if call.tile.chunks:  # larger images are read more than once, so the sum is made first
+        total = a.x.new_empty(0)
+        if residual is not None:
+            total = a.x + residual
+            a = a._replace(x=total)
+        y = _forward_in_chunks(_Call(a, backward=False), a, mean, rstd)
+        return (y if dtype == a.x.dtype else y.clamp(-LARGEST, LARGEST).to(dtype)), mean, rstd, total
+    y = call.image(call.channels, dtype)
+    added = None if residual is None else call.dense(residual)
+    total = a.x.new_empty(0) if residual is None else call.image(call.c1)
+    call.launch(
+        _group_norm_silu_whole_kernel, 1,
+        call.x, call.skip, *call.parameters, added, None if residual is None else total, y, mean, rstd,
+        *call.key, *call.sizes, a.eps, *call.dropout, EVEN=call.even, HAS_RESIDUAL=residual is not None,
+        CLAMP=dtype != a.x.dtype, **call.flags,
+    )  # fmt: skip
+    return y, mean, rstd, total
+
+
+def _forward_in_chunks(call: _Call, a: Arguments, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Return y, and fill mean and rstd."""
+    y = call.image(call.channels)
     inputs = (call.x, call.skip, *call.parameters)
-    if call.tile.chunks == 0:
-        call.launch(
-            _group_norm_silu_whole_kernel, 1,
-            *inputs, y, mean, rstd, *call.key, *call.sizes, a.eps, *call.dropout, EVEN=call.even, **call.flags,
-        )  # fmt: skip
-        return y, mean, rstd
     partial = None
     if call.chunks > 1:
         partial = call.numbers(2, call.n, call.chunks, a.groups)
@@ -112,7 +135,7 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, partial, y, mean, rstd, *call.key, *call.sizes, call.chunk, a.eps, *call.dropout,
         CHUNKS=next_power_of_2(call.chunks), **call.flags,
     )  # fmt: skip
-    return y, mean, rstd
+    return y
 
 
 def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:

@@ -13,8 +13,10 @@ from fastddpm.ops import backend
 
 
 def triton_modules() -> list[ModuleType]:
+    """Those that launch kernels: inference_norm calls the module of group_norm_silu."""
     names = [name for name in backend.OPERATIONS if backend._exists(name, "triton")]
-    return [importlib.import_module(f"fastddpm.kernels.{name}.triton") for name in names]
+    modules = [importlib.import_module(f"fastddpm.kernels.{name}.triton") for name in names]
+    return [module for module in modules if hasattr(module, "launch")]
 
 
 @contextlib.contextmanager

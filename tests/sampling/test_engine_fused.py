@@ -18,10 +18,9 @@ from fastddpm.sampling import engine
 from fastddpm.sampling.engine import FusedUNet, PreparedUNet, is_current, prepare
 from fastddpm.unet import UNet
 
-PLAIN = EngineConfig(
-    native=False, channels_last=False, time_table=False, fused_qkv=False, phase_convolutions=False, accumulate=False
-)
-SWITCHES = ("channels_last", "time_table", "fused_qkv", "phase_convolutions", "accumulate")
+SWITCHES = ("channels_last", "time_table", "fused_qkv", "phase_convolutions", "accumulate", "one_product",
+            "carried_biases", "fused_residuals", "folded_attention", "unpadded", "padded_channels")  # fmt: skip
+PLAIN = EngineConfig(native=False, **dict.fromkeys(SWITCHES, False))
 CONFIGS = {
     "tiny": TINY,
     "three levels": UNetConfig(
@@ -33,7 +32,10 @@ CONFIGS = {
 ENGINES = {
     "plain": PLAIN,
     **{name: dataclasses.replace(PLAIN, **{name: True}) for name in SWITCHES},
+    "one_product": dataclasses.replace(PLAIN, one_product=True, channels_last=True),
+    "chunk": dataclasses.replace(PLAIN, chunk=2),
     "all": EngineConfig(native=False),
+    "all, in chunks": EngineConfig(native=False, chunk=2),
 }
 
 
@@ -80,13 +82,13 @@ def test_float64_stays_float64() -> None:
 
 def test_phases_are_the_doubled_convolution() -> None:
     """Odd sizes, in float64: the sums are exact but for their order."""
-    from fastddpm.sampling.engine.fused import _Cast, _PhaseUpsample
+    from fastddpm.sampling.engine.fused_layers import Cast, PhaseUpsample
     from fastddpm.unet import Up
 
     layer, x = Up(6).double(), torch.randn(2, 6, 5, 7, dtype=torch.float64)
     shaken(layer)
     for layout in (torch.channels_last, torch.contiguous_format):
-        ours = _PhaseUpsample(layer.conv, layer.conv.bias, _Cast(torch.float64, layout))(x)
+        ours = PhaseUpsample(layer.conv, layer.conv.bias, Cast(torch.float64, layout))(x)
         with ops.use_backend("reference"):
             torch.testing.assert_close(ours, layer(x), rtol=0, atol=1e-14)
 

@@ -1,25 +1,25 @@
 """The U-Net for inference in PyTorch operations: fewer kernels, the same numbers up to rounding.
 
-The time embeddings and their projections are computed once, as rows of a table. q, k and v are one projection.
-Upsampling and the convolution after it are one 2x2 convolution. Shortcuts are added by the matrix product that computes
-them. Weights are cast and laid out once. The host reads nothing back, so a CUDA graph can be captured.
+The time embeddings and their projections are computed once, as rows of a table. Biases are added where the next
+operation reads, residuals by the norm that follows, and shortcuts by the product that computes them. Of the four linear
+layers of an attention block two are left. Upsampling and the convolution after it are one 2x2 convolution. Weights are
+cast and laid out once. The host reads nothing back, so a CUDA graph can be captured.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm.config import EngineConfig
-from fastddpm.ops import attention, conv3x3_fp8, group_norm_silu
-from fastddpm.ops.conv3x3_fp8 import quantised, to_e4m3
-from fastddpm.unet import AttnBlock, Down, GroupNormSiLU, Level, ResBlock, UNet, Up, join_heads, split_heads
+from fastddpm.unet import Level, ResBlock, UNet
 
 from .current import Weights
-
-_Layer = Callable[[Tensor], Tensor]
+from .fused_blocks import FusedAttention, FusedLevel, FusedResBlock
+from .fused_layers import Cast, Conv3x3, Image, Norm, total
 
 
 class FusedUNet:
@@ -35,20 +35,32 @@ class FusedUNet:
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, dtype: torch.dtype) -> None:
         self.unet, self.engine, self.dtype = unet, engine, dtype
         self._weights = Weights(unet)
-        cast_to = _Cast(dtype, torch.channels_last if engine.channels_last else torch.contiguous_format)
+        cast_to = Cast(dtype, torch.channels_last if engine.channels_last else torch.contiguous_format)
         self._layout = cast_to.layout
         with torch.no_grad():
-            self._time = _Time(unet, timesteps, engine, cast_to)
-            self._conv_in, self._conv_out = (
-                _Conv3x3(layer, layer.bias, cast_to) for layer in (unet.conv_in, unet.conv_out)
-            )
-            self._down = [_Level(level, self._time, engine, cast_to) for level in cast(Sequence[Level], unet.down)]
-            self._first, self._last = (
-                _ResBlock(block, self._time, engine, cast_to) for block in (unet.mid.block1, unet.mid.block2)
-            )
-            middle = unet.mid.attention
-            self._attention: _Layer = _identity if middle is None else _Attention(middle, engine, cast_to)
-            self._up = [_Level(level, self._time, engine, cast_to) for level in cast(Sequence[Level], unet.up)]
+            self._time = _Time(unet, timesteps, engine)
+            carried, padded = engine.carried_biases, engine.padded_channels
+            bias = unet.conv_in.bias
+            self._conv_in = Conv3x3(unet.conv_in, None if carried else bias, cast_to, padded="in" if padded else None)
+            lacks = bias.detach() if carried and bias is not None else None
+            skips = [(lacks, unet.conv_in.out_channels)]
+            self._down: list[FusedLevel] = []
+            for level in cast(Sequence[Level], unet.down):
+                self._down.append(FusedLevel(level, self._time, engine, cast_to, lacks))
+                lacks = self._down[-1].lacks
+                skips += self._down[-1].outputs
+            self._first = FusedResBlock(unet.mid.block1, self._time, engine, cast_to, lacks)
+            middle, lacks = unet.mid.attention, self._first.lacks
+            self._attention = None if middle is None else FusedAttention(middle, engine, cast_to, lacks)
+            lacks = lacks if middle is None else None
+            self._last = FusedResBlock(unet.mid.block2, self._time, engine, cast_to, lacks)
+            lacks = self._last.lacks
+            self._up: list[FusedLevel] = []
+            for level in cast(Sequence[Level], unet.up):
+                self._up.append(FusedLevel(level, self._time, engine, cast_to, lacks, skips))
+                lacks = self._up[-1].lacks
+            self._norm_out = Norm(unet.norm_out, lacks)
+            self._conv_out = Conv3x3(unet.conv_out, unet.conv_out.bias, cast_to, padded="out" if padded else None)
         # torch.compile makes a program for each batch size and keeps eight. Without fullgraph, a ninth size runs
         # uncompiled and torch logs that; with it, the ninth would be an error.
         self._run = torch.compile(self._forward, dynamic=False) if engine.compile else self._forward
@@ -59,38 +71,77 @@ class FusedUNet:
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.unet.check(x_t, t, label)
-        with torch.no_grad():
-            return self._run(x_t.to(self.dtype).contiguous(memory_format=self._layout), self._time(t, label))
+        with torch.no_grad(), _fastest_convolutions(x_t.device, self.engine.timed_convolutions):
+            return self._run(self._input(x_t), self._time(t, label))
+
+    def _input(self, x_t: Tensor) -> Tensor:
+        """Return x_t in the network's precision and layout, with the channels that conv_in reads."""
+        n, channels, height, width = x_t.shape
+        shape = (n, self._conv_in.inputs, height, width)
+        # Not x_t.contiguous(..): an image of one channel counts as dense in both layouts, and would stay as it is.
+        x = torch.empty(shape, dtype=self.dtype, device=x_t.device, memory_format=self._layout)
+        if channels != shape[1]:
+            x.zero_()
+        x[:, :channels].copy_(x_t)
+        return x
 
     def _forward(self, x_t: Tensor, temb: Tensor) -> Tensor:
-        h = self._conv_in(x_t)
-        skips = [h]
-        for level in self._down:
-            for block, attend in level.blocks:
-                h = attend(block(h, temb))
-                skips.append(h)
-            if level.resample is not None:
-                h = level.resample(h, temb)
-                skips.append(h)
-        h = self._last(self._attention(self._first(h, temb)), temb)
-        for level in self._up:
-            for block, attend in level.blocks:
-                h = attend(block(h, temb, skips.pop()))
-            if level.resample is not None:
-                h = level.resample(h, temb)
-        return self._conv_out(_norm(self.unet.norm_out, h))
+        """Evaluate the network; the highest resolution by `engine.chunk` images at a time."""
+        size = self.engine.chunk or max(1, len(x_t))
+        pieces = [slice(start, start + size) for start in range(0, max(1, len(x_t)), size)]
+        tops = []
+        for piece in pieces:
+            h = Image(self._conv_in(x_t[piece]))
+            skips = [h]
+            tops.append((_descend(self._down[0], h, temb[piece], skips), skips))
+        h, skips = tops[0]
+        if len(pieces) > 1:
+            h = Image(torch.cat([part.settled() for part, _ in tops]))
+            skips = [h]  # of the images side by side, which the level below takes
+        inner = [] if len(self._down) == 1 else [skips[-1]]
+        for level in self._down[1:]:
+            h = _descend(level, h, temb, inner)
+        h = self._first(h, temb)
+        h = h if self._attention is None else self._attention(h)
+        h = self._last(h, temb)
+        for level in self._up[:-1]:
+            h = _ascend(level, h, temb, inner)
+        outputs = []
+        for piece, (_, skips) in zip(pieces, tops, strict=True):
+            part = h if len(pieces) == 1 else Image(h.settled()[piece])
+            kept = skips if len(self._down) == 1 else skips[:-1]
+            part = _ascend(self._up[-1], part, temb[piece], kept)
+            outputs.append(self._conv_out(self._norm_out(part))[:, : self.unet.conv_out.out_channels])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-class _Cast:
-    """Copies weights to the precision and memory format in which they are read."""
+def _descend(level: FusedLevel, h: Image, temb: Tensor, skips: list[Image]) -> Image:
+    for block, attend in level.blocks:
+        h = block(h, temb)
+        h = h if attend is None else attend(h)
+        skips.append(h)
+    if level.resample is not None:
+        h = level.resample(h, temb)
+        skips.append(h)
+    return h
 
-    def __init__(self, dtype: torch.dtype, layout: torch.memory_format) -> None:
-        self.dtype, self.layout = dtype, layout
 
-    def __call__(self, weight: Tensor | None) -> Tensor:
-        assert weight is not None
-        weight = weight.detach().to(self.dtype)
-        return weight.contiguous(memory_format=self.layout) if weight.ndim == 4 else weight.contiguous()
+def _ascend(level: FusedLevel, h: Image, temb: Tensor, skips: list[Image]) -> Image:
+    for block, attend in level.blocks:
+        h = block(h, temb, skips.pop())
+        h = h if attend is None else attend(h)
+    return h if level.resample is None else level.resample(h, temb)
+
+
+@contextlib.contextmanager
+def _fastest_convolutions(device: torch.device, timed: bool) -> Iterator[None]:
+    """On a CUDA device, let cuDNN time its algorithms for each new shape and keep the fastest, in the block."""
+    if device.type != "cuda" or not timed or not torch.backends.cudnn.enabled:
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32):
+        yield
 
 
 class _Time:
@@ -101,7 +152,7 @@ class _Time:
     of conv1 is part of a row, unless the row scales and shifts: the norm after conv1 adds both at once.
     """
 
-    def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, cast_to: _Cast) -> None:
+    def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig) -> None:
         self._unet = unet
         blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         self._columns: dict[ResBlock, tuple[int, int]] = {}
@@ -109,8 +160,9 @@ class _Time:
         for block in blocks:
             self._columns[block] = (end, end + block.temb_proj.out_features)
             end += block.temb_proj.out_features
-        biases = [_sum(block.temb_proj.bias, None if block.scale_shift else block.conv1.bias) for block in blocks]
-        weight, self._bias = torch.cat([block.temb_proj.weight for block in blocks]), torch.cat(biases)
+        biases = [total(block.temb_proj.bias, None if block.scale_shift else block.conv1.bias) for block in blocks]
+        weight = torch.cat([block.temb_proj.weight for block in blocks])
+        self._bias = torch.cat([bias for bias in biases if bias is not None])
         self._weight = weight.detach()
         self._table: Tensor | None = None
         if engine.time_table:
@@ -132,222 +184,3 @@ class _Time:
         if self._unet.label is not None:
             return self._project(F.silu(rows + self._unet.label(label)))
         return rows.expand(len(t), -1)
-
-
-def _sum(*biases: Tensor | None) -> Tensor:
-    return torch.stack([bias.detach() for bias in biases if bias is not None]).sum(0)
-
-
-def _norm(
-    norm: GroupNormSiLU,
-    h: Tensor,
-    skip: Tensor | None = None,
-    temb: Tensor | None = None,
-    scale_shift: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> Tensor:
-    scale, shift = scale_shift
-    return group_norm_silu(
-        h, norm.weight, norm.bias, norm.groups, norm.eps,
-        skip=skip, temb=temb, scale=scale, shift=shift, silu=norm.silu,
-    )  # fmt: skip
-
-
-class _Conv3x3:
-    """3x3 convolution with stride 1."""
-
-    def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: _Cast) -> None:
-        self._weight, self._bias = cast_to(layer.weight), None if bias is None else cast_to(bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self._weight, self._bias, padding=1)
-
-
-class _Conv8Bit:
-    """3x3 convolution with stride 1, of input and weights rounded to e4m3.
-
-    The input is the output of a norm and is within the range of e4m3 without a scale.
-    """
-
-    def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: _Cast) -> None:
-        self._weight, self._scale = quantised(layer.weight)
-        self._bias = None if bias is None else cast_to(bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return conv3x3_fp8(to_e4m3(x), self._weight, self._scale, self._bias, x.dtype)
-
-
-class _ResBlock:
-    """conv2(silu(norm2(conv1(silu(norm1(x))) + temb))) + shortcut(x), x = concat(h, skip), which is never stored.
-
-    With scale and shift in place of temb, and with resampling before conv1 and the shortcut, where the block has them.
-    """
-
-    def __init__(self, block: ResBlock, time: _Time, engine: EngineConfig, cast_to: _Cast) -> None:
-        self._norm1, self._norm2 = block.norm1, block.norm2
-        convolution = _Conv8Bit if engine.fp8 else _Conv3x3
-        # The bias of conv1 comes with the time embedding, if that is added right behind it.
-        bias = block.conv1.bias if block.scale_shift else None
-        self._conv1: _Layer = convolution(block.conv1, bias, cast_to)
-        self._resample: _Layer = _identity
-        if block.resample == "down":
-            self._conv1, self._resample = _After(_average, self._conv1), _average
-        elif block.resample == "up":
-            phases = engine.phase_convolutions and not engine.fp8
-            double = _After(_double, self._conv1)
-            self._conv1, self._resample = _PhaseUpsample(block.conv1, bias, cast_to) if phases else double, _double
-        self._columns, self._scale_shift = time.columns(block), block.scale_shift
-        self._shortcut = None if block.shortcut is None else cast_to(block.shortcut.weight[:, :, 0, 0])
-        bias = _sum(block.conv2.bias, None if block.shortcut is None else block.shortcut.bias)
-        self._conv2 = convolution(block.conv2, bias, cast_to)
-        self._accumulate = engine.accumulate
-
-    def __call__(self, h: Tensor, temb: Tensor, skip: Tensor | None = None) -> Tensor:
-        first, end = self._columns
-        residual = self._conv1(_norm(self._norm1, h, skip))
-        if self._scale_shift:
-            scale, shift = temb[:, first:end].chunk(2, dim=1)
-            out = self._conv2(_norm(self._norm2, residual, scale_shift=(scale, shift)))
-        else:
-            out = self._conv2(_norm(self._norm2, residual, temb=temb[:, first:end]))
-        if self._shortcut is None:
-            return out.add_(self._resample(h))
-        inputs = [h] if skip is None else [h, skip]
-        for x, weight in zip(inputs, self._shortcut.split([x.shape[1] for x in inputs], dim=1), strict=True):
-            _add_product(out, x, weight, self._accumulate)
-        return out
-
-
-class _After:
-    """Two operations, one after the other."""
-
-    def __init__(self, first: _Layer, second: _Layer) -> None:
-        self._first, self._second = first, second
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._second(self._first(x))
-
-
-def _average(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 2)
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def _add_product(out: Tensor, x: Tensor, weight: Tensor, accumulate: bool) -> None:
-    """Add weight @ x at every pixel to `out`, in place.
-
-    With `accumulate`, and channels last in both, the matrix product adds in its own epilogue.
-    """
-    flat, rows = out.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
-    if accumulate and flat.is_contiguous() and rows.is_contiguous():
-        flat.view(-1, flat.shape[3]).addmm_(rows.reshape(-1, rows.shape[3]), weight.t())
-    else:
-        out.add_(F.conv2d(x, weight[:, :, None, None]))
-
-
-class _Attention:
-    """x + proj(attention(q, k, v)), q, k, v linear in group_norm(x)."""
-
-    def __init__(self, block: AttnBlock, engine: EngineConfig, cast_to: _Cast) -> None:
-        self._norm = block.norm
-        layers = (block.q, block.k, block.v)
-        self._weights, self._biases = (
-            [cast_to(getattr(layer, name)) for layer in layers] for name in ("weight", "bias")
-        )
-        if engine.fused_qkv:
-            self._weights, self._biases = [torch.cat(self._weights)], [torch.cat(self._biases)]
-        self._heads = block.heads
-        self._proj, self._proj_bias = cast_to(block.proj.weight), cast_to(block.proj.bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
-        tokens = _norm(self._norm, x).permute(0, 2, 3, 1).reshape(n, height * width, c)
-        parts = [F.linear(tokens, *layer) for layer in zip(self._weights, self._biases, strict=True)]
-        q, k, v = parts if len(parts) == 3 else parts[0].split(c, dim=-1)
-        q, k, v = (split_heads(part, self._heads) for part in (q, k, v))
-        out = F.linear(join_heads(attention(q, k, v), self._heads), self._proj, self._proj_bias)
-        return out.reshape(n, height, width, c).permute(0, 3, 1, 2).add_(x)
-
-
-class _Downsample:
-    """3x3 convolution with stride 2, padded by one at the right and bottom, and as configured at the left and top."""
-
-    def __init__(self, layer: Down, cast_to: _Cast) -> None:
-        self._weight, self._bias = cast_to(layer.conv.weight), cast_to(layer.conv.bias)
-        self._symmetric = bool(layer.conv.padding[0])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._symmetric:
-            return F.conv2d(x, self._weight, self._bias, stride=2, padding=1)
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self._weight, self._bias, stride=2)
-
-
-class _PhaseUpsample:
-    """Nearest-neighbour upsampling by 2 and a 3x3 convolution as one 2x2 convolution of the small image.
-
-    Several of the nine weights of an output pixel fall on the same input pixel. Output row 2i + a reads the input rows
-    i - 1 + a and i + a: for a = 0 the former with the first row of weights and the latter with the sum of the other
-    two, mirrored for a = 1. The same holds for columns. The 2x2 output pixels of an input pixel are thus four outputs
-    of one 2x2 convolution, whose weights are summed in float64: 16 products instead of 36.
-    """
-
-    def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: _Cast) -> None:
-        weight = layer.weight.detach().double()
-        # selection[a, p, y] is 1 if row y of the weights falls on the p-th of the two input rows.
-        selection = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-        phases = torch.einsum("apy,bqx,ocyx->abocpq", selection, selection, weight)
-        self._weight = cast_to(phases.flatten(0, 2))
-        self._bias = None if bias is None else cast_to(bias).repeat(4)
-        self._layout = cast_to.layout
-
-    def __call__(self, x: Tensor) -> Tensor:
-        n, _, height, width = x.shape
-        phases = F.conv2d(x, self._weight, self._bias, padding=1)  # one row and column more than x
-        channels = phases.shape[1] // 4
-        out = torch.empty(
-            (n, channels, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=self._layout
-        )
-        for phase, part in enumerate(phases.split(channels, dim=1)):
-            a, b = divmod(phase, 2)
-            out[:, :, a::2, b::2] = part[:, :, a : a + height, b : b + width]
-        return out
-
-
-class _Level:
-    """The residual blocks of one resolution, each with its attention or identity, and the resampling after them."""
-
-    def __init__(self, level: Level, time: _Time, engine: EngineConfig, cast_to: _Cast) -> None:
-        blocks = [_ResBlock(block, time, engine, cast_to) for block in cast(Sequence[ResBlock], level.blocks)]
-        attentions: list[_Layer] = [_identity] * len(blocks)
-        if len(level.attentions):
-            attentions = [_Attention(block, engine, cast_to) for block in cast(Sequence[AttnBlock], level.attentions)]
-        self.blocks = list(zip(blocks, attentions, strict=True))
-        self.resample: Callable[[Tensor, Tensor], Tensor] | None = None
-        if isinstance(level.resample, ResBlock):
-            self.resample = _ResBlock(level.resample, time, engine, cast_to)
-        elif level.resample is not None:
-            self.resample = _WithoutTime(_resampling(level.resample, engine, cast_to))
-
-
-def _resampling(layer: Down | Up, engine: EngineConfig, cast_to: _Cast) -> _Layer:
-    if isinstance(layer, Down):
-        return _Downsample(layer, cast_to)
-    if engine.phase_convolutions:
-        return _PhaseUpsample(layer.conv, layer.conv.bias, cast_to)
-    return _After(_double, _Conv3x3(layer.conv, layer.conv.bias, cast_to))
-
-
-class _WithoutTime:
-    """A layer that is called as a residual block is, and does not use the time embedding."""
-
-    def __init__(self, layer: _Layer) -> None:
-        self._layer = layer
-
-    def __call__(self, h: Tensor, temb: Tensor) -> Tensor:
-        return self._layer(h)
-
-
-def _identity(h: Tensor) -> Tensor:
-    return h
