@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fuzz_foreign
 import numpy as np
 import torch
 from PIL import Image
@@ -158,6 +159,7 @@ CASES: tuple[Case, ...] = (
     Case("images: CIFAR-10, binary", "images", f"{_BINARY}/*.bin", _reading(_BINARY, size=32)),
     Case("images: CIFAR-10, .tar.gz", "images", "cifar.tar.gz", _reading("cifar.tar.gz", size=32)),
     Case("images: .fdpack", "images", "images.fdpack", _reading("images.fdpack")),
+    *(Case(name, "foreign", files, lines) for name, files, lines in fuzz_foreign.FILES),
 )  # fmt: skip
 
 
@@ -327,7 +329,9 @@ def _cifar() -> None:
         archive.add(_PYTHON)
 
 
-TREES: dict[str, Callable[[], None]] = {"runs": make_runs, "ablation": make_ablation, "images": make_images}
+TREES: dict[str, Callable[[], None]] = {
+    "runs": make_runs, "ablation": make_ablation, "images": make_images, "foreign": fuzz_foreign.make_foreign
+}  # fmt: skip
 
 
 def prepare() -> None:
@@ -339,6 +343,7 @@ def prepare() -> None:
         "evaluation.rate_distortion", "evaluation.figures.draw", "metrics.inception", "metrics.networks",
         "pretrained.run", "pretrained.diffusers", "sampling.generate", "sampling.inpainting", "data.inspect",
         "data.pack.writer", "training.dry_run", "training.page", "pretrained.compact", "metrics.statistics",
+        "convert", "pretrained.foreign.conversion", "pretrained.foreign.unpickle_child",
     ):  # fmt: skip
         importlib.import_module(f"fastddpm.{name}")
     for name in ("torch._dynamo", "pyarrow.parquet", "lmdb", "matplotlib.pyplot"):
@@ -349,6 +354,7 @@ def prepare() -> None:
     from fastddpm.metrics import digits, inception
     from fastddpm.runtime import cli
 
+    fuzz_foreign.unpickle_here()
     digits.SEEDS, digits.EPOCHS = (0,), 1
     inception.InceptionV3 = StandIn  # type: ignore[assignment,misc]
     sources.load_digits = functools.cache(sources.load_digits)

@@ -21,10 +21,10 @@ from fastddpm.config import Preset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.network import checksum
-from fastddpm.storage.documents import MAX_JSON_BYTES, from_dict, parse_json, read_object, to_dict
+from fastddpm.storage.documents import from_dict, parse_json, read_object, to_dict
 from fastddpm.storage.files import write_whole
 from fastddpm.storage.reading import check_size, open_regular, readable
-from fastddpm.storage.tensors import check_header, parse_tensors
+from fastddpm.storage.tensors import parse_tensors, read_start
 from fastddpm.unet import meta_network, network_with
 
 from . import run
@@ -95,7 +95,7 @@ def _recipe(source: Path) -> list[dict[str, Any]]:
 def read_preset(path: Path) -> Preset:
     """Return the configuration of the model in a file. Raises `DataError` as `load` does."""
     with _opened(path) as file:
-        return _header(_start(file, path), path)[0]
+        return _header(read_start(file, path), path)[0]
 
 
 def load(path: str | os.PathLike[str]) -> Parts:
@@ -105,7 +105,7 @@ def load(path: str | os.PathLike[str]) -> Parts:
     """
     path = Path(path)
     with _opened(path) as file:
-        start = _start(file, path)
+        start = read_start(file, path)
         preset, steps = _header(start, path)
         # No more is read than the network of the configuration can take, in float64.
         most = len(start) + sum(8 * tensor.numel() for tensor in meta_network(preset.unet).state_dict().values())
@@ -123,14 +123,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UsageError(f"there is no file {path}")
     with readable(path), open_regular(path) as file:
         yield file
-
-
-def _start(file: BinaryIO, path: Path) -> bytes:
-    """Return the bytes of a file up to the end of its header. Raises `DataError` for a header that is not read."""
-    length = file.read(8)
-    start = length + file.read(min(int.from_bytes(length, "little"), MAX_JSON_BYTES))
-    check_header(start, path)
-    return start
 
 
 def _header(start: bytes, path: Path) -> tuple[Preset, int | None]:

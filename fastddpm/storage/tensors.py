@@ -1,6 +1,8 @@
 """A strict parser for safetensors from untrusted sources, with bounds on time and memory."""
 
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -36,6 +38,25 @@ def parse_tensors(data: bytes, where: str | Path) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{where}: not valid safetensors: {error}") from error
+
+
+def read_start(file: BinaryIO, where: str | Path) -> bytes:
+    """Return the bytes of an open safetensors file up to the end of its header, which tells the size of the file.
+
+    So a file that was grown is refused before it is read. Raises `DataError` as `parse_tensors` does for the header,
+    and for a file of another size than the tensors in it have together.
+    """
+    length = file.read(8)
+    start = length + file.read(min(int.from_bytes(length, "little"), MAX_JSON_BYTES))
+    check_header(start, where)
+    size, ends = os.fstat(file.fileno()).st_size, [0]
+    for name, entry in parse_json(start[8:], where).items():
+        offsets = None if name == "__metadata__" else entry.get("data_offsets")
+        if isinstance(offsets, list) and len(offsets) == 2 and type(offsets[1]) is int:
+            ends.append(offsets[1])
+    if size != len(start) + max(ends):
+        raise DataError(f"{where} has {size:,} bytes; by its header it should have {len(start) + max(ends):,}")
+    return start
 
 
 def check_header(data: bytes, where: str | Path) -> None:

@@ -14,8 +14,8 @@ from fastddpm.errors import DataError, UsageError
 from fastddpm.pretrained.facts import CONVERTED
 from fastddpm.pretrained.parts import Parts
 from fastddpm.storage.documents import from_dict, read_object
-from fastddpm.storage.reading import open_regular, read_bytes, readable
-from fastddpm.storage.tensors import parse_tensors
+from fastddpm.storage.reading import open_regular, readable
+from fastddpm.storage.tensors import parse_tensors, read_start
 from fastddpm.unet import network_with
 
 from . import hojonathanho, tensor_bundle, unpickle
@@ -25,7 +25,6 @@ from .mapping import converted, inferred
 from .refused import REFUSED
 
 Weights = Literal["average", "raw"]
-_MOST_BYTES = 2**34
 _UNET = tuple(UNetConfig.__dataclass_fields__)
 _PROCESS = tuple(DiffusionConfig.__dataclass_fields__)
 _PARALLEL = "module."  # what torch.nn.DataParallel puts before every name
@@ -227,8 +226,9 @@ def _of_file(source: Path, unpickling: bool) -> Stored:
     except FileNotFoundError as error:
         raise UsageError(f"there is no file or TensorFlow checkpoint {source}") from error
     if start[8:9] == b"{":  # safetensors: the header's length, and JSON
-        with readable(source):
-            return Stored(parse_tensors(read_bytes(source, _MOST_BYTES), source), {}, {}, {}, {})
+        with readable(source), open_regular(source) as file:
+            data = read_start(file, source) + file.read()
+        return Stored(parse_tensors(data, source), {}, {}, {}, {})
     if source.suffix == ".pkl":
         raise DataError(f"{source} is a .pkl file and not read: {REFUSED['EDM'].reason}; {REFUSED['EDM'].way_round}")
     if not unpickling:
