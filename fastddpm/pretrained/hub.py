@@ -178,6 +178,7 @@ def _problem(path: Path, limit: int, digest: str, size: int | None) -> str | Non
 
 def _client() -> Any:
     import huggingface_hub  # `check_hub_name` has said it if it is missing
+    import huggingface_hub.constants
 
     return huggingface_hub
 
