@@ -49,12 +49,12 @@ def norm_conv(
         x, weight, bias, norm_weight, norm_bias, groups, eps, scale, shift, silu, stride,
         kernel // 2 if pad is None else pad, doubled, temb, residual,
     )  # fmt: skip
-    expected = {
-        "bias": weight.shape[:1], "norm_weight": (c,), "norm_bias": (c,), "scale": (n, c), "shift": (n, c),
-        "temb": (n, weight.shape[0]), "residual": a.out_shape,
-    }  # fmt: skip
-    for name, shape in expected.items():
-        tensor = getattr(a, name)
+    k = weight.shape[0]
+    for name, tensor, shape in (
+        ("bias", bias, (k,)), ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
+        ("scale", scale, (n, c)), ("shift", shift, (n, c)), ("temb", temb, (n, k)),
+        ("residual", residual, None if residual is None else a.out_shape),
+    ):  # fmt: skip
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"norm_conv: {name} must be {tuple(shape)}; got {tuple(tensor.shape)}")
     if groups < 1 or c % groups:

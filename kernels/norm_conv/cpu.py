@@ -1,6 +1,7 @@
 """norm_conv by the compiled CPU library: GroupNorm and SiLU as the input is read, the sums as the output is written."""
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ __all__ = ["forward", "unavailable", "unsupported"]
 def unsupported(**arguments: object) -> str | None:
     """Return why these arguments are left to PyTorch, or None."""
     for argument in arguments.values():
-        if isinstance(argument, Tensor) and argument.dtype != torch.float32:
+        # `is not None` for speed: Tensor's metaclass makes isinstance slow for other objects.
+        if argument is not None and isinstance(argument, Tensor) and argument.dtype != torch.float32:
             return f"the compiled CPU library convolves float32, not {str(argument.dtype).removeprefix('torch.')}"
     return None
 
@@ -26,24 +28,26 @@ def forward(a: Arguments) -> Tensor:
     if not a.x.numel():
         return reference.forward(a)
     x = a.x.contiguous(memory_format=torch.channels_last)
-    n, c, height, width = x.shape
     shape = a.out_shape
-    kernel = a.weight.shape[2]
-    algorithm = algorithm_for(kernel, a.stride, c, *shape[2:])
+    algorithm = algorithm_for(a.weight.shape[2], a.stride, x.shape[1], shape[2], shape[3])
+    args = packed.of(a.weight, a.stride, a.pad, algorithm).structure(x, a.doubled)
     out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    residual = None if a.residual is None else a.residual.contiguous(memory_format=torch.channels_last)
-    temb, bias = (None if tensor is None else tensor.contiguous() for tensor in (a.temb, a.bias))
-    gain, offset = (None, None) if a.norm_weight is None else _affine(a, x)
-    args = interface.Conv(
-        x=x.data_ptr(), packed=packed.of(a.weight, a.stride, a.pad, algorithm).data_ptr(), bias=native.pointer(bias),
-        gain=native.pointer(gain), offset=native.pointer(offset), temb=native.pointer(temb), temb_stride=shape[1],
-        residual=native.pointer(residual), out=out.data_ptr(), n=n, height=height, width=width, c1=c, k=shape[1],
-        x_stride=(ctypes.c_int64 * 4)(height * width * c, width * c, c, 1), kernel=kernel, stride=a.stride, pad=a.pad,
-        doubled=a.doubled, silu=a.silu, algorithm=algorithm,
-    )  # fmt: skip
-    args.workspace_bytes = native.library().fastddpm_cpu_conv_workspace(ctypes.byref(args), torch.get_num_threads())
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device="cpu")
-    args.workspace = workspace.data_ptr()
+    args.x, args.out, args.workspace, args.silu = x.data_ptr(), out.data_ptr(), workspace.data_ptr(), a.silu
+    alive = []  # what the structure points to
+    if a.norm_weight is not None:
+        gain, offset = _affine(a, x)
+        alive += [gain, offset]
+        args.gain, args.offset = gain.data_ptr(), offset.data_ptr()
+    for name, tensor, memory_format in (
+        ("bias", a.bias, torch.contiguous_format),
+        ("temb", a.temb, torch.contiguous_format),
+        ("residual", a.residual, torch.channels_last),
+    ):
+        if tensor is not None:
+            dense = tensor.contiguous(memory_format=memory_format)
+            alive.append(dense)
+            setattr(args, name, dense.data_ptr())
     native.call("conv", args)
     return out
 
@@ -58,10 +62,17 @@ def _affine(a: Arguments, x: Tensor) -> tuple[Tensor, Tensor]:
         x=x.data_ptr(), weight=weight.data_ptr(), bias=bias.data_ptr(), gain=gain.data_ptr(), offset=offset.data_ptr(),
         n=n, pixels=height * width, c1=c, groups=a.groups, eps=a.eps,
     )  # fmt: skip
-    args.workspace_bytes = native.library().fastddpm_cpu_norm_affine_workspace(ctypes.byref(args))
+    args.workspace_bytes = _workspace_of_norm(n, height * width, c, a.groups)
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device="cpu")
     args.workspace = workspace.data_ptr()
     native.call("norm_affine", args)
     if a.scale is not None and a.shift is not None:
         gain, offset = gain * (1 + a.scale), offset * (1 + a.scale) + a.shift
     return gain, offset
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_of_norm(n: int, pixels: int, channels: int, groups: int) -> int:
+    args = interface.NormAffine(n=n, pixels=pixels, c1=channels, groups=groups)
+    num_bytes: int = native.library().fastddpm_cpu_norm_affine_workspace(ctypes.byref(args))
+    return num_bytes

@@ -2,8 +2,8 @@
 
 A weight is packed again when it has changed. Its address and PyTorch's version counter tell of most changes; not of
 those through `.data`, as averages and merged adapters are copied. So each call also compares digests of the memory: of
-64 bytes in every 4 KiB, which a change of a whole filter cannot miss, and of a further 1/16 of it in turn. A weight of
-up to 256 KiB is read as a whole.
+64 bytes of each filter, the weights of one output channel, and of a further 1/16 of the memory in turn. A change of
+whole filters is noticed at once, and any other in 16 calls. A weight of up to 256 KiB is read as a whole.
 """
 
 import ctypes
@@ -17,14 +17,16 @@ from .. import interface, native
 
 _TURNS = 16
 _WHOLE_BYTES = 2**18
-_PAGE, _LINE = 4096, 64
+_LINE = 64
+_MOST_STRUCTURES = 16  # sizes of x
 
 
 class Packed:
-    """The packed weights of one convolution: `packed`, float32, as `algorithm` reads them."""
+    """The packed weights of one convolution, float32 in `packed`, and the structures of its calls."""
 
     def __init__(self, weight: Tensor, stride: int, pad: int, algorithm: int) -> None:
         k, c, kernel, _ = weight.shape
+        self._k, self._kernel = k, kernel
         self.key = (stride, pad, algorithm)
         args = interface.Conv(
             weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
@@ -40,6 +42,25 @@ class Packed:
         self._turns = _turns(weight)
         self._digests = [_digest(turn) for turn in self._turns]
         self._turn = 0
+        self._structures: dict[tuple[int, int, int, bool, int], interface.Conv] = {}
+
+    def structure(self, x: Tensor, doubled: bool) -> interface.Conv:
+        """Return a new structure for a call with `x`, channels_last, in which only pointers and `silu` are missing."""
+        n, c, height, width = x.shape
+        key = (n, height, width, doubled, torch.get_num_threads())
+        known = self._structures.get(key)
+        if known is None:
+            stride, pad, algorithm = self.key
+            known = interface.Conv(
+                packed=self.packed.data_ptr(), n=n, height=height, width=width, c1=c, k=self._k, temb_stride=self._k,
+                x_stride=(ctypes.c_int64 * 4)(height * width * c, width * c, c, 1), kernel=self._kernel, stride=stride,
+                pad=pad, doubled=doubled, algorithm=algorithm,
+            )  # fmt: skip
+            known.workspace_bytes = native.library().fastddpm_cpu_conv_workspace(ctypes.byref(known), key[4])
+            if len(self._structures) == _MOST_STRUCTURES:
+                self._structures.clear()
+            self._structures[key] = known
+        return interface.Conv.from_buffer_copy(known)  # another thread may make the same call
 
     def is_of(self, weight: Tensor, key: tuple[int, int, int]) -> bool:
         """Whether these are the present values of `weight`, as far as this call looks."""
@@ -52,12 +73,12 @@ class Packed:
 _kept: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
-def of(weight: Tensor, stride: int, pad: int, algorithm: int) -> Tensor:
-    """Return the packed weights of `weight`, float32 (K, C, k, k), packed now if there are none or it has changed."""
+def of(weight: Tensor, stride: int, pad: int, algorithm: int) -> Packed:
+    """Return what is kept of `weight`, float32 (K, C, k, k): packed now, if there is nothing or it has changed."""
     found: Packed | None = _kept.get(weight)
     if found is None or not found.is_of(weight, (stride, pad, algorithm)):
         found = _kept[weight] = Packed(weight, stride, pad, algorithm)
-    return found.packed
+    return found
 
 
 def forget(weights: Iterable[Tensor]) -> None:
@@ -75,7 +96,8 @@ def _turns(weight: Tensor) -> list[interface.Digest]:
     start, size = weight.data_ptr(), weight.numel() * weight.element_size()
     if size <= _WHOLE_BYTES:
         return [_parts([(start, size)])]
-    lines = [(place, min(_LINE, start + size - place)) for place in range(start, start + size, _PAGE)]
+    filter_bytes = size // weight.shape[0]
+    lines = [(place, min(_LINE, filter_bytes)) for place in range(start, start + size, filter_bytes)]
     step = -(-size // _TURNS)
     return [
         _parts([*lines, (start + turn * step, min(step, size - turn * step))])
