@@ -39,10 +39,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = UNet(dataclasses.replace(config.unet, num_classes=0, label_dropout=0.0, learned_variance=False))
-        channels = config.unet.width * config.unet.multipliers[-1]
+        channels = config.unet.level_channels[-1]
         for of_the_other_half in ("up", "norm_out", "conv_out"):
             delattr(self.trunk, of_the_other_half)
-        self.norm_out = GroupNormSiLU(channels, config.unet.groups)
+        self.norm_out = GroupNormSiLU(channels, config.unet.groups, config.unet.norm_eps)
         self.head = nn.Linear(channels, config.unet.num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
             for i, block in enumerate(level.blocks):
                 h = level.attend(i, block(h, temb, None, noise_key))
             if level.resample is not None:
-                h = level.resample(h)
+                h = level.resampled(h, temb, noise_key)
         h = self.norm_out(self.trunk.mid(h, temb, noise_key))
         return self.head(h.mean((2, 3))).float()
 

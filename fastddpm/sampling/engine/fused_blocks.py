@@ -100,7 +100,8 @@ class FusedResBlock:
             return Image(out, x) if self._engine.fused_residuals else Image(out.add_(x))
         inputs = [h.tensor] if skip is None else [h.tensor, skip.tensor]
         if self._one_product:
-            return Image(add_product(out, inputs[0], self._shortcut, self._added, skip=None if skip is None else skip.tensor))
+            second = None if skip is None else skip.tensor
+            return Image(add_product(out, inputs[0], self._shortcut, self._added, skip=second))
         for x, weight in zip(inputs, self._shortcut.split([x.shape[1] for x in inputs], dim=1), strict=True):
             _add_in_place(out, x, weight, self._engine.accumulate)
         return Image(out)
@@ -158,8 +159,8 @@ class FusedAttention:
 class FusedLevel:
     """The residual blocks of one resolution, each with its attention or None, and the resampling after them.
 
-    `lacks`: the bias that the input lacks, and afterwards that of the output. `skips`: going up, what the skips lack, and
-    their channels; the last is the next. `outputs`: the same of every output that is a skip, going down.
+    `lacks`: the bias that the input lacks, and afterwards that of the output. `skips`: going up, what the skips lack,
+    and their channels; the last is the next. `outputs`: the same of every output that is a skip, going down.
     """
 
     def __init__(
