@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
 
     device = choose_device(command.device)
     with announced(f"reading {command.checkpoint}"):
-        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch)
+        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch, multistep=False)
     for path in _complete(command, model, sampler, seeds, batch, out):
         print(path)
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class StepOptions:
     """Options of the steps of a reverse chain. Default: the run's."""
 
-    method: Method | None = None
-    """Sampling method: ancestral (Algorithm 2), ddim, or DPM-Solver++(2M): dpm2m, with noise dpm2m-sde. Default: the
-    run's."""
+    method: Method | Literal["auto"] | None = None
+    """Sampling method: ancestral (Algorithm 2), ddim, or DPM-Solver++(2M): dpm2m, with noise dpm2m-sde. auto: the one
+    that suits the number of steps, with its spacing. Default: the run's."""
     steps: int | None = None
     """Steps of the chain, 1..T; fewer than T are spread over the timesteps as --spacing says. Default: the run's."""
     spacing: Spacing | None = None
@@ -48,6 +48,8 @@ class StepOptions:
     dynamic_threshold: float | None = None
     """Dynamic thresholding of x_0 predictions: clip them to [-s, s] and divide by s, where s is this quantile, in
     (0, 1), of the image's |x_0|, at least 1. 0: none, clip to [-1, 1]. Default: the run's."""
+    clip_x0: Literal["on", "off"] | None = None
+    """Clip x_0 predictions to [-1, 1]. Default: the model's."""
 
     def __post_init__(self) -> None:
         SampleConfig(**{"method": "ddim", **self._given()})  # raises UsageError for values that suit no run
@@ -55,24 +57,48 @@ class StepOptions:
     def _given(self) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(SampleConfig)} - {"count"}
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if given.get("method") == "auto":  # resolved once the number of timesteps is known
+            del given["method"]
         if given.get("dynamic_threshold") == 0:
             given["dynamic_threshold"] = None
         if given.get("method", "ddim") != "ddim":
             given.setdefault("eta", 0.0)  # a run's eta is of its ddim
         return given
 
-    def sampler(self, model: "Model", report: Callable[[str], None] = log, **options: Any) -> "Sampler":
+    def _config(self, model: "Model", report: Callable[[str], None], *, multistep: bool) -> SampleConfig:
+        """Return the run's sampling with what is given. Without `multistep`, a run's DPM-Solver++ becomes ancestral."""
+        from .spacing import method_for
+        from .step_table import MULTISTEP
+
+        own, given = model.preset.sample, self._given()
+        if self.method == "auto":
+            steps = given.get("steps", own.steps) or model.diffusion.timesteps
+            method, spacing = method_for(steps, multistep=multistep)
+            given = {"method": method, "spacing": spacing, "eta": 0.0} | given
+        elif self.method is None and own.method in MULTISTEP and not multistep:
+            report(f"note: the run's method {own.method} does not go with this; it is ancestral here (--method)")
+            given = {"method": "ancestral", "spacing": "even"} | given
+        return dataclasses.replace(own, **given)
+
+    def sampler(
+        self, model: "Model", report: Callable[[str], None] = log, *, multistep: bool = True, **options: Any
+    ) -> "Sampler":
         """Return a sampler of `model` with these options and `options`; `report` gets notes on them.
 
-        Raises `UsageError` for values out of range.
+        `multistep`: whether DPM-Solver++ may be chosen where no method is named. Raises `UsageError` for values out of
+        range.
         """
+        from fastddpm.diffusion import Diffusion
+
         from .sampler import Sampler
 
-        config = dataclasses.replace(model.preset.sample, **self._given())
+        config, diffusion = self._config(model, report, multistep=multistep), model.diffusion
+        if self.clip_x0 is not None:
+            diffusion = Diffusion(dataclasses.replace(diffusion.config, clip_x0=self.clip_x0 == "on"))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             sampler = Sampler(
-                model.unet, model.diffusion, config.steps, config.method, config.eta,
+                model.unet, diffusion, config.steps, config.method, config.eta,
                 spacing=config.spacing, **config.guidance_options(), **options,
             )  # fmt: skip
         for warning in said:
@@ -108,13 +134,12 @@ class ChainOptions(StepOptions):
         if self.classifier_scale != 1 and self.classifier is None:
             yield "classifier_scale is of a classifier; name one with --classifier"
 
-    def sampler(self, model: "Model", report: Callable[[str], None] = log, **options: Any) -> "Sampler":
-        """Return a sampler of `model` with these options and `options`; `report` gets notes on them.
-
-        Raises `UsageError` for values out of range, and what reading the classifier raises.
-        """
+    def sampler(
+        self, model: "Model", report: Callable[[str], None] = log, *, multistep: bool = True, **options: Any
+    ) -> "Sampler":
+        """Return a sampler of `model` as that of `StepOptions`; also raises what reading the classifier raises."""
         own = {"seed": self.noise_seed, "engine": self.engine, "cond_fn": self._cond_fn(model, report)}
-        return super().sampler(model, report, **own | options)
+        return super().sampler(model, report, multistep=multistep, **own | options)
 
     def _cond_fn(self, model: "Model", report: Callable[[str], None]) -> "ClassifierGuidance | None":
         """Return the guidance by --classifier, on the device of the model; None without one."""
@@ -129,17 +154,23 @@ class ChainOptions(StepOptions):
         return classifier.cond_fn(self.classifier_scale)
 
     def open(
-        self, checkpoint: Path, device: "torch.device", batch: int | None, report: Callable[[str], None] = log
+        self,
+        checkpoint: Path,
+        device: "torch.device",
+        batch: int | None,
+        report: Callable[[str], None] = log,
+        *,
+        multistep: bool = True,
     ) -> "tuple[Model, Sampler, int]":
         """Load the model at `checkpoint` onto `device`; return it, its sampler and the batch size.
 
         `batch`: images evaluated at once. None: as many as memory holds, at most 512 on a GPU and 64 on a CPU.
-        `report` gets notes on the options.
+        `report` gets notes on the options. `multistep`: of `sampler`.
         """
         from fastddpm.pretrained import load
 
         from . import batch_size
 
         model = load(checkpoint, device)
-        sampler = self.sampler(model, report)
+        sampler = self.sampler(model, report, multistep=multistep)
         return model, sampler, batch or batch_size.choose(sampler.probe, model.unet.config, device)

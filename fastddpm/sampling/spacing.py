@@ -6,14 +6,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastddpm.config import Spacing
+from fastddpm.config import Method, Spacing
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.runtime.checks import integer
 
 from .step_table import MULTISTEP
 
+MANY = 50  # steps up to which DPM-Solver++ with noise gives the better images
 _KARRAS_RHO = 7.0  # Karras et al. 2022, equation 5
+
+
+def method_for(steps: int, *, multistep: bool = True) -> tuple[Method, Spacing]:
+    """Return the method and the spacing that suit a chain of `steps` steps (docs/measurements/few_steps.md).
+
+    `multistep` False: without DPM-Solver++, for chains whose states are changed between the steps.
+    """
+    if steps <= MANY and multistep:
+        return "dpm2m-sde", "logsnr"
+    return "ancestral", "even"
 
 
 def choose_timesteps(
