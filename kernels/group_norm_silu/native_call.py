@@ -25,8 +25,7 @@ class NativeCall:
         self.x, self.skip = self.dense(a.x), None if a.skip is None else self.dense(a.skip)
         self.images = None if a.images is None else a.images.contiguous()
         self.parameters = {
-            name: None if parameter is None else parameter.to(parameter_dtype)
-            for name, parameter in self.given.items()
+            name: None if parameter is None else parameter.to(parameter_dtype) for name, parameter in self.given.items()
         }
         # Rows of temb may be one row, repeated: its channels alone must be adjacent.
         for name, parameter in self.parameters.items():

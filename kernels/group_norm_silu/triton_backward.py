@@ -98,9 +98,7 @@ def _group_norm_silu_backward_whole_kernel(
     p, c = tl.arange(0, P), c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
     mask = (p < pixels)[:, None] & c_mask[None, :]
-    mean_c, rstd_c = _moments(
-        mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB
-    )
+    mean_c, rstd_c = _moments(mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB)
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
     x_hat, g = _x_hat_and_g(
         grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
@@ -155,9 +153,7 @@ def _group_norm_silu_backward_sums_kernel(
     channels, c0 = c1 + c2, g0 * CPG
     c = c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
-    mean_c, rstd_c = _moments(
-        mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB
-    )
+    mean_c, rstd_c = _moments(mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB)
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
     grad_gain, grad_offset = _chunk_sums(
         grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, piece, chunk, c0, c, c_mask, pixels,
@@ -186,9 +182,7 @@ def _group_norm_silu_backward_apply_kernel(
     channels, c0 = c1 + c2, g0 * CPG
     c = c0 + tl.arange(0, C)
     c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
-    mean_c, rstd_c = _moments(
-        mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB
-    )
+    mean_c, rstd_c = _moments(mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB)
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
     if sums is None:
         grad_gain, grad_offset = _chunk_sums(

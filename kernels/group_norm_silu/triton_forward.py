@@ -320,7 +320,8 @@ def _group_norm_silu_apply_kernel(
     g_mask = (g < GB) & (g0 + g < groups)
     if CHUNKS == 1:
         mean, squares = _chunk_moments(
-            x, skip, temb, n, piece, chunk, c, c_mask, pixels, c1, c2, temb_stride, CPG, P, C, G, NHWC, HAS_SKIP, HAS_TEMB,
+            x, skip, temb, n, piece, chunk, c, c_mask, pixels, c1, c2, temb_stride, CPG, P, C, G, NHWC, HAS_SKIP,
+            HAS_TEMB,
         )  # fmt: skip
         variance = squares / (pixels * CPG)
     else:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.config import EngineConfig
-from fastddpm.ops import add_product, attention
+from fastddpm.ops import add_attention, add_product, attention
 from fastddpm.unet import AttnBlock, Down, Level, ResBlock, Up, join_heads, split_heads
 
 from .fused_layers import (
@@ -21,6 +21,7 @@ from .fused_layers import (
     Layer,
     Norm,
     PhaseUpsample,
+    TransposedUpsample,
     average,
     double,
     identity,
@@ -100,7 +101,9 @@ class FusedResBlock:
             return Image(out, x) if self._engine.fused_residuals else Image(out.add_(x))
         inputs = [h.tensor] if skip is None else [h.tensor, skip.tensor]
         if self._one_product:
-            return Image(add_product(out, inputs[0], self._shortcut, self._added, skip=None if skip is None else skip.tensor))
+            return Image(
+                add_product(out, inputs[0], self._shortcut, self._added, skip=None if skip is None else skip.tensor)
+            )
         for x, weight in zip(inputs, self._shortcut.split([x.shape[1] for x in inputs], dim=1), strict=True):
             _add_in_place(out, x, weight, self._engine.accumulate)
         return Image(out)
@@ -146,6 +149,10 @@ class FusedAttention:
         tokens = self._norm(h).permute(0, 2, 3, 1).reshape(n, height * width, c)
         parts = [F.linear(tokens, *layer) for layer in zip(self._weights, self._biases, strict=True)]
         parts = list(parts[0].split(c, dim=-1)) if len(parts) == 1 else parts
+        if self._folded and self._fused_residuals:
+            rows = h.tensor.permute(0, 2, 3, 1).reshape(n, height * width, c)
+            out = add_attention(parts[0], tokens, parts[1], rows)
+            return Image(out.reshape(n, height, width, c).permute(0, 3, 1, 2))
         if self._folded:
             out = attention(parts[0], tokens, parts[1])
         else:
@@ -158,8 +165,8 @@ class FusedAttention:
 class FusedLevel:
     """The residual blocks of one resolution, each with its attention or None, and the resampling after them.
 
-    `lacks`: the bias that the input lacks, and afterwards that of the output. `skips`: going up, what the skips lack, and
-    their channels; the last is the next. `outputs`: the same of every output that is a skip, going down.
+    `lacks`: the bias that the input lacks, and afterwards that of the output. `skips`: going up, what the skips lack,
+    and their channels; the last is the next. `outputs`: the same of every output that is a skip, going down.
     """
 
     def __init__(
@@ -201,7 +208,8 @@ class Resampling:
         if isinstance(layer, Down):
             self._layer: Layer = Downsample(layer, bias, cast_to, unpadded=engine.unpadded)
         elif engine.phase_convolutions:
-            self._layer = PhaseUpsample(layer.conv, bias, cast_to)
+            kind = TransposedUpsample if engine.transposed_convolutions else PhaseUpsample
+            self._layer = kind(layer.conv, bias, cast_to)
         else:
             self._layer = After(double, Conv3x3(layer.conv, bias, cast_to))
 
