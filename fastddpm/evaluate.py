@@ -18,6 +18,7 @@ from fastddpm.evaluation.options import (
     QualityOptions,
 )
 from fastddpm.runtime import cli, distributed
+from fastddpm.runtime.image_size import image_size
 from fastddpm.runtime.options import (
     Background,
     BatchSize,
@@ -264,7 +265,7 @@ def _network(name: str, context: "EvaluationContext", report: Callable[[str], No
     """Open the feature network. Rank 0 may have to train it; the others then find it in the cache."""
     from fastddpm.metrics.networks import open_network
 
-    size, network = context.sampler.interface.shape[-1], None
+    size, network = image_size(context.sampler.interface.shape[1:]), None
     for main_rank in (True, False):
         if context.group.is_main == main_rank:
             with announced(f"opening the feature network {name}", report):

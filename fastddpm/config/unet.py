@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from fastddpm.errors import refuse
 from fastddpm.runtime.checks import choice_problems, positive, range_problems
+from fastddpm.runtime.image_size import ImageSize, image_size, sides
 
 _MAX_WIDTH, _MAX_MULTIPLIER = 4096, 64
 
@@ -17,9 +18,8 @@ _MAX_WIDTH, _MAX_MULTIPLIER = 4096, 64
 class UNetConfig:
     """The U-Net. Without a preset the defaults are the paper's CIFAR-10 model."""
 
-    image_size: int | tuple[int, int] = 32
-    """Height and width of the images in pixels, as one number if they are equal; must be divisible by
-    2^(levels - 1)."""
+    image_size: Annotated[ImageSize, arg(metavar="N [N]")] = 32
+    """Height and width of the images in pixels, one number if they are equal; must be divisible by 2^(levels - 1)."""
     image_channels: int = 3
     """Channels of the images: 1 for grey, 3 for colour."""
     width: int = 128
@@ -65,9 +65,7 @@ class UNetConfig:
     """Factor of t before the time embedding, as 1000 / T for OpenAI's rescaled timesteps."""
 
     def __post_init__(self) -> None:
-        size = self.image_size
-        if isinstance(size, tuple | list) and len(size) == 2:
-            object.__setattr__(self, "image_size", size[0] if size[0] == size[1] else tuple(size))
+        object.__setattr__(self, "image_size", image_size(self.image_size))
         if self.channels is not None:  # the one representation of such a network
             object.__setattr__(self, "multipliers", ())
         refuse(self._problems())
@@ -75,8 +73,7 @@ class UNetConfig:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
-        size = self.image_size
-        return self.image_channels, *((size, size) if isinstance(size, int) else size)
+        return self.image_channels, *sides(self.image_size)
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -123,14 +120,13 @@ class UNetConfig:
         if self.head_channels is not None:
             yield from positive(self, "head_channels")
         size = self.image_size
-        sides: tuple[int, ...] = (size,) if isinstance(size, int) else size
-        if isinstance(size, int):
-            yield from positive(self, "image_size")
-        elif not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(side, int) for side in size):
-            sides = ()
+        lengths: tuple[int, ...] = ()
+        if isinstance(size, int) or (isinstance(size, tuple) and [type(side) for side in size] == [int, int]):
+            lengths = sides(size)
+            if min(lengths) < 1:
+                yield f"image_size must be positive; got {size}"
+        else:
             yield f"image_size must be an integer, or a height and a width; got {size!r:.100}"
-        elif min(size) < 1:
-            yield f"image_size must be positive; got {size}"
         levels, name = (self.multipliers, "multiplier") if self.channels is None else (self.channels, "level")
         if not levels or min(levels) < 1:
             yield (
@@ -138,7 +134,7 @@ class UNetConfig:
                 f"got {levels}"
             )
         most = {
-            "image_size": (max(sides, default=0), 4096),
+            "image_size": (max(lengths, default=0), 4096),
             "image_channels": (self.image_channels, 64),
             "width": (self.width, _MAX_WIDTH),
             "blocks": (self.blocks, 64),

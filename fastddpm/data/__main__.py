@@ -15,6 +15,7 @@ import tyro
 
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime import cli
+from fastddpm.runtime.image_size import ImageSize, sides, size_text
 from fastddpm.runtime.options import Background, Resize, SkipBad
 from fastddpm.runtime.progress import counted, log
 from fastddpm.storage.files import check_out
@@ -52,9 +53,9 @@ class Verify:
     """Any source that training takes as --data."""
     split: Literal["train", "test"] = "train"
     """Which split of the source. test is refused if the source has no splits and its name does not say test."""
-    image_size: int | None = None
-    """Also check that the images suit a model of this size, in pixels. Default: any size. Unused for a .fdpack, which
-    has a size of its own."""
+    image_size: Annotated[ImageSize | None, tyro.conf.arg(metavar="N [N]")] = None
+    """Also check that the images suit a model of this height and width in pixels, one number if they are equal.
+    Default: any size. Unused for a .fdpack, which has a size of its own."""
     image_channels: Literal[1, 3] = 3
     """With --image-size: channels of the model, 1 for grey or 3 for colour."""
     resize: Literal["none", "area", "lanczos"] = "none"
@@ -71,8 +72,8 @@ class MakePack:
     """Any source that training takes as --data."""
     out: Annotated[Path, tyro.conf.Positional]
     """The file to write, NAME.fdpack."""
-    image_size: int
-    """Width and height of the model's images, in pixels."""
+    image_size: Annotated[ImageSize, tyro.conf.arg(metavar="N [N]")]
+    """Height and width of the model's images in pixels, one number if they are equal."""
     image_channels: Literal[1, 3] = 3
     """Channels of the model's images, 1 for grey or 3 for colour."""
     resize: Resize = "none"
@@ -158,7 +159,7 @@ def _verify(command: Verify) -> None:
             found = scan(image_source, preprocessing=preprocessing, duplicates=False, full_list=full_list, report=log)
             messages = [text for text in (found.problems, found.mixture) if text]
             summary = f"{found.good:,} images" + (
-                f", fit for {preprocessing.image_size}x{preprocessing.image_size}" if preprocessing else ""
+                f", fit for {size_text(preprocessing.image_size)}" if preprocessing else ""
             )
     if messages:
         raise DataError("\n".join(messages))
@@ -195,10 +196,11 @@ def _training_options(preprocessing: "Preprocessing", pack: Path) -> str:
     """Return options for training on the pack, based on the paper's preset for images of about that size."""
     from fastddpm.presets import PRESETS
 
-    base = PRESETS["cifar10" if preprocessing.image_size < 256 else "lsun256"]
+    base = PRESETS["cifar10" if max(sides(preprocessing.image_size)) < 256 else "lsun256"]
     options = f"--preset {base.name} --data {shlex.quote(str(pack))}"
     if preprocessing.image_size != base.unet.image_size:
-        options += f" --image-size {preprocessing.image_size}"
+        size = preprocessing.image_size
+        options += f" --image-size {size if isinstance(size, int) else ' '.join(map(str, size))}"
     return (
         options
         if preprocessing.channels == base.unet.image_channels
@@ -228,11 +230,11 @@ def _proposal(source: str, found: "Findings") -> list[str]:
     return [f"python -m fastddpm.train --data {shlex.quote(path)}{skip}", heading, *chosen.lines]
 
 
-def _size(image_size: int) -> int:
+def _size(image_size: ImageSize) -> ImageSize:
     """Return `image_size`, or raise UsageError if it is out of range."""
     from .pack.format import MAX_SIZE
 
-    if not 1 <= image_size <= MAX_SIZE:
+    if not all(1 <= side <= MAX_SIZE for side in sides(image_size)):
         raise UsageError(f"--image-size must be in 1..{MAX_SIZE}; got {image_size}")
     return image_size
 
@@ -268,9 +270,7 @@ def _described(pack: "Pack") -> dict[str, Any]:
 def _preprocessing_text(pack: "Pack") -> str:
     preprocessing = pack.preprocessing
     resize = "" if preprocessing.resize == "none" else f", resized by {preprocessing.resize}"
-    return (
-        f"{preprocessing.image_size}x{preprocessing.image_size}x{preprocessing.channels}{resize}, stored {pack.store}"
-    )
+    return f"{size_text(preprocessing.image_size)}x{preprocessing.channels}{resize}, stored {pack.store}"
 
 
 def _counts(counts: Counter[str]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError, features
 
 from fastddpm.errors import refuse
+from fastddpm.runtime.image_size import ImageSize, image_size, sides
 
 Resize = Literal["none", "area", "lanczos"]
 RESIZES = ("none", "area", "lanczos")
@@ -39,29 +40,30 @@ class BadImageError(Exception):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The size S and channels C (1 or 3) that every image is decoded to, and how other sizes are resized.
+    """The size and channels C (1 or 3) that every image is decoded to, and how other sizes are resized.
 
-    `resize`: "none" refuses other sizes. "area" and "lanczos" crop to the centre square (if the margin is odd, the
-    smaller half is cut at the left or top) and scale it, up or down, with that antialiasing filter (Pillow's BOX and
-    LANCZOS).
+    `image_size`: height and width in pixels, or (height, width). `resize`: "none" refuses other sizes. "area" and
+    "lanczos" crop to the largest centred square, or rectangle of that shape (if the margin is odd, the smaller half is
+    cut at the left or top), and scale it, up or down, with that antialiasing filter (Pillow's BOX and LANCZOS).
 
     `background`: a colour, by name or as "#rrggbb", on which transparent images are put; images in CMYK, LAB, YCbCr and
     HSV are then converted to RGB, and 32-bit greys to 8 bits. None refuses these images. Raises UsageError for a colour
     that is unknown or transparent itself.
     """
 
-    image_size: int
+    image_size: ImageSize
     channels: int
     resize: Resize = "none"
     background: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", image_size(self.image_size))
         check_background(self.background)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The shape (C, S, S) of a decoded image."""
-        return self.channels, self.image_size, self.image_size
+        """The shape (C, H, W) of a decoded image."""
+        return self.channels, *sides(self.image_size)
 
 
 def check_background(background: str | None) -> None:
@@ -99,7 +101,7 @@ class Picture:
 
 
 def decode(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
-    """Decode `data` to uint8 (C, S, S), with EXIF rotation applied. An animation gives its first frame.
+    """Decode `data` to uint8 (C, H, W), with EXIF rotation applied. An animation gives its first frame.
 
     Grey is repeated for 3 channels. 16-bit grey is scaled to 8 bits and rounded; of 16-bit colour Pillow keeps the
     high byte. Raises BadImageError if the file is damaged, not an image, too large or of another size, for colour when
@@ -202,26 +204,27 @@ def fitted(picture: Picture, preprocessing: Preprocessing) -> Image.Image:
 
 
 def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Crop and resize an image to S x S. Raises BadImageError if it has another size and `resize` is "none"."""
-    size = (preprocessing.image_size, preprocessing.image_size)
+    """Crop and resize an image to the size of `preprocessing`.
+
+    Raises BadImageError if it has another size and `resize` is "none".
+    """
+    height, width = sides(preprocessing.image_size)
+    size = (width, height)
     if image.size == size:
         return image
     if preprocessing.resize == "none":
-        raise BadImageError(
-            f"{image.width}x{image.height}, expected {size[0]}x{size[1]}; --resize area crops and resizes"
-        )
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize(size, _FILTERS[preprocessing.resize], box=(left, top, left + side, top + side))
+        raise BadImageError(f"{image.width}x{image.height}, expected {width}x{height}; --resize area crops and resizes")
+    # The largest rectangle of that shape in whole pixels, and at least one of them.
+    across = max(1, min(image.width, image.height * width // height))
+    down = max(1, min(image.height, image.width * height // width))
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    return image.resize(size, _FILTERS[preprocessing.resize], box=(left, top, left + across, top + down))
 
 
 def as_planes(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Return an image that has the size and channels of `preprocessing` as uint8 (C, S, S)."""
-    return (
-        np.asarray(image)
-        .reshape(preprocessing.image_size, preprocessing.image_size, preprocessing.channels)
-        .transpose(2, 0, 1)
-    )
+    """Return an image that has the size and channels of `preprocessing` as uint8 (C, H, W)."""
+    channels, height, width = preprocessing.shape
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 @contextmanager

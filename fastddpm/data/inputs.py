@@ -19,7 +19,7 @@ _MAX_BYTES = 2**32  # pixels of an .npz, which are all unpacked into memory
 
 
 def read_images(source: str, preprocessing: Preprocessing) -> tuple[Images, np.ndarray | None]:
-    """Read images, uint8 (N, C, S, S), and their labels, int64 (N,) or None.
+    """Read images, uint8 (N, C, H, W), and their labels, int64 (N,) or None.
 
     `source`: "digits" for the embedded digits (a folder of that name is "./digits"), an image file, an .npz with
     arrays `images` (and `labels`) as returned here, or any source of `open_dataset`. Raises `UsageError` and
@@ -41,28 +41,27 @@ def read_images(source: str, preprocessing: Preprocessing) -> tuple[Images, np.n
 
 
 def read_hole(mask: str, preprocessing: Preprocessing) -> np.ndarray:
-    """Read the pixels to inpaint, bool (S, S): a named region, or the white part (128 and above) of an image file.
+    """Read the pixels to inpaint, bool (H, W): a named region, or the white part (128 and above) of an image file.
 
     A mask of another size is resized or refused by `preprocessing`, as images are. Raises `UsageError` if `mask` is
     neither a region nor a file, and `DataError` if the file cannot be read.
     """
-    size = preprocessing.image_size
-    half, quarter = size // 2, size // 4
+    _, height, width = preprocessing.shape
     regions: dict[str, tuple[slice, slice]] = {
-        "left-half": np.s_[:, :half],
-        "right-half": np.s_[:, half:],
-        "top-half": np.s_[:half, :],
-        "bottom-half": np.s_[half:, :],
-        "center": np.s_[quarter : size - quarter, quarter : size - quarter],
+        "left-half": np.s_[:, : width // 2],
+        "right-half": np.s_[:, width // 2 :],
+        "top-half": np.s_[: height // 2, :],
+        "bottom-half": np.s_[height // 2 :, :],
+        "center": np.s_[height // 4 : height - height // 4, width // 4 : width - width // 4],
         "every-other-row": np.s_[::2, :],
     }
     if mask in regions:
-        hole = np.zeros((size, size), dtype=bool)
+        hole = np.zeros((height, width), dtype=bool)
         hole[regions[mask]] = True
         return hole
     if not Path(mask).is_file():
         raise UsageError(f"--mask takes {', '.join(regions)}, or an image file; got {mask!r}")
-    return _decoded(Path(mask), Preprocessing(size, 1, preprocessing.resize))[0] >= _WHITE
+    return _decoded(Path(mask), Preprocessing(preprocessing.image_size, 1, preprocessing.resize))[0] >= _WHITE
 
 
 def _decoded(path: Path, preprocessing: Preprocessing) -> np.ndarray:
@@ -80,7 +79,7 @@ def _read_arrays(path: Path, preprocessing: Preprocessing) -> tuple[np.ndarray, 
         _check_arrays(path, *headers["images"], headers.get("labels"), preprocessing)
         arrays = read_arrays(path, list(headers), 2 * _MAX_BYTES)
     except DataError as error:
-        raise DataError(f"{error}; expected an .npz with images uint8 (N, C, S, S)") from error
+        raise DataError(f"{error}; expected an .npz with images uint8 (N, C, H, W)") from error
     return arrays["images"], arrays["labels"].astype(np.int64) if "labels" in arrays else None
 
 

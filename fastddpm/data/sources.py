@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fastddpm.errors import DataError, UsageError
+from fastddpm.runtime.image_size import ImageSize, sides, size_text
 from fastddpm.runtime.progress import announced, log
 
 from . import cache as image_cache
@@ -45,7 +46,7 @@ ACCEPTED = (
 def open_dataset(
     source: str | os.PathLike[str] | None,
     *,
-    image_size: int,
+    image_size: ImageSize,
     channels: int,
     resize: Resize = "none",
     background: str | None = None,
@@ -55,7 +56,7 @@ def open_dataset(
     cache: Path | None = None,
     report: Report | None = None,
 ) -> Dataset:
-    """Open the images at `source`, uint8 (N, channels, image_size, image_size).
+    """Open the images at `source`, uint8 (N, channels, H, W); `image_size` is H = W, or (H, W).
 
     `source`: None for the embedded digits; CIFAR-10's Python or binary directory or its tar.gz; a folder, zip or tar
     of images, whose splits and classes are its folders (docs/data.md); a directory of tar shards; a parquet file or a
@@ -75,7 +76,7 @@ def open_dataset(
     Raises UsageError for a source or an option that does not fit, DataError for data that cannot be read, and
     StorageError for a pack that cannot be written.
     """
-    if channels not in (1, 3) or image_size < 1:
+    if channels not in (1, 3) or min(sides(image_size)) < 1:
         raise UsageError(f"images have 1 or 3 channels and a positive size; got {channels} channels, size {image_size}")
     if source is None:
         if split == "test":
@@ -201,8 +202,8 @@ def _pack_dataset(pack: Pack, preprocessing: Preprocessing, keep: Keep, director
     packed = pack.preprocessing
     if (packed.image_size, packed.channels) != (preprocessing.image_size, preprocessing.channels):
         raise UsageError(
-            f"{pack.path} was packed at {packed.image_size}x{packed.image_size} with {packed.channels} channels; the "
-            f"model takes {preprocessing.image_size}x{preprocessing.image_size} with "
+            f"{pack.path} was packed at {size_text(packed.image_size)} with {packed.channels} channels; the "
+            f"model takes {size_text(preprocessing.image_size)} with "
             f"{preprocessing.channels}: pack the images for it"
         )
     dataset = pack.dataset()
@@ -221,7 +222,7 @@ def _cifar_dataset(path: Path, batches: Batches, preprocessing: Preprocessing, s
         )
     if preprocessing.image_size != IMAGE_SIZE and preprocessing.resize == "none":
         raise UsageError(
-            f"CIFAR-10 is {size}; the model takes {preprocessing.image_size}x{preprocessing.image_size}: "
+            f"CIFAR-10 is {size}; the model takes {size_text(preprocessing.image_size)}: "
             f"use --image-size {IMAGE_SIZE}, or --resize area"
         )
     images, labels = read_batches(batches, split, path)

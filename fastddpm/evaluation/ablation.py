@@ -18,6 +18,7 @@ from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.metrics import FeatureNetwork, Moments, frechet_distance, inception_score, open_network
 from fastddpm.pretrained.model import Model
 from fastddpm.runtime.distributed import ProcessGroup
+from fastddpm.runtime.image_size import image_size
 from fastddpm.runtime.progress import announced, log
 from fastddpm.sampling import batch_size
 from fastddpm.sampling.generate import sample_batches, save_pictures
@@ -64,7 +65,7 @@ class Scorer:
     def of(name: str, dataset: Dataset, device: torch.device) -> "Scorer":
         """Open the feature network `name` and compute the moments of its features of all images in `dataset`."""
         with announced(f"opening the feature network {name}"):
-            network = open_network(name, image_size=dataset.images.shape[-1], device=device, report=log)
+            network = open_network(name, image_size=image_size(dataset.images.shape[2:]), device=device, report=log)
         batches = (dataset.images[start : start + _AT_ONCE] for start in range(0, len(dataset.images), _AT_ONCE))
         features = (network(torch.from_numpy(np.array(images)).to(device)).features for images in batches)
         with announced(f"computing the features of {len(dataset.images):,} images"):

@@ -20,6 +20,7 @@ from fastddpm.data import Dataset, open_dataset
 from fastddpm.data.cache import default_directory
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.device import one_thread
+from fastddpm.runtime.image_size import ImageSize, size_text
 from fastddpm.storage import manifest
 from fastddpm.storage.files import whole_directory
 from fastddpm.storage.tensors import parse_tensors
@@ -164,28 +165,34 @@ def train_nets(digits: Dataset, seeds: Sequence[int], epochs: int) -> DigitNets:
     return nets.requires_grad_(False)
 
 
-def check(size: int, channels: int = 1) -> None:
-    """Raise `UsageError` for images that the classifier does not take: below 8 pixels, or in colour."""
+def check(size: ImageSize, channels: int = 1) -> None:
+    """Raise `UsageError` for images that the classifier does not take: not square, below 8 pixels, or in colour."""
     if channels != 1:
         raise UsageError(
             "the classifier of digits takes grey images, of 1 channel, and the model has "
             f"{channels}; choose the feature network inception or efficientnet-lite0"
+        )
+    if not isinstance(size, int):
+        raise UsageError(
+            f"the classifier of digits takes square images, and the model's are {size_text(size)}; choose the feature "
+            "network inception or efficientnet-lite0"
         )
     if size < SMALLEST:
         raise UsageError(f"the classifier of digits takes images of {SMALLEST}x{SMALLEST} or more; got {size}")
 
 
 def load(
-    size: int, device: torch.device | str = "cpu", *, cache: Path | None = None, report: Report | None = None
+    size: ImageSize, device: torch.device | str = "cpu", *, cache: Path | None = None, report: Report | None = None
 ) -> Pretrained:
     """Return the feature network "digits" for images of `size` pixels, training it into the cache if needed.
 
     It has 96 features, of three nets that were trained on 4,000 of the digits, and 10 logits. A cache entry has
     checksums and appears whole; a damaged one is made again, and if the cache cannot be written the nets serve this
     process only. `cache`: its directory. Default: ~/.cache/fastddpm. `report` gets a line before training. Raises
-    `UsageError` if `size` is below 8.
+    `UsageError` if `size` is below 8 or not that of squares.
     """
     check(size)
+    assert isinstance(size, int)
     digits = open_dataset(None, image_size=size, channels=1)
     recipe = [_VERSION, size, SEEDS, EPOCHS, digits.checksum]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]

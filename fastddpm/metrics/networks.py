@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.errors import DataError, UsageError
+from fastddpm.runtime.image_size import ImageSize
 from fastddpm.storage.reading import read_bytes, readable
 from fastddpm.storage.tensors import parse_tensors
 
@@ -24,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def open_network(
-    name: str, *, image_size: int, device: torch.device | str = "cpu", report: Callable[[str], None] | None = None
+    name: str, *, image_size: ImageSize, device: torch.device | str = "cpu", report: Callable[[str], None] | None = None
 ) -> Pretrained:
     """Open the feature network `name` on `device`.
 
@@ -50,7 +51,7 @@ def open_network(
     return network
 
 
-def check_network(name: str, *, image_size: int, channels: int) -> None:
+def check_network(name: str, *, image_size: ImageSize, channels: int) -> None:
     """Raise `UsageError` if `open_network` would refuse `name`, or its network images of this size; opens nothing.
 
     `channels`: 1 for grey images, 3 for colour.

@@ -146,7 +146,7 @@ def _diffusers_code(facts: Facts) -> str:
         "",
         'network = UNet2DModel.from_pretrained(".", subfolder="unet")  # this directory, or its name on the hub',
         'scheduler = DDPMScheduler.from_pretrained(".", subfolder="scheduler")',
-        f"x = torch.randn(4, {unet.image_channels}, {unet.image_size}, {unet.image_size})",
+        f"x = torch.randn(4, {', '.join(map(str, unet.image_shape))})",
         "labels = torch.zeros(4, dtype=torch.int64)",
         "for t in scheduler.timesteps:",
         "    with torch.no_grad():",

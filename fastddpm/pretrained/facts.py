@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastddpm.config import Preset
+from fastddpm.config import Preset, UNetConfig
 from fastddpm.errors import DataError
 from fastddpm.presets import PRESETS
+from fastddpm.runtime.image_size import size_text
 from fastddpm.storage.documents import difference, read_object
 from fastddpm.unet import meta_network
 
@@ -70,7 +71,7 @@ class Facts:
     def sentence(self) -> str:
         """What the model is and what it was trained on, as one sentence."""
         unet = self.preset.unet
-        size = f"{unet.image_size}×{unet.image_size}"
+        size = size_text(unet.image_size, "×")
         trained = ""
         if self.data is not None:
             count = "" if self.data.images is None else f"{self.data.images:,} images of "
@@ -87,8 +88,9 @@ class Facts:
         unet, diffusion, train, sample = (
             getattr(self.preset, name) for name in ("unet", "diffusion", "train", "sample")
         )
-        widths = ", ".join(str(unet.width * multiplier) for multiplier in unet.multipliers)
-        attention = ", ".join(f"{side}×{side}" for side in unet.attention_resolutions)
+        widths = ", ".join(map(str, unet.level_channels))
+        _, height, width = unet.image_shape
+        attention = ", ".join(size_text((side, side * width // height), "×") for side in unet.attention_resolutions)
         classes = f"; {unet.num_classes} classes" if unet.num_classes else ""
         dropped = f", left out for {unet.label_dropout:.0%} of images" if unet.label_dropout else ""
         decay = ", then a cosine to 0" if train.decay == "cosine" else ""
@@ -102,11 +104,11 @@ class Facts:
             guidance += f", dynamic threshold {sample.dynamic_threshold:g}"
         spacing = f", spacing {sample.spacing}" if sample.spacing != "even" else ""
         rows = [
-            ("images", f"{unet.image_size}×{unet.image_size}, {_channels(unet.image_channels)}{classes}{dropped}"),
+            ("images", f"{size_text(unet.image_size, '×')}, {_channels(unet.image_channels)}{classes}{dropped}"),
             (
                 "network",
                 f"U-Net of {self.parameters:,} parameters: channels {widths}; residual blocks per level {unet.blocks}; "
-                f"attention at {attention or 'no resolution'}; dropout {unet.dropout:g}",
+                f"attention at {attention or 'no resolution'}{_options(unet)}; dropout {unet.dropout:g}",
             ),
             (
                 "process",
@@ -160,6 +162,16 @@ def started_on(run: Path) -> TrainingSet | None:
 
 def _channels(channels: int) -> str:
     return {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
+
+
+def _options(unet: UNetConfig) -> str:
+    """Name the options with which the network is not the paper's, as in "; norm_eps 1e-05"."""
+    paper, names = UNetConfig(), (
+        "middle_attention", "heads", "head_channels", "scale_shift", "resample", "downsample_padding", "norm_eps",
+        "freq_shift", "time_scale",
+    )  # fmt: skip
+    values = [(name, getattr(unet, name)) for name in names if getattr(unet, name) != getattr(paper, name)]
+    return "".join(f"; {name} {value}" for name, value in values)
 
 
 def _data_text(data: TrainingSet) -> str:

@@ -5,6 +5,7 @@ import errno
 import functools
 import inspect
 import io
+import itertools
 import operator
 import os
 import sys
@@ -198,6 +199,17 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == flag and (equals or i + 1 < len(arguments)):
             found = value if equals else arguments[i + 1]
+    return found
+
+
+def peek_all(arguments: Sequence[str], flag: str) -> list[str]:
+    """Return all values of an option that takes several, before the arguments are parsed; as `peek` for the rest."""
+    found: list[str] = []
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            after = itertools.takewhile(lambda word: not word.startswith("-"), arguments[i + 1 :])
+            found = [value] if equals else list(after)
     return found
 
 

@@ -15,6 +15,7 @@ from fastddpm.errors import DataError
 from fastddpm.presets import preset as preset_of
 from fastddpm.runtime import cli
 from fastddpm.runtime.distributed import ProcessGroup, on_main
+from fastddpm.runtime.image_size import ImageSize, size_text
 from fastddpm.runtime.progress import announced, counted
 
 from .given import NAME, Given
@@ -148,8 +149,11 @@ def choose(
     minutes = None if given.steps is not None else _or(given.minutes, MINUTES)
     model = given.model
     if model is not None:
-        size, channels = model.unet.image_size, model.unet.image_channels
-        lines.append(f"{size}x{size} pixels, {channels} channels, network and diffusion: those of the model [--init]")
+        size: ImageSize = model.unet.image_size
+        channels = model.unet.image_channels
+        lines.append(
+            f"{size_text(size)} pixels, {channels} channels, network and diffusion: those of the model [--init]"
+        )
         if packed is None and channels < _channels(found, packed, None)[0]:
             raise DataError(
                 f"images of {found.source} are in colour, and the model that --init names draws grey ones; convert the "
@@ -263,9 +267,9 @@ def _is_colour(background: str) -> bool:
 
 def _image_size(
     found: "Findings", machine: Machine, minutes: float | None, packed: "Preprocessing | None"
-) -> tuple[int, str]:
+) -> tuple[ImageSize, str]:
     if packed is not None:
-        return packed.image_size, f"{packed.image_size}x{packed.image_size} pixels, as packed"
+        return packed.image_size, f"{size_text(packed.image_size)} pixels, as packed"
     limit = largest_size(machine, MINUTES if minutes is None else minutes)
     side = _side(found.sides)
     size = max((size for size in SIZES if size <= min(side, limit)), default=SIZES[0])
@@ -336,7 +340,7 @@ def _batch(unet: UNetConfig, machine: Machine, count: int, accumulate: int) -> t
     """Return the largest power of two that the limits allow, divisible among the processes and micro-batches."""
     at_once = 0.5 * machine.free_bytes / (2 * bytes_per_image(unet))  # half of the memory, and as much for gradients
     by_memory = at_once * accumulate * (machine.processes if machine.device == "cuda" else 1)
-    usual = 128 if machine.device != "cpu" else 16 if unet.image_size <= 32 else 8
+    usual = 128 if machine.device != "cpu" else 16 if max(unet.image_shape[1:]) <= 32 else 8
     most = max(1, int(min(usual, count, by_memory)))
     batch, unit = 1 << (most.bit_length() - 1), machine.processes * accumulate
     batch = max(unit, batch // unit * unit)

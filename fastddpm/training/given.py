@@ -8,9 +8,11 @@ import math
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastddpm.config import Preset
 from fastddpm.runtime import cli
+from fastddpm.runtime.image_size import ImageSize, image_size
 
 from .network_sizes import NetworkSize
 
@@ -21,7 +23,7 @@ NAME = "photos"  # of the configuration, and so of the run directory
 class Given:
     """The options of the command line that other choices depend on; None where the choice is free."""
 
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     image_channels: int | None = None
     num_classes: int | None = None
     batch: int | None = None
@@ -37,16 +39,26 @@ class Given:
     def of(arguments: Sequence[str], model: Preset | None = None) -> "Given":
         """Return the options among `arguments`. Values of a wrong type count as not given: the parser refuses them."""
         kinds = {"minutes": float, "network": str, "resize": str, "background": str}
-        found = {}
+        found: dict[str, Any] = {}
         for field in dataclasses.fields(Given):
             text = cli.peek(arguments, f"--{field.name.replace('_', '-')}")
             try:
                 found[field.name] = None if text is None else kinds.get(field.name, int)(text)
             except ValueError:
                 continue
+        found["image_size"] = _image_size(arguments)
         if found.get("network") not in typing.get_args(NetworkSize):
             found["network"] = None
         return Given(**found | {"model": model})
+
+
+def _image_size(arguments: Sequence[str]) -> ImageSize | None:
+    """Return the one or two numbers of --image-size; None for others, which the parser refuses."""
+    try:
+        sizes = [int(word) for word in cli.peek_all(arguments, "--image-size")]
+    except ValueError:
+        return None
+    return sizes[0] if len(sizes) == 1 else image_size(sizes) if len(sizes) == 2 else None
 
 
 def names_images(arguments: Sequence[str]) -> bool:

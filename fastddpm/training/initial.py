@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastddpm.config import Preset, UNetConfig
 from fastddpm.errors import UsageError
+from fastddpm.runtime.image_size import size_text
 from fastddpm.runtime.progress import announced
 from fastddpm.storage.documents import difference
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
     from fastddpm.unet import UNet
 
-_IN_EVERY_WEIGHT = ("image_channels", "width", "multipliers", "blocks", "groups", "learned_variance")
+_OF_THE_WEIGHTS = (  # what they were trained with; the tensors of some of these would fit others
+    "image_channels", "width", "multipliers", "channels", "blocks", "groups", "learned_variance", "middle_attention",
+    "heads", "head_channels", "scale_shift", "resample", "downsample_padding", "norm_eps", "freq_shift", "time_scale",
+)  # fmt: skip
 _TABLE = "label.weight"
 
 
@@ -61,7 +65,7 @@ def fitted(wanted: UNetConfig, of_model: UNetConfig) -> UNetConfig:
     """
     wrong = [
         f"{name} is {getattr(of_model, name)} in the model and {getattr(wanted, name)} here"
-        for name in _IN_EVERY_WEIGHT
+        for name in _OF_THE_WEIGHTS
         if getattr(of_model, name) != getattr(wanted, name)
     ]
     if wrong:
@@ -71,18 +75,19 @@ def fitted(wanted: UNetConfig, of_model: UNetConfig) -> UNetConfig:
     levels = attention_levels(of_model)
     if attention_levels(wanted) == levels:
         return wanted
-    sizes = tuple(wanted.image_size >> level for level in levels)
+    heights = tuple(wanted.image_shape[1] >> level for level in levels)
     if wanted.attention_resolutions != of_model.attention_resolutions:
         raise UsageError(
-            f"for images of {wanted.image_size} pixels the weights that --init names have attention at "
-            f"{_named(sizes)}, not at {_named(wanted.attention_resolutions)}; leave --attention-resolutions out"
+            f"for images of {_pixels(wanted)} pixels the weights that --init names have attention at "
+            f"{_named(wanted, heights)}, not at {_named(wanted, wanted.attention_resolutions)}; leave "
+            "--attention-resolutions out"
         )
-    return dataclasses.replace(wanted, attention_resolutions=sizes)
+    return dataclasses.replace(wanted, attention_resolutions=heights)
 
 
 def attention_levels(config: UNetConfig) -> list[int]:
     """Return the levels, 0 for the full resolution, whose residual blocks are followed by attention."""
-    return [i for i in range(len(config.multipliers)) if config.image_size >> i in config.attention_resolutions]
+    return [i for i, attends in enumerate(config.attends) if attends]
 
 
 def begin(
@@ -107,8 +112,8 @@ def begin(
     report(f"beginning with the weights of {source}{taken}, sha256 {origin.sha256[:12]}")
     if old.image_size != new.image_size:
         report(
-            f"images of {new.image_size} pixels instead of {old.image_size}; attention stays at the same levels, "
-            f"{_named(tuple(new.image_size >> level for level in attention_levels(new)))}"
+            f"images of {_pixels(new)} pixels instead of {_pixels(old)}; attention stays at the same levels, "
+            f"{_named(new, tuple(new.image_shape[1] >> level for level in attention_levels(new)))}"
         )
     process = difference(model.preset.diffusion, wanted.diffusion)
     if process:
@@ -148,5 +153,11 @@ def _fit_classes(weights: "dict[str, Tensor]", old: UNetConfig, new: UNetConfig)
     return line
 
 
-def _named(sizes: tuple[int, ...]) -> str:
-    return ", ".join(f"{size}x{size}" for size in sizes) or "no resolution"
+def _pixels(config: UNetConfig) -> str:
+    return str(config.image_size) if isinstance(config.image_size, int) else size_text(config.image_size)
+
+
+def _named(config: UNetConfig, heights: tuple[int, ...]) -> str:
+    """Name the feature maps of these heights."""
+    _, height, width = config.image_shape
+    return ", ".join(size_text((map_height, map_height * width // height)) for map_height in heights) or "no resolution"

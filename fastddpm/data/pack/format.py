@@ -27,6 +27,7 @@ from fastddpm.data.dataset import Dataset, class_names
 from fastddpm.data.image import RESIZES, BadImageError, Preprocessing, decode
 from fastddpm.data.readers.source import MAX_ENCODED_BYTES, EncodedImage, ImageSource
 from fastddpm.errors import DataError
+from fastddpm.runtime.image_size import ImageSize, sides
 from fastddpm.storage.documents import parse_json
 from fastddpm.storage.reading import open_regular
 
@@ -34,7 +35,7 @@ INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
 
 
 class PackedImages:
-    """Images of a pack that are indexed like a uint8 array (N, C, S, S) and decoded at every access.
+    """Images of a pack that are indexed like a uint8 array (N, C, H, W) and decoded at every access.
 
     `path`: the pack. `index`: place, length and CRC-32 of each encoded image, dtype `INDEX` (N,). `preprocessing`: the
     size and channels they are decoded to. Takes a number, a slice or an array of numbers. Raises DataError that names a
@@ -209,17 +210,31 @@ def _rule(said: Any) -> tuple[Preprocessing, Store]:
         raise ValueError(f"it is of version {said['version']}; this fastddpm reads {VERSION}")
     preprocessing = _of(dict, said, "rule")
     size, channels, resize = (
-        _of(int, preprocessing, "image_size"),
+        _size(preprocessing["image_size"]),
         _of(int, preprocessing, "channels"),
         _of(str, preprocessing, "resize"),
     )
     store = _of(str, said, "store")
-    if not 1 <= size <= MAX_SIZE or channels not in (1, 3) or resize not in RESIZES or store not in STORES:
+    if (
+        not all(1 <= side <= MAX_SIZE for side in sides(size))
+        or channels not in (1, 3)
+        or resize not in RESIZES
+        or store not in STORES
+    ):
         raise ValueError(f"images of {channels} channels and size {size}, resized by {resize!r}, stored {store!r}")
     background = said["rule"].get("background")  # packs of older versions lack it
     if background is not None and type(background) is not str:
         raise ValueError("background is not of the type str")
     return Preprocessing(size, channels, resize, background), store
+
+
+def _size(said: Any) -> ImageSize:
+    """Return an image size: an integer, or a list of height and width."""
+    if isinstance(said, list) and [type(side) for side in said] == [int, int]:
+        return said[0], said[1]
+    if type(said) is not int:
+        raise ValueError("image_size is neither of the type int nor a list of two")
+    return said
 
 
 def _index(descriptor: int, said: Any, end: int) -> tuple[np.ndarray, np.ndarray | None]:

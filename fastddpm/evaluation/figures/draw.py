@@ -13,6 +13,7 @@ import torch
 
 from fastddpm.evaluation.context import EvaluationContext
 from fastddpm.evaluation.options import PictureOptions
+from fastddpm.runtime.image_size import image_size
 from fastddpm.runtime.progress import Meter, announced, log
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.trajectories import Progress, draw, evaluations, evenly, step_at
@@ -177,8 +178,8 @@ def check_picture(name: str, context: EvaluationContext, options: PictureOptions
     if options.features is not None:
         from fastddpm.metrics.networks import check_network
 
-        channels, size, _ = context.sampler.interface.shape
-        check_network(options.features, image_size=size, channels=channels)
+        channels, *size = context.sampler.interface.shape
+        check_network(options.features, image_size=image_size(size), channels=channels)
 
 
 def picture_cost(name: str, context: EvaluationContext, options: PictureOptions) -> int:
@@ -237,7 +238,8 @@ def _features(name: str, context: EvaluationContext) -> Features:
     from fastddpm.metrics.networks import open_network
 
     with announced(f"opening the feature network {name}"):
-        network = open_network(name, image_size=context.dataset.images.shape[-1], device=context.device, report=log)
+        size = image_size(context.dataset.images.shape[2:])
+        network = open_network(name, image_size=size, device=context.device, report=log)
 
     def features(images: np.ndarray) -> np.ndarray:
         return network(torch.from_numpy(np.ascontiguousarray(images)).to(context.device)).features.cpu().numpy()
