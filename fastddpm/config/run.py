@@ -245,6 +245,9 @@ class EngineConfig:
     """Compute queries, keys and values by one projection."""
     phase_convolutions: bool = True
     """Compute upsampling and the convolution after it as 2x2 convolutions with summed weights."""
+    transposed_convolutions: bool = False
+    """Compute these 2x2 convolutions as one transposed 4x4 convolution, which needs no copy. Off, because nobody has
+    timed it."""
     accumulate: bool = True
     """Add shortcuts inside the matrix products that compute them."""
     one_product: bool = True
@@ -253,7 +256,7 @@ class EngineConfig:
     carried_biases: bool = True
     """Add the biases of convolutions where the next operation reads their output."""
     fused_residuals: bool = True
-    """Add residuals in the norm that reads the sum."""
+    """Add residuals in the norm that reads the sum, and in folded attention."""
     folded_attention: bool = True
     """With one head: multiply the weights of queries and keys, and of values and projection, beforehand."""
     unpadded: bool = True

@@ -1,11 +1,12 @@
 """The operations of a diffusion model's hot paths, each with several implementations behind one interface.
 
-`group_norm_silu`, `inference_norm`, `attention`, `add_product`, `conv3x3`, `conv3x3_fp8`, `q_sample`, `reverse_step`
-and `random_normal` are also registered as `torch.ops.fastddpm.*`. The reference implementation,
+`group_norm_silu`, `inference_norm`, `attention`, `add_attention`, `add_product`, `conv3x3`, `conv3x3_fp8`, `q_sample`,
+`reverse_step` and `random_normal` are also registered as `torch.ops.fastddpm.*`. The reference implementation,
 `fastddpm/kernels/<op>/reference.py`, is the specification. By default the fastest implementation runs; FASTDDPM_BACKEND
 or `use_backend` chooses another, and `status` tells which one runs.
 """
 
+from .add_attention import add_attention
 from .add_product import add_product
 from .attention import attention
 from .backend import status, use_backend
@@ -18,6 +19,7 @@ from .random_normal import random_normal
 from .reverse_step import reverse_step
 
 __all__ = [
+    "add_attention",
     "add_product",
     "attention",
     "conv3x3",

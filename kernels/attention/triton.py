@@ -70,10 +70,13 @@ def _products(
 
 @triton.jit
 def _store_products(
-    out, weights, by_row, b, n, i, j, b_n, b_l, rows, channels,
+    out, residual, weights, by_row, b, n, i, j, b_n, b_l, rows, channels,
     M: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store weights (M, J) times rows j of b, each row scaled by `by_row`, to rows i of a dense (N, rows, channels)."""
+    """Store weights (M, J) times rows j of b, each row scaled by `by_row`, to rows i of a dense (N, rows, channels).
+
+    `residual`: dense like `out`, is added; or None.
+    """
     for start in range(0, channels, DC):
         d = start + tl.arange(0, DC)
         right = _rows(b, n, j, d, b_n, b_l, rows, channels)
@@ -81,12 +84,15 @@ def _store_products(
         if by_row is not None:
             value *= by_row[:, None]
         at = n.to(tl.int64) * rows * channels + i[:, None] * channels + d[None, :]
-        tl.store(out + at, value.to(out.dtype.element_ty), (i < rows)[:, None] & (d < channels)[None, :])
+        inside = (i < rows)[:, None] & (d < channels)[None, :]
+        if residual is not None:
+            value += tl.load(residual + at, inside, 0.0).to(tl.float32)
+        tl.store(out + at, value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _attention_fwd_kernel(
-    q, k, v, out, lse, q_n, q_l, k_n, k_l, v_n, v_l, rows, channels, blocks, scale,
+    q, k, v, residual, out, lse, q_n, q_l, k_n, k_l, v_n, v_l, rows, channels, blocks, scale,
     BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute output and log-sum-exp of BM rows of one image; grid (N x blocks,)."""
@@ -100,7 +106,7 @@ def _attention_fwd_kernel(
     # Divided by the sum of the rounded weights: the output stays a mean of the values.
     weights = weights.to(v.dtype.element_ty)
     total = tl.sum(weights.to(tl.float32), axis=1)
-    _store_products(out, weights, 1.0 / total, v, n, i, j, v_n, v_l, rows, channels, BM, DC, PRECISION)
+    _store_products(out, residual, weights, 1.0 / total, v, n, i, j, v_n, v_l, rows, channels, BM, DC, PRECISION)
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def _attention_bwd_q_kernel(
     total = tl.sum(weights * grad_weights, axis=1)
     tl.store(row_sums + n * rows + i, total, i < rows)
     grad_scores = (weights * (grad_weights - total[:, None]) * scale).to(k.dtype.element_ty)
-    _store_products(grad_q, grad_scores, None, k, n, i, j, k_n, k_l, rows, channels, BM, DC, PRECISION)
+    _store_products(grad_q, None, grad_scores, None, k, n, i, j, k_n, k_l, rows, channels, BM, DC, PRECISION)
 
 
 @triton.jit
@@ -134,12 +140,13 @@ def _attention_bwd_kv_kernel(
     of_row = tl.load(lse + n * rows + i, i < rows, 0.0)
     weights = tl.where((i < rows)[None, :], tl.exp(scores - of_row[None, :]), 0.0)
     _store_products(
-        grad_v, weights.to(grad.dtype.element_ty), None, grad, n, j, i, g_n, g_l, rows, channels, BM, DC, PRECISION
+        grad_v, None, weights.to(grad.dtype.element_ty), None, grad, n, j, i, g_n, g_l, rows, channels, BM, DC,
+        PRECISION,
     )  # fmt: skip
     grad_weights = _products(v, grad, n, j, i, v_n, v_l, g_n, g_l, rows, channels, BM, BN, DC, PRECISION)
     total = tl.load(row_sums + n * rows + i, i < rows, 0.0)
     grad_scores = (weights * (grad_weights - total[None, :]) * scale).to(q.dtype.element_ty)
-    _store_products(grad_k, grad_scores, None, q, n, j, i, q_n, q_l, rows, channels, BM, DC, PRECISION)
+    _store_products(grad_k, None, grad_scores, None, q, n, j, i, q_n, q_l, rows, channels, BM, DC, PRECISION)
 
 
 def _rows_of_channels(tensor: Tensor) -> Tensor:
@@ -174,6 +181,11 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Compute the same as the reference: the output in q's dtype, and each score row's log-sum-exp, float32 (N, L)."""
+    return forward_added(a, None)
+
+
+def forward_added(a: Arguments, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add `residual`, like q, to the output before that is rounded; None: nothing."""
     n, tokens, channels = a.q.shape
     out = torch.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device)
     lse = torch.empty((n, tokens), dtype=torch.float32, device=a.q.device)
@@ -184,7 +196,8 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     blocks = ceil_div(tokens, constants["BM"])
     launch(
         _attention_fwd_kernel, (n * blocks,), q.device,
-        q, k, v, out, lse, *_strides(q, k, v), tokens, channels, blocks, a.scale, **constants,
+        q, k, v, None if residual is None else residual.contiguous(), out, lse, *_strides(q, k, v), tokens, channels,
+        blocks, a.scale, **constants,
     )  # fmt: skip
     return out, lse
 

@@ -33,6 +33,7 @@ ENGINES = {
     "plain": PLAIN,
     **{name: dataclasses.replace(PLAIN, **{name: True}) for name in SWITCHES},
     "one_product": dataclasses.replace(PLAIN, one_product=True, channels_last=True),
+    "transposed_convolutions": dataclasses.replace(PLAIN, phase_convolutions=True, transposed_convolutions=True),
     "chunk": dataclasses.replace(PLAIN, chunk=2),
     "all": EngineConfig(native=False),
     "all, in chunks": EngineConfig(native=False, chunk=2),
@@ -82,15 +83,16 @@ def test_float64_stays_float64() -> None:
 
 def test_phases_are_the_doubled_convolution() -> None:
     """Odd sizes, in float64: the sums are exact but for their order."""
-    from fastddpm.sampling.engine.fused_layers import Cast, PhaseUpsample
+    from fastddpm.sampling.engine.fused_layers import Cast, PhaseUpsample, TransposedUpsample
     from fastddpm.unet import Up
 
     layer, x = Up(6).double(), torch.randn(2, 6, 5, 7, dtype=torch.float64)
     shaken(layer)
     for layout in (torch.channels_last, torch.contiguous_format):
-        ours = PhaseUpsample(layer.conv, layer.conv.bias, Cast(torch.float64, layout))(x)
-        with ops.use_backend("reference"):
-            torch.testing.assert_close(ours, layer(x), rtol=0, atol=1e-14)
+        for kind in (PhaseUpsample, TransposedUpsample):
+            ours = kind(layer.conv, layer.conv.bias, Cast(torch.float64, layout))(x)
+            with ops.use_backend("reference"):
+                torch.testing.assert_close(ours, layer(x), rtol=0, atol=1e-14)
 
 
 def test_fewer_operations() -> None:

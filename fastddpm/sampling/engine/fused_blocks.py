@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.config import EngineConfig
-from fastddpm.ops import add_product, attention
+from fastddpm.ops import add_attention, add_product, attention
 from fastddpm.unet import AttnBlock, Down, Level, ResBlock, Up, join_heads, split_heads
 
 from .fused_layers import (
@@ -21,6 +21,7 @@ from .fused_layers import (
     Layer,
     Norm,
     PhaseUpsample,
+    TransposedUpsample,
     average,
     double,
     identity,
@@ -147,6 +148,10 @@ class FusedAttention:
         tokens = self._norm(h).permute(0, 2, 3, 1).reshape(n, height * width, c)
         parts = [F.linear(tokens, *layer) for layer in zip(self._weights, self._biases, strict=True)]
         parts = list(parts[0].split(c, dim=-1)) if len(parts) == 1 else parts
+        if self._folded and self._fused_residuals:
+            rows = h.tensor.permute(0, 2, 3, 1).reshape(n, height * width, c)
+            out = add_attention(parts[0], tokens, parts[1], rows)
+            return Image(out.reshape(n, height, width, c).permute(0, 3, 1, 2))
         if self._folded:
             out = attention(parts[0], tokens, parts[1])
         else:
@@ -202,7 +207,8 @@ class Resampling:
         if isinstance(layer, Down):
             self._layer: Layer = Downsample(layer, bias, cast_to, unpadded=engine.unpadded)
         elif engine.phase_convolutions:
-            self._layer = PhaseUpsample(layer.conv, bias, cast_to)
+            kind = TransposedUpsample if engine.transposed_convolutions else PhaseUpsample
+            self._layer = kind(layer.conv, bias, cast_to)
         else:
             self._layer = After(double, Conv3x3(layer.conv, bias, cast_to))
 

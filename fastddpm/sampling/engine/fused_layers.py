@@ -1,5 +1,6 @@
 """The layers of FusedUNet: norms and convolutions between images that may still lack a residual and a bias."""
 
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -175,11 +176,7 @@ class PhaseUpsample:
     """
 
     def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: Cast) -> None:
-        weight = layer.weight.detach().double()
-        # selection[a, p, y] is 1 if row y of the weights falls on the p-th of the two input rows.
-        selection = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-        phases = torch.einsum("apy,bqx,ocyx->abocpq", selection, selection, weight)
-        self._weight = cast_to(phases.flatten(0, 2))
+        self._weight = cast_to(_phases(layer.weight).flatten(0, 2))
         self._bias = None if bias is None else cast_to(bias).repeat(4)
         self._layout = cast_to.layout
 
@@ -197,6 +194,31 @@ class PhaseUpsample:
             a, b = divmod(phase, 2)
             out[:, :, a::2, b::2] = part[:, :, a : a + height, b : b + width]
         return out
+
+
+def _phases(weight: Tensor) -> Tensor:
+    """Return the 2x2 weights of the 2x2 phases, float64 (2, 2, K, C, 2, 2), from those of a 3x3 convolution."""
+    weight = weight.detach().double()
+    # selection[a, p, y] is 1 if row y of the weights falls on the p-th of the two input rows.
+    selection = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+    return torch.einsum("apy,bqx,ocyx->abocpq", selection, selection, weight)
+
+
+class TransposedUpsample:
+    """The same as PhaseUpsample, as one transposed 4x4 convolution with stride 2, which writes the image itself.
+
+    Row 2i + a of its output is made of the input rows i - 1 + a + p with row 3 - a - 2p of its weights, for p = 0, 1.
+    """
+
+    def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: Cast) -> None:
+        phases = _phases(layer.weight)
+        weight = phases.new_empty(*phases.shape[2:4], 4, 4)
+        for a, p, b, q in itertools.product((0, 1), repeat=4):
+            weight[:, :, 3 - a - 2 * p, 3 - b - 2 * q] = phases[a, b, :, :, p, q]
+        self._weight, self._bias = cast_to(weight.transpose(0, 1)), cast_to.bias(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self._weight, self._bias, stride=2, padding=1)
 
 
 def _woven(rows: Tensor, channels: int, height: int, width: int) -> Tensor:
