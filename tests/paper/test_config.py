@@ -23,7 +23,7 @@ UNUSUAL = Preset(
     ),
     DiffusionConfig(
         timesteps=77, schedule="quad", beta_start=3e-4, beta_end=0.5, prediction="v", variance="learned_range",
-        loss="hybrid", hybrid_weight=0.02, min_snr_gamma=2.5, clip_x0=False,
+        loss="hybrid", hybrid_weight=0.02, min_snr_gamma=2.5, clip_x0=False, zero_terminal_snr=True,
     ),
     TrainConfig(
         steps=9, batch=6, accumulate=3, lr=3e-3, warmup=2, decay="cosine", clip_gradient=0.5, ema=(0.9, 0.5),
