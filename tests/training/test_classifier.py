@@ -64,12 +64,12 @@ def test_the_loss_is_the_cross_entropy_of_x_t() -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    """Three shades: where the noise is low nearly all are told apart, at the end of the process it is a guess."""
-    run(trainer(steps=80, batch=32, log_every=20, save_every=80), tmp_path)
+    """Three shades: they are told apart where the noise is low, at the end of the process it is a guess."""
+    run(trainer(steps=50, batch=24, lr=5e-3, log_every=10, save_every=50), tmp_path)
     lines = read_log(tmp_path / "log.jsonl")
-    assert [line["step"] for line in lines] == [20, 40, 60, 80]
-    assert lines[-1]["accuracy_by_t"][0] > 0.9 > 0.6 > lines[-1]["accuracy_by_t"][3]
-    assert lines[-1]["loss"] < 0.75 * np.log(3) < lines[0]["loss"] and lines[0]["lr"] == 3e-3
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50]
+    assert lines[-1]["accuracy_by_t"][0] > 0.75 > 0.6 > lines[-1]["accuracy_by_t"][3]
+    assert lines[-1]["loss"] < 0.87 * np.log(3) < lines[0]["loss"] and lines[0]["lr"] == 5e-3
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
