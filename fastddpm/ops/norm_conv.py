@@ -25,19 +25,20 @@ def norm_conv(
 ) -> Tensor:
     """Return conv(silu(scale_shift(group_norm(x)))) + bias + temb + residual: (N, K, H', W') in channels_last.
 
-    `x`: floating (N, C, H, W). `weight`: (K, C, 3, 3) or (K, C, 1, 1), `bias`: (K,). `norm`: weight and bias (C,),
-    groups and eps; None: no norm. `scale`, `shift`: (N, C), given together: y (1 + scale) + shift after the norm.
+    `x`: floating (N, C, H, W). `weight`: (K, C, 3, 3), (K, C, 1, 1) or (K, C), `bias`: (K,). `norm`: weight and bias
+    (C,), groups and eps; None: no norm. `scale`, `shift`: (N, C), given together: y (1 + scale) + shift after the norm.
     `stride`: 1 or 2. `pad`: zeros above and to the left, by default 1 for 3x3 and 0 for 1x1; below and to the right
     there are as many as give H' = H / stride, so with stride 2 pad 0 is TensorFlow's SAME. `doubled`: upsample by 2,
     nearest, after the norm. `temb`: (N, K). `residual`: (N, K, H', W'). All of x's dtype. On a CPU the weights
     are packed at the first call, which takes up to four times their memory. Never differentiable. Raises ValueError for
     other shapes.
     """
-    kernel = weight.shape[-1] if weight.ndim == 4 else 0
-    if x.ndim != 4 or kernel not in (1, 3) or weight.shape[1:] != (x.shape[1], kernel, kernel):
+    kernel = {2: 1, 4: weight.shape[-1]}.get(weight.ndim, 0)
+    of_weight = (x.shape[1], kernel, kernel)[: weight.ndim - 1] if x.ndim == 4 else None
+    if kernel not in (1, 3) or weight.shape[1:] != of_weight:
         raise ValueError(
-            f"norm_conv: x must be (N, C, H, W) and weight (K, C, 3, 3) or (K, C, 1, 1); got {tuple(x.shape)} and "
-            f"{tuple(weight.shape)}"
+            "norm_conv: x must be (N, C, H, W) and weight (K, C, 3, 3), (K, C, 1, 1) or (K, C); got "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if stride not in (1, 2) or (kernel == 1 and stride != 1):
         raise ValueError(f"norm_conv: stride must be 1, or with 3x3 weights 2; got {stride}")
@@ -50,13 +51,14 @@ def norm_conv(
         kernel // 2 if pad is None else pad, doubled, temb, residual,
     )  # fmt: skip
     k = weight.shape[0]
-    for name, tensor, shape in (
+    shapes: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
         ("bias", bias, (k,)), ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
         ("scale", scale, (n, c)), ("shift", shift, (n, c)), ("temb", temb, (n, k)),
-        ("residual", residual, None if residual is None else a.out_shape),
-    ):  # fmt: skip
+        ("residual", residual, a.out_shape),
+    )  # fmt: skip
+    for name, tensor, shape in shapes:
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"norm_conv: {name} must be {tuple(shape)}; got {tuple(tensor.shape)}")
+            raise ValueError(f"norm_conv: {name} must be {shape}; got {tuple(tensor.shape)}")
     if groups < 1 or c % groups:
         raise ValueError(f"norm_conv: {c} channels do not split into {groups} groups")
     if (scale is None) != (shift is None):

@@ -62,7 +62,7 @@ def accelerate(network: nn.Module) -> Report:
             left.setdefault(f"its forward was replaced by {_owner_of_forward(module)}", []).append(name)
         elif plan is not None:
             replaced.setdefault(plan[0], []).append(name)
-            module.forward = types.MethodType(plan[1], module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(plan[1], module)
     _pair_last(network, replaced)
     device = next((p.device.type for p in network.parameters()), "cpu")
     slow = {reason for operation in ("group_norm_silu", "conv3x3") for reason in obstacles(operation, device)}
@@ -180,13 +180,13 @@ def _plan_attention(attention: Any) -> Plan | str:
 
 def _pair_last(network: Any, replaced: dict[str, list[str]]) -> None:
     """Fuse the network's last norm with the activation after it. Tuples, so that they do not become submodules."""
-    norm, act = getattr(network, "conv_norm_out", None), getattr(network, "conv_act", None)
+    norm: Any = getattr(network, "conv_norm_out", None)
+    act: Any = getattr(network, "conv_act", None)
     ours = getattr(vars(norm).get("forward"), "__func__", None) if norm is not None else None
     if ours is not forwards.norm_forward or type(act) is not nn.SiLU or "forward" in vars(act):
         return
-    norm._fastddpm_act, act._fastddpm_norm = (act,), (norm,)
-    norm.forward = types.MethodType(forwards.last_norm_forward, norm)
-    act.forward = types.MethodType(forwards.last_act_forward, act)
+    vars(norm).update(_fastddpm_act=(act,), forward=types.MethodType(forwards.last_norm_forward, norm))
+    vars(act).update(_fastddpm_norm=(norm,), forward=types.MethodType(forwards.last_act_forward, act))
     replaced["GroupNorm"].remove("conv_norm_out")
     replaced.setdefault("GroupNorm with the SiLU after it", []).append("conv_norm_out")
 
