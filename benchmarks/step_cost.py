@@ -169,8 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     for name, total in without.items():
         print(
-            f"without {name:24} {total['kernels']:4.0f} kernels {total['gb']:7.3f} GB, floor {total['floor_ms']:6.2f} ms, "
-            f"predicted {total['predicted_ms']:6.2f} ms"
+            f"without {name:24} {total['kernels']:4.0f} kernels {total['gb']:7.3f} GB, "
+            f"floor {total['floor_ms']:6.2f} ms, predicted {total['predicted_ms']:6.2f} ms"
         )
     if options.out:
         given = {name: value for name, value in vars(options).items() if name != "out"}
