@@ -136,16 +136,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--off", choices=switches, action="append", default=[], help="engine switch to turn off")
     parser.add_argument("--on", choices=switches, action="append", default=[], help="engine switch to turn on")
     parser.add_argument("--instructions", type=float, default=25, help="issued for each element of a norm, default 25")
+    parser.add_argument("--each", action="store_true", help="also the sums of the step without each engine switch")
     parser.add_argument("--out", type=Path, help="JSON file to write the table to")
     options = parser.parse_args(arguments)
-    if options.training:
-        launches = training_step(options.preset, options.batch, PRECISIONS[options.precision])
-    else:
-        changed = dict.fromkeys(options.off, False) | dict.fromkeys(options.on, True)
-        engine = EngineConfig(**{"precision": options.precision, **changed})
-        launches = sampling_step(options.preset, options.batch, engine)
+    changed = dict.fromkeys(options.off, False) | dict.fromkeys(options.on, True)
+    engine = EngineConfig(**{"precision": options.precision, **changed})
     assumed = Assumptions()
-    table = rows(launches, CHIPS[options.chip], assumed, options.instructions)
+
+    def table_of(engine: EngineConfig) -> list[Row]:
+        if options.training:
+            launches = training_step(options.preset, options.batch, PRECISIONS[options.precision])
+        else:
+            launches = sampling_step(options.preset, options.batch, engine)
+        return rows(launches, CHIPS[options.chip], assumed, options.instructions)
+
+    table, without = table_of(engine), {}
+    if options.each:
+        for name in switches:
+            if getattr(engine, name):
+                without[name] = sums(table_of(dataclasses.replace(engine, **{name: False})))["total"]
     print(f"{'kind':12} {'kernel':52} {'x':>4} {'MB':>9} {'GFLOP':>8} {'floor':>9} {'predicted, us':>13}")
     for row in table:
         print(
@@ -158,13 +167,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{kind:12} {one['kernels']:4.0f} kernels {one['gb']:8.3f} GB {one['gflop']:8.1f} GFLOP "
             f"floor {one['floor_ms']:6.2f} ms, predicted {one['predicted_ms']:6.2f} ms"
         )
+    for name, total in without.items():
+        print(
+            f"without {name:24} {total['kernels']:4.0f} kernels {total['gb']:7.3f} GB, "
+            f"floor {total['floor_ms']:6.2f} ms, predicted {total['predicted_ms']:6.2f} ms"
+        )
     if options.out:
         given = {name: value for name, value in vars(options).items() if name != "out"}
         write_json(options.out, {
             "arithmetic": "tensors without memory, nothing measured", "machine": machine.description(),
             "options": given,
             "assumptions": dataclasses.asdict(assumed), "rates": dataclasses.asdict(CHIPS[options.chip]),
-            "sums": sums(table), "kernels": [dataclasses.asdict(row) for row in table],
+            "sums": sums(table), "without": without, "kernels": [dataclasses.asdict(row) for row in table],
         })  # fmt: skip
     return 0
 

@@ -32,21 +32,22 @@ def test_the_sampling_step_of_the_cifar10_network() -> None:
     """A copy or sum more raises the count, and a tensor read or written once more the bytes."""
     found = sampling_step("cifar10", 256, EngineConfig())
     assert kernels(found) == {
-        "elementwise": 12, "copy": 4, "convolution": 52, "norm": 51, "product": 19, "attention": 6
+        "elementwise": 10, "copy": 4, "convolution": 52, "norm": 51, "product": 19, "attention": 6
     }  # fmt: skip
-    assert gigabytes(found) == pytest.approx(10.71, abs=0.005)
+    assert gigabytes(found) == pytest.approx(10.475, abs=0.005)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("switch", "kernels_more", "gb_more"),
-    [("one_product", 12, 0.99), ("carried_biases", 0, 0), ("fused_residuals", 0, 0), ("folded_attention", 6, 0.34),
-     ("unpadded", 3, 0.2), ("padded_channels", 0, 0)],
+    [("one_product", 14, 0.688), ("carried_biases", 14, 0.838), ("fused_residuals", 13, 0.457),
+     ("folded_attention", 8, 0.748), ("unpadded", 6, 0.347), ("padded_channels", -1, -0.015)],
 )  # fmt: skip
 def test_what_each_switch_saves(switch: str, kernels_more: int, gb_more: float) -> None:
     on = sampling_step("cifar10", 256, EngineConfig())
     off = sampling_step("cifar10", 256, EngineConfig(**{switch: False}))
-    assert (len(off) - len(on), round(gigabytes(off) - gigabytes(on), 2)) == (kernels_more, gb_more)
+    assert len(off) - len(on) == kernels_more
+    assert gigabytes(off) - gigabytes(on) == pytest.approx(gb_more, abs=0.002)
 
 
 def test_a_convolution_with_a_bias_is_two_kernels() -> None:
