@@ -25,7 +25,7 @@ def norm_conv(
 ) -> Tensor:
     """Return conv(silu(scale_shift(group_norm(x)))) + bias + temb + residual: (N, K, H', W') in channels_last.
 
-    `x`: floating (N, C, H, W). `weight`: (K, C, 3, 3), (K, C, 1, 1) or (K, C), `bias`: (K,). `norm`: weight and bias
+    `x`: floating (N, C, H, W). `weight`: (K, C, 3, 3) or (K, C, 1, 1), `bias`: (K,). `norm`: weight and bias
     (C,), groups and eps; None: no norm. `scale`, `shift`: (N, C), given together: y (1 + scale) + shift after the norm.
     `stride`: 1 or 2. `pad`: zeros above and to the left, by default 1 for 3x3 and 0 for 1x1; below and to the right
     there are as many as give H' = H / stride, so with stride 2 pad 0 is TensorFlow's SAME. `doubled`: upsample by 2,
@@ -33,12 +33,11 @@ def norm_conv(
     are packed at the first call, which takes up to four times their memory. Never differentiable. Raises ValueError for
     other shapes.
     """
-    kernel = {2: 1, 4: weight.shape[-1]}.get(weight.ndim, 0)
-    of_weight = (x.shape[1], kernel, kernel)[: weight.ndim - 1] if x.ndim == 4 else None
-    if kernel not in (1, 3) or weight.shape[1:] != of_weight:
+    kernel = weight.shape[-1] if weight.ndim == 4 else 0
+    if x.ndim != 4 or kernel not in (1, 3) or weight.shape[1:] != (x.shape[1], kernel, kernel):
         raise ValueError(
-            "norm_conv: x must be (N, C, H, W) and weight (K, C, 3, 3), (K, C, 1, 1) or (K, C); got "
-            f"{tuple(x.shape)} and {tuple(weight.shape)}"
+            f"norm_conv: x must be (N, C, H, W) and weight (K, C, 3, 3) or (K, C, 1, 1); got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
         )
     if stride not in (1, 2) or (kernel == 1 and stride != 1):
         raise ValueError(f"norm_conv: stride must be 1, or with 3x3 weights 2; got {stride}")

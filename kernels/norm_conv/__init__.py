@@ -9,7 +9,7 @@ class Arguments(NamedTuple):
     """The arguments of `fastddpm.ops.norm_conv`, in the order of the operator's schema."""
 
     x: Tensor  # floating (N, C, H, W)
-    weight: Tensor  # x's dtype (K, C, 3, 3), (K, C, 1, 1) or, of a linear layer, (K, C)
+    weight: Tensor  # x's dtype (K, C, 3, 3) or (K, C, 1, 1)
     bias: Tensor | None  # (K,)
     norm_weight: Tensor | None  # (C,), given together with norm_bias; None: no norm
     norm_bias: Tensor | None  # (C,)
@@ -23,11 +23,6 @@ class Arguments(NamedTuple):
     doubled: bool  # upsample by 2, nearest, before the convolution
     temb: Tensor | None  # (N, K), added to the result
     residual: Tensor | None  # x's dtype (N, K, H', W'), added to the result
-
-    @property
-    def kernel(self) -> int:
-        """Height and width of the weights: 1 or 3."""
-        return 1 if self.weight.ndim == 2 else self.weight.shape[2]
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:

@@ -29,7 +29,7 @@ def forward(a: Arguments) -> Tensor:
         return reference.forward(a)
     x = a.x.contiguous(memory_format=torch.channels_last)
     shape = a.out_shape
-    algorithm = algorithm_for(a.kernel, a.stride, x.shape[1], shape[2], shape[3])
+    algorithm = algorithm_for(a.weight.shape[2], a.stride, x.shape[1], shape[2], shape[3])
     args = packed.of(a.weight, a.stride, a.pad, algorithm).structure(x, a.doubled)
     out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device="cpu")

@@ -25,12 +25,11 @@ class Packed:
     """The packed weights of one convolution, float32 in `packed`, and the structures of its calls."""
 
     def __init__(self, weight: Tensor, stride: int, pad: int, algorithm: int) -> None:
-        k, c = weight.shape[:2]
-        kernel, strides = (1, (*weight.stride(), 0, 0)) if weight.ndim == 2 else (weight.shape[2], weight.stride())
+        k, c, kernel, _ = weight.shape
         self._k, self._kernel = k, kernel
         self.key = (stride, pad, algorithm)
         args = interface.Conv(
-            weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*strides), c1=c, k=k, kernel=kernel,
+            weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
             stride=stride, pad=pad, x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
         )  # fmt: skip
         library = native.library()
@@ -75,7 +74,7 @@ _kept: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
 def of(weight: Tensor, stride: int, pad: int, algorithm: int) -> Packed:
-    """Return what is kept of `weight`, float32 (K, C, k, k) or (K, C): packed now, if need be."""
+    """Return what is kept of `weight`, float32 (K, C, k, k): packed now, if need be."""
     found: Packed | None = _kept.get(weight)
     if found is None or not found.is_of(weight, (stride, pad, algorithm)):
         found = _kept[weight] = Packed(weight, stride, pad, algorithm)

@@ -16,9 +16,8 @@ def forward(a: Arguments) -> Tensor:
         h = h * (1 + a.scale[:, :, None, None]) + a.shift[:, :, None, None]
     h = F.silu(h) if a.silu else h
     h = F.interpolate(h, scale_factor=2.0, mode="nearest") if a.doubled else h
-    after = a.kernel - a.pad - a.stride  # zeros at the end of the last patch
-    weight = a.weight.reshape(*a.weight.shape[:2], a.kernel, a.kernel)
-    out = F.conv2d(F.pad(h, (a.pad, after, a.pad, after)), weight, a.bias, a.stride)
+    after = a.weight.shape[2] - a.pad - a.stride  # zeros at the end of the last patch
+    out = F.conv2d(F.pad(h, (a.pad, after, a.pad, after)), a.weight, a.bias, a.stride)
     out = out if a.temb is None else out + a.temb[:, :, None, None]
     out = out if a.residual is None else out + a.residual
     return out.contiguous(memory_format=torch.channels_last)

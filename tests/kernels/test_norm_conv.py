@@ -14,7 +14,6 @@ from fastddpm.ops.norm_conv import norm_conv
 CASES: dict[str, dict[str, Any]] = {
     "3x3": {},
     "1x1": {"kernel": 1},
-    "linear": {"kernel": 1, "linear": True, "norm": True},
     "norm": {"norm": True, "silu": True},
     "norm without silu, scale and shift": {"norm": True, "scaled": True},
     "sums": {"norm": True, "silu": True, "temb": True, "residual": True},
@@ -65,7 +64,7 @@ def test_values_are_those_of_float64(name: str, backend: str) -> None:
     exact_norm = None if norm is None else (norm[0].double(), norm[1].double(), *norm[2:])
     right = formula(x.double(), weight.double(), exact_norm, given | doubled)
     with ops.use_backend(backend):
-        out = norm_conv(x, weight[:, :, 0, 0] if case.get("linear") else weight, norm=norm, **given, **tensors)
+        out = norm_conv(x, weight, norm=norm, **given, **tensors)
     assert out.shape == right.shape and out.is_contiguous(memory_format=torch.channels_last)
     assert float((out - right).norm() / right.norm()) < 3e-6
 
@@ -73,7 +72,7 @@ def test_values_are_those_of_float64(name: str, backend: str) -> None:
 def test_other_shapes_are_refused() -> None:
     x, weight = torch.zeros(2, 4, 6, 6), torch.zeros(8, 4, 3, 3)
     wrong: list[tuple[Callable[[], Tensor], str]] = [
-        (lambda: norm_conv(x, weight[:, :3]), r"\(K, C, 1, 1\) or \(K, C\); got \(2, 4, 6, 6\) and \(8, 3, 3, 3\)"),
+        (lambda: norm_conv(x, weight[:, :3]), r"weight \(K, C, 3, 3\) or \(K, C, 1, 1\); got \(2, 4, 6, 6\)"),
         (lambda: norm_conv(x, weight, stride=3), "stride must be 1, or with 3x3 weights 2; got 3"),
         (lambda: norm_conv(x[:, :, :5], weight, stride=2), r"height and width must be even; got \(5, 6\)"),
         (lambda: norm_conv(x, weight, torch.zeros(7)), r"bias must be \(8,\); got \(7,\)"),

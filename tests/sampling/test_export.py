@@ -113,15 +113,15 @@ def test_a_program_is_read_without_fastddpm_and_takes_any_batch(tmp_path: Path) 
             torch.testing.assert_close(program(x_t=x_t, t=t).double(), exact, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [slow("onnx"), slow("aoti")])
-@pytest.mark.parametrize("network", ["small", "digits"])
+@pytest.mark.parametrize(("name", "network"), [slow("onnx", "small"), slow("onnx", "digits"), slow("aoti", "smallest")])
 def test_a_chain_in_another_runtime_draws_the_sampler_s_images(name: str, network: str, tmp_path: Path) -> None:
     """The digits with classifier-free guidance, its scale an input; 10 steps, three images at once and one alone."""
     if name == "onnx":
         needs("onnx", "onnxscript", "onnxruntime")
     elif reason := export.missing("aoti"):
         pytest.skip(reason)
-    model = fastddpm.load("digits") if network == "digits" else random_model(ATTENDING)
+    own = {"small": ATTENDING, "smallest": SMALLEST}
+    model = random_model(own[network]) if network in own else fastddpm.load(network)
     options = {"guidance": 2.0, "method": "dpm2m"} if network == "digits" else {}
     sampler = Sampler(model.unet, model.diffusion, 10, **options)
     path, labels = tmp_path / "step", [1, 7, 4] if network == "digits" else None

@@ -157,22 +157,6 @@ def downsample_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     return norm_conv(hidden_states, self.conv.weight, self.conv.bias, stride=2, pad=self.padding)
 
 
-def _packed_attention(self: Any, x: Tensor) -> Tensor:
-    n, _, height, width = x.shape
-    norm = self.group_norm
-    affine = (norm.weight, norm.bias, norm.num_groups, norm.eps)
-
-    def tokens(layer: nn.Linear) -> Tensor:
-        image = norm_conv(x, layer.weight, layer.bias, norm=affine)
-        return image.permute(0, 2, 3, 1).reshape(n, height * width, -1)
-
-    out = attend(tokens(self.to_q), tokens(self.to_k), tokens(self.to_v))
-    image = out.reshape(n, height, width, -1).permute(0, 3, 1, 2)
-    last = self.to_out[0]
-    out = norm_conv(image, last.weight, last.bias, residual=x if self.residual_connection else None)
-    return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
-
-
 def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """diffusers' Attention of one head over an image, as UNet2DModel has it: no mask, no other tokens."""
     given = [*args, *(value for value in kwargs.values())]
@@ -181,9 +165,6 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     if off or not plain or hidden_states.ndim != 4 or type(self.processor).__name__ != "AttnProcessor2_0":
         return _original(self, hidden_states, *args, **kwargs)
     n, c, height, width = hidden_states.shape
-    layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
-    if _packs(hidden_states) and all(_is_plain(layer, nn.Linear) for layer in layers) and not self.training:
-        return _packed_attention(self, hidden_states)
     tokens = _normed(self.group_norm, hidden_states, silu=False).permute(0, 2, 3, 1).reshape(n, height * width, c)
     out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
     out = self.to_out[1](self.to_out[0](out)).reshape(n, height, width, -1).permute(0, 3, 1, 2)
