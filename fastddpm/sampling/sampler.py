@@ -226,8 +226,9 @@ class Sampler:
         """
         if start is not None:
             start.check(self.steps, (len(seeds), *self.interface.shape))
-        device, classes = self.device, self.labels_for(seeds, labels)
+        device = self.device
         images = torch.tensor(image_seeds(seeds), dtype=torch.int64, device=device)
+        classes = self.labels_for(seeds, labels)
         label = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
         with isolated(device):
             network = self._network()  # drops the kept chains if the network is new

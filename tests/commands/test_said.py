@@ -69,7 +69,7 @@ def test_help_names_the_kind_of_an_optional_value(capsys: pytest.CaptureFixture[
         "--labels TEXT",
         "--batch N",
         "--out PATH",
-        "--method {ancestral,ddim,dpm2m,dpm2m-sde}",
+        "--method {ancestral,ddim,dpm2m,dpm2m-sde,auto}",
         "--guidance NUMBER",
     ):
         assert option in text
