@@ -22,6 +22,7 @@ SMALL = UNetConfig(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rows_are_the_scores_of_guided_chains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ def test_tiles_that_fill_half_of_the_chip() -> None:
     assert seconds == pytest.approx(132e9 / 790e12 / 0.72 * 132 / 64)
 
 
+@pytest.mark.slow
 def test_a_training_step_multiplies_three_times_as_much() -> None:
     """Both gradients of every convolution but the first, whose input needs none."""
     forward = sampling_step("mnist", 64, EngineConfig(phase_convolutions=False))

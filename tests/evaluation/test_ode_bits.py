@@ -75,6 +75,7 @@ def test_the_mean_is_the_entropy_of_the_source(rng: np.random.Generator) -> None
     assert abs(ours.standard_error / expected - 1) < 0.2 and math.isnan(ours.draws_error)
 
 
+@pytest.mark.slow
 def test_halving_the_steps_leaves_an_eighth_of_the_error(rng: np.random.Generator) -> None:
     images = source.images(2, rng)
     bar = np.cumprod(1 - oracle.betas("linear", 1000))
@@ -211,6 +212,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_measures_resumes_and_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

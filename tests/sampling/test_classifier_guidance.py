@@ -104,6 +104,7 @@ def test_a_tilted_gaussian_is_a_gaussian(options: dict[str, Any]) -> None:
     torch.testing.assert_close(guided.sample(range(4)), other.sample(range(4)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ancestral_steps_of_a_tilted_gaussian() -> None:
     """To first order in the step: of all 1000 steps, the images of a seed move by a s^2."""
     guided, before = (gaussian(MEAN, steps=1000, cond_fn=fn).sample(range(16)) for fn in (tilt, None))

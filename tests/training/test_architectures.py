@@ -34,6 +34,7 @@ def trainer(**options: object) -> Trainer:
     return Trainer(Preset("wide", UNET, DIFFUSION, train, SampleConfig(steps=3)), dataset, CPU)
 
 
+@pytest.mark.slow
 def test_training_saving_resuming_sampling_and_coding(tmp_path: Path) -> None:
     """Every weight is trained; recomputed blocks, and a run that was stopped, have the same bits."""
     whole = trainer()

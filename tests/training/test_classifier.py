@@ -63,6 +63,7 @@ def test_the_loss_is_the_cross_entropy_of_x_t() -> None:
     assert 0 < flip.mean() < 1 and len(set(t.tolist())) > 12
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     """Three shades: they are told apart where the noise is low, at the end of the process it is a guess."""
     run(trainer(steps=50, batch=24, lr=5e-3, log_every=10, save_every=50), tmp_path)
@@ -96,6 +97,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, mon
     assert texts[0]["accuracy_by_t"] == texts[1]["accuracy_by_t"] and texts[0]["loss"] == texts[1]["loss"]
 
 
+@pytest.mark.slow
 def test_a_seed_names_a_training(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         run(trainer(steps=2, seed=seed), tmp_path / name)
@@ -146,6 +148,7 @@ def arguments(*more: str) -> list[str]:
     return [*more, *small.split()]
 
 
+@pytest.mark.slow
 def test_the_command_trains_resumes_and_guides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,7 @@ def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float(torch.cat([(found[name] - expected[name]).flatten() for name in start]).norm() / moved)
 
 
+@pytest.mark.slow
 def test_another_length_is_the_one_that_was_tracked(tmp_path: Path, run: tuple[Path, Trainer]) -> None:
     """Of the snapshots of two lengths; the third was updated in training."""
     path, _ = run
@@ -138,6 +139,7 @@ def test_a_stored_length_and_a_step_between_two_snapshots(run: tuple[Path, Train
     assert between[1] == 0 and all(0 < each < 0.3 for each in (between[0], between[2]))
 
 
+@pytest.mark.slow
 def test_float16(tmp_path: Path, run: tuple[Path, Trainer]) -> None:
     trained(preset(ema_snapshot_dtype="float16", ema_snapshot_lengths=(0.05, 0.1, 0.17)), tmp_path / "half")
     stored = checkpoint.load(tmp_path / "half" / "snapshots" / "step-00000008").tensors
@@ -163,6 +165,7 @@ def test_resume_is_exact(tmp_path: Path, until: int) -> None:
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_snapshots_of_steps_that_are_taken_again_are_removed(tmp_path: Path) -> None:
     config = preset(steps=8)
     run = tmp_path / "run"
@@ -193,6 +196,7 @@ def test_averages_begin_with_the_run(tmp_path: Path) -> None:
         refuse_changes(on, preset(steps=8, ema_snapshot_lengths=(0.05,)), tmp_path, override=False)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "run", tmp_path / "out"
     train(SINGLE_PROCESS, preset(steps=6, ema_snapshots=2), path)
