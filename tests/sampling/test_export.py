@@ -168,6 +168,7 @@ def of_a_layer(*, kept: bool = False) -> export.Exported:
     return export.Exported(program, {"input": x}, ("out",), (layer(x).detach(),), {}, kept)
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported = of_a_layer()
     monkeypatch.setattr(files, "_run_pt2", lambda exported, path: [1.01 * right for right in exported.expected])
