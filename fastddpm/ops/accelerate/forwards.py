@@ -157,13 +157,23 @@ def downsample_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     return norm_conv(hidden_states, self.conv.weight, self.conv.bias, stride=2, pad=self.padding)
 
 
-def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def attention_forward(
+    self: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **kwargs: Any
+) -> Tensor:
     """diffusers' Attention of one head over an image, as UNet2DModel has it: no mask, no other tokens."""
-    given = [*args, *(value for value in kwargs.values())]
-    off = any(value is not None for value in given[:2]) or torch.is_autocast_enabled(hidden_states.device.type)
+    alone = encoder_hidden_states is None and attention_mask is None
+    for name in kwargs:
+        alone = alone and name == "temb"  # which only a spatial norm reads, and this attention has none
     plain = _is_plain(self.group_norm, nn.GroupNorm) and not _observed()
-    if off or not plain or hidden_states.ndim != 4 or type(self.processor).__name__ != "AttnProcessor2_0":
-        return _original(self, hidden_states, *args, **kwargs)
+    cast = torch.is_autocast_enabled(hidden_states.device.type)
+    if cast or not alone or not plain or hidden_states.ndim != 4 or type(self.processor).__name__ != "AttnProcessor2_0":
+        return _original(
+            self,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
     n, c, height, width = hidden_states.shape
     tokens = _normed(self.group_norm, hidden_states, silu=False).permute(0, 2, 3, 1).reshape(n, height * width, c)
     out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
