@@ -234,7 +234,7 @@ def _woven(rows: Tensor, channels: int, height: int, width: int) -> Tensor:
     n, step_n, step_h, step_w = len(rows), *rows.stride()[:3]
     shape = (n, height, 2, width, 2, channels)
     strides = (step_n, step_h, step_h + 2 * channels, step_w, step_w + channels, 1)
-    woven = rows.as_strided(shape, strides, rows.storage_offset()).reshape(n, 2 * height, 2 * width, channels)
+    woven = rows.as_strided(shape, strides).reshape(n, 2 * height, 2 * width, channels)
     return woven.view(dtype) if woven.dtype != dtype else woven
 
 
