@@ -169,8 +169,8 @@ def _images(action: Encode, sampler: "Sampler") -> tuple["np.ndarray", "np.ndarr
     from fastddpm.data.image import Preprocessing
     from fastddpm.data.inputs import read_images
 
-    channels, size, _ = sampler.interface.shape
-    images, labels = read_images(action.images, Preprocessing(size, channels, action.resize))
+    channels, height, width = sampler.interface.shape
+    images, labels = read_images(action.images, Preprocessing((height, width), channels, action.resize))
     count = len(images) if action.count is None else action.count
     return np.ascontiguousarray(images[:count]), None if labels is None else labels[:count]
 

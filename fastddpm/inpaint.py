@@ -107,8 +107,8 @@ def _complete(
     from fastddpm.training.length import report_notes
 
     check_method(sampler)
-    channels, size, _ = sampler.interface.shape
-    preprocessing = Preprocessing(size, channels, command.resize)
+    channels, height, width = sampler.interface.shape
+    preprocessing = Preprocessing((height, width), channels, command.resize)
     known = ~read_hole(command.mask, preprocessing)
     everything, classes = read_images(command.images, preprocessing)
     pick = _pick(command.pick, len(everything))

@@ -40,7 +40,7 @@ class FrameRecorder:
     """
 
     def __init__(self, sampler: Sampler, images: int) -> None:
-        steps, (_, _, side) = sampler.steps, sampler.interface.shape
+        steps, side = sampler.steps, max(sampler.interface.shape[1:])
         self._chosen = set(np.linspace(0, steps - 1, min(steps, ANIMATION_FRAMES)).round().astype(int).tolist())
         self._timesteps = sampler.timesteps.tolist()
         self.watch = self._chosen | {step - 1 for step in self._chosen if step}

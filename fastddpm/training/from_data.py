@@ -167,7 +167,8 @@ def choose(
     size, channels = _or(given.image_size, size), _or(given.image_channels, channels)
     resize: Literal["none", "area"] = "none" if packed else "area"
     if not packed:
-        say("--resize", given.resize, "cropped to the central square, resized with an antialiasing filter (area)")
+        shape = "square" if isinstance(size, int) else "part of that shape"
+        say("--resize", given.resize, f"cropped to the central {shape}, resized with an antialiasing filter (area)")
         say("--background", given.background, "transparent images on white; CMYK and the like converted to RGB")
         lines.append(
             f"up to {MOST_BAD:.0%} of the images are left out if they cannot be used [--allow-bad, --skip-bad]"

@@ -14,13 +14,13 @@ from helpers.networks import SMALLEST, TINY, Formula, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastddpm import unet
 from fastddpm.config import DiffusionConfig, EngineConfig
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
 from fastddpm.sampling import chain as chains
 from fastddpm.sampling import cuda_graph
 from fastddpm.sampling.sampler import Sampler
+from fastddpm.unet import network as unet_network
 
 
 class HostReads(TorchDispatchMode):
@@ -40,7 +40,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("labels", [False, True])
 def test_a_step_reads_nothing_on_the_host_and_moves_no_memory(labels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a CUDA graph needs it; guidance of every kind and labels included. The operators' own kernels: tests/ops."""
-    monkeypatch.setattr(unet, "_check_range", lambda *_: None)  # it reads values on a CPU only
+    monkeypatch.setattr(unet_network, "_check_range", lambda *_: None)  # it reads values on a CPU only
     config = tiny(num_classes=3, label_dropout=0.1) if labels else TINY
     guided: dict[str, Any] = {"guidance": 2.0, "guidance_rescale": 0.5, "dynamic_threshold": 0.9}
     owner = sampler(config, **(guided if labels else {}))

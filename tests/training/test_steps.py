@@ -11,10 +11,10 @@ from helpers.marks import slow
 from helpers.training import CPU, noise_images, tiny_preset
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastddpm import unet
 from fastddpm.ops.backend import use_backend
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.training.trainer import Trainer, in_one_graph
+from fastddpm.unet import network as unet_network
 
 # No step waits for the device
 
@@ -34,7 +34,7 @@ class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, {"mode": "paper"}, {"ema": (0.9, 0.5), "accumulate": 2}])
 def test_a_step_reads_nothing_back(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unet, "_check_range", lambda *_: None)  # it reads values on a CPU only
+    monkeypatch.setattr(unet_network, "_check_range", lambda *_: None)  # it reads values on a CPU only
     trainer = Trainer(tiny_preset(**options), noise_images(), CPU)
     trainer.optimizer._on_cpu = False  # what a GPU is given to do
     with HostReads() as reads:
