@@ -96,7 +96,7 @@ def test_tensors_that_do_not_fit_are_named(
         (["--like", "diffusers"], None, "is no directory of diffusers"),
         (["--like", "pesser/cifar10"], {}, "as pesser/cifar10: the tensors do not fit the network: down.0.block.1"),
         (["--weights", "average"], None, "does not tell whether it is averaged or raw"),
-        ([], {}, "groups must divide each level's channels; 32 does not divide 16"),
+        ([], {}, "groups must divide each level's channels; 32 does not divide 16; fields that a file does not tell"),
         ([], {"groups": 4, "heads": 0}, "heads must be positive"),
         ([], {"image_size": [16, 16, 16]}, "image_size"),
         ([], {"image_size": "big"}, "image_size must be an integer"),

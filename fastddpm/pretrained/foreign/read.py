@@ -159,7 +159,10 @@ def _configured(
         diffusion = from_dict(DiffusionConfig, process, f"{where}: process")
         Preset(CONVERTED, unet, diffusion)
     except UsageError as error:
-        raise DataError(str(error)) from error
+        raise DataError(
+            f"{where} is no network with these fields: {error}; fields that a file does not tell, as groups, heads "
+            'and image_size, are given by --config FILE.json, as in {"groups": 32}'
+        ) from error
     return unet, diffusion, converted(family, unet, stored.tensors, where), lines
 
 
