@@ -30,7 +30,7 @@ CASES: list[tuple[Any, str, list[str]]] = [
         "no-run --metrics fid,fod,fud --pictures pics --batch -1 --guidance -1 --reference no.npz",
         [
             "no checkpoint at no-run",
-            "--metrics takes fid, is, kid, pr, bpd, rate-distortion, all or none; got 'fod', 'fud'",
+            "--metrics takes fid, is, kid, pr, bpd, rate-distortion, ode-bpd, all or none; got 'fod', 'fud'",
             "--pictures takes progressive, ",
             "--batch must be positive; got -1",
             "guidance must be in 0..",

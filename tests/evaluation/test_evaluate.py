@@ -231,7 +231,10 @@ def test_without_a_feature_network_the_rest_is_measured(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--metrics", "fid,fvd"], "--metrics takes fid, is, kid, pr, bpd, rate-distortion, all or none; got 'fvd'"),
+        (
+            ["--metrics", "fid,fvd"],
+            "takes fid, is, kid, pr, bpd, rate-distortion, ode-bpd, all or none; got 'fvd'",
+        ),
         (["--pictures", "strip"], "--pictures takes progressive, .*; got 'strip'"),
         (["--batch", "0"], "--batch must be positive"),
         (["--features", "resnet"], "got 'resnet'"),
