@@ -1,14 +1,14 @@
 """What guidance by a trained classifier does to digits that are drawn without a class: as asked, and like digits.
 
     python -m fastddpm.classifier digits --steps 2500 --batch 32 --out CLASSIFIER
-    python benchmarks/classifier_guidance.py CLASSIFIER [--scales 0 1 3 10] [--images 128] [--steps 25]
-        [--out FILE.json]
+    python benchmarks/classifier_guidance.py CLASSIFIER [--scales 0 1 3 10] [--images 64] [--steps 40]
+        [--method ancestral] [--out FILE.json]
 
 The network of the digits model gets its label for "none" (guidance 0); only the classifier of noisy images knows which
-digit is asked for. The chains are ddim, so that the scales start from the same noise. Scores are those of
-benchmarks/digits.py, by classifiers of clean digits that the guiding one has nothing to do with: the share of images
-recognised as the digit asked for, and the Fréchet distance to held-out digits, beside as many real ones. At scale 0
-nothing is asked for. The last row is classifier-free guidance of the same network, which was trained with the classes.
+digit is asked for. All scales draw the same seeds. Scores are those of benchmarks/digits.py, by classifiers of clean
+digits that the guiding one has nothing to do with: the share of images recognised as the digit asked for, and the
+Fréchet distance to held-out digits, beside as many real ones. At scale 0 nothing is asked for. The last row is
+classifier-free guidance of the same network, which was trained with the classes.
 """
 
 import sys
@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = machine.parser(__doc__)
     parser.add_argument("classifier", type=Path, help="directory that python -m fastddpm.classifier digits wrote")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 3.0, 10.0])
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--method", choices=("ancestral", "ddim", "dpm2m", "dpm2m-sde"), default="ancestral")
     options = machine.parse(parser, arguments)
     model, classifier = fastddpm.load("digits"), fastddpm.Classifier.from_pretrained(options.classifier)
     scorer = Scorer(model.preset.unet.image_size)
@@ -61,11 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chains.append(("classifier-free, scale 2", {"guidance": 2.0}))
     rows = []
     for name, guided in chains:
-        sampler = fastddpm.Sampler(model.unet, model.diffusion, options.steps, "ddim", **guided)
+        sampler = fastddpm.Sampler(model.unet, model.diffusion, options.steps, options.method, **guided)
         rows.append({"guidance": name, **measure(sampler, scorer, options.images)})
         print(f"{name:26}" + "  ".join(f"{figure} {rows[-1][figure]:.3f}" for figure in FIGURES), flush=True)
     weights = classifier.cond_fn().settings()["classifier"]
-    machine.write(options, classifier=weights, images=options.images, steps=options.steps, real=floor, rows=rows)
+    machine.write(
+        options, classifier=weights, images=options.images, method=options.method, steps=options.steps, real=floor,
+        rows=rows,
+    )  # fmt: skip
     return 0
 
 

@@ -36,7 +36,7 @@ def test_rows_are_the_scores_of_guided_chains(
     checkpoint.save(tmp_path, 0, {"model": classifier.state_dict()}, {"classifier": to_dict(settings)}, 1)
     out = tmp_path / "rows.json"
     classifier_guidance.main(
-        [str(tmp_path), "--scales", "0", "50", "--images", "20", "--steps", "3", "--out", str(out)]
+        [str(tmp_path), "--scales", "0", "50", "--images", "20", "--steps", "3", "--method", "ddim", "--out", str(out)]
     )
     rows = json.loads(out.read_text())["rows"]
     names = ["classifier, scale 0", "classifier, scale 50", "classifier-free, scale 2"]
