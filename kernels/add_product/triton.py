@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_launch
-from ..triton_launch import ceil_div, interpreted, launch, next_power_of_2, unavailable
+from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
 from . import Arguments, reference
 
 __all__ = ["forward", "unavailable", "unsupported"]
@@ -79,7 +79,7 @@ def forward(a: Arguments) -> Tensor:
     block_c = min(32 if wide else 64, max(16, next_power_of_2(min(c1, c2 or c1))))
     even = pixels % block_m == 0 and outputs % block_k == 0 and c1 % block_c == 0 and c2 % block_c == 0
     blocks = ceil_div(outputs, block_k)
-    precision = "interpreted" if interpreted() else "tf32x3" if wide else "tf32"
+    precision = "interpreted" if triton_launch.interpreted() else "tf32x3" if wide else "tf32"
     launch(
         _add_product_kernel, (ceil_div(pixels, block_m) * blocks,), image.device,
         image, x, skip, a.weight.contiguous(), a.bias, out, pixels, outputs, c1, c2, blocks,

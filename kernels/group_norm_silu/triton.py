@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import triton_launch
 from ..philox import STREAM_DROPOUT
-from ..triton_launch import ceil_div, interpreted, launch, next_power_of_2, unavailable
+from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
 from ..triton_tiles import chip
 from . import Arguments, reference, tiles, too_large
 from .triton_backward import (
@@ -68,7 +68,7 @@ class _Call:
         self.flags: dict[str, Any] = {
             "HAS_AFFINE": a.scale is not None, "SILU": a.silu, "DROPOUT": a.dropout > 0,
             "EIGHTS": self.channels % 8 == 0 and self.tile.groups * cpg % 8 == 0 and self.tile.block_c % 8 == 0,
-            "FAST": not interpreted() and torch.version.hip is None,
+            "FAST": not triton_launch.interpreted() and torch.version.hip is None,
         }  # fmt: skip
         used = self.tile.groups * cpg
         self.even = (
