@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastddpm.config import Preset
-from fastddpm.errors import DataError, UsageError, all_problems, problem, refuse
+from fastddpm.errors import UsageError, all_problems, problem, refuse
 from fastddpm.presets import PRESETS, preset
 from fastddpm.runtime import cli, distributed
 from fastddpm.runtime.options import Background, Device, Resize, SkipBad, check_checkpoint
 from fastddpm.runtime.progress import announced, counted, log
 from fastddpm.sampling.classifier_config import ClassifierConfig, ClassifierTraining
-from fastddpm.storage.documents import difference, from_dict, read_json, to_dict
+from fastddpm.storage.documents import difference, from_stored, read_json, to_dict
 from fastddpm.storage.files import check_out, write_json
 from fastddpm.training.saved import RunOptions
 
@@ -203,10 +203,7 @@ def _read(out: Path) -> ClassifierConfig:
         document: Any = read_json(out / CONFIG)
     except FileNotFoundError:
         raise UsageError(f"nothing to resume: {out} holds no classifier (there is no {CONFIG} in it)") from None
-    try:
-        config: ClassifierConfig = from_dict(ClassifierConfig, document, str(out / CONFIG))
-    except UsageError as error:
-        raise DataError(str(error)) from error
+    config: ClassifierConfig = from_stored(ClassifierConfig, document, str(out / CONFIG))
     return config
 
 

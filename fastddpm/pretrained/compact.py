@@ -21,13 +21,14 @@ from fastddpm.config import Preset
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.network import checksum
-from fastddpm.storage.documents import from_dict, parse_json, read_object, to_dict
+from fastddpm.storage.documents import from_stored, parse_json, read_object, to_dict
 from fastddpm.storage.files import write_whole
 from fastddpm.storage.reading import check_size, open_regular, readable
 from fastddpm.storage.tensors import parse_tensors, read_start
-from fastddpm.unet import meta_network, network_with
+from fastddpm.unet import network_with
 
 from . import run
+from .facts import parameters_of
 from .parts import Parts
 
 DIGITS = Path(__file__).with_name("digits.safetensors")
@@ -108,8 +109,7 @@ def load(path: str | os.PathLike[str]) -> Parts:
         start = read_start(file, path)
         preset, steps = _header(start, path)
         # No more is read than the network of the configuration can take, in float64.
-        most = len(start) + sum(8 * tensor.numel() for tensor in meta_network(preset.unet).state_dict().values())
-        check_size(file, most)
+        check_size(file, len(start) + 8 * parameters_of(preset))
         data = start + file.read()
     weights = parse_tensors(data, path)
     run.check_fit(preset.unet, weights, path)
@@ -140,8 +140,4 @@ def _header(start: bytes, path: Path) -> tuple[Preset, int | None]:
     steps = header.get("steps")
     if steps is not None and (type(steps) is not int or steps < 0):
         raise DataError(f"{path}: steps must be an integer, 0 or more; got {steps!r:.100}")
-    try:
-        preset: Preset = from_dict(Preset, header.get("preset"), f"{path}: preset")
-    except UsageError as error:
-        raise DataError(str(error)) from error
-    return preset, steps
+    return from_stored(Preset, header.get("preset"), f"{path}: preset"), steps

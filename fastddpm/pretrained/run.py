@@ -12,7 +12,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.network import stored
 from fastddpm.storage import checkpoint
-from fastddpm.storage.documents import from_dict
+from fastddpm.storage.documents import from_dict, from_stored
 from fastddpm.unet import meta_network, network_with
 
 from .facts import TrainingSet, started_on
@@ -49,10 +49,7 @@ def load(path: str | os.PathLike[str]) -> Parts:
 def _average(saved: checkpoint.Checkpoint) -> PowerAverage | None:
     if "average" not in saved.documents:
         return None
-    try:
-        average: PowerAverage = from_dict(PowerAverage, saved.documents["average"], f"{saved.path / 'average.json'}")
-    except UsageError as error:
-        raise DataError(str(error)) from error
+    average: PowerAverage = from_stored(PowerAverage, saved.documents["average"], f"{saved.path / 'average.json'}")
     return average
 
 

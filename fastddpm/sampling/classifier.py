@@ -2,24 +2,23 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastddpm.diffusion import Diffusion
-from fastddpm.errors import DataError, UsageError
+from fastddpm.errors import UsageError
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.pretrained.run import check_weights
 from fastddpm.runtime.checks import MAX_GUIDANCE
 from fastddpm.runtime.network import checksum
 from fastddpm.storage import checkpoint
-from fastddpm.storage.documents import from_dict
-from fastddpm.unet import GroupNormSiLU, Level, UNet
+from fastddpm.storage.documents import from_stored
+from fastddpm.unet import GroupNormSiLU, UNet
 
 from .classifier_config import ClassifierConfig
 
@@ -61,15 +60,8 @@ class Classifier(nn.Module):
         self.trunk.check(x_t, t, None)
         if self.training and self.config.unet.dropout > 0 and noise_key is None:
             noise_key = NoiseKey.draw(len(x_t), x_t.device)
-        temb = self.trunk.embed(t, None)
-        h = self.trunk.conv_in(x_t)
-        for level in cast(Iterable[Level], self.trunk.down):
-            for i, block in enumerate(level.blocks):
-                h = level.attend(i, block(h, temb, None, noise_key))
-            if level.resample is not None:
-                h = level.resampled(h, temb, noise_key)
-        h = self.norm_out(self.trunk.mid(h, temb, noise_key))
-        return self.head(h.mean((2, 3))).float()
+        h, _ = self.trunk.descend(x_t, self.trunk.embed(t, None), noise_key)
+        return self.head(self.norm_out(h).mean((2, 3))).float()
 
     def cond_fn(self, scale: float = 1.0) -> "ClassifierGuidance":
         """Return the `cond_fn` of a `Sampler`: `scale` times the gradient of log p(label | x_t).
@@ -154,10 +146,5 @@ def config_of(saved: checkpoint.Checkpoint) -> ClassifierConfig:
     """
     if DOCUMENT not in saved.documents:
         raise UsageError(f"{saved.path} is no classifier; train one with python -m fastddpm.classifier")
-    try:
-        config: ClassifierConfig = from_dict(
-            ClassifierConfig, saved.documents[DOCUMENT], f"{saved.path / DOCUMENT}.json"
-        )
-    except UsageError as error:
-        raise DataError(str(error)) from error
+    config: ClassifierConfig = from_stored(ClassifierConfig, saved.documents[DOCUMENT], f"{saved.path / DOCUMENT}.json")
     return config

@@ -39,6 +39,14 @@ def from_dict(cls: type, data: Any, where: str = "configuration") -> Any:
     return cls(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in data.items()})
 
 
+def from_stored(cls: type, data: Any, where: str) -> Any:
+    """Return what `from_dict` does for `data` that a file holds: raises `DataError` where that raises `UsageError`."""
+    try:
+        return from_dict(cls, data, where)
+    except UsageError as error:
+        raise DataError(str(error)) from error
+
+
 def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Return a line "field: old -> new" for each field in which two configurations of one type differ."""
     lines = []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastddpm.config import Preset
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime.options import ResizeName
-from fastddpm.storage.documents import difference, from_dict, read_json, to_dict
+from fastddpm.storage.documents import difference, from_dict, from_stored, read_json, to_dict
 from fastddpm.storage.files import write_json
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ def document(cls: type[T], documents: Mapping[str, Any], name: str, checkpoint: 
     """Return a checkpoint's document `name` as a `cls`. Raises `DataError` if it is missing or has another form."""
     if name not in documents:
         raise DataError(f"{checkpoint} lacks {name}.json")
-    try:
-        value: T = from_dict(cls, documents[name], f"{checkpoint / name}.json")
-    except UsageError as error:
-        raise DataError(str(error)) from error
+    value: T = from_stored(cls, documents[name], f"{checkpoint / name}.json")
     return value
 
 

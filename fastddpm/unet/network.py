@@ -144,7 +144,16 @@ class UNet(nn.Module):
         if self.training and self.config.dropout > 0 and noise_key is None:
             noise_key = NoiseKey.draw(len(x_t), x_t.device)
         temb = self.embed(t, label)
+        h, skips = self.descend(x_t, temb, noise_key)
+        for level in cast(Iterable[Level], self.up):
+            for i, block in enumerate(level.blocks):
+                h = level.attend(i, block(h, temb, skips.pop(), noise_key))
+            if level.resample is not None:
+                h = level.resampled(h, temb, noise_key)
+        return self.conv_out(self.norm_out(h))
 
+    def descend(self, x_t: Tensor, temb: Tensor, noise_key: NoiseKey | None) -> tuple[Tensor, list[Tensor]]:
+        """Return the features after the middle, (N, C, h, w), and the skips on the way down. `temb`: of `embed`."""
         h = self.conv_in(x_t)
         skips = [h]
         for level in cast(Iterable[Level], self.down):
@@ -154,13 +163,7 @@ class UNet(nn.Module):
             if level.resample is not None:
                 h = level.resampled(h, temb, noise_key)
                 skips.append(h)
-        h = self.mid(h, temb, noise_key)
-        for level in cast(Iterable[Level], self.up):
-            for i, block in enumerate(level.blocks):
-                h = level.attend(i, block(h, temb, skips.pop(), noise_key))
-            if level.resample is not None:
-                h = level.resampled(h, temb, noise_key)
-        return self.conv_out(self.norm_out(h))
+        return self.mid(h, temb, noise_key), skips
 
     def embed(self, t: Tensor, label: Tensor | None) -> Tensor:
         """Return the activated embedding of timestep and label, the input of every residual block, (N, 4 width)."""

@@ -199,7 +199,7 @@ def _group_norm_silu_whole_kernel(
             first = mask & (c < c1)[None, :]
             h += tl.load(residual + base + inside, first, 0.0).to(tl.float32)
             tl.store(total + base + inside, h.to(total.dtype.element_ty), first)
-    count = (pixels * CPG).to(tl.float32)
+    count = 1.0 * pixels * CPG  # no method of a tensor: one pixel is a constant to the compiler
     sums = tl.sum(h, axis=0)
     if HAS_TEMB:
         added = load_temb(temb, n, c, c_mask, temb_stride)

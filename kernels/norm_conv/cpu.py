@@ -53,21 +53,20 @@ def forward(a: Arguments) -> Tensor:
 
 
 def _affine(a: Arguments, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the norm as a gain and an offset for each image and channel, float32 (N, C)."""
+    """Return the norm, scale and shift as a gain and an offset for each image and channel, float32 (N, C)."""
     n, c, height, width = x.shape
     assert a.norm_weight is not None and a.norm_bias is not None
     gain, offset = (torch.empty(n, c, dtype=torch.float32, device="cpu") for _ in range(2))
-    weight, bias = a.norm_weight.contiguous(), a.norm_bias.contiguous()
+    dense = [None if v is None else v.contiguous() for v in (a.norm_weight, a.norm_bias, a.scale, a.shift)]
+    weight, bias, scale, shift = map(native.pointer, dense)
     args = interface.NormAffine(
-        x=x.data_ptr(), weight=weight.data_ptr(), bias=bias.data_ptr(), gain=gain.data_ptr(), offset=offset.data_ptr(),
-        n=n, pixels=height * width, c1=c, groups=a.groups, eps=a.eps,
+        x=x.data_ptr(), weight=weight, bias=bias, scale=scale, shift=shift, scale_stride=c, gain=gain.data_ptr(),
+        offset=offset.data_ptr(), n=n, pixels=height * width, c1=c, groups=a.groups, eps=a.eps,
     )  # fmt: skip
     args.workspace_bytes = _workspace_of_norm(n, height * width, c, a.groups)
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device="cpu")
     args.workspace = workspace.data_ptr()
     native.call("norm_affine", args)
-    if a.scale is not None and a.shift is not None:
-        gain, offset = gain * (1 + a.scale), offset * (1 + a.scale) + a.shift
     return gain, offset
 
 

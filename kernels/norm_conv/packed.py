@@ -21,23 +21,27 @@ _LINE = 64
 _MOST_STRUCTURES = 16  # sizes of x
 
 
+def pack(weight: Tensor, stride: int, pad: int, algorithm: int) -> Tensor:
+    """Return the weights of a convolution, float32 (K, C, k, k), in the order in which the library reads them."""
+    k, c, kernel, _ = weight.shape
+    args = interface.Conv(
+        weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
+        stride=stride, pad=pad, x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
+    )  # fmt: skip
+    library = native.library()
+    num_bytes = library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args))
+    packed = torch.empty(num_bytes // 4, dtype=torch.float32, device="cpu")
+    native.check("conv", library.fastddpm_cpu_conv_pack(ctypes.byref(args), ctypes.c_void_p(packed.data_ptr())))
+    return packed
+
+
 class Packed:
     """The packed weights of one convolution, float32 in `packed`, and the structures of its calls."""
 
     def __init__(self, weight: Tensor, stride: int, pad: int, algorithm: int) -> None:
-        k, c, kernel, _ = weight.shape
-        self._k, self._kernel = k, kernel
+        self._k, _, self._kernel, _ = weight.shape
         self.key = (stride, pad, algorithm)
-        args = interface.Conv(
-            weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
-            stride=stride, pad=pad, x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
-        )  # fmt: skip
-        library = native.library()
-        num_bytes = library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args))
-        self.packed = torch.empty(num_bytes // 4, dtype=torch.float32, device="cpu")
-        native.check(
-            "conv", library.fastddpm_cpu_conv_pack(ctypes.byref(args), ctypes.c_void_p(self.packed.data_ptr()))
-        )
+        self.packed = pack(weight, stride, pad, algorithm)
         self._place = _place(weight)
         self._turns = _turns(weight)
         self._digests = [_digest(turn) for turn in self._turns]
