@@ -2,19 +2,21 @@
 
     python benchmarks/few_steps.py [--model digits] [--data DATA] [--chains dpm2m:logsnr ddim:even ..]
         [--steps 5 10 20 50] [--guidance 2 ..] [--clip on off] [--reference 100] [--images 256] [--rounds 3]
-        [--plot FILE.png] [--out FILE.json]
+        [--plot FILE.png [--rows FILE.json ..]] [--out FILE.json]
 
 Each of `--rounds` draws the same seeds with another noise key, and scores them. For digits the score is the classifier
 Fréchet distance of benchmarks/digits.py, with the share of images that the classifier is confident of and recall; real
 digits of that number are the floor. For other images it is the kernel distance, in thousandths, between features of
-EfficientNet-Lite0 and those of 2,000 images of `--data`; it has no floor but 0. `evaluations`: steps that are left of
-those asked for, as a spacing may name a timestep twice; guidance doubles them for the network. `seconds`: of drawing,
-medians over the rounds. With `--reference N` a row also has `distance`, the root mean square difference of its images
-from those of N even steps of dpm2m, the same model's ODE solved nearly exactly, which a method without noise aims at. A
-chain may also name its timesteps, descending: dpm2m:999,872,476,105,14,0.
+EfficientNet-Lite0 and those of 2,000 images of `--data`, whose floor is 0; and if they have classes, the share of
+images that a linear classifier, fitted to the features of 4,000 others, recognises as the class asked for.
+`evaluations`: steps that are left of those asked for, as a spacing may name a timestep twice; guidance doubles them for
+the network. `seconds`: of drawing, medians over the rounds. With `--reference N` a row also has `distance`, the root
+mean square difference of its images from those of N even steps of dpm2m, the same model's ODE solved nearly exactly,
+which a method without noise aims at. A chain may also name its timesteps, descending: dpm2m:999,872,476,105,14,0.
 """
 
 import dataclasses
+import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -45,6 +47,8 @@ CHAINS = [
 AT_ONCE = 64
 DIGITS = ("classifier_frechet_distance", "confident_share", "recall")
 REAL_IMAGES = 2000
+FITTED_IMAGES = 4000
+RIDGE = 0.1  # of the features' unit variance
 
 Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
@@ -63,22 +67,50 @@ def of_digits(scorer: Scorer, images: int) -> Judge:
 
 
 def of_data(data: str, model: Model) -> Judge:
-    """The kernel distance to the first images of `data`, times 1000."""
-    channels, size, _ = model.unet.image_shape
+    """The kernel distance to images of `data`, times 1000, and if these have classes, how many are as asked for."""
+    size, channels, classes = model.preset.unet.image_size, model.preset.unet.image_channels, model.unet.num_classes
     network = open_network("efficientnet-lite0", image_size=size)
-    images = torch.from_numpy(open_dataset(data, image_size=size, channels=channels).images[:REAL_IMAGES])
-    real = network(images).features
+
+    def features_of(images: np.ndarray) -> Tensor:
+        return torch.cat([network(part).features for part in torch.from_numpy(images).split(AT_ONCE)])
+
+    dataset = open_dataset(data, image_size=size, channels=channels)
+    chosen = np.random.default_rng(0).permutation(len(dataset.images))[: REAL_IMAGES + FITTED_IMAGES]
+    features = features_of(dataset.images[chosen])
+    real, names, floor = features[:REAL_IMAGES], ["kernel_distance"], {"kernel_distance": 0.0}
+    if classes:
+        asked = torch.as_tensor(dataset.labels[chosen])
+        recognise = probe(features[REAL_IMAGES:], asked[REAL_IMAGES:], classes)
+        names.append("recognised_share")
+        floor["recognised_share"] = float((recognise(real) == asked[:REAL_IMAGES]).double().mean())
 
     def score(drawn: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return {"kernel_distance": 1000 * kernel_distance(network(torch.from_numpy(drawn)).features, real)}
+        features = features_of(drawn)
+        found = {"kernel_distance": 1000 * kernel_distance(features, real)}
+        if classes:
+            found["recognised_share"] = float((recognise(features) == torch.from_numpy(labels)).double().mean())
+        return found
 
-    return Judge(score, ["kernel_distance"], {"kernel_distance": 0.0})
+    return Judge(score, names, floor)
 
 
-def draw(sampler: fastddpm.Sampler, labels: Sequence[int] | None, images: int) -> Tensor:
-    """Images of seeds 0..images-1, float32 (N, C, H, W)."""
-    batches = [range(i, min(i + AT_ONCE, images)) for i in range(0, images, AT_ONCE)]
-    return torch.cat([sampler.sample(b, None if labels is None else [labels[i] for i in b]) for b in batches])
+def probe(features: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
+    """A linear classifier of features (N, D): ridge regression to the classes 0..classes-1."""
+    x = features.double()
+    centre, scale = x.mean(0), x.std(0) + 1e-6
+    x = (x - centre) / scale
+    target = torch.nn.functional.one_hot(labels.long(), classes).double() - 1 / classes
+    weights = torch.linalg.solve(x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ target)
+    return lambda other: ((other.double() - centre) / scale @ weights).argmax(1)
+
+
+def draw(sampler: fastddpm.Sampler, images: int) -> Tensor:
+    """Images of seeds 0..images-1, each of the class that `labels_for` gives it, float32 (N, C, H, W)."""
+    return torch.cat([sampler.sample(range(i, min(i + AT_ONCE, images))) for i in range(0, images, AT_ONCE)])
+
+
+def process(model: Model, *, clip: bool) -> fastddpm.Diffusion:
+    return fastddpm.Diffusion(dataclasses.replace(model.preset.diffusion, clip_x0=clip))
 
 
 def measure(
@@ -95,9 +127,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: mean and standard deviation of each figure over the rounds, and the seconds of a round."""
     method, spacing = chain.split(":")
-    classes = model.unet.num_classes
-    labels = [seed % classes for seed in range(images)] if classes else None
-    diffusion = fastddpm.Diffusion(dataclasses.replace(model.preset.diffusion, clip_x0=clip))
+    diffusion = process(model, clip=clip)
     scores: list[dict[str, float]] = []
     seconds, distances = [], []
     for key in range(rounds):
@@ -108,9 +138,10 @@ def measure(
                 taken = {"timesteps": [int(t) for t in spacing.split(",")]}
             sampler = fastddpm.Sampler(model.unet, diffusion, method=method, guidance=guidance, seed=key, **taken)
         start = perf_counter()
-        drawn = draw(sampler, labels, images)
+        drawn = draw(sampler, images)
         seconds.append(perf_counter() - start)
-        scores.append(judge.score(to_uint8(drawn), np.array(labels or [0] * images)))
+        labels = sampler.labels_for(range(images)) or [0] * images
+        scores.append(judge.score(to_uint8(drawn), np.array(labels)))
         if references:
             distances.append(float((drawn - references[key]).square().mean().sqrt()))
     row: dict[str, Any] = {
@@ -125,32 +156,37 @@ def measure(
 
 def solutions(model: Model, steps: int, images: int, rounds: int, guidance: float, clip: bool) -> list[Tensor]:
     """The images of each noise key by `steps` even steps of dpm2m."""
-    classes = model.unet.num_classes
-    labels = [seed % classes for seed in range(images)] if classes else None
-    diffusion = fastddpm.Diffusion(dataclasses.replace(model.preset.diffusion, clip_x0=clip))
+    diffusion = process(model, clip=clip)
     samplers = (
         fastddpm.Sampler(model.unet, diffusion, steps, "dpm2m", guidance=guidance, seed=key) for key in range(rounds)
     )
-    return [draw(sampler, labels, images) for sampler in samplers]
+    return [draw(sampler, images) for sampler in samplers]
 
 
-def plot(rows: Sequence[dict[str, Any]], judge: Judge, path: Path) -> None:
-    """Draw the first score against evaluations, a line for each method and spacing."""
+def plot(rows: Sequence[dict[str, Any]], name: str, floor: float, path: Path) -> None:
+    """Draw score `name` against evaluations: a panel for each guidance and clipping, a line for each chain."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    name = judge.names[0]
-    for key in dict.fromkeys((row["method"], row["spacing"], row["guidance"], row["clip"]) for row in rows):
-        own = [row for row in rows if (row["method"], row["spacing"], row["guidance"], row["clip"]) == key]
-        axes.errorbar(
-            [row["evaluations"] for row in own], [row[name] for row in own], [row[f"{name}_sd"] or 0.0 for row in own],
-            marker="o", capsize=3, label=f"{key[0]}, {key[1]}",
-        )  # fmt: skip
-    if judge.floor[name]:
-        axes.axhline(judge.floor[name], color="grey", linestyle="--", label="real images, as many")
-    axes.set(xscale="log", yscale="log", xlabel="evaluations of an image", ylabel=name.replace("_", " "))
-    axes.legend()
+    panels = list(dict.fromkeys((row["guidance"], row["clip"]) for row in rows))
+    chains = list(dict.fromkeys((row["method"], row["spacing"]) for row in rows))
+    figure = Figure(figsize=(1 + 5 * len(panels), 5), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (guidance, clip) in zip(all_axes, panels, strict=True):
+        for i, chain in enumerate(chains):
+            own = [row for row in rows if (row["guidance"], row["clip"]) == (guidance, clip)]
+            own = sorted((r for r in own if (r["method"], r["spacing"]) == chain), key=lambda row: row["evaluations"])
+            axes.errorbar(
+                [row["evaluations"] for row in own], [row[name] for row in own],
+                [row[f"{name}_sd"] or 0.0 for row in own], color=f"C{i}", marker="o", capsize=3, label=", ".join(chain),
+            )  # fmt: skip
+        if floor:
+            axes.axhline(floor, color="grey", linestyle="--", label="real images, as many")
+        axes.set(xscale="log", yscale="log", xlabel="evaluations of an image", ylabel=name.replace("_", " "))
+        axes.set_title(f"guidance {guidance:g}, x_0 {'clipped' if clip else 'not clipped'}")
+        marks = sorted({row["evaluations"] for row in rows})
+        axes.set_xticks(marks, [str(mark) for mark in marks])
+        axes.minorticks_off()
+    all_axes[0].legend()
     figure.savefig(path, dpi=100)
 
 
@@ -166,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=int, default=0, help="steps of the ODE's solution; 0: none")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="files of --out to draw in it, too")
     options = machine.parse(parser, arguments)
     model = fastddpm.load(options.model)
     if options.data is None:
@@ -189,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(_line(row, judge.names), flush=True)
                     machine.write(options, model=str(options.model), images=options.images, real=judge.floor, rows=rows)
     if options.plot is not None:
-        plot(rows, judge, options.plot)
+        earlier = [row for file in options.rows for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+        plot([*earlier, *rows], judge.names[0], judge.floor[judge.names[0]], options.plot)
     return 0
 
 

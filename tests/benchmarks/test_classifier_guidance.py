@@ -45,7 +45,7 @@ def test_rows_are_the_scores_of_guided_chains(
     plain = fastddpm.Sampler(model.unet, model.diffusion, 3, "ddim").sample(range(20), [10] * 20)
     levels = ((plain + 1) * 127.5).round().to(torch.uint8).numpy()
     expected = figures_of(scorer, levels, np.array(labels))
-    for figure in classifier_guidance.FIGURES:
+    for figure in classifier_guidance.DIGITS:
         assert rows[0][figure] == pytest.approx(expected[figure], rel=1e-5), figure
     distances = [row["classifier_frechet_distance"] for row in rows]
     assert len(set(distances)) == 3 and all(name in capsys.readouterr().out for name in names[:1])
