@@ -28,6 +28,7 @@ from fastddpm.sampling.engine import PreparedUNet
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
+from inference import random_weights
 from plain import PlainUNet
 
 T = 500
@@ -81,17 +82,6 @@ def library_of(folder: Path | None) -> Iterator[None]:
     finally:
         native._FOLDER = installed
         native._loaded.cache_clear()
-
-
-def random_weights(preset: str) -> fastddpm.UNet:
-    """A network without the zeros of initialization."""
-    torch.manual_seed(0)
-    unet = fastddpm.UNet(fastddpm.preset(preset).unet).eval()
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.add_(noise / 10 if parameter.ndim == 1 else noise / parameter[0].numel() ** 0.5 / 2)
-    return unet.channels_last()
 
 
 def sides(unet: fastddpm.UNet, batch: int, before: Path | None) -> dict[str, Side]:

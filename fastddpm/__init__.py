@@ -11,6 +11,7 @@ __version__ = "0.2.0.dev0"
 
 _HOMES = {
     "Classifier": ".sampling.classifier",
+    "Denoiser": ".sampling.denoiser",
     "Diffusion": ".diffusion",
     "EngineConfig": ".config",
     "Model": ".pretrained",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .pretrained import Model as Model
     from .pretrained import load as load
     from .sampling.classifier import Classifier as Classifier
+    from .sampling.denoiser import Denoiser as Denoiser
     from .sampling.sampler import Sampler as Sampler
     from .training.trainer import Trainer as Trainer
     from .unet import UNet as UNet

@@ -25,11 +25,11 @@ from .fused_layers import Cast, Conv3x3, Image, Norm, total
 class FusedUNet:
     """Evaluates a U-Net in evaluation mode: `FusedUNet(unet, timesteps, engine, dtype)(x_t, t, label)`.
 
-    `x_t`: floating (N, C, H, W). `t`: int64 (N,) in 0..timesteps-1, the rows of the time table; a `t` expanded from one
-    value (stride 0) is looked up once. `label`: int64 (N,) if the network takes labels. The network is computed in
-    `dtype`. Returns (N, C or 2C, H, W) in `dtype`. `engine` turns each change to the network on or off. A timestep
-    outside the table raises IndexError on a CPU and fails a device-side assertion on a GPU. `stale` tells whether the
-    weights have changed since.
+    `x_t`: floating (N, C, H, W). `t`: int64 (N,) in 0..timesteps-1, the rows of the time table, or with 0 timesteps any,
+    without a table; a `t` expanded from one value (stride 0) is looked up once. `label`: int64 (N,) if the network takes
+    labels. The network is computed in `dtype`. Returns (N, C or 2C, H, W) in `dtype`. `engine` turns each change to the
+    network on or off. A timestep outside the table raises IndexError on a CPU and fails a device-side assertion on a
+    GPU. `stale` tells whether the weights have changed since.
     """
 
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, dtype: torch.dtype) -> None:
@@ -165,7 +165,7 @@ class _Time:
         self._bias = torch.cat([bias for bias in biases if bias is not None])
         self._weight = weight.detach()
         self._table: Tensor | None = None
-        if engine.time_table:
+        if engine.time_table and timesteps:
             every = torch.arange(timesteps, device=weight.device)
             self._table = unet.embed_time(every) if unet.label is not None else self._project(unet.embed(every, None))
 

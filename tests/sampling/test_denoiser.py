@@ -1,0 +1,86 @@
+"""The network alone, as fast as the sampler evaluates it: the same numbers, kept up to date."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers.engines import arguments, in_float64, network, relative_error
+from helpers.networks import TINY, batch, tiny
+
+import fastddpm
+from fastddpm.errors import UsageError
+from fastddpm.kernels import native
+from fastddpm.sampling import engine
+
+
+@pytest.mark.parametrize("config", [TINY, tiny(num_classes=5, label_dropout=0.1)], ids=["no classes", "classes"])
+def test_numbers_are_the_networks(config: fastddpm.config.UNetConfig) -> None:
+    unet = network(config)
+    inputs = arguments(3, config)
+    denoiser = fastddpm.Denoiser(unet)
+    for values in (inputs, tuple(None if value is None else value.flip(0) for value in inputs)):
+        assert relative_error(denoiser(*values), in_float64(unet, *values)) <= 1e-5
+
+
+def test_it_is_the_engine_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever surrounds the call: inference mode, autocast, training mode with dropout."""
+    unet = network(tiny(dropout=0.5)).train()
+    x_t, t = batch(2)
+    denoiser = fastddpm.Denoiser(unet)
+    expected = in_float64(unet, x_t, t, None)
+    plain = denoiser(x_t, t)
+    with torch.inference_mode():
+        assert torch.equal(denoiser(x_t, t), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(denoiser(x_t, t), plain)
+    assert relative_error(plain, expected) <= 1e-5 and not plain.requires_grad and unet.training
+    if native.unavailable() is None:
+        monkeypatch.setattr(engine.PreparedUNet, "__call__", lambda self, x, t, label=None: x)
+        assert denoiser(x_t, t) is x_t
+
+
+def test_changed_weights_are_noticed() -> None:
+    unet = network(TINY)
+    x_t, t = batch(2)
+    denoiser = fastddpm.Denoiser(unet)
+    denoiser(x_t, t)
+    for change in (lambda p: p.mul_(2), lambda p: setattr(p, "data", p.data.clone() + 0.1)):
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                change(parameter)
+        assert relative_error(denoiser(x_t, t), in_float64(unet, x_t, t, None)) <= 1e-5
+
+
+def test_the_precision_is_the_engines() -> None:
+    unet = network(TINY)
+    x_t, t = batch(2)
+    half = fastddpm.Denoiser(unet, fastddpm.EngineConfig(precision="bf16"))
+    error = relative_error(half(x_t, t), in_float64(unet, x_t, t, None))
+    assert 1e-4 < error < 3e-2
+
+
+def test_another_network_is_called_as_it_is() -> None:
+    class Halves(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+            self.drop = torch.nn.Dropout(0.9)
+
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.drop(x_t * self.scale)
+
+    x_t, t = batch(2)
+    found = fastddpm.Denoiser(Halves())(x_t, t)
+    assert found.dtype == torch.float64 and torch.equal(found, x_t.double() / 2) and not found.requires_grad
+    with pytest.raises(UsageError, match=r"must be a torch\.nn\.Module; got function"):
+        fastddpm.Denoiser(lambda x_t, t: x_t)  # type: ignore[arg-type]
+
+
+def test_copies_prepare_their_own() -> None:
+    unet = network(TINY)
+    x_t, t = batch(2)
+    denoiser = fastddpm.Denoiser(unet)
+    expected = denoiser(x_t, t)
+    for other in (copy.deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))):
+        assert other.network is not unet and torch.equal(other(x_t, t), expected)
