@@ -25,11 +25,11 @@ from .fused_layers import Cast, Conv3x3, Image, Norm, total
 class FusedUNet:
     """Evaluates a U-Net in evaluation mode: `FusedUNet(unet, timesteps, engine, dtype)(x_t, t, label)`.
 
-    `x_t`: floating (N, C, H, W). `t`: int64 (N,) in 0..timesteps-1, the rows of the time table, or with 0 timesteps any,
-    without a table; a `t` expanded from one value (stride 0) is looked up once. `label`: int64 (N,) if the network takes
-    labels. The network is computed in `dtype`. Returns (N, C or 2C, H, W) in `dtype`. `engine` turns each change to the
-    network on or off. A timestep outside the table raises IndexError on a CPU and fails a device-side assertion on a
-    GPU. `stale` tells whether the weights have changed since.
+    `x_t`: floating (N, C, H, W). `t`: int64 (N,) in 0..timesteps-1, the rows of the time table; with 0 timesteps there
+    is no table, and t may be any. A `t` expanded from one value (stride 0) is looked up once. `label`: int64 (N,) if
+    the network takes labels. The network is computed in `dtype`. Returns (N, C or 2C, H, W) in `dtype`. `engine` turns
+    each change to the network on or off. A timestep outside the table raises IndexError on a CPU and fails a
+    device-side assertion on a GPU. `stale` tells whether the weights have changed since.
     """
 
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, dtype: torch.dtype) -> None:
