@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 from fastddpm.config import EngineConfig, Method, SampleConfig, Spacing
-from fastddpm.errors import refuse
+from fastddpm.errors import all_problems, problem, refuse
 from fastddpm.runtime.checks import MAX_GUIDANCE
 from fastddpm.runtime.progress import announced, log
 
@@ -170,16 +170,24 @@ class ChainOptions(StepOptions):
         report: Callable[[str], None] = log,
         *,
         multistep: bool = True,
+        check: "Callable[[Model], None] | None" = None,
     ) -> "tuple[Model, Sampler, int]":
         """Load the model at `checkpoint` onto `device`; return it, its sampler and the batch size.
 
         `batch`: images evaluated at once. None: as many as memory holds, at most 512 on a GPU and 64 on a CPU.
-        `report` gets notes on the options. `multistep`: of `sampler`.
+        `report` gets notes on the options. `multistep`: of `sampler`. `check`: raises `UsageError` for other options
+        that do not fit the model, which are refused together with those of the chain.
         """
         from fastddpm.pretrained import load
 
         from . import batch_size
 
         model = load(checkpoint, device)
-        sampler = self.sampler(model, report, multistep=multistep)
+        sampler: Sampler | None = None
+        with all_problems():
+            with problem():
+                sampler = self.sampler(model, report, multistep=multistep)
+            if check is not None:
+                check(model)
+        assert sampler is not None  # otherwise the block has raised
         return model, sampler, batch or batch_size.choose(sampler.probe, model.unet.config, device)

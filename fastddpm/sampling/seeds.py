@@ -1,10 +1,14 @@
 """The seeds and the labels of a batch of images, checked."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from fastddpm.errors import UsageError
+from fastddpm.errors import UsageError, problem
 from fastddpm.runtime.checks import integer
-from fastddpm.runtime.network import Interface
+from fastddpm.runtime.network import Interface, interface_of
+
+if TYPE_CHECKING:
+    from fastddpm.pretrained.model import Model
 
 MAX_IMAGE = 2**32 - 1
 _MAX_LABEL = 2**63 - 1  # of a tensor
@@ -50,3 +54,16 @@ def image_labels(
         last = network.num_classes - 1 if network.num_classes else _MAX_LABEL
         raise UsageError(f"labels must be in 0..{last}; got {wrong[0]}")
     return values
+
+
+def seeds_and_labels_fit(
+    seeds: Sequence[int], labels: Sequence[int] | None, model: "Model", *, any_label: bool
+) -> None:
+    """Raise `UsageError`, inside `all_problems` with what is wrong with both, unless `model` takes seeds and labels.
+
+    `labels`: as many as `seeds`. `any_label`: as for `image_labels`.
+    """
+    with problem():
+        image_seeds(seeds)
+    with problem():
+        image_labels(labels, seeds, interface_of(model.unet), classes=0, any_label=any_label)
