@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from fastddpm.config import Preset
 from fastddpm.errors import UsageError, all_problems, problem, refuse
 from fastddpm.presets import PRESETS, preset
 from fastddpm.runtime import cli, distributed
-from fastddpm.runtime.options import Background, Device, Resize, SkipBad, check_checkpoint
+from fastddpm.runtime.options import Background, Device, Resize, SkipBad, check_checkpoint, quoted
 from fastddpm.runtime.progress import announced, counted, log
 from fastddpm.sampling.classifier_config import ClassifierConfig, ClassifierTraining
 from fastddpm.storage.documents import difference, from_stored, read_json, to_dict
@@ -272,7 +271,7 @@ def _train(
         log(f"classifier of {config.unet.num_classes} classes, {weights:,} weights, on {device}")
         last = trainer.run(out, lines, dataset_source=options.data)
     print(f"checkpoint {last}")
-    print(f"next: python -m fastddpm.sample MODEL --classifier {shlex.quote(str(out))} --classifier-scale 1")
+    print(f"next: python -m fastddpm.sample MODEL --classifier {quoted(str(out))} --classifier-scale 1")
 
 
 if __name__ == "__main__":

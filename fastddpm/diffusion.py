@@ -119,8 +119,9 @@ class Diffusion:
             largest = np.abs(self.x0_coefficients()).max(0)
         lost = np.flatnonzero(~(largest <= np.finfo(np.float32).max))
         if len(lost):
+            schedule = f"schedule {self.config.schedule}" if self.config.betas is None else "the schedule of betas"
             raise UsageError(
-                f"schedule {self.config.schedule} with {self.timesteps} timesteps leaves no signal in x_t at t = "
+                f"{schedule} with {self.timesteps} timesteps leaves no signal in x_t at t = "
                 f"{lost[0]}, from which prediction {self.config.prediction} cannot give x_0; predict v or x0, or "
                 "choose another schedule, fewer timesteps or smaller betas"
             )

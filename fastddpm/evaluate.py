@@ -298,7 +298,7 @@ def _estimates(
         seconds = seconds_per_evaluation(context)
     count = context.group.world_size
     where, in_each = (f"{context.device}, {count} processes", " in each") if count > 1 else (f"{context.device}", "")
-    lines = [f"{context.name} on {where}: {1 / seconds:,.0f} evaluations of one image per second{in_each}"]
+    lines = [f"{command.checkpoint} on {where}: {1 / seconds:,.0f} evaluations of one image per second{in_each}"]
     if network is not None:
         wanted = [metric for metric in metrics if metric in QUALITY_METRICS]
         with announced(f"timing the feature network {network.name}"):

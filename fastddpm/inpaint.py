@@ -18,6 +18,7 @@ from fastddpm.runtime.options import (
     Resize,
     check_checkpoint,
     check_positive,
+    one_or_each,
     parse_numbers,
 )
 from fastddpm.runtime.progress import Meter, announced, log
@@ -92,9 +93,26 @@ def main(arguments: Sequence[str]) -> None:
 
     device = choose_device(command.device)
     with announced(f"reading {command.checkpoint}"):
-        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch, multistep=False)
+        model, sampler, batch = command.chain.open(
+            command.checkpoint, device, command.batch, multistep=False,
+            check=lambda model: _check_fit(model, command, seeds),
+        )  # fmt: skip
     for path in _complete(command, model, sampler, seeds, batch, out):
         print(path)
+
+
+def _check_fit(model: "Model", command: Command, seeds: list[int]) -> None:
+    """Raise `UsageError` for seeds and labels that `model` does not take, whichever images they are of."""
+    from fastddpm.runtime.network import interface_of
+    from fastddpm.sampling.seeds import image_labels, image_seeds
+
+    with problem():
+        image_seeds(seeds)
+    if command.labels is not None:
+        given = parse_numbers(command.labels, "labels")
+        with problem():
+            guided = command.chain.classifier is not None
+            image_labels(given, given, interface_of(model.unet), classes=0, any_label=guided)
 
 
 def _complete(
@@ -111,9 +129,15 @@ def _complete(
     preprocessing = Preprocessing((height, width), channels, command.resize)
     known = ~read_hole(command.mask, preprocessing)
     everything, classes = read_images(command.images, preprocessing)
-    pick = _pick(command.pick, len(everything))
+    labels: list[int] | None = None
+    with all_problems():
+        pick = _pick(command.pick, len(everything))
+        if command.labels is not None:
+            with problem():
+                labels = one_or_each(parse_numbers(command.labels, "labels"), len(pick), "image")
     given = everything[pick]
-    labels = _labels(command.labels, None if classes is None else classes[pick].tolist(), len(given), sampler)
+    if labels is None:
+        labels = _own_labels(None if classes is None else classes[pick].tolist(), len(given), sampler)
     report_notes(model, log)
     total = cost(sampler, known, len(given) * len(seeds), command.jump_length, command.resamplings)
     log(
@@ -135,23 +159,15 @@ def _pick(text: str | None, count: int) -> list[int]:
     if text is None:
         return np.unique(np.linspace(0, count - 1, 8).round().astype(int)).tolist()
     pick = parse_numbers(text, "pick")
-    if max(pick) >= count:
-        raise UsageError(f"--pick takes indices of images, 0..{count - 1}; got {max(pick)}")
+    refuse([f"--pick takes indices of images, 0..{count - 1}; got {max(pick)}"] if max(pick) >= count else [])
     return pick
 
 
-def _labels(text: str | None, own: list[int] | None, count: int, sampler: "Sampler") -> list[int] | None:
-    """Return a class for each image, or None if the network takes none.
+def _own_labels(own: list[int] | None, count: int, sampler: "Sampler") -> list[int] | None:
+    """Return a class for each image where none are given: its `own`, otherwise the network's null label.
 
-    The classes are those of `text`, otherwise the images' `own`, otherwise the network's null label.
+    None if the network takes none.
     """
-    if text is not None:
-        labels = parse_numbers(text, "labels")
-        if len(labels) not in (1, count):
-            raise UsageError(
-                f"--labels gives {len(labels)} classes for {count} images; give one for each image, or one for all"
-            )
-        return labels * count if len(labels) == 1 else labels
     if not sampler.interface.num_classes:
         return None
     if own is not None:

@@ -1,12 +1,11 @@
 """Presets: the paper's configurations, and one for two CPU cores. Imports no torch."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, UNetConfig
 from fastddpm.errors import UsageError
-from fastddpm.storage.documents import difference, from_dict, read_json, to_dict
+from fastddpm.storage.documents import difference, from_dict, read_json, shown, stored_fields, to_dict
 from fastddpm.storage.files import write_json
 
 # All but mnist are from section 4 and appendix B of the paper, and from its released code.
@@ -93,8 +92,8 @@ def describe(preset: Preset, base: Preset) -> str:
     """Return the configuration as text: a line for each part, and the differences from `base`."""
     lines = [f"configuration {preset.name}"]
     for part in ("unet", "diffusion", "train", "sample"):
-        values = dataclasses.asdict(getattr(preset, part))
-        lines.append(f"  {part}: " + ", ".join(f"{name}={_plain(value)}" for name, value in values.items()))
+        values = stored_fields(getattr(preset, part))
+        lines.append(f"  {part}: " + ", ".join(f"{name}={_plain(value)}" for name, value in values))
     changed = difference(base, preset)
     if changed:
         lines.append(f"changed from preset {base.name}: " + "; ".join(changed))
@@ -102,7 +101,8 @@ def describe(preset: Preset, base: Preset) -> str:
 
 
 def _plain(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = shown(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) and text == str(value) else text
 
 
 def write_preset(preset: Preset, path: Path) -> None:

@@ -1,6 +1,7 @@
 """python -m fastddpm.sample CHECKPOINT: draw images from a trained model."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,15 @@ import tyro
 
 from fastddpm.errors import all_problems, problem, refuse
 from fastddpm.runtime import cli, distributed
-from fastddpm.runtime.options import BatchSize, Checkpoint, Device, check_checkpoint, check_positive, parse_numbers
+from fastddpm.runtime.options import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    check_checkpoint,
+    check_positive,
+    one_or_each,
+    parse_numbers,
+)
 from fastddpm.runtime.progress import announced, counted, discard, log
 from fastddpm.sampling.options import ChainOptions
 from fastddpm.storage.files import check_out
@@ -77,13 +86,13 @@ def main(arguments: Sequence[str]) -> None:
         from fastddpm.sampling.adm import FILE as ADM_FILE
         from fastddpm.sampling.adm import write_adm
         from fastddpm.sampling.generate import FrameRecorder, sample_batches, save_pictures, save_png_of_each
-        from fastddpm.sampling.sampler import image_seeds
+        from fastddpm.sampling.seeds import seeds_and_labels_fit
         from fastddpm.training.length import report_notes
 
     device = choose_device(command.device, distributed.local_rank())
     with announced(f"reading {command.checkpoint}", report):
-        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch, report)
-    image_seeds(seeds)
+        fit = functools.partial(seeds_and_labels_fit, seeds, labels, any_label=command.chain.classifier is not None)
+        model, sampler, batch = command.chain.open(command.checkpoint, device, command.batch, report, check=fit)
     classes = sampler.labels_for(seeds, labels)
     report_notes(model, report)
     extras = "".join(f", {name.replace('_', ' ')} {value}" for name, value in sampler.guide.settings().items())
@@ -194,9 +203,9 @@ def _seeds_and_labels(command: Command) -> tuple[list[int], list[int] | None]:
         labels = None if command.labels is None else parse_numbers(command.labels, "labels")
     if labels is None or not seeds:
         return seeds, labels
-    if len(labels) not in (1, len(seeds)):
-        refuse([f"--labels gives {len(labels)} classes for {len(seeds)} seeds; give one for each seed, or one for all"])
-    return seeds, labels * len(seeds) if len(labels) == 1 else labels
+    with problem():
+        labels = one_or_each(labels, len(seeds), "seed")
+    return seeds, labels
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Under torchrun, which starts this command once per process, all processes train 
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, 
 from fastddpm.errors import UsageError, all_problems, refuse
 from fastddpm.presets import PRESETS, describe, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
-from fastddpm.runtime.options import Background, Device, Resize, SkipBad
+from fastddpm.runtime.options import Background, Device, Resize, SkipBad, quoted
 from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import to_dict
 from fastddpm.storage.files import check_out
@@ -342,7 +341,7 @@ def _train(
 def _print_paths(run: Path, last: Path, pictures: Sequence[Path]) -> None:
     for path in (last, *pictures):
         print(f"{path.suffix[1:] or 'checkpoint':<10} {path}")
-    print(f"next: python -m fastddpm.sample {shlex.quote(str(run))} --seeds 64-127")
+    print(f"next: python -m fastddpm.sample {quoted(str(run))} --seeds 64-127")
 
 
 def _resume(

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from helpers.marks import instruction_sets
+from helpers.marks import instruction_sets, on_instruction_set
 
-from fastddpm.kernels import native
 from fastddpm.ops.backend import CHOICES
 
 
@@ -75,9 +74,5 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(params=instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
     """The compiled library on each instruction set that this machine has."""
-    before = native.isa()
-    if native.isa(request.param) != request.param:
-        native.isa(before)
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    native.isa(before)
+    with on_instruction_set(request.param):
+        yield

@@ -13,6 +13,7 @@ from fastddpm.kernels import native
 from fastddpm.kernels.philox import STREAM_PAD
 from fastddpm.kernels.philox.reference import normals, philox
 from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage.documents import stored_fields
 
 from .quantised import NORMAL, RELEASED
 
@@ -28,7 +29,8 @@ def of_process(sampler: Sampler) -> str:
     """Return a checksum of the timesteps, the chain's coefficients and the tables of the normal distribution."""
     settings = sampler.settings()
     digest = hashlib.sha256(f"{settings['timesteps']} {settings['coefficients']}".encode())
-    digest.update(sampler.diffusion.alpha_bar.tobytes() + repr(sampler.diffusion.config).encode())
+    described = ", ".join(f"{name}={value!r}" for name, value in stored_fields(sampler.diffusion.config))
+    digest.update(sampler.diffusion.alpha_bar.tobytes() + f"DiffusionConfig({described})".encode())
     for table in (NORMAL, RELEASED):
         digest.update(table.values.tobytes())
     return digest.hexdigest()[:_DIGITS]

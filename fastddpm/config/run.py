@@ -9,6 +9,7 @@ from tyro.conf import arg
 
 from fastddpm.errors import UsageError, refuse
 from fastddpm.runtime.checks import (
+    beta_problems,
     chain_problems,
     check_seed,
     choice_problems,
@@ -17,6 +18,7 @@ from fastddpm.runtime.checks import (
     range_problems,
     snapshot_problems,
 )
+from fastddpm.storage.documents import LATER
 
 from .unet import UNetConfig
 
@@ -56,11 +58,15 @@ class DiffusionConfig:
     """Upper limit of the signal-to-noise ratio in min-SNR weighting."""
     clip_x0: bool = True
     """Clip the prediction of x_0 to [-1, 1] when sampling."""
-    zero_terminal_snr: bool = False
+    zero_terminal_snr: bool = field(default=False, metadata=LATER)
     """Rescale the schedule so that x_t at the last timestep is noise alone (Lin et al. 2023); not with prediction eps,
     which x_0 cannot be computed from there."""
+    betas: Annotated[tuple[float, ...] | None, arg(metavar="FLOAT [FLOAT ...]")] = field(default=None, metadata=LATER)
+    """beta of each timestep, T of them, in place of schedule, beta_start and beta_end. Default: the schedule's."""
 
     def __post_init__(self) -> None:
+        if self.betas is not None:  # an array of NumPy, too
+            object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         refuse(self._problems())
 
     def _problems(self) -> Iterator[str]:
@@ -77,6 +83,8 @@ class DiffusionConfig:
             yield f"variance {self.variance} gets no gradient from loss {self.loss}; use hybrid or vlb"
         if self.loss == "min_snr" and self.prediction == "xprev":
             yield ("min_snr weighting is defined for predictions eps, x0 and v, not xprev; choose another prediction")
+        if self.betas is not None:
+            yield from beta_problems(self.betas, self.timesteps)
 
     @property
     def learned_variance(self) -> bool:
@@ -194,6 +202,8 @@ class SampleConfig:
     """Steps of the reverse chain. Default: T. Fewer are spread over the timesteps as spacing says."""
     spacing: Spacing = "even"
     """Timesteps of a shorter chain: even, logsnr, karras, or linspace, leading, trailing as in diffusers."""
+    steps_offset: int = field(default=0, metadata=LATER)
+    """Added to each timestep of spacing leading, as in diffusers."""
     eta: float = 0.0
     """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling)."""
     guidance: float = 1.0
@@ -207,6 +217,8 @@ class SampleConfig:
     dynamic_threshold: float | None = None
     """Fraction of an image's pixels, in (0, 1), whose |x_0| prediction dynamic thresholding leaves unclipped: x_0 is
     clipped to their largest, or 1, and divided by it (Saharia et al. 2022). Default: x_0 is clipped to [-1, 1]."""
+    dynamic_threshold_max: float | None = field(default=None, metadata=LATER)
+    """Largest value that dynamic thresholding clips x_0 to, 1 or more. Default: no limit."""
     count: int = 64
     """Images in the grid of final samples. 0: no samples."""
 
@@ -219,13 +231,21 @@ class SampleConfig:
         yield from (*choice_problems(self, "method"), *choice_problems(self, "spacing"))
         yield from range_problems(self, "eta", 0.0, 1.0, closed=True)
         yield from chain_problems(self.method, self.eta, self.guidance)
-        yield from guidance_problems(self.guidance_interval, self.guidance_rescale, self.dynamic_threshold)
+        yield from guidance_problems(
+            self.guidance_interval, self.guidance_rescale, self.dynamic_threshold, self.dynamic_threshold_max
+        )
+        if not 0 <= self.steps_offset <= MAX_TIMESTEPS:
+            yield f"steps_offset must be in 0..{MAX_TIMESTEPS}; got {self.steps_offset}"
         if not 0 <= self.count <= MOST_IN_GRID:
             yield f"count must be in 0..{MOST_IN_GRID}; got {self.count}"
 
+    def spacing_options(self) -> dict[str, Any]:
+        """Return the fields that choose the timesteps of a shorter chain, by name, as `Sampler` takes them."""
+        return {"spacing": self.spacing, "steps_offset": self.steps_offset if self.spacing == "leading" else 0}
+
     def guidance_options(self) -> dict[str, Any]:
         """Return the fields that change the network's predictions, by name, as `Sampler` takes them."""
-        names = ("guidance", "guidance_interval", "guidance_rescale", "dynamic_threshold")
+        names = ("guidance", "guidance_interval", "guidance_rescale", "dynamic_threshold", "dynamic_threshold_max")
         return {name: getattr(self, name) for name in names}
 
 

@@ -16,11 +16,14 @@ def betas(config: DiffusionConfig) -> np.ndarray:
     linear: equally spaced from beta_start to beta_end. quad: with equally spaced square roots. const: beta_end.
     jsd: 1/T, 1/(T-1), .., 1. These four are the released code's, which does not rescale them with T.
     cosine: alpha_bar(t) = cos^2((t/T + s)/(1 + s) pi/2), beta at most 0.999 (Nichol and Dhariwal 2021).
+    Where `betas` gives them, they are these.
     With `zero_terminal_snr`, sqrt(alpha_bar) is then shifted and scaled to end at 0 and begin as before (algorithm 1 of
     Lin et al. 2023).
     """
     num, start, end = config.timesteps, config.beta_start, config.beta_end
-    if config.schedule == "linear":
+    if config.betas is not None:
+        scheduled = np.array(config.betas, dtype=np.float64)
+    elif config.schedule == "linear":
         scheduled = np.linspace(start, end, num)
     elif config.schedule == "quad":
         scheduled = np.linspace(start**0.5, end**0.5, num) ** 2

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ import tyro
 from fastddpm.errors import DataError, UsageError
 from fastddpm.runtime import cli
 from fastddpm.runtime.image_size import ImageSize, sides, size_text
-from fastddpm.runtime.options import Background, Resize, SkipBad
+from fastddpm.runtime.options import Background, Resize, SkipBad, quoted
 from fastddpm.runtime.progress import counted, log
 from fastddpm.storage.files import check_out
 
@@ -197,7 +196,7 @@ def _training_options(preprocessing: "Preprocessing", pack: Path) -> str:
     from fastddpm.presets import PRESETS
 
     base = PRESETS["cifar10" if max(sides(preprocessing.image_size)) < 256 else "lsun256"]
-    options = f"--preset {base.name} --data {shlex.quote(str(pack))}"
+    options = f"--preset {base.name} --data {quoted(str(pack))}"
     if preprocessing.image_size != base.unet.image_size:
         size = preprocessing.image_size
         options += f" --image-size {size if isinstance(size, int) else ' '.join(map(str, size))}"
@@ -227,7 +226,7 @@ def _proposal(source: str, found: "Findings") -> list[str]:
     heading = "chosen on a CPU; a GPU takes a larger network, and --dry-run tells what this machine does:"
     path = f"./{source}" if source.startswith("-") else source
     skip = " --skip-bad" if found.bad > MOST_BAD * (found.good + found.bad) else ""
-    return [f"python -m fastddpm.train --data {shlex.quote(path)}{skip}", heading, *chosen.lines]
+    return [f"python -m fastddpm.train --data {quoted(path)}{skip}", heading, *chosen.lines]
 
 
 def _size(image_size: ImageSize) -> ImageSize:

@@ -9,27 +9,39 @@ from pathlib import PurePath
 from typing import Any
 
 from fastddpm import __version__
+from fastddpm.errors import UsageError
 
 from .facts import Facts, TrainingSet
 from .scores import Score
 
 # By their checksums: the embedded digits at 16x16, which are a part of that set.
 _HUB_SETS = {"239c9111985941a7a52ffb4d9890889e8798739d6dbf3292344fb4eda0e4849a": "ylecun/mnist"}
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _NOT_PRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
-def model_card(facts: Facts) -> str:
+def check_license(license: str | None) -> None:
+    """Raise `UsageError` unless `license` is None or of the form of the hub's identifiers, as apache-2.0."""
+    if license is not None and not (isinstance(license, str) and _LICENSE.fullmatch(license)):
+        raise UsageError(
+            f"license must be an identifier of the Hugging Face hub, as apache-2.0, mit or other; got {license!r:.100}"
+        )
+
+
+def model_card(facts: Facts, license: str | None = None) -> str:
     """Return the model card of a model in a `DDPMPipeline` directory, as Markdown with YAML front matter.
 
-    A license is not stated, because it is not known, and of a path only the last part, as the rest is of one machine.
+    `license`: an identifier that `check_license` takes. Default: none is stated, because none is known. Of a path only
+    the last part is told, as the rest is of one machine.
     """
     if facts.data is not None:
         data = dataclasses.replace(facts.data, name=PurePath(facts.data.name).name or facts.data.name)
         facts = dataclasses.replace(facts, data=data)
     title = facts.preset.name if facts.data is None else facts.data.name
+    missing = "<!-- Before you publish this, state a license in the lines above, as in license: apache-2.0 -->"
     parts = [
-        _front_matter(facts),
-        "<!-- Before you publish this, state a license in the lines above, as in license: apache-2.0 -->",
+        _front_matter(facts, license),
+        *([missing] if license is None else []),
         f"# DDPM of {markdown(title)}",
         markdown(facts.sentence),
         _table(("", ""), facts.rows()),
@@ -61,7 +73,7 @@ def _escape(match: re.Match[str]) -> str:
     return "\\uFFFD" if 0xD800 <= code < 0xE000 else f"\\u{code:04X}"  # half of a character has no meaning alone
 
 
-def _front_matter(facts: Facts) -> str:
+def _front_matter(facts: Facts, license: str | None) -> str:
     tags = ["ddpm", "diffusion", "fastddpm", "pytorch"]
     if facts.preset.unet.num_classes:
         tags.append("class-conditional")
@@ -70,6 +82,8 @@ def _front_matter(facts: Facts) -> str:
         "pipeline_tag": "unconditional-image-generation",
         "tags": tags,
     }
+    if license is not None:
+        fields["license"] = license
     if facts.data is not None and (name := _hub_name(facts.data)) is not None:
         fields["datasets"] = [name]
     results = [_result(score) for score in facts.scores if score.value is not None and math.isfinite(score.value)]
@@ -113,6 +127,8 @@ def _fastddpm_code(facts: Facts) -> str:
         options.append(f'method="{sample.method}"' + (f", eta={sample.eta:g}" if sample.method == "ddim" else ""))
     if sample.spacing != "even":
         options.append(f'spacing="{sample.spacing}"')
+        if offset := sample.spacing_options()["steps_offset"]:
+            options.append(f"steps_offset={offset}")
     if sample.guidance != 1:
         options.append(f"guidance={sample.guidance:g}")
         if sample.guidance_interval is not None:
@@ -121,6 +137,8 @@ def _fastddpm_code(facts: Facts) -> str:
             options.append(f"guidance_rescale={sample.guidance_rescale:g}")
     if sample.dynamic_threshold is not None:
         options.append(f"dynamic_threshold={sample.dynamic_threshold:g}")
+        if sample.dynamic_threshold_max is not None:
+            options.append(f"dynamic_threshold_max={sample.dynamic_threshold_max:g}")
     labels = ", labels=[0] * 4" if facts.preset.unet.num_classes else ""
     return _python(
         "import fastddpm",

@@ -13,7 +13,8 @@ shorter chain's timesteps; with fastddpm.json beside it, that tells the latter t
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fastddpm.storage.reading import check_size, open_regular, readable
 from fastddpm.storage.tensors import parse_tensors
 from fastddpm.unet import network_with
 
-from .card import model_card
+from .card import check_license, model_card
 from .diffusers_config import check_agreement, cosines_first, read_unet, write_unet
 from .diffusers_fields import VERSION
 from .diffusers_names import family, renewed, theirs
@@ -45,7 +46,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 OUR_FILE = "fastddpm.json"
 CARD = "README.md"
 STEM = WEIGHTS.removesuffix(".safetensors")
-VARIANTS = ("", ".fp16")  # in the order of preference
+_VARIANTS = ("", ".fp16")  # in the order of preference
 _MOST_SHARDS = 1000
 _PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 
@@ -126,14 +127,15 @@ def _diffusion(config: DiffusionConfig, root: Path) -> Diffusion:
         raise DataError(f"{root}: {error}") from error
 
 
-def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False, license: str | None = None) -> None:
     """Write `model` as a `DDPMPipeline` directory, atomically.
 
-    Raises `UsageError` if diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
-    learned), or if `path` is not empty, unless it is a pipeline and `overwrite` is true. Raises `StorageError` if it
-    cannot be written.
+    `license`: what the card states, as apache-2.0. Default: none is stated. Raises `UsageError` for one of another
+    form, if diffusers cannot express the process (prediction xprev, schedules const and jsd, variance learned), or if
+    `path` is not empty, unless it is a pipeline and `overwrite` is true. Raises `StorageError` if it cannot be written.
     """
     target = Path(path)
+    check_license(license)
     documents = {
         "model_index.json": {
             "_class_name": "DDPMPipeline",
@@ -154,19 +156,19 @@ def save(model: Parts, path: str | os.PathLike[str], *, overwrite: bool = False)
             )
     try:
         with whole_directory(target) as directory:
-            _write_all(model, documents, directory)
+            _write_all(model, documents, directory, license)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
 
 
-def _write_all(model: Parts, documents: dict[str, Any], directory: Path) -> None:
+def _write_all(model: Parts, documents: dict[str, Any], directory: Path, license: str | None) -> None:
     for name, document in documents.items():
         _write(directory / name, (json.dumps(document, indent=2) + "\n").encode())
     tensors = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in theirs(model.preset.unet, model.unet.state_dict()).items()
     }
-    _write(directory / CARD, model_card(_facts(model)).encode())
+    _write(directory / CARD, model_card(_facts(model), license).encode())
     _write(directory / "unet" / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
@@ -207,10 +209,10 @@ def _found(root: Path, folder: str, name: str) -> Path | None:
 def _tensors(root: Path, preset: Preset, unpickling: bool) -> tuple[dict[str, Tensor], Path]:
     """Return the tensors of a directory's weights by diffusers' names, and where they are from."""
     most = most_bytes(parameters_of(preset))
-    for folder in (root / "unet", root):
-        files = _files(folder)
-        if files:
-            return _read(files, most), files[0] if len(files) == 1 else folder
+    present = [path.relative_to(root).as_posix() for path in (*root.glob("unet/*"), *root.iterdir()) if path.is_file()]
+    files = [root / name for name in weights_among(present, root.joinpath, str(root))]
+    if files:
+        return _read(files, most), files[0] if len(files) == 1 else files[0].parent
     pickled = [p for p in (*root.glob("unet/*.bin"), *root.glob("*.bin"), *root.glob("*.ckpt")) if p.is_file()]
     if not pickled:
         raise DataError(f"{root} lacks unet/{WEIGHTS} (or {WEIGHTS} in the directory itself)")
@@ -224,33 +226,35 @@ def _tensors(root: Path, preset: Preset, unpickling: bool) -> tuple[dict[str, Te
     return dict(unpickle.read(pickled[0]).tensors), pickled[0]
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the files of the weights in `folder`, one or several shards; none if there are none.
+def weights_among(names: Collection[str], read_index: Callable[[str], Path], where: str) -> list[str]:
+    """Return which of `names`, the files of a directory, hold the weights: one or several shards; [] if none do.
 
-    Full precision is preferred to variants, of which only fp16 is known.
+    `names`: relative, with "/". `read_index`: the path of an index of shards, by its name. `where`: the directory, for
+    messages. Full precision is preferred to variants, of which only fp16 is known. Raises `DataError` for another
+    variant alone, and for an index that is damaged or whose shards are not there.
     """
-    for variant in VARIANTS:
-        whole, index = (folder / name for name in names_of_weights(variant))
-        if whole.is_file():
-            return [whole]
-        if index.is_file():
-            return shards(index)
-    others = sorted(folder.glob(f"{STEM}.*.safetensors"))
-    if others:
-        raise DataError(
-            f"{folder} holds weights of the variant {others[0].name.split('.')[1]!r:.50} only; rename the file to "
-            f"{WEIGHTS} if they are what you want"
-        )
+    for prefix in ("unet/", ""):
+        for variant in _VARIANTS:
+            whole, index = f"{prefix}{STEM}{variant}.safetensors", f"{prefix}{STEM}.safetensors.index{variant}.json"
+            if whole in names:
+                return [whole]
+            if index in names:
+                found = [prefix + name for name in _shards(read_index(index))]
+                lacking = [name for name in found if name not in names]
+                if lacking:
+                    raise DataError(f"{where} lacks {lacking[0]:.200}, which {index} names")
+                return found
+        others = sorted(name for name in names if re.fullmatch(rf"{prefix}{STEM}\.[^/]+\.safetensors", name))
+        if others:
+            raise DataError(
+                f"{where} holds weights of the variant {others[0].split('.')[1]!r:.50} only; rename "
+                f"{others[0]:.200} to {WEIGHTS} if they are what you want"
+            )
     return []
 
 
-def names_of_weights(variant: str) -> tuple[str, str]:
-    """Return the names of a file with all weights of a `variant` of `VARIANTS`, and of the index of several."""
-    return f"{STEM}{variant}.safetensors", f"{STEM}.safetensors.index{variant}.json"
-
-
-def shards(index: Path) -> list[Path]:
-    """Return the files that an index names, which lie beside it. Raises `DataError`."""
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index names, which lie beside it. Raises `DataError`."""
     data = read_json(index)
     names = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -262,19 +266,16 @@ def shards(index: Path) -> list[Path]:
             f"{index}: weight_map must name 1 to {_MOST_SHARDS} .safetensors files beside it; got "
             f"{strange[0] if strange else len(files)!r:.100}"
         )
-    return [index.with_name(name) for name in files]
+    return files
 
 
 def _read(files: Sequence[Path], most: int) -> dict[str, Tensor]:
     """Return the tensors of files that have at most `most` bytes together."""
     tensors: dict[str, Tensor] = {}
     for path in files:
-        try:
-            with readable(path), open_regular(path) as file:
-                most -= check_size(file, most)
-                found = parse_tensors(file.read(), path)
-        except FileNotFoundError as error:
-            raise DataError(f"{path.parent} lacks {path.name}, which its index names") from error
+        with readable(path), open_regular(path) as file:
+            most -= check_size(file, most)
+            found = parse_tensors(file.read(), path)
         twice = next((name for name in found if name in tensors), None)
         if twice is not None:
             raise DataError(f"{path} holds {twice:.100}, which another file holds as well")

@@ -1,7 +1,7 @@
 """Fields of diffusers' configurations: read with their defaults, checked, and named in errors."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,23 @@ VERSION = "0.42.1"  # the version of diffusers that the fields and defaults are 
 
 @dataclass(frozen=True)
 class Needed:
-    """A field that must have one of `values`. `default`: the value that diffusers assumes if the field is missing."""
+    """A field that must have one of `values`. `default`: the value that diffusers assumes if the field is missing.
+
+    `why`: the reason, for a message, where it is not plain.
+    """
 
     default: Any
     values: tuple[Any, ...]
+    why: str = ""
 
 
 def fields_of(
-    data: Any, needed: Mapping[str, Needed], read: Mapping[str, Any], where: str, *, others: bool = False
+    data: Any, needed: Mapping[str, Needed], read: Mapping[str, Any], where: str, *, own: Collection[str] = ()
 ) -> dict[str, Any]:
     """Return the values of the fields `read`, by default those of `read`.
 
     Raises `DataError`, naming each of the fields `needed` that has another value. Warns of fields that are in neither,
-    unless `others` is true.
+    nor in `own`, whose values do not matter.
     """
     if not isinstance(data, dict):
         raise DataError(f"{where} must be a JSON object; got {type(data).__name__}")
@@ -35,11 +39,12 @@ def fields_of(
             value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in need.values
         ):
             came = repr(value) if name in data else f"nothing, for which diffusers assumes {value!r}"
-            refused.append(f"{name} must be {' or '.join(map(repr, need.values))}; got {came}")
+            why = need.why and f", {need.why}"
+            refused.append(f"{name} must be {' or '.join(map(repr, need.values))}{why}; got {came}")
     if refused:
         raise DataError(f"{where} describes a network or process that fastddpm does not support: {'; '.join(refused)}")
-    unknown = [name for name in data if name not in needed and name not in read and not name.startswith("_")]
-    if unknown and not others:
+    unknown = [name for name in data if not (name in needed or name in read or name in own or name.startswith("_"))]
+    if unknown:
         warnings.warn(f"{where}: unknown fields are ignored: {', '.join(unknown)}", stacklevel=5)
     return {name: data.get(name, default) for name, default in read.items()}
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastddpm.config import Preset, UNetConfig
+from fastddpm.config import DiffusionConfig, Preset, UNetConfig
 from fastddpm.errors import DataError
 from fastddpm.presets import PRESETS
 from fastddpm.runtime.image_size import size_text
@@ -110,7 +110,11 @@ class Facts:
             guidance += f", rescaled by {sample.guidance_rescale:g}"
         if sample.dynamic_threshold is not None:
             guidance += f", dynamic threshold {sample.dynamic_threshold:g}"
+            if sample.dynamic_threshold_max is not None:
+                guidance += f" of at most {sample.dynamic_threshold_max:g}"
         spacing = f", spacing {sample.spacing}" if sample.spacing != "even" else ""
+        if spacing and (offset := sample.spacing_options()["steps_offset"]):
+            spacing += f" with offset {offset}"
         rows = [
             ("images", f"{size_text(unet.image_size, '×')}, {_channels(unet.image_channels)}{classes}{dropped}"),
             (
@@ -120,7 +124,7 @@ class Facts:
             ),
             (
                 "process",
-                f"T = {diffusion.timesteps:,}, {diffusion.schedule} schedule; predicts "
+                f"T = {diffusion.timesteps:,}, {_schedule_text(diffusion)}; predicts "
                 f"{_PREDICTIONS[diffusion.prediction]}; variance {_VARIANCES[diffusion.variance]}; "
                 f"loss {_LOSSES[diffusion.loss]}",
             ),
@@ -166,6 +170,13 @@ def started_on(run: Path) -> TrainingSet | None:
         return None
     last = sessions[-1] if isinstance(sessions, list) and sessions else None
     return TrainingSet.of(last.get("data")) if isinstance(last, dict) else None
+
+
+def _schedule_text(diffusion: DiffusionConfig) -> str:
+    """Name the schedule, as in "linear schedule"."""
+    if diffusion.betas is not None:
+        return f"betas given one by one, from {diffusion.betas[0]:g} to {diffusion.betas[-1]:g}"
+    return f"{diffusion.schedule} schedule"
 
 
 def _channels(channels: int) -> str:

@@ -59,32 +59,26 @@ def fetch(source: str, *, weights: bool = True) -> Path:
     packed = [name for name in names if _PACKED.fullmatch(name) and not name.startswith(diffusers.STEM)]
     if {"model_index.json", "unet/config.json"}.isdisjoint(documents):
         if len(packed) != 1:
-            pickled = next((name for name in names if name.endswith((".bin", ".ckpt", ".pt"))), None)
             raise DataError(
-                f"{source} holds neither a diffusers pipeline nor one packed .safetensors file"
-                + ("" if pickled is None else f"; {pickled} is a pickle, which can run code, and is not read")
+                f"{source} holds neither a diffusers pipeline nor one packed .safetensors file{_pickled(names)}"
             )
         return repository.get(packed[0], _MOST_PACKED_BYTES)
     paths = {name: repository.get(name, MAX_JSON_BYTES) for name in documents}
     root = paths[documents[0]].parents[documents[0].count("/")]
     if weights:
         left = diffusers.most_bytes(parameters_of(diffusers.read_preset(root)))
-        for name in _weights(repository, names):
+        files = diffusers.weights_among(names, lambda index: repository.get(index, MAX_JSON_BYTES), source)
+        if not files and (pickled := _pickled(names)):
+            raise DataError(f"{source} holds no .safetensors of its weights{pickled}")
+        for name in files:
             left -= repository.get(name, left).stat().st_size
     return root
 
 
-def _weights(repository: "_Repository", names: Collection[str]) -> list[str]:
-    """Return the files of a pipeline's weights, which `diffusers.load` reads; none if it finds none."""
-    for prefix in ("unet/", ""):
-        for variant in diffusers.VARIANTS:
-            whole, index = (prefix + name for name in diffusers.names_of_weights(variant))
-            if whole in names:
-                return [whole]
-            if index in names:
-                files = diffusers.shards(repository.get(index, MAX_JSON_BYTES))
-                return [prefix + file.name for file in files if prefix + file.name in names]
-    return []
+def _pickled(names: Collection[str]) -> str:
+    """Return words on the first of `names` that is a pickle, for a message; none if there is none."""
+    name = next((name for name in names if name.endswith((".bin", ".ckpt", ".pt"))), None)
+    return "" if name is None else f"; {name} is a pickle, which can run code, and is not read"
 
 
 def push(directory: Path, name: str, *, private: bool | None, revision: str | None, message: str) -> str:

@@ -53,15 +53,18 @@ class Model(Parts):
         parts: Parts = reader.load(source)
         return cls(**vars(parts) | {"unet": parts.unet.to(device)})
 
-    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def save_pretrained(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, license: str | None = None
+    ) -> None:
         """Write the model as a `DDPMPipeline` directory of diffusers, atomically, with a model card, README.md.
 
         The card names what is known: configuration, data, steps, and the scores of these weights in the run directory.
+        `license`: the hub's identifier of the license that the card states, as apache-2.0. Default: none is stated.
         Raises `UsageError` if diffusers cannot express the process (prediction xprev, schedules const and jsd, variance
-        learned), or if `path` is not empty, unless it is a pipeline and `overwrite` is true. Raises `StorageError` if
-        it cannot be written.
+        learned), for a license of another form, or if `path` is not empty, unless it is a pipeline and `overwrite` is
+        true. Raises `StorageError` if it cannot be written.
         """
-        diffusers.save(self, path, overwrite=overwrite)
+        diffusers.save(self, path, overwrite=overwrite, license=license)
 
     def push_to_hub(
         self,
@@ -70,12 +73,13 @@ class Model(Parts):
         private: bool | None = None,
         revision: str | None = None,
         message: str = "A model of fastddpm",
+        license: str | None = None,
     ) -> str:
         """Upload what `save_pretrained` writes as the model `name`, USER/NAME, of the Hugging Face hub.
 
         The model is made there if it is new, for all to see unless `private` is true. Default: as the owner's settings
         there say. `revision`: the branch to write. Default: main. `message`: of the commit. Returns the address of the
-        commit. The card does not state a license: add it there.
+        commit. `license`: what the card states, as for `save_pretrained`.
 
         Raises as `save_pretrained` does, and `UsageError` without huggingface_hub (pip install 'fastddpm[hub]'), or if
         the hub refuses it, as it does without a login.
@@ -84,7 +88,7 @@ class Model(Parts):
 
         check_hub_name(f"{HUB}{name}")
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(Path(directory) / "model")
+            self.save_pretrained(Path(directory) / "model", license=license)
             return hub.push(Path(directory) / "model", name, private=private, revision=revision, message=message)
 
 

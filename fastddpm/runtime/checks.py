@@ -1,5 +1,6 @@
 """Checks of values that configurations and calls share: each names what came and what is expected. Imports no torch."""
 
+import math
 import numbers
 import operator
 import typing
@@ -9,6 +10,7 @@ from typing import Any
 from fastddpm.errors import UsageError, refuse
 
 SIGMA_REL = (0.001, 0.28)  # lengths of power-function averages; 1 / sqrt(12) = 0.2887 is the mean of all steps
+MOST_BETAS = 10_000  # given one by one: more would make every document of a run that large
 MAX_GUIDANCE = 1e6  # far above any useful scale, far below an overflow of float32
 
 
@@ -45,12 +47,13 @@ def guidance_problems(
     interval: Any,
     rescale: Any,
     threshold: Any,
+    threshold_max: Any = None,
     *,
     timesteps: int | None = None,
     prediction: str = "eps",
     method: str = "ddim",
 ) -> Iterator[str]:
-    """Yield what is wrong with the interval, the rescaling and the dynamic threshold of guidance.
+    """Yield what is wrong with the interval and the rescaling of guidance, the dynamic threshold and its largest value.
 
     `timesteps`, T, `prediction` and `method`: what they shall be used with. Default: only their own ranges are checked.
     """
@@ -65,6 +68,9 @@ def guidance_problems(
         yield f"guidance_rescale must be in [0, 1]; got {rescale!r:.100}"
     if threshold is not None and (not isinstance(threshold, numbers.Real) or not 0 < float(threshold) < 1):
         yield f"dynamic_threshold must be in (0, 1); got {threshold!r:.100}"
+    limited = threshold_max is not None
+    if limited and (not isinstance(threshold_max, numbers.Real) or not 1 <= float(threshold_max) < math.inf):
+        yield f"dynamic_threshold_max must be 1 or more, and finite; got {threshold_max!r:.100}"
     if prediction == "xprev":
         if rescale:
             yield "guidance_rescale is for networks that predict eps, x0 or v; this one predicts xprev"
@@ -73,6 +79,18 @@ def guidance_problems(
                 "dynamic_threshold is of the x_0 prediction, which ancestral steps do not use if the network predicts "
                 "xprev; take another method"
             )
+
+
+def beta_problems(betas: tuple[float, ...], timesteps: int) -> Iterator[str]:
+    """Yield what is wrong with the betas that stand in place of a schedule of `timesteps`."""
+    if len(betas) != timesteps:
+        yield f"betas must be one for each of {timesteps} timesteps; got {len(betas)}"
+    elif timesteps > MOST_BETAS:
+        yield f"betas are given for up to {MOST_BETAS:,} timesteps; got {timesteps:,}"
+    # 1 - beta must be below 1, and above 0 but for the last: otherwise x_t has no noise, or no signal from there on.
+    wrong = [beta for i, beta in enumerate(betas) if not (0 < 1 - beta < 1 or (beta == 1 and i == len(betas) - 1))]
+    if wrong:
+        yield f"betas must be in (0, 1), the last may be 1; got {wrong[0]}"
 
 
 def snapshot_problems(every: int, lengths: tuple[float, ...]) -> Iterator[str]:

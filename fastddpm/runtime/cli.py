@@ -141,7 +141,13 @@ def parse(
     if default is not None:
         options["default"] = default
     with all_problems():
-        return tyro.cli(command, args=list(arguments), **options)
+        return tyro.cli(command, args=[f"./{word}" if _is_dashed_path(word) else word for word in arguments], **options)
+
+
+def _is_dashed_path(word: str) -> bool:
+    """Return whether an argument is the path of something here that begins with one dash, as no option does but -h."""
+    dashed = word.startswith("-") and not word.startswith("--") and word not in ("-", "-h")
+    return dashed and not word[1:].replace(".", "").isdigit() and os.path.lexists(word)
 
 
 def _print_help(

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -137,6 +138,26 @@ def parse_numbers(text: str, option: str) -> list[int]:
             raise UsageError(f"--{option}: more than {MAX_NUMBERS:,} numbers; divide them among several calls")
         numbers += range(low, high + 1)
     return numbers
+
+
+def one_or_each(labels: Sequence[int], count: int, of: str) -> list[int]:
+    """Return a class for each of `count` seeds or images, `of` which name: `labels`, or the only one of them for all.
+
+    Raises `UsageError` for another number of labels.
+    """
+    if len(labels) not in (1, count):
+        raise UsageError(
+            f"--labels gives {len(labels)} classes for {count} {of}s; give one for each {of}, or one for all"
+        )
+    return [*labels] * count if len(labels) == 1 else [*labels]
+
+
+def quoted(text: str) -> str:
+    """Return a word as a shell takes it; one with bytes that are no text, or control characters, as $'..' (bash)."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = re.sub(rb"[^A-Za-z0-9./_:@=+,-]", lambda found: b"\\x%02x" % found[0][0], os.fsencode(text))
+    return f"$'{escaped.decode('ascii')}'"
 
 
 def parse_names(text: str, known: Sequence[str], option: str) -> list[str]:

@@ -34,8 +34,9 @@ class Guidance:
     `scale`: of classifier-free guidance, w in u + w (c - u) for the prediction c with the label and u without (Ho and
     Salimans 2022); 1 means none. `interval`: (low, high), the first and last timestep of 0..T-1 with this guidance
     (Kynkäänniemi et al. 2024); at others the prediction is c. Default: all. `rescale`: phi in [0, 1] of `combine`.
-    `dynamic_threshold`: p in (0, 1) of `thresholded`. Default: x_0 is clipped. `cond_fn`: classifier guidance,
-    `Correction`. Raises `UsageError` for values out of range, except the scale's (`check_chain`).
+    `dynamic_threshold`: p in (0, 1) of `thresholded`. Default: x_0 is clipped. `dynamic_threshold_max`: its largest s.
+    Default: none. `cond_fn`: classifier guidance, `Correction`. Raises `UsageError` for values out of range, except the
+    scale's (`check_chain`).
     """
 
     scale: float = 1.0
@@ -43,9 +44,10 @@ class Guidance:
     rescale: float = 0.0
     dynamic_threshold: float | None = None
     cond_fn: CondFn | None = None
+    dynamic_threshold_max: float | None = None
 
     def __post_init__(self) -> None:
-        refuse(guidance_problems(self.interval, self.rescale, self.dynamic_threshold))
+        refuse(guidance_problems(self.interval, self.rescale, self.dynamic_threshold, self.dynamic_threshold_max))
         if self.cond_fn is not None and not callable(self.cond_fn):
             raise UsageError(f"cond_fn must be a function of (x, t, label); got {self.cond_fn!r:.100}")
 
@@ -106,6 +108,8 @@ class Guidance:
             found["guidance_rescale"] = float(self.rescale)
         if self.dynamic_threshold is not None:
             found["dynamic_threshold"] = float(self.dynamic_threshold)
+            if self.dynamic_threshold_max is not None:
+                found["dynamic_threshold_max"] = float(self.dynamic_threshold_max)
         if isinstance(self.cond_fn, ClassifierGuidance):
             found |= self.cond_fn.settings()
         elif self.cond_fn is not None:
@@ -178,7 +182,7 @@ class Correction:
         if gradient is not None and not self.ancestral:
             x0 = x0 + from_gradient * gradient
         if threshold is not None:
-            x0 = thresholded(x0, threshold)
+            x0 = thresholded(x0, threshold, self.guidance.dynamic_threshold_max)
         return torch.cat([x0, log_variance], dim=1), shift
 
 
@@ -203,17 +207,18 @@ def gradient_of(cond_fn: CondFn, x: Tensor, t: Tensor, label: Tensor | None) -> 
     return gradient
 
 
-def thresholded(x0: Tensor, fraction: float) -> Tensor:
+def thresholded(x0: Tensor, fraction: float, largest_s: float | None = None) -> Tensor:
     """Return x_0 predictions, float32 (N, C, H, W), clipped to [-s, s] and divided by s: Saharia et al. 2022, 2.3.
 
-    s is 1 or, if larger, the quantile `fraction`, in (0, 1), of the image's |x_0|, interpolated linearly.
+    s is 1 or, if larger, the quantile `fraction`, in (0, 1), of the image's |x_0|, interpolated linearly; it is at most
+    `largest_s`, 1 or more. Default: no limit.
     """
     magnitudes = x0.abs().flatten(1)
     place = fraction * (magnitudes.shape[1] - 1)
     # The quantile lies between the two smallest of these. torch.quantile sorts all, and takes 2^24 values at most.
     largest = magnitudes.topk(magnitudes.shape[1] - math.floor(place), dim=1).values
     below, above = largest[:, -1], largest[:, max(largest.shape[1] - 2, 0)]
-    s = torch.lerp(below, above, place % 1).clamp(min=1).reshape(-1, 1, 1, 1)
+    s = torch.lerp(below, above, place % 1).clamp(min=1, max=largest_s).reshape(-1, 1, 1, 1)
     return torch.maximum(torch.minimum(x0, s), -s) / s
 
 

@@ -20,7 +20,8 @@ from fastddpm.ops.noise import NoiseKey
 
 from .chain import ReverseChain
 from .images import to_uint8
-from .sampler import Sampler, image_seeds
+from .sampler import Sampler
+from .seeds import image_seeds
 from .trajectories import Progress, evaluations, parts
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 from fastddpm.config import EngineConfig, Method, SampleConfig, Spacing
-from fastddpm.errors import refuse
+from fastddpm.errors import all_problems, problem, refuse
 from fastddpm.runtime.checks import MAX_GUIDANCE
 from fastddpm.runtime.progress import announced, log
 
@@ -37,6 +37,8 @@ class StepOptions:
     leading, trailing as in diffusers. Default: the run's."""
     eta: float | None = None
     """Noise of DDIM, from 0 (none, deterministic) to 1 (as much as ancestral sampling). Default: the run's."""
+    steps_offset: int | None = None
+    """Added to each timestep of spacing leading, as in diffusers. Default: the run's."""
     guidance: float | None = None
     """Scale of classifier-free guidance; 1 means none. Default: the run's."""
     guidance_interval: tuple[int, int] | None = None
@@ -48,6 +50,8 @@ class StepOptions:
     dynamic_threshold: float | None = None
     """Dynamic thresholding of x_0 predictions: clip them to [-s, s] and divide by s, where s is this quantile, in
     (0, 1), of the image's |x_0|, at least 1. 0: none, clip to [-1, 1]. Default: the run's."""
+    dynamic_threshold_max: float | None = None
+    """Largest s of dynamic thresholding, 1 or more. Default: the run's, or none with --dynamic-threshold."""
     clip_x0: Literal["on", "off"] | None = None
     """Clip x_0 predictions to [-1, 1]. Default: the model's."""
 
@@ -59,8 +63,9 @@ class StepOptions:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if given.get("method") == "auto":  # resolved once the number of timesteps is known
             del given["method"]
-        if given.get("dynamic_threshold") == 0:
-            given["dynamic_threshold"] = None
+        if "dynamic_threshold" in given:
+            given["dynamic_threshold"] = given["dynamic_threshold"] or None
+            given.setdefault("dynamic_threshold_max", None)  # a run's is of its threshold
         if given.get("method", "ddim") != "ddim":
             given.setdefault("eta", 0.0)  # a run's eta is of its ddim
         return given
@@ -99,10 +104,14 @@ class StepOptions:
             warnings.simplefilter("always")
             sampler = Sampler(
                 model.unet, diffusion, config.steps, config.method, config.eta,
-                spacing=config.spacing, **config.guidance_options(), **options,
+                **config.spacing_options(), **config.guidance_options(), **options,
             )  # fmt: skip
         for warning in said:
             report(f"note: {warning.message}")
+        if self.steps_offset and config.spacing != "leading":
+            report("note: --steps-offset is without effect; it is of --spacing leading")
+        if self.dynamic_threshold_max is not None and config.dynamic_threshold is None:
+            report("note: --dynamic-threshold-max is without effect; add --dynamic-threshold 0.995")
         if config.guidance == 1:
             given = {"--guidance-interval": self.guidance_interval, "--guidance-rescale": self.guidance_rescale}
             idle = [name for name, value in given.items() if value]
@@ -161,16 +170,24 @@ class ChainOptions(StepOptions):
         report: Callable[[str], None] = log,
         *,
         multistep: bool = True,
+        check: "Callable[[Model], None] | None" = None,
     ) -> "tuple[Model, Sampler, int]":
         """Load the model at `checkpoint` onto `device`; return it, its sampler and the batch size.
 
         `batch`: images evaluated at once. None: as many as memory holds, at most 512 on a GPU and 64 on a CPU.
-        `report` gets notes on the options. `multistep`: of `sampler`.
+        `report` gets notes on the options. `multistep`: of `sampler`. `check`: raises `UsageError` for other options
+        that do not fit the model, which are refused together with those of the chain.
         """
         from fastddpm.pretrained import load
 
         from . import batch_size
 
         model = load(checkpoint, device)
-        sampler = self.sampler(model, report, multistep=multistep)
+        sampler: Sampler | None = None
+        with all_problems():
+            with problem():
+                sampler = self.sampler(model, report, multistep=multistep)
+            if check is not None:
+                check(model)
+        assert sampler is not None  # otherwise the block has raised
         return model, sampler, batch or batch_size.choose(sampler.probe, model.unet.config, device)

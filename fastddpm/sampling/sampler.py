@@ -1,6 +1,5 @@
 """The sampler: ancestral sampling (Algorithm 2 of the paper), DDIM and DPM-Solver++."""
 
-import dataclasses
 import functools
 import hashlib
 import numbers
@@ -17,35 +16,18 @@ from torch import Tensor, nn
 from fastddpm.config import EngineConfig, Method
 from fastddpm.diffusion import Diffusion
 from fastddpm.errors import UsageError
-from fastddpm.runtime.checks import check_chain, check_seed, integer
+from fastddpm.runtime.checks import check_chain, check_seed
 from fastddpm.runtime.network import checksum, device_of, evaluate, interface_of, precision_of_weights
+from fastddpm.storage.documents import to_dict
 
 from .chain import ChainTables, ReverseChain, StartState
 from .cuda_graph import padded
 from .engine import Network, is_current, precision_of, prepare
 from .guidance import CondFn, Guidance
 from .isolation import evaluating, isolated
+from .seeds import image_labels, image_seeds
 from .spacing import choose_timesteps
 from .step_table import MULTISTEP, first_order, of_x0, step_table
-
-MAX_IMAGE = 2**32 - 1
-
-
-def image_seeds(seeds: Sequence[int]) -> list[int]:
-    """Return `seeds` as a list of image numbers, each a 32-bit word of the Philox counter.
-
-    Raises `UsageError` for anything but one or more integers in 0..2^32-1.
-    """
-    if isinstance(seeds, int):
-        raise UsageError(f"seeds must be a sequence, such as range({max(seeds, 1)}) or [{seeds}]; got {seeds}")
-    values = [integer(seed, "an image's seed") for seed in seeds]
-    if not values:
-        raise UsageError("at least one seed is needed")
-    wrong = [seed for seed in values if not 0 <= seed <= MAX_IMAGE]
-    if wrong:
-        raise UsageError(f"image seeds must be in 0..{MAX_IMAGE}; got {wrong[0]}")
-    return values
-
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
@@ -72,14 +54,15 @@ class Sampler:
     `network`: a `UNet`, or any module that follows the protocol in runtime/network.py. `shape`, (C, H, W), and
     `num_classes` are needed for a network that does not have them as attributes.
     `steps`: number of reverse steps, 1..T, spread over the timesteps as `spacing` says (`spaced_timesteps`): "even",
-    both ends included, "logsnr", "karras", "linspace", "leading" or "trailing". Default: all T. `timesteps`: the
-    timesteps themselves, descending, instead of `steps`. `method`: "ancestral"; "ddim" with `eta` in [0, 1]; "dpm2m" or
-    "dpm2m-sde", DPM-Solver++(2M) without and with noise. `guidance`: scale of classifier-free guidance, 0 or more; 1
-    means none. A learned variance is not scaled. `guidance_interval`, `guidance_rescale`, `dynamic_threshold` and
-    `cond_fn`: those of `Guidance`; outside the interval, and with guidance 1, the network is evaluated once. With
-    `cond_fn` no CUDA graph is captured, because it may do anything. `seed`: 64-bit key of the noise of all images of
-    this sampler, -2^63..2^63-1. `engine`: how the network is evaluated. Default: `EngineConfig()`. Raises `UsageError`
-    for values outside these ranges, and for a network that cannot be called as the protocol says.
+    both ends included, "logsnr", "karras", "linspace", "leading", with `steps_offset`, or "trailing". Default: all T.
+    `timesteps`: the timesteps themselves, descending, instead of `steps`. `method`: "ancestral"; "ddim" with `eta` in
+    [0, 1]; "dpm2m" or "dpm2m-sde", DPM-Solver++(2M) without and with noise. `guidance`: scale of classifier-free
+    guidance, 0 or more; 1 means none. A learned variance is not scaled. `guidance_interval`, `guidance_rescale`,
+    `dynamic_threshold`, `dynamic_threshold_max` and `cond_fn`: those of `Guidance`; outside the interval, and with
+    guidance 1, the network is evaluated once. With `cond_fn` no CUDA graph is captured, because it may do anything.
+    `seed`: 64-bit key of the noise of all images of this sampler, -2^63..2^63-1. `engine`: how the network is
+    evaluated. Default: `EngineConfig()`. Raises `UsageError` for values outside these ranges, and for a network that
+    cannot be called as the protocol says.
     """
 
     def __init__(
@@ -91,10 +74,12 @@ class Sampler:
         eta: float = 0.0,
         *,
         spacing: str = "even",
+        steps_offset: int = 0,
         guidance: float = 1.0,
         guidance_interval: tuple[int, int] | None = None,
         guidance_rescale: float = 0.0,
         dynamic_threshold: float | None = None,
+        dynamic_threshold_max: float | None = None,
         cond_fn: CondFn | None = None,
         seed: int = 0,
         timesteps: Sequence[int] | None = None,
@@ -111,8 +96,10 @@ class Sampler:
         check_seed(seed)
         self.network, self.diffusion, self.method, self.eta = network, diffusion, method, eta
         self.seed, self.engine = seed, engine or EngineConfig()
-        self.guide = Guidance(guidance, guidance_interval, guidance_rescale, dynamic_threshold, cond_fn)
-        self.timesteps = choose_timesteps(diffusion, method, steps, spacing, timesteps)
+        self.guide = Guidance(
+            guidance, guidance_interval, guidance_rescale, dynamic_threshold, cond_fn, dynamic_threshold_max
+        )
+        self.timesteps = choose_timesteps(diffusion, method, steps, spacing, timesteps, steps_offset)
         self.guide.check(diffusion, self.timesteps, method, self.interface.shape)
         self.multistep = method in MULTISTEP
         self.table = np.stack(step_table(diffusion, self.timesteps, method, eta), axis=1)
@@ -204,7 +191,8 @@ class Sampler:
         return Sampler(
             self.network, self.diffusion, None, self.method, self.eta,
             guidance=guidance, guidance_interval=self.guide.interval, guidance_rescale=self.guide.rescale,
-            dynamic_threshold=self.guide.dynamic_threshold, cond_fn=self.guide.cond_fn, seed=self.seed,
+            dynamic_threshold=self.guide.dynamic_threshold, dynamic_threshold_max=self.guide.dynamic_threshold_max,
+            cond_fn=self.guide.cond_fn, seed=self.seed,
             timesteps=self.timesteps.tolist(), engine=self.engine, shape=self.interface.shape,
             num_classes=self.interface.num_classes,
         )  # fmt: skip
@@ -312,7 +300,7 @@ class Sampler:
         return {
             "network": checksum(self.network),
             "timesteps": hashlib.sha256(self.timesteps.tobytes()).hexdigest(),
-            "diffusion": dataclasses.asdict(self.diffusion.config),
+            "diffusion": to_dict(self.diffusion.config),
             "method": self.method,
             "coefficients": hashlib.sha256(table.tobytes()).hexdigest(),
             "steps": self.steps,
@@ -377,18 +365,10 @@ class Sampler:
         Those of the network, or if it has none, of the classifier. A `cond_fn` may have labels although the network has
         no classes. Raises `UsageError` for a wrong number of labels, and for one neither in range nor the null label.
         """
-        num_classes = self.interface.num_classes
-        if labels is None:
-            return [seed % of for seed in seeds] if (of := num_classes or self.guide.classes) else None
-        if not num_classes and self.guide.cond_fn is None:
-            raise UsageError("this network was trained without classes; leave labels out")
-        if len(labels) != len(seeds):
-            raise UsageError(f"one label for each seed: got {len(labels)} labels for {len(seeds)} seeds")
-        classes = [integer(label, "a label") for label in labels]
-        wrong = [label for label in classes if not 0 <= label < num_classes and label != self.interface.null_label]
-        if wrong and (num_classes or max(map(abs, wrong)) >= 2**63):
-            raise UsageError(f"labels must be in 0..{(num_classes or 2**63) - 1}; got {wrong[0]}")
-        return classes
+        return image_labels(
+            labels, seeds, self.interface,
+            classes=self.interface.num_classes or self.guide.classes, any_label=self.guide.cond_fn is not None,
+        )  # fmt: skip
 
 
 def _watched(first: int, steps: int, watch: Collection[int] | None) -> set[int]:

@@ -28,17 +28,23 @@ def method_for(steps: int, *, multistep: bool = True) -> tuple[Method, Spacing]:
 
 
 def choose_timesteps(
-    diffusion: Diffusion, method: str, steps: int | None, spacing: str, timesteps: Sequence[int] | None
+    diffusion: Diffusion,
+    method: str,
+    steps: int | None,
+    spacing: str,
+    timesteps: Sequence[int] | None,
+    steps_offset: int = 0,
 ) -> np.ndarray:
     """Return the timesteps of a chain, int64 (S,): `timesteps` if given, otherwise `steps` of them, by default all T.
 
     Raises `UsageError` unless `timesteps` are integers in 0..T-1, descending, and for what `spaced_timesteps` refuses.
     """
     if timesteps is None:
-        return spaced_timesteps(diffusion, method, diffusion.timesteps if steps is None else steps, spacing)
+        steps = diffusion.timesteps if steps is None else steps
+        return spaced_timesteps(diffusion, method, steps, spacing, steps_offset)
     if steps is not None:
         raise UsageError(f"give steps or timesteps, not both; got {steps} and {list(timesteps)}")
-    if spacing != "even":
+    if spacing != "even" or steps_offset:
         raise UsageError(f"give spacing or timesteps, not both; got {spacing} and {list(timesteps)}")
     given = np.asarray(timesteps)
     if given.size and given.dtype.kind not in "iu":
@@ -51,7 +57,7 @@ def choose_timesteps(
     return given
 
 
-def spaced_timesteps(diffusion: Diffusion, method: str, steps: int, spacing: str) -> np.ndarray:
+def spaced_timesteps(diffusion: Diffusion, method: str, steps: int, spacing: str, steps_offset: int = 0) -> np.ndarray:
     """Return the timesteps of a chain of `steps` steps, int64, descending, each in 0..T-1. T steps take all of them.
 
     `spacing` of N < T steps:
@@ -59,25 +65,33 @@ def spaced_timesteps(diffusion: Diffusion, method: str, steps: int, spacing: str
     logsnr: those nearest to an even spread of log(alpha_bar / (1 - alpha_bar)), both ends included.
     karras: those nearest to an even spread of sigma^(1/7), where sigma^2 = (1 - alpha_bar) / alpha_bar (equation 5 of
     Karras et al. 2022), both ends included.
-    linspace, leading, trailing: those of diffusers' scheduler of the same `method`, with a steps_offset of 0. For
-    ancestral and ddim these are linspace(0, T - 1, N); k (T // N); and T - 1 - k T / N; rounded, for k = 0..N-1. For
-    dpm2m and dpm2m-sde, linspace and leading are those of N + 1 steps without the last, 0.
+    linspace, leading, trailing: those of diffusers' scheduler of the same `method`. For ancestral and ddim these are
+    linspace(0, T - 1, N); k (T // N) + `steps_offset`; and T - 1 - k T / N; rounded, for k = 0..N-1. For dpm2m and
+    dpm2m-sde, linspace and leading are those of N + 1 steps without the last.
 
     Timesteps that come up twice are taken once, and a warning says how many are left. Raises `UsageError` for `steps`
-    outside 1..T, for an unknown spacing, and for one that would begin at timestep 0, where hardly any noise is left.
+    outside 1..T, for an unknown spacing, for one that would begin at timestep 0, where hardly any noise is left, and
+    unless `steps_offset` is 0, or with leading below the distance of two timesteps.
     """
     total = diffusion.timesteps
     timesteps = spread_timesteps(total, steps)
     if spacing not in typing.get_args(Spacing):
         raise UsageError(f"spacing must be one of {', '.join(typing.get_args(Spacing))}; got {spacing!r}")
+    if integer(steps_offset, "steps_offset") and spacing != "leading":
+        raise UsageError(f"steps_offset is of spacing leading, {spacing} has none; got {steps_offset}")
     if spacing == "even" or steps == total:
         return timesteps
     left_out = 1 if method in MULTISTEP else 0
     points = steps + left_out
+    if not 0 <= steps_offset < total // points:  # up to it the first timestep is below T, and the last one before 0
+        raise UsageError(
+            f"steps_offset must be in 0..{total // points - 1}, below the distance of the timesteps of {steps} steps; "
+            f"got {steps_offset}; take fewer steps, or another spacing"
+        )
     if spacing == "linspace":
         timesteps = np.linspace(0, total - 1, points).round()[left_out:]
     elif spacing == "leading":
-        timesteps = (np.arange(points) * (total // points))[left_out:]
+        timesteps = (np.arange(points) * (total // points))[left_out:] + steps_offset
     elif spacing == "trailing":
         timesteps = np.arange(total, 0, -total / steps)[:steps].round() - 1  # rounded as theirs: 48 of 1000 has a tie
     else:

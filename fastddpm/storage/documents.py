@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,23 @@ from fastddpm.errors import DataError, UsageError
 
 from .reading import read_bytes, readable
 
+# Metadata of a field that came after files had been written: while it has its default, documents and checksums are
+# without it, so that they are those of before.
+LATER = {"stored": "unless default"}
+
+
+def stored_fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of each field of a configuration dataclass that is stored."""
+    for f in dataclasses.fields(value):
+        own = getattr(value, f.name)
+        if f.metadata.get("stored") != LATER["stored"] or own != f.default:
+            yield f.name, own
+
 
 def to_dict(value: Any) -> Any:
-    """Return a configuration dataclass as plain dictionaries and lists, for JSON."""
+    """Return a configuration dataclass as plain dictionaries and lists, for JSON, without `LATER` defaults."""
     if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: to_dict(own) for name, own in stored_fields(value)}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -55,8 +68,17 @@ def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(a):
             lines += difference(a, b, f"{prefix}{f.name}.")
         elif a != b:
-            lines.append(f"{prefix}{f.name}: {a} -> {b}")
+            lines.append(f"{prefix}{f.name}: {shown(a)} -> {shown(b)}")
     return lines
+
+
+def shown(value: Any) -> str:
+    """Return a value as text; of a tuple of many numbers, only how many and the first."""
+    many = isinstance(value, tuple) and len(value) > _MOST_SHOWN
+    return f"{len(value):,} numbers from {value[0]}" if many else str(value)
+
+
+_MOST_SHOWN = 16  # items of a tuple
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:

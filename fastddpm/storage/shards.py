@@ -33,6 +33,11 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 _RANGES = re.compile(r"\d{1,19}(-\d{1,19})?(,\d{1,19}(-\d{1,19})?)*")
 _MAX_NUMBERS = 10_000_000
 _MAX_TEXT = 500_000  # characters of seeds or labels in the settings
+# What a checksum that differs alone means to a reader.
+_TOLD = {
+    "timesteps": "timesteps of another spacing (--spacing, --steps-offset)",
+    "coefficients": "coefficients of other steps (--eta, or the schedule)",
+}
 _SLACK = 2**16  # bytes for the headers of a shard's arrays
 
 
@@ -99,6 +104,8 @@ class Shards:
             # Checksums say little to a reader.
             named = [name for name in differing if not _DIGEST.fullmatch(str(found.get(name)))]
             name = (named or differing)[0]
+            if name in _TOLD:
+                raise UsageError(f"{self.directory} holds {self._holds} with {_TOLD[name]}; {self._otherwise}")
             raise UsageError(
                 f"{self.directory} holds {self._holds} with {name} {_short(found.get(name))}, not "
                 f"{_short(described.get(name))}; {self._otherwise}"

@@ -97,7 +97,7 @@ def draw_final_samples(
     if config.count == 0:
         return []
     sampler = Sampler(
-        network, diffusion, config.steps, config.method, config.eta, spacing=config.spacing,
+        network, diffusion, config.steps, config.method, config.eta, **config.spacing_options(),
         **guidance_of(network, preset),
     )  # fmt: skip
     seeds = group.share(config.count)

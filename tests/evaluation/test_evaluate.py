@@ -2,62 +2,31 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.evaluations import command, document, home, refused_before_anything_long, run
 from helpers.runs import trained
 from PIL import Image
 
 from fastddpm import evaluate
 from fastddpm.data import open_dataset
 from fastddpm.errors import DataError, UsageError
-from fastddpm.evaluation import quality, report
-from fastddpm.metrics import digits, open_network
+from fastddpm.evaluation import report
+from fastddpm.metrics import open_network
 from fastddpm.runtime import distributed
-from fastddpm.runtime.options import parse_names
 from fastddpm.sampling.options import ChainOptions
 
-SHORT = ["--steps", "2", "--batch", "16", "--samples", "40", "--kid-subsets", "3", "--bits.images", "2"]
+__all__ = ["home", "run"]
 SCORES = {
     "frechet_distance[digits]", "classifier_score[digits]", "kernel_distance[digits]", "precision[digits]",
     "recall[digits]",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Caches of our own, with one net of one epoch in place of the classifier of digits, and shards of 16 samples."""
-    path = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
-        patch.setenv("TORCH_HOME", str(path / "torch"))
-        patch.setattr(digits, "EPOCHS", 1)
-        patch.setattr(digits, "SEEDS", (0,))
-        patch.setattr(quality, "SIZE", 16)
-        yield path
-
-
-@pytest.fixture(scope="module")
-def run(home: Path) -> Path:
-    """A run of a small network on 100 timesteps."""
-    return trained(home / "run", "--timesteps", "100", "--sample.steps", "2")
-
-
-def command(run: Path, out: Path, *more: str) -> list[str]:
-    return [str(run), "--out", str(out), "--device", "cpu", *SHORT, *more]
-
-
-def document(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -229,111 +198,11 @@ def test_without_a_feature_network_the_rest_is_measured(
         evaluate.main(command(run, tmp_path, "--data", str(pictures), "--metrics", "fid"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--metrics", "fid,fvd"],
-            "--metrics takes fid, .*, ode-bpd, all or none; got 'fvd'",
-        ),
-        (["--pictures", "strip"], "--pictures takes progressive, .*; got 'strip'"),
-        (["--batch", "0"], "--batch must be positive"),
-        (["--features", "resnet"], "got 'resnet'"),
-        (["--features", "nowhere.pth"], "there is no weights file at nowhere.pth"),
-        (["--data", "nowhere"], "nowhere"),
-        (["--steps", "101"], "steps must be in 1..100"),
-    ],
-)
-def test_mistakes(arguments: list[str], message: str, run: Path, tmp_path: Path, home: Path) -> None:
-    with pytest.raises(UsageError, match=message):
-        evaluate.main(command(run, tmp_path, *arguments))
-    assert not (tmp_path / "metrics.json").exists()
-
-
-def refused_before_anything_long(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, *, data_first: bool = False
-) -> None:
-    """A mistake that ends the command before a net is trained or timed and, unless `data_first`, images are read."""
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("work began before the mistake was told")
-
-    monkeypatch.setattr(digits, "load", never)
-    monkeypatch.setattr(quality, "seconds_per_evaluation", never)
-    if not data_first:
-        monkeypatch.setattr("fastddpm.data.open_dataset", never)
-    with pytest.raises(UsageError, match=message):
-        evaluate.main(arguments)
-
-
-def test_the_classifier_of_digits_is_refused_for_colour_before_it_is_trained(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i in range(3):
-        Image.new("RGB", (16, 16), (i, 0, 255)).save(photos / f"{i}.png")
-    options = ["--image-channels", "3", "--num-classes", "0", "--label-dropout", "0", "--sample.guidance", "1"]
-    run = trained(tmp_path / "run", *options, "--data", str(photos))
-    message = (
-        "the classifier of digits takes grey images, of 1 channel, and the model has 3; choose the feature network"
-    )
-    arguments = command(run, tmp_path / "out", "--data", str(photos))
-    refused_before_anything_long([*arguments, "--features", "digits"], message, monkeypatch)
-    more = [
-        "--metrics",
-        "none",
-        "--pictures",
-        "neighbours",
-        "--picture.features",
-        "digits",
-        "--picture.neighbours",
-        "1",
-    ]
-    monkeypatch.undo()
-    refused_before_anything_long([*arguments, *more], message, monkeypatch, data_first=True)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--bits.every", "30", "--bits.images", "4"], "too few images for --bits.every 30: it needs 60"),
-        (["--bits.every", "100", "--bits.images", "400"], "--bits.every must be below 100, the number of timesteps"),
-        (["--samples", "9"], "--samples 9 cannot be split into --splits 10 parts"),
-        (["--pictures", "neighbours", "--picture.crop", "17"], "crop must be in 1..16"),
-        (["--pictures", "neighbours", "--picture.features", "nowhere.pth"], "no weights file at nowhere.pth"),
-        (["--pictures", "shared-latent", "--picture.depths", "101"], "a depth counts steps"),
-    ],
-)
-def test_options_that_do_not_fit_the_data_are_refused_before_anything_long(
-    arguments: list[str], message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refused_before_anything_long(command(run, tmp_path, *arguments), message, monkeypatch, data_first=True)
-
-
 def test_other_settings_than_those_of_bits_npz_are_refused_before_the_scores(
     whole: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = r"bits.npz holds a result with images 2, not 3; choose another --out"
     refused_before_anything_long(command(run, whole, "--bits.images", "3"), message, monkeypatch, data_first=True)
-
-
-def test_help_answers_without_torch() -> None:
-    program = "import sys, fastddpm.evaluate, fastddpm.evaluation.options; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-
-
-def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no checkpoint at"):
-        evaluate.main([str(tmp_path / "nowhere")])
-
-
-def test_names_are_taken_once_and_in_order() -> None:
-    known = ("a", "b", "c")
-    assert parse_names("c, a,c", known, "x") == ["a", "c"]
-    assert parse_names("all", known, "x") == ["a", "b", "c"]
-    assert parse_names("none", known, "x") == []
 
 
 def test_the_papers_figures_stand_beside_ours(run: Path, tmp_path: Path, home: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import oracle
-from helpers.marks import instruction_sets
+from helpers.marks import instruction_sets, on_instruction_set
 from torch import Tensor
 
 from fastddpm.kernels import interface, native
@@ -17,12 +17,8 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(nat
 
 @pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    if native.isa(request.param) != request.param:
-        native.isa(before)
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    native.isa(before)
+    with on_instruction_set(request.param):
+        yield request.param
 
 
 def guarded(*shape: int) -> tuple[Tensor, Tensor]:

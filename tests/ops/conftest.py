@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.guarded import guarded
-from helpers.marks import instruction_sets
+from helpers.marks import instruction_sets, on_instruction_set
 from helpers.triton_ladder import forget_choices, triton_modules
 
 from fastddpm.kernels import native
@@ -125,13 +125,8 @@ def float32_is_float32() -> Iterator[None]:
 @contextlib.contextmanager
 def _instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     modules = [importlib.import_module(f"fastddpm.kernels.{module}") for module in _ALLOCATING]
-    before = native.isa()
-    native.isa(name)
-    try:
-        with guarded(monkeypatch, *modules):
-            yield
-    finally:
-        native.isa(before)
+    with on_instruction_set(name), guarded(monkeypatch, *modules):
+        yield
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from helpers import oracle
 from fastddpm.diffusion import draw_examples
 from fastddpm.errors import UsageError
 from fastddpm.ops.noise import NoiseKey
-from fastddpm.sampling.sampler import image_seeds
+from fastddpm.sampling.seeds import image_seeds
 
 STREAM_EXAMPLE = 3
 

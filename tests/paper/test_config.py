@@ -24,6 +24,7 @@ UNUSUAL = Preset(
     DiffusionConfig(
         timesteps=77, schedule="quad", beta_start=3e-4, beta_end=0.5, prediction="v", variance="learned_range",
         loss="hybrid", hybrid_weight=0.02, min_snr_gamma=2.5, clip_x0=False, zero_terminal_snr=True,
+        betas=tuple(0.001 * (t + 1) for t in range(77)),
     ),
     TrainConfig(
         steps=9, batch=6, accumulate=3, lr=3e-3, warmup=2, decay="cosine", clip_gradient=0.5, ema=(0.9, 0.5),
@@ -33,7 +34,8 @@ UNUSUAL = Preset(
     ),
     SampleConfig(
         method="ddim", steps=33, spacing="karras", eta=0.5, guidance=2.5, guidance_interval=(5, 70),
-        guidance_rescale=0.5, dynamic_threshold=0.9, count=4,
+        guidance_rescale=0.5, dynamic_threshold=0.9, count=4, steps_offset=3,
+        dynamic_threshold_max=1.5,
     ),
 )  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_networks_that_are_not_ours_are_refused(saved: Path, tmp_path: Path, fie
         ("beta_schedule", "sigmoid"), ("variance_type", "learned"), ("variance_type", "learned_range"),
         ("prediction_type", "flow"), ("clip_sample_range", 2.0), ("trained_betas", [0.1]), ("clip_sample", "yes"),
         ("rescale_betas_zero_snr", True), ("num_train_timesteps", 1), ("num_train_timesteps", 10**9), ("beta_end", 2.0),
-        ("timestep_spacing", "random"), ("steps_offset", 1), ("_class_name", "ScoreSdeVeScheduler"),
+        ("timestep_spacing", "random"), ("steps_offset", -1), ("_class_name", "ScoreSdeVeScheduler"),
         ("_class_name", ["DDPMScheduler"]),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers.hub import Hub, directory_of, hub, serving
 from helpers.networks import SMALLEST, random_model
@@ -139,6 +140,96 @@ def test_only_a_name_downloads(hub: Hub, pipeline: dict[str, bytes], tmp_path: P
     assert hub.asked == []
 
 
+def sharded(pipeline: dict[str, bytes], folder: str = "unet/", variant: str = "") -> dict[str, bytes]:
+    """The pipeline with its weights in two shards and their index, as diffusers names them."""
+    tensors = safetensors.torch.load(pipeline[WEIGHTS])
+    if variant:
+        tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    shards = [f"{diffusers.STEM}-0000{i + 1}-of-00002{variant}.safetensors" for i in range(2)]
+    parts = [{name: tensors[name] for name in list(tensors)[i::2]} for i in range(2)]
+    places = {name: file for file, part in zip(shards, parts, strict=True) for name in part}
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    files = {folder + file: safetensors.torch.save(part) for file, part in zip(shards, parts, strict=True)}
+    files[f"{folder}{diffusers.STEM}.safetensors.index{variant}.json"] = json.dumps(index).encode()
+    return {name: data for name, data in pipeline.items() if name != WEIGHTS} | files
+
+
+@pytest.mark.parametrize("folder", ["unet/", ""])
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_and_variants(
+    hub: Hub, model: Model, pipeline: dict[str, bytes], variant: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards and no other weights are downloaded, once, and read again offline."""
+    files = sharded(pipeline, folder, variant)
+    other = f"{folder}{diffusers.STEM}.non_ema.safetensors"
+    hub.put("someone/model", files | {other: b"x" * 99})
+    expected = model.unet.state_dict()
+    for _ in range(2):
+        found = fastddpm.load(NAME).unet.state_dict()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor.half().float() if variant else tensor), name
+        assert sorted(hub.downloaded()) == sorted(set(files) - {"README.md"})
+        offline(monkeypatch)
+
+
+def test_one_file_of_a_variant_and_full_precision_before_it(hub: Hub, model: Model, pipeline: dict[str, bytes]) -> None:
+    half = {name: tensor.half() for name, tensor in safetensors.torch.load(pipeline[WEIGHTS]).items()}
+    name = f"unet/{diffusers.STEM}.fp16.safetensors"
+    files = pipeline | {name: safetensors.torch.save(half)}
+    hub.put("someone/both", files)
+    assert same(fastddpm.load("hub:someone/both").unet, model.unet) and name not in hub.downloaded()
+    del files[WEIGHTS]
+    hub.put("someone/model", files)
+    found = fastddpm.load(NAME).unet.state_dict()
+    assert all(torch.equal(found[name], tensor.half().float()) for name, tensor in model.unet.state_dict().items())
+    files[f"unet/{diffusers.STEM}.bf16.safetensors"] = files.pop(name)
+    hub.put("someone/model", files)
+    refused(hub, r"hub:someone/model holds weights of the variant 'bf16' only; rename unet/.*\.bf16\.safetensors to")
+
+
+def test_indices_of_shards_that_lie(hub: Hub, pipeline: dict[str, bytes]) -> None:
+    """Refused before a shard is downloaded."""
+    files = sharded(pipeline)
+    index = f"unet/{diffusers.STEM}.safetensors.index.json"
+    first, second = sorted(name for name in files if "-of-" in name)
+    hub.put("someone/model", {name: data for name, data in files.items() if name != second})
+    refused(hub, f"hub:someone/model lacks {second}, which {index} names")
+    for places, match in (
+        ({"conv_in.weight": "../../etc/passwd.safetensors"}, "1000 .safetensors files beside it; got"),
+        ({"conv_in.weight": "https://example.org/x.safetensors"}, "1000 .safetensors files beside it; got"),
+        ({"conv_in.weight": 3}, "weight_map must be an object of file names"),
+        ({f"x{i}": f"{i}.safetensors" for i in range(1001)}, "must name 1 to 1000"),
+    ):
+        hub.put("someone/model", files | {index: json.dumps({"weight_map": places}).encode()})
+        refused(hub, match)
+    hub.put("someone/model", files)
+    hub.listed[index] = {"size": 2**22}
+    refused(hub, f"{index} has 4,194,304 bytes; at most 2,097,152")
+    hub.listed = {first: {"size": 2**40}}
+    refused(hub, f"{first} has 1,099,511,627,776 bytes; at most")
+    assert not {first, second} & {*hub.downloaded()}
+
+
+def test_shards_are_bounded_together_and_are_as_long_as_listed(hub: Hub, pipeline: dict[str, bytes]) -> None:
+    files = sharded(pipeline)
+    first, second = sorted(name for name in files if "-of-" in name)
+    most = diffusers.most_bytes(sum(p.numel() for p in fastddpm.UNet(SMALLEST).parameters()))
+    hub.put("someone/model", files)
+    hub.listed[second] = {"size": most - len(files[first]) + 1}
+    refused(hub, f"{second} has .* bytes; at most {most - len(files[first]):,} are read")
+    assert second not in hub.downloaded()
+    hub.put("other/model", files)
+    hub.listed = {first: {"size": len(files[first]) - 8}}
+    with pytest.raises((DataError, UsageError), match=f"hub:other/model.*{len(files[first]) - 8:,}"):
+        fastddpm.load("hub:other/model")
+
+
+def test_pickled_weights_of_a_pipeline(hub: Hub, pipeline: dict[str, bytes]) -> None:
+    files = {name: data for name, data in pipeline.items() if name != WEIGHTS}
+    hub.put("someone/model", files | {f"unet/{diffusers.STEM}.bin": b"x"})
+    refused(hub, r"holds no .safetensors of its weights; unet/.*\.bin is a pickle, which can run code, and is not read")
+
+
 def refused(hub: Hub, match: str, kind: type[Exception] = DataError) -> None:
     with pytest.raises(kind, match=match):
         fastddpm.load(NAME)
@@ -244,6 +335,21 @@ def test_push_and_back(hub: Hub, model: Model, tmp_path: Path) -> None:
         model.push_to_hub("someone/new@other")
     with pytest.raises(UsageError, match="a model of the hub is hub:USER/NAME"):
         model.push_to_hub("new")
+
+
+def test_the_license_of_the_card(hub: Hub, model: Model, tmp_path: Path) -> None:
+    """Nothing is stated unless it is given, and only of the form that the hub takes."""
+    model.push_to_hub("someone/new", license="cc-by-sa-4.0")
+    card = hub.files("someone/new")["README.md"].decode()
+    assert 'license: "cc-by-sa-4.0"\n' in card.split("---")[1] and "Before you publish" not in card
+    model.save_pretrained(tmp_path / "none")
+    card = (tmp_path / "none" / "README.md").read_text()
+    assert "license:" not in card.split("---")[1] and "Before you publish this, state a license" in card
+    for name in ("", "Apache 2.0", "mit\nx: 1", "\u0660", 3):
+        for call in (model.save_pretrained, model.push_to_hub):
+            with pytest.raises(UsageError, match="license must be an identifier of the Hugging Face hub, as apache-2"):
+                call(str(tmp_path / "x") if call == model.save_pretrained else "someone/x", license=name)
+    assert not (tmp_path / "x").exists() and "someone/x" not in hub.branches
 
 
 def test_push_without_a_login(hub: Hub, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

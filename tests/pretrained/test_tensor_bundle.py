@@ -1,12 +1,13 @@
 """TensorFlow's checkpoints: CRC32C, the table, and damage in every byte."""
 
+import contextlib
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.foreign_files import write_bundle, write_index
-from helpers.marks import instruction_sets
+from helpers.marks import instruction_sets, on_instruction_set
 
 from fastddpm.errors import DataError, UsageError
 from fastddpm.kernels import native
@@ -36,10 +37,7 @@ def test_crc32c(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native, "unavailable", lambda: "not built")
     elif native.unavailable():
         pytest.skip(str(native.unavailable()))
-    before = None if isa == "numpy" else native.isa()
-    try:
-        if before is not None:
-            native.isa(isa)
+    with contextlib.nullcontext() if isa == "numpy" else on_instruction_set(isa):
         for data, expected in KNOWN.items():
             assert crc32c(data) == expected
         draw = random.Random(0)
@@ -48,9 +46,6 @@ def test_crc32c(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert crc32c(data) == bit_by_bit(data), size
         view = np.frombuffer(draw.randbytes(600), np.uint8)[3:]  # not aligned to words
         assert crc32c(view) == bit_by_bit(view.tobytes())
-    finally:
-        if before is not None:
-            native.isa(before)
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason="compares with the compiled library")

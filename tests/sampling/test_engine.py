@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.engines import arguments, in_float64, network, relative_error
-from helpers.marks import instruction_sets
+from helpers.marks import instruction_sets, on_instruction_set
 from helpers.networks import TINY, batch, tiny
 
 from fastddpm import ops
@@ -46,18 +46,12 @@ def as_many_threads_as_before() -> Iterator[None]:
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("name", CONFIGS)
 def test_numbers(name: str, isa: str) -> None:
-    before = native.isa()
-    if native.isa(isa) != isa:
-        native.isa(before)
-        pytest.skip(f"this machine has no {isa}")
-    try:
+    with on_instruction_set(isa):
         unet = network(CONFIGS[name])
         inputs = arguments(3, CONFIGS[name])
         ours = PreparedUNet(unet)(*inputs)
         assert ours.dtype == torch.float32 and ours.shape[0] == 3
         assert relative_error(ours, in_float64(unet, *inputs)) <= 1e-5
-    finally:
-        native.isa(before)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.architectures import ALL, EVERYTHING, TOGETHER, reference
 from helpers.engines import arguments, network, relative_error
-from helpers.marks import instruction_sets, slow
+from helpers.marks import instruction_sets, on_instruction_set, slow
 from torch import Tensor
 
 from fastddpm.config import EngineConfig, UNetConfig
@@ -44,15 +44,9 @@ def test_the_compiled_library_computes_every_option(name: str) -> None:
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("name", ["guided", "everything"])
 def test_on_every_instruction_set(name: str, isa: str) -> None:
-    before = native.isa()
-    if native.isa(isa) != isa:
-        native.isa(before)
-        pytest.skip(f"this machine has no {isa}")
-    try:
+    with on_instruction_set(isa):
         unet, inputs = network(ALL[name]), arguments(2, ALL[name])
         assert relative_error(PreparedUNet(unet)(*inputs), expected_of(unet, *inputs)) <= 1e-5
-    finally:
-        native.isa(before)
 
 
 @needs_library
