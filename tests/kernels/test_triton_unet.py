@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -59,40 +60,56 @@ def step(unet: UNet) -> list[Tensor]:
     return [out.detach(), *(parameter.grad.clone() for parameter in unet.parameters() if parameter.grad is not None)]
 
 
+@dataclass(frozen=True)
+class Step:
+    """A training step: its output and gradients, what it asked torch for, and the Triton kernels that it launched."""
+
+    values: list[Tensor]
+    calls: Counter[str]
+    launched: list[str]
+
+
+@pytest.fixture(scope="module")
+def reference(unet: UNet) -> Step:
+    with use_backend("reference"), Calls() as calls:
+        return Step(step(unet), calls.names, [])
+
+
+@pytest.fixture(scope="module")
+def ours(unet: UNet) -> Step:
+    with pytest.MonkeyPatch.context() as patch, on_triton(patch) as launched, Calls() as calls:
+        return Step(step(unet), calls.names, list(launched))
+
+
 @pytest.mark.slow
-def test_output_and_gradients_are_those_of_the_reference(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    with use_backend("reference"):
-        expected = step(unet)
-    with on_triton(monkeypatch) as launched:
-        ours = step(unet)
-    assert len(ours) == len(expected) == 1 + len(list(unet.parameters()))
-    for a, b in zip(ours, expected, strict=True):
+def test_output_and_gradients_are_those_of_the_reference(unet: UNet, reference: Step, ours: Step) -> None:
+    assert len(ours.values) == len(reference.values) == 1 + len(list(unet.parameters()))
+    for a, b in zip(ours.values, reference.values, strict=True):
         # Both are float32, summed in different orders, which also differ between machines (1.6e-5 with AVX2 alone). The
         # exact gradient of the bias of k is zero, so that of the reference is rounding too.
         assert (a - b).norm() <= 2e-5 * max(b.norm(), 0.1)
     norms = sum(isinstance(module, GroupNormSiLU) for module in unet.modules())
     attentions = sum(isinstance(module, AttnBlock) for module in unet.modules())
-    kinds = Counter(re.sub(r"^_(group_norm_silu|attention)_.*(forward|backward|kernel).*", r"\1", n) for n in launched)
+    kinds = Counter(
+        re.sub(r"^_(group_norm_silu|attention)_.*(forward|backward|kernel).*", r"\1", n) for n in ours.launched
+    )
     assert kinds["group_norm_silu"] >= 3 * norms  # one kernel forward, two backward
     assert kinds["attention"] == 3 * attentions  # forward; gradients of q; gradients of k and v
 
 
 @pytest.mark.slow
-def test_no_hot_path_goes_around_the_kernels(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hot_path_goes_around_the_kernels(unet: UNet, reference: Step, ours: Step) -> None:
     """A training step asks torch for nothing that a kernel is there for."""
-    with use_backend("reference"), Calls() as before:
-        step(unet)
-    with on_triton(monkeypatch), Calls() as calls:
-        step(unet)
-    assert calls.names == before.names
+    calls = ours.calls
+    assert calls == reference.calls
     norms = sum(isinstance(module, GroupNormSiLU) for module in unet.modules())
-    assert calls.names["fastddpm.group_norm_silu"] == calls.names["fastddpm.group_norm_silu_backward"] == norms
+    assert calls["fastddpm.group_norm_silu"] == calls["fastddpm.group_norm_silu_backward"] == norms
     attentions = sum(isinstance(module, AttnBlock) for module in unet.modules())
-    assert calls.names["fastddpm.attention"] == calls.names["fastddpm.attention_backward"] == attentions
+    assert calls["fastddpm.attention"] == calls["fastddpm.attention_backward"] == attentions
     # What is left: the SiLU of the time embedding, twice; its sine beside its cosine, and the gradients of the weights
     # of a shortcut, of which the part for the skip is used apart. No image is concatenated.
     shortcuts = sum(len(level.blocks) for level in unet.up)
-    assert calls.names["aten.silu"] == 2 and calls.names["aten.cat"] == 1 + shortcuts
+    assert calls["aten.silu"] == 2 and calls["aten.cat"] == 1 + shortcuts
     own = ("group_norm", "layer_norm", "softmax", "dot_product", "bmm", "dropout", "bernoulli", "rand", "var")
-    others = [name for name in calls.names if name.startswith("aten.")]
+    others = [name for name in calls if name.startswith("aten.")]
     assert [name for name in others if any(word in name.removeprefix("aten.") for word in own)] == []
