@@ -156,7 +156,11 @@ def quoted(text: str) -> str:
     """Return a word as a shell takes it; one with bytes that are no text, or control characters, as $'..' (bash)."""
     if text.isprintable():
         return shlex.quote(text)
-    escaped = re.sub(rb"[^A-Za-z0-9./_:@=+,-]", lambda found: b"\\x%02x" % found[0][0], os.fsencode(text))
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError:  # no file has this name, but a document may say so
+        data = text.encode("utf-8", "surrogatepass")
+    escaped = re.sub(rb"[^A-Za-z0-9./_:@=+,-]", lambda found: b"\\x%02x" % found[0][0], data)
     return f"$'{escaped.decode('ascii')}'"
 
 

@@ -97,3 +97,4 @@ def test_proposed_words_name_the_file_in_a_shell(name: bytes, tmp_path: Path) ->
     assert "\n" not in word and word.isprintable()
     done = subprocess.run(["bash", "-c", f"printf '%s' {word}"], capture_output=True, check=True)
     assert done.stdout == name
+    assert quoted("\ud800") == r"$'\xed\xa0\x80'"  # from a damaged document

@@ -68,6 +68,7 @@ def test_before_anything_long_it_says_what_that_takes(
 ) -> None:
     evaluate.main(command(run, tmp_path, "--metrics", "is,bpd"))
     lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(f"{run} on cpu: ") for line in lines)  # the model's name, as it was given
     cost = [line.partition(";")[0] for line in lines].index("is: 40 samples to draw, 160 evaluations")
     assert lines[cost + 1].startswith("bpd, rate-distortion: 200 evaluations (images x timesteps)")
     assert next(i for i, line in enumerate(lines) if line.startswith("sampling")) > cost + 1

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,6 @@ from markupsafe import Markup
 
 from fastddpm import __version__
 from fastddpm.data.image import BadImageError
-from fastddpm.runtime.options import quoted
 from fastddpm.training.length import too_short
 from fastddpm.training.run_log import Record
 
@@ -179,7 +179,7 @@ def _note(summary: Summary) -> str | None:
 
 def _commands(summary: Summary) -> list[tuple[str, str]]:
     """Return (purpose, command line) of what can be done with the run."""
-    run, facts = quoted(str(summary.run)), summary.facts
+    run, facts = shlex.quote(str(summary.run)), summary.facts
     if facts is None:
         return []
     steps = facts.preset.train.steps
@@ -188,7 +188,7 @@ def _commands(summary: Summary) -> list[tuple[str, str]]:
     again = ("write this page again", f"python -m fastddpm.page {run}")
     if not summary.step:
         return [go_on, again]
-    source = "" if facts.data is None or facts.data.source is None else f" --data {quoted(facts.data.source)}"
+    source = "" if facts.data is None or facts.data.source is None else f" --data {shlex.quote(facts.data.source)}"
     able = [
         ("draw other images", f"python -m fastddpm.sample {run} --seeds 64-127"),
         ("measure it", f"python -m fastddpm.evaluate {run}{source}"),
@@ -197,6 +197,6 @@ def _commands(summary: Summary) -> list[tuple[str, str]]:
     ]
     # Double quotes, so that the shell's single ones stay legible; JSON's strings are Python's, too.
     program = f'import fastddpm; fastddpm.load({json.dumps(str(summary.run))}).save_pretrained("pipeline")'
-    publish = ("write it for diffusers and the hub, with a model card", f"python -c {quoted(program)}")
+    publish = ("write it for diffusers and the hub, with a model card", f"python -c {shlex.quote(program)}")
     first = {"stopped": [go_on], "finished": [longer, publish]}.get(summary.state, [])
     return [*first, *able]
