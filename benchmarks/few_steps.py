@@ -163,10 +163,11 @@ def solutions(model: Model, steps: int, images: int, rounds: int, guidance: floa
     return [draw(sampler, images) for sampler in samplers]
 
 
-def plot(rows: Sequence[dict[str, Any]], name: str, floor: float, path: Path) -> None:
-    """Draw score `name` against evaluations: a panel for each guidance and clipping, a line for each chain."""
+def plot(rows: Sequence[dict[str, Any]], real: dict[str, Any], path: Path) -> None:
+    """Draw the first score against evaluations: a panel for each guidance and clipping, a line for each chain."""
     from matplotlib.figure import Figure
 
+    name = next(key for key in rows[0] if f"{key}_sd" in rows[0])
     panels = list(dict.fromkeys((row["guidance"], row["clip"]) for row in rows))
     chains = list(dict.fromkeys((row["method"], row["spacing"]) for row in rows))
     figure = Figure(figsize=(1 + 5 * len(panels), 5), layout="constrained")
@@ -179,13 +180,14 @@ def plot(rows: Sequence[dict[str, Any]], name: str, floor: float, path: Path) ->
                 [row["evaluations"] for row in own], [row[name] for row in own],
                 [row[f"{name}_sd"] or 0.0 for row in own], color=f"C{i}", marker="o", capsize=3, label=", ".join(chain),
             )  # fmt: skip
-        if floor:
-            axes.axhline(floor, color="grey", linestyle="--", label="real images, as many")
-        axes.set(xscale="log", yscale="log", xlabel="evaluations of an image", ylabel=name.replace("_", " "))
+        if real[name]:
+            axes.axhline(real[name], color="grey", linestyle="--", label="real images, as many")
+        axes.set(xscale="log", yscale="log", xlabel="evaluations of an image")
         axes.set_title(f"guidance {guidance:g}, x_0 {'clipped' if clip else 'not clipped'}")
-        marks = sorted({row["evaluations"] for row in rows})
-        axes.set_xticks(marks, [str(mark) for mark in marks])
-        axes.minorticks_off()
+        asked = sorted({row["steps"] for row in rows})
+        axes.set_xticks(asked, [str(steps) for steps in asked])
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
+    all_axes[0].set_ylabel(name.replace("_", " "))
     all_axes[0].legend()
     figure.savefig(path, dpi=100)
 
@@ -195,15 +197,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(rounds=3)
     parser.add_argument("--model", default="digits", help="digits, or what fastddpm.load reads")
     parser.add_argument("--data", help="data set of a model of other images than digits, to compare with")
-    parser.add_argument("--chains", nargs="*", default=CHAINS, help="METHOD:SPACING or METHOD:T,T,.. of each line")
+    parser.add_argument("--chains", nargs="*", default=CHAINS, help="METHOD:SPACING or METHOD:T,T,.. of each line; "
+                        "none: only draw --rows")  # fmt: skip
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
     parser.add_argument("--guidance", type=float, nargs="+", help="default: the model's")
     parser.add_argument("--clip", nargs="+", choices=("on", "off"), default=["on"], help="clip x_0 predictions")
     parser.add_argument("--reference", type=int, default=0, help="steps of the ODE's solution; 0: none")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--plot", type=Path, help="picture to write")
-    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="files of --out to draw in it; --chains alone: only these")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="files of --out to draw in it, too")
     options = machine.parse(parser, arguments)
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in options.rows]
+    earlier = [row for document in documents for row in document["rows"]]
+    if not options.chains and documents:
+        plot(earlier, documents[0]["real"], options.plot)
+        return 0
     model = fastddpm.load(options.model)
     if options.data is None:
         judge = of_digits(Scorer(model.preset.unet.image_size), options.images)
@@ -226,8 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(_line(row, judge.names), flush=True)
                     machine.write(options, model=str(options.model), images=options.images, real=judge.floor, rows=rows)
     if options.plot is not None:
-        earlier = [row for file in options.rows for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
-        plot([*earlier, *rows], judge.names[0], judge.floor[judge.names[0]], options.plot)
+        plot([*earlier, *rows], judge.floor, options.plot)
     return 0
 
 

@@ -13,6 +13,7 @@ from fastddpm.runtime.checks import integer
 
 from .step_table import MULTISTEP
 
+FEW = 8  # steps below which log-SNR spacing leaves none where shapes are decided
 MANY = 50  # steps up to which DPM-Solver++ with noise gives the better images
 _KARRAS_RHO = 7.0  # Karras et al. 2022, equation 5
 
@@ -22,9 +23,9 @@ def method_for(steps: int, *, multistep: bool = True) -> tuple[Method, Spacing]:
 
     `multistep` False: without DPM-Solver++, for chains whose states are changed between the steps.
     """
-    if steps <= MANY and multistep:
-        return "dpm2m-sde", "logsnr"
-    return "ancestral", "even"
+    if steps > MANY or not multistep:
+        return "ancestral", "even"
+    return ("dpm2m", "even") if steps < FEW else ("dpm2m-sde", "logsnr")
 
 
 def choose_timesteps(

@@ -12,7 +12,7 @@ import fastddpm
 from fastddpm import sample
 from fastddpm.sampling.images import to_uint8
 from fastddpm.sampling.options import ChainOptions
-from fastddpm.sampling.spacing import MANY, method_for
+from fastddpm.sampling.spacing import FEW, MANY, method_for
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_method_that_suits_the_number_of_steps(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """auto: DPM-Solver++ with noise for few steps, Algorithm 2 for many; a spacing that is given stays."""
+    """auto: DPM-Solver++ for few steps, with noise from 8 on, Algorithm 2 for many; a spacing that is given stays."""
     model = fastddpm.load(run)
     for given, expected in {
-        ("--steps", "4"): ("dpm2m-sde", 4, "logsnr"),
-        ("--steps", "4", "--spacing", "even"): ("dpm2m-sde", 4, "even"),
+        ("--steps", "4"): ("dpm2m", 4, "even"),
+        ("--steps", "8"): ("dpm2m-sde", 8, "logsnr"),
+        ("--steps", "8", "--spacing", "even"): ("dpm2m-sde", 8, "even"),
         ("--steps", "20"): ("dpm2m-sde", 20, "logsnr"),
     }.items():
         method, steps, spacing = expected
@@ -35,7 +36,8 @@ def test_the_method_that_suits_the_number_of_steps(
         assert f"{method}, " in capsys.readouterr().err
         sampler = fastddpm.Sampler(model.unet, model.diffusion, steps, method, spacing=spacing)
         np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["images"], to_uint8(sampler.sample([0, 1])))
-    assert [method_for(steps)[0] for steps in (1, MANY, MANY + 1, 1000)] == ["dpm2m-sde"] * 2 + ["ancestral"] * 2
+    chosen = {steps: method_for(steps)[0] for steps in (1, FEW - 1, FEW, MANY, MANY + 1, 1000)}
+    assert list(chosen.values()) == ["dpm2m"] * 2 + ["dpm2m-sde"] * 2 + ["ancestral"] * 2
     assert method_for(10, multistep=False) == ("ancestral", "even")
 
 
