@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from resources import replaced
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -221,9 +222,9 @@ def _attention_flop(name: str, args: tuple[Any, ...]) -> int:
 
 
 def _laid_out(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    formats = {tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-               for tensor in (x, weight)}  # fmt: skip
-    return out.contiguous(memory_format=torch.channels_last if True in formats else torch.contiguous_format)
+    formats = [suggest_memory_format(tensor) for tensor in (x, weight)]
+    last = torch.channels_last in formats
+    return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _shape(tensor: Tensor) -> str:

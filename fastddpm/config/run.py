@@ -124,6 +124,9 @@ class TrainConfig:
     """bf16: run the network under autocast. Weights, diffusion and loss stay float32."""
     compile: bool = False
     """Compile network, noise and loss with torch.compile."""
+    graph: bool = True
+    """On one CUDA device, in mode standard, not compiled: capture a step as a CUDA graph and replay it. For a UNet;
+    other networks may read values or draw random numbers on the host."""
     checkpoint_blocks: bool = False
     """Activation checkpointing: recompute residual blocks in the backward pass, which takes less memory and more
     time."""

@@ -9,10 +9,13 @@ import torch
 pytest.importorskip("triton")
 
 import step_cost
+from helpers.networks import tiny
 from limits import H200
-from step_trace import DEVICE, Launch, Trace, sampling_step, training_step
+from step_trace import DEVICE, Launch, Trace, sampling_step, tracing, training_step
 
 from fastddpm.config import EngineConfig
+from fastddpm.training.parallel import channels_last_input
+from fastddpm.unet import GroupNormSiLU, UNet
 
 MiB = 2**20
 
@@ -73,6 +76,21 @@ def test_a_product_reads_what_it_adds_to() -> None:
         out.addmm_(a, b)
     (product,) = trace.launches
     assert (product.kind, product.flop, product.num_bytes) == ("product", 2 * 5 * 3 * 7, 4 * (2 * 35 + 15 + 21))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weights_that_are_sharded_leave_images_in_channels_last(channels: int) -> None:
+    """As cuDNN lays its outputs out; all inputs of norms and convolutions, with weights that are contiguous."""
+    with torch.device(DEVICE), tracing() as trace:
+        unet = UNet(tiny(image_channels=channels))
+        seen = []
+        for module in unet.modules():
+            if isinstance(module, torch.nn.Conv2d | GroupNormSiLU):
+                module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with trace:
+            channels_last_input(unet)(torch.empty(2, *unet.config.image_shape), torch.empty(2, dtype=torch.int64))
+    assert len(seen) > 20
+    assert all(x.stride(1) == 1 and x.stride(3) == x.shape[1] for x in seen)
 
 
 def test_views_and_empty_tensors_are_free_and_repeated_rows_are_read_once() -> None:
