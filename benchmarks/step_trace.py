@@ -312,6 +312,14 @@ def training_step(preset: str, batch: int, dtype: torch.dtype) -> list[Launch]:
     ]  # fmt: skip
 
 
+def state_bytes(preset: str, dtype: torch.dtype) -> int:
+    """Return what training holds beside the cast weights and their gradients: float32 weights and gradients, where
+    those are cast, Adam's moments, and the averages.
+    """
+    count = sum(p.numel() for p in network_without_memory(PRESETS[preset].unet).parameters())
+    return 4 * count * (2 * (dtype != torch.float32) + 2 + len(PRESETS[preset].train.decays))
+
+
 def _evaluate(network: Any, x_t: Tensor, t: Tensor, label: Tensor | None, *, key: NoiseKey, **_: object) -> Tensor:
     """As `runtime.network.evaluate`, without its checks, which read values."""
     out: Tensor = network(x_t, t, *([] if label is None else [label]), noise_key=key)
