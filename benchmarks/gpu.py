@@ -45,7 +45,7 @@ KERNELS = (
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUITE = ("kernels", "sampler", "train", "unet", "scaling")
 # In order: what is right comes before what is fast.
-STAGES = ("doctor", "operators", "tests", *SANITIZERS, *SUITE, "tiles")
+STAGES = ("doctor", "operators", "tests", *SANITIZERS, *SUITE, "tiles", "backends")
 PATIENCE = 30.0  # seconds that an interrupted command has to write what it has
 
 
@@ -70,6 +70,8 @@ def stage(name: str, out: Path) -> Stage:
         "tests": Stage((*PYTEST, "-m", "gpu", "--ignore", "tests/ops")),
         "tiles": Stage((sys.executable, "benchmarks/tune.py", "--preset", "cifar10", "--out",
                         str(out / "triton-tiles.json"))),
+        "backends": Stage((sys.executable, "benchmarks/tune_backends.py", "--preset", "cifar10", "--out",
+                           str(out / "backends.json"))),
     }[name]  # fmt: skip
 
 
