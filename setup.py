@@ -123,7 +123,7 @@ setup(
         "fastddpm": ["py.typed"],
         "fastddpm.data": ["mnist5k.npz"],
         "fastddpm.pretrained": ["digits.safetensors"],
-        "fastddpm.kernels": ["triton_tiles.json"],
+        "fastddpm.kernels": ["backends.json", "triton_tiles.json"],
         "fastddpm.training.page": ["page.html", "page.css"],
     },
     install_requires=[

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import machine
 from limits import H200, Chip
-from step_trace import Launch, sampling_step, training_step
+from step_memory import fitting, peak_of
+from step_trace import Launch, sampling_step, state_bytes, training_step
 
 from fastddpm.config import EngineConfig
 from fastddpm.presets import PRESETS
@@ -44,8 +45,9 @@ class Assumptions:
     narrow_input: float = 0.14  # the same, with fewer than 8 input channels
     product: float = 0.70  # of the matrix units' rate
     product_bytes: float = 0.75  # of the memory's rate
-    attention: float = 0.40  # of the matrix units' rate
+    attention: float = 0.40  # of the matrix units' rate; linear layers inside the kernel as other products
     issue: float = 0.79  # of the instructions that the multiprocessors can issue
+    host: float = 8e-6  # seconds that the host takes for a kernel that it launches by itself, from PyTorch's eager mode
 
     def seconds(self, one: Launch, chip: Chip, instructions: float) -> float:
         """Predicted seconds of a launch. `instructions`: for each element of a norm's output."""
@@ -60,7 +62,10 @@ class Assumptions:
         if one.kind == "product":
             return self.launch + max(memory / self.product_bytes, matrix / self.product)
         if one.kind == "attention":
-            return self.launch + max(memory / self.elementwise, matrix / self.attention)
+            linear = one.linear_flop / chip.matrix_flops
+            return self.launch + max(
+                memory / self.elementwise, (matrix - linear) / self.attention + linear / self.product
+            )
         if one.kind == "copy":
             return self.launch + memory / self.copy
         float64 = one.float64_flop / chip.float64_flops
@@ -150,7 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             launches = sampling_step(options.preset, options.batch, engine)
         return rows(launches, CHIPS[options.chip], assumed, options.instructions)
 
+    def peak(batch: int) -> int:
+        dtype = PRECISIONS[options.precision]
+        if not options.training:
+            return peak_of(lambda: sampling_step(options.preset, batch, engine))
+        return peak_of(lambda: training_step(options.preset, batch, dtype)) + state_bytes(options.preset, dtype)
+
     table, without = table_of(engine), {}
+    memory, fits = fitting(peak, options.batch)
+    host = assumed.host * sum(row.count for row in table)
     if options.each:
         for name in switches:
             if getattr(engine, name):
@@ -167,6 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{kind:12} {one['kernels']:4.0f} kernels {one['gb']:8.3f} GB {one['gflop']:8.1f} GFLOP "
             f"floor {one['floor_ms']:6.2f} ms, predicted {one['predicted_ms']:6.2f} ms"
         )
+    print(
+        f"memory {memory / 1e9:.2f} GB at its peak; largest batch: {', '.join(f'{n} in {c}' for c, n in fits.items())}"
+    )
+    print(f"host {1e3 * host:.2f} ms at {1e6 * assumed.host:.0f} us a launch (assumed), one launch if captured")
     for name, total in without.items():
         print(
             f"without {name:24} {total['kernels']:4.0f} kernels {total['gb']:7.3f} GB, "
@@ -178,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "arithmetic": "tensors without memory, nothing measured", "machine": machine.description(),
             "options": given,
             "assumptions": dataclasses.asdict(assumed), "rates": dataclasses.asdict(CHIPS[options.chip]),
-            "sums": sums(table), "without": without, "kernels": [dataclasses.asdict(row) for row in table],
+            "sums": sums(table), "memory_gb": round(memory / 1e9, 3), "largest_batch": fits,
+            "host_ms": round(1e3 * host, 3), "without": without, "kernels": [dataclasses.asdict(row) for row in table],
         })  # fmt: skip
     return 0
 

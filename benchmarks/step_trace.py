@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from resources import replaced
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -36,8 +37,8 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 _FLOAT64_A_NORMAL = 29  # as in limits.py
 _CAST = (nn.Conv2d, nn.Linear)
 # Those whose Triton implementations launch kernels themselves.
-_OPERATIONS = ("group_norm_silu", "attention", "add_product", "conv3x3_fp8", "q_sample", "reverse_step",
-               "random_normal")  # fmt: skip
+_OPERATIONS = ("group_norm_silu", "attention", "attention_block", "add_product", "convert_image", "conv3x3_fp8",
+               "q_sample", "reverse_step", "random_normal")  # fmt: skip
 # Tables of which a kernel reads one row.
 _TABLES = ("table", "timesteps")
 
@@ -45,7 +46,8 @@ _TABLES = ("table", "timesteps")
 @dataclass(frozen=True)
 class Launch:
     """One kernel. `elements`: of a norm's output. `rows`, `channels`: of a convolution, its
-    output's pixels (0: as many as it takes) and its channels, in and out.
+    output's pixels (0: as many as it takes) and its channels, in and out. `linear_flop`: the part of an attention
+    kernel's FLOPs that are linear layers.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Launch:
     elements: int = 0
     rows: int = 0
     channels: tuple[int, int] = (8, 8)
+    linear_flop: int = 0
 
 
 def size(*values: Any) -> int:
@@ -175,7 +178,7 @@ class Trace(TorchDispatchMode):
         name = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
         named = dict(zip(kernel.arg_names, args, strict=False))
         tensors = {key: value for key, value in named.items() if isinstance(value, Tensor) and key not in _TABLES}
-        num_bytes, elements, flop, normals = size(list(tensors.values())), 0, 0, 0
+        num_bytes, elements, flop, linear, normals = size(list(tensors.values())), 0, 0, 0, 0
         kind = "elementwise"
         label = next(_shape(value) for value in tensors.values())
         if "norm" in name:
@@ -183,8 +186,14 @@ class Trace(TorchDispatchMode):
             shown = [_shape(tensors[key]) for key in ("x", "skip") if key in tensors]
             label = " + ".join(shown) or label
             elements = sum(tensors[key].numel() for key in ("x", "skip") if key in tensors)
+            if name == "norm_moments":  # without an output: half of the instructions, 12 to 17 an element on sm_90
+                elements //= 2
         elif "attention" in name:
             kind = "attention"
+            if name == "attention_block":
+                n, channels, height, width = tensors["x"].shape
+                linear = 4 * n * height * width * channels**2
+                flop = linear + 4 * n * (height * width) ** 2 * channels
         elif "conv3x3_fp8" in name:
             kind = "convolution"
             flop = 2 * tensors["out"].numel() * tensors["weight"][0].numel() // 2  # 8-bit products take half the time
@@ -197,7 +206,7 @@ class Trace(TorchDispatchMode):
         self.launches.append(Launch(
             kind, f"{name} {label}", num_bytes, flop, _FLOAT64_A_NORMAL * normals, elements,
             tensors["out"].numel() // tensors["out"].shape[1] if "conv3x3_fp8" in name else 0,
-            (tensors["x"].shape[1], tensors["out"].shape[1]) if "conv3x3_fp8" in name else (8, 8),
+            (tensors["x"].shape[1], tensors["out"].shape[1]) if "conv3x3_fp8" in name else (8, 8), linear,
         ))  # fmt: skip
 
     @staticmethod
@@ -206,16 +215,16 @@ class Trace(TorchDispatchMode):
 
 
 def _attention_flop(name: str, args: tuple[Any, ...]) -> int:
-    if "attention" not in name:
+    if name not in ("attention", "add_attention", "attention_backward"):
         return 0
     n, tokens, channels = args[0].shape
     return 2 * n * tokens**2 * channels * (7 if name.endswith("backward") else 2)
 
 
 def _laid_out(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    formats = {tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-               for tensor in (x, weight)}  # fmt: skip
-    return out.contiguous(memory_format=torch.channels_last if True in formats else torch.contiguous_format)
+    formats = [suggest_memory_format(tensor) for tensor in (x, weight)]
+    last = torch.channels_last in formats
+    return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -301,6 +310,14 @@ def training_step(preset: str, batch: int, dtype: torch.dtype) -> list[Launch]:
         *[one for one in [Launch("copy", "gradients cast", 6 * weights)] if weights],
         *_optimizer(sum(p.numel() for p in unet.parameters()), len(PRESETS[preset].train.decays)),
     ]  # fmt: skip
+
+
+def state_bytes(preset: str, dtype: torch.dtype) -> int:
+    """Return what training holds beside the cast weights and their gradients: float32 weights and gradients, where
+    those are cast, Adam's moments, and the averages.
+    """
+    count = sum(p.numel() for p in network_without_memory(PRESETS[preset].unet).parameters())
+    return 4 * count * (2 * (dtype != torch.float32) + 2 + len(PRESETS[preset].train.decays))
 
 
 def _evaluate(network: Any, x_t: Tensor, t: Tensor, label: Tensor | None, *, key: NoiseKey, **_: object) -> Tensor:

@@ -132,6 +132,9 @@ class TrainConfig:
     """bf16: run the network under autocast. Weights, diffusion and loss stay float32."""
     compile: bool = False
     """Compile network, noise and loss with torch.compile."""
+    graph: bool = True
+    """On one CUDA device, in mode standard, not compiled: capture a step as a CUDA graph and replay it. For a UNet;
+    other networks may read values or draw random numbers on the host."""
     checkpoint_blocks: bool = False
     """Activation checkpointing: recompute residual blocks in the backward pass, which takes less memory and more
     time."""
@@ -265,9 +268,8 @@ class EngineConfig:
     """Compute queries, keys and values by one projection."""
     phase_convolutions: bool = True
     """Compute upsampling and the convolution after it as 2x2 convolutions with summed weights."""
-    transposed_convolutions: bool = False
-    """Compute these 2x2 convolutions as one transposed 4x4 convolution, which needs no copy. Off, because nobody has
-    timed it."""
+    transposed_convolutions: bool = True
+    """Compute these 2x2 convolutions as one transposed 4x4 convolution, which needs no copy."""
     accumulate: bool = True
     """Add shortcuts inside the matrix products that compute them."""
     one_product: bool = True
@@ -279,8 +281,14 @@ class EngineConfig:
     """Add residuals in the norm that reads the sum, and in folded attention."""
     folded_attention: bool = True
     """With one head: multiply the weights of queries and keys, and of values and projection, beforehand."""
+    attention_block: bool = True
+    """Compute a folded attention block, with its norm, linear layers and residual, by an operation of our own, at up to
+    256 channels of 16 bits. Needs channels_last."""
+    mirrored: bool = True
+    """Evaluate the network on images turned by 180 degrees, with its kernels turned likewise, if it downsamples with
+    padding at the right and bottom alone: of images turned that way no padded copy is needed."""
     unpadded: bool = True
-    """Downsample by a 4x4 kernel with a row and a column of zeros, which needs no padded copy of the image."""
+    """Without mirrored, downsample by a 4x4 kernel with a row and a column of zeros, which needs no padded copy."""
     padded_channels: bool = True
     """Fill the channels of the network's input and output up to a multiple of 8 with zeros."""
     timed_convolutions: bool = True

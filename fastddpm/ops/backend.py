@@ -10,9 +10,11 @@ from types import ModuleType
 
 from fastddpm.errors import UsageError
 
+from .timed import fastest
+
 OPERATIONS = (
-    "group_norm_silu", "inference_norm", "attention", "add_attention", "add_product", "conv3x3", "conv3x3_fp8",
-    "q_sample", "reverse_step", "random_normal",
+    "group_norm_silu", "inference_norm", "attention", "add_attention", "attention_block", "add_product",
+    "convert_image", "conv3x3", "conv3x3_fp8", "q_sample", "reverse_step", "random_normal",
 )  # fmt: skip
 # By device type, fastest first. ROCm devices have type cuda too. sdpa is PyTorch's attention, for shapes that our
 # kernel does not take.
@@ -44,12 +46,17 @@ def implementation(operation: str, device_type: str, arguments: Mapping[str, obj
     """Return the module whose `forward` and `backward` run `operation`. Raises UsageError if the forced backend cannot.
 
     `arguments`: those of the call, by name. A module whose `unsupported(**arguments)` gives a reason leaves the call to
-    the next slower one. Default: the module that is asked first.
+    the next slower one. Default: the module that is asked first. A backend that was timed to be faster for the call's
+    shapes on its GPU (`timed.py`) comes before that order.
     """
     backend = chosen_backend()
     module = _resolve(operation, device_type, backend)
     if arguments is None:
         return module
+    if backend == "auto" and (timed := fastest(operation, arguments)) is not None and _exists(operation, timed):
+        choice = importlib.import_module(_module_name(operation, timed))
+        if _problem(operation, timed) is None and _refusal(choice, arguments) is None:
+            return choice
     while (reason := _refusal(module, arguments)) is not None:
         if backend != "auto":
             raise UsageError(f"{operation}: backend {backend!r} was forced, but {reason}; leave the choice to auto")

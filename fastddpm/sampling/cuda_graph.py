@@ -1,4 +1,4 @@
-"""Capture of one sampling step as a CUDA graph, and the batch sizes that are captured."""
+"""Capture of a step as a CUDA graph, and the batch sizes for which a sampling step is captured."""
 
 import functools
 import weakref
@@ -17,11 +17,12 @@ _SIZE_STEP = 64  # captured batch sizes above 64 are multiples of this
 _streams_without_graph: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
-def capture(step: Replay, restore: Replay, device: torch.device) -> Replay:
+def capture(step: Replay, restore: Replay, device: torch.device, *, warm_up: int = 3) -> Replay:
     """Capture `step` as a CUDA graph on `device`; return its replay.
 
-    Three runs on another stream come first, in which kernels are compiled and choose their algorithms. `restore` undoes
-    each of them, because no row of the step table may follow the one at hand. Other threads may use the GPU meanwhile.
+    `warm_up` runs on another stream come first, in which kernels are compiled and choose their algorithms. `restore`
+    undoes each of them: in sampling, no row of the step table may follow the one at hand. Other threads may use the GPU
+    meanwhile.
     Raises RuntimeError if something in `step` cannot be captured.
     """
     with torch.cuda.device(device):
@@ -29,7 +30,7 @@ def capture(step: Replay, restore: Replay, device: torch.device) -> Replay:
         warming.wait_stream(here)
         try:
             with torch.cuda.stream(warming):
-                for _ in range(3):
+                for _ in range(warm_up):
                     step()
                     restore()
         finally:

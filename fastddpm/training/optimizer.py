@@ -61,14 +61,20 @@ class Optimizer:
         self.averages = {decay: [p.detach().clone() for p in self._local_shards] for decay in config.decays}
         lengths = config.ema_snapshot_lengths if config.ema_snapshots else ()
         self.power_averages = {length: [p.detach().clone() for p in self._local_shards] for length in lengths}
-        self._adam = torch.optim.Adam(self._local_shards, config.lr, ADAM_BETAS, ADAM_EPS, fused=True)
+        device = self._local_shards[0].device
+        # On the device, so that a captured step reads the numbers of the step at hand.
+        self._rate = torch.zeros((), dtype=torch.float32, device=device)
+        self._shares = {decay: torch.zeros_like(self._rate) for decay in config.decays}
+        self._adam = torch.optim.Adam(
+            self._local_shards, self._rate, ADAM_BETAS, ADAM_EPS, fused=True, capturable=device.type == "cuda"
+        )
         for p in self._local_shards:
             self._adam.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
-        self._on_cpu = self._local_shards[0].device.type == "cpu"
+        self._on_cpu = device.type == "cpu"
         # Plain SGD with lr 1 applies the EMA update as a gradient, so found_inf skips it together with Adam's.
         self._average_sgd = {decay: torch.optim.SGD(a, lr=1.0, fused=True) for decay, a in self.averages.items()}
         self.shard_sum: list[Tensor] | None = None
@@ -92,30 +98,42 @@ class Optimizer:
 
         Returns (gradient norm before clipping, whether the step was applied), 0-d float32 and 0-d bool.
         """
+        self.begin(step)
+        result = self.apply(loss)
+        self.end(step)
+        return result
+
+    def begin(self, step: int) -> None:
+        """Write the learning rate and the shares of the averages of step number `step` to the device."""
+        self._rate.fill_(learning_rate(self.config, step))
+        for decay, share in self._shares.items():
+            share.fill_(1 - decay_at(self.config, decay, step))
+        if self.config.mode == "paper":
+            # TensorFlow adds eps to sqrt(v) before the bias correction, torch after it.
+            self._adam.param_groups[0]["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** (step + 1))
+
+    def apply(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the accumulated gradients, and return what `step` does. In mode standard it can be captured."""
         gradients = self._take_gradients()
         norm = self._total_norm(gradients)
         if self.config.mode == "standard":
             nn.utils.clip_grads_with_norm_(self._local_shards, self.config.clip_gradient, norm)
         applied = torch.isfinite(norm) & torch.isfinite(loss)
-
-        param_group = self._adam.param_groups[0]
-        param_group["lr"] = learning_rate(self.config, step)
-        if self.config.mode == "paper":
-            # TensorFlow adds eps to sqrt(v) before the bias correction, torch after it.
-            param_group["eps"] = ADAM_EPS / math.sqrt(1 - ADAM_BETAS[1] ** (step + 1))
         # Adam's fused kernel skips the update if found_inf is 1; GradScaler relies on the same.
         skipped = (~applied).to(torch.float32)
         self._adam.found_inf = skipped  # type: ignore[attr-defined]
         self._adam.step()
         self.zero_grad()
         for decay, average in self.averages.items():
-            share = 1 - decay_at(self.config, decay, step)
-            self._update_average(average, share, self._average_sgd[decay], skipped)
+            self._update_average(average, self._shares[decay], self._average_sgd[decay], skipped)
+        return norm, applied
+
+    @torch.no_grad()
+    def end(self, step: int) -> None:
+        """Update the power-function averages after step number `step`."""
         for sigma_rel, average in self.power_averages.items():
             share = 1 - decay_of(exponent_of(sigma_rel), step + 1)
-            with torch.no_grad():
-                torch._foreach_lerp_(average, self._local_shards, share)
-        return norm, applied
+            torch._foreach_lerp_(average, self._local_shards, share)
 
     def zero_grad(self) -> None:
         """Set all gradients to None."""
@@ -133,11 +151,11 @@ class Optimizer:
         return [shard.grad for shard in self._local_shards if shard.grad is not None]
 
     @torch.no_grad()
-    def _update_average(self, average: list[Tensor], share: float, sgd: torch.optim.SGD, skipped: Tensor) -> None:
+    def _update_average(self, average: list[Tensor], share: Tensor, sgd: torch.optim.SGD, skipped: Tensor) -> None:
         """Compute average += share * (weight - average), unless the step is skipped."""
         if self._on_cpu:  # reading `skipped` costs nothing here, and lerp is one pass over memory
             if not skipped:
-                torch._foreach_lerp_(average, self._local_shards, share)
+                torch._foreach_lerp_(average, self._local_shards, share.item())
             return
         change = torch._foreach_sub(average, self._local_shards)
         torch._foreach_mul_(change, share)

@@ -109,6 +109,7 @@ class FSDP(DDP):
         from torch.distributed.fsdp import fully_shard
 
         SingleProcess.__init__(self, unet, config)
+        self.network = channels_last_input(unet)
         self.group = group
         mesh = init_device_mesh(next(unet.parameters()).device.type, (group.world_size,))
         for module in unet.modules():
@@ -152,6 +153,20 @@ class FSDP(DDP):
 
         p = self._parameters[name]
         return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def channels_last_input(unet: UNet) -> Callable[..., Tensor]:
+    """Return `unet`, given x_t in channels_last, in which every image of the network then is.
+
+    For weights that are not: cuDNN takes the layout of either operand, and an image is larger than a weight.
+    """
+
+    def run(x_t: Tensor, *args: Any, **options: Any) -> Tensor:
+        # Not x_t.contiguous(..): an image of one channel counts as dense in both layouts, and would stay as it is.
+        return cast(Tensor, unet(torch.empty_like(x_t, memory_format=torch.channels_last).copy_(x_t), *args, **options))
+
+    run.takes_noise_key = True  # type: ignore[attr-defined]
+    return run
 
 
 def make_strategy(network: nn.Module, config: TrainConfig, group: ProcessGroup) -> SingleProcess:

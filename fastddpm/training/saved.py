@@ -123,8 +123,8 @@ class RunOptions:
 
 # Fields of TrainConfig that may change on --resume without --override.
 FREE_TO_CHANGE = {
-    "steps", "accumulate", "compile", "checkpoint_blocks", "parallel", "log_every", "save_every", "keep", "patience",
-    "preview_every", "preview_steps", "ema_snapshots", "ema_snapshot_dtype",
+    "steps", "accumulate", "compile", "graph", "checkpoint_blocks", "parallel", "log_every", "save_every", "keep",
+    "patience", "preview_every", "preview_steps", "ema_snapshots", "ema_snapshot_dtype",
 }  # fmt: skip
 
 

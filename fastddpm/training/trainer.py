@@ -25,6 +25,7 @@ from fastddpm.storage.files import write_json
 from fastddpm.unet import UNet, network_with
 
 from . import parallel, snapshots, state
+from .captured import CapturedStep, Step
 from .initial import Origin
 from .monitor import Monitor
 from .network import averaged_copy, check_network, dropout_of, is_plain
@@ -97,31 +98,44 @@ class Trainer:
         self._losses = self._micro_losses
         if config.compile and group.world_size == 1:
             self._losses = in_one_graph(self._micro_losses)
+        self._update: Step = self._launch_update
+        alone = group.world_size == 1 and device.type == "cuda"
+        if config.graph and alone and self._plain and config.mode == "standard" and not config.compile:
+            self._update = CapturedStep(self._launch_update, device)
 
     def train_step(self) -> tuple[Tensor, Tensor, Tensor]:
         """Take one optimizer step. Returns (loss, gradient norm, applied) as 0-d tensors, without a synchronization."""
         if not self._settled:
             self._warm_up_ddp_buckets()
-        loss = torch.zeros((), device=self.device)
+        images, labels, number = self._batch()
+        self.optimizer.begin(self.step)
         with dropout_of(self.network, self.preset.train.seed, self.step, self.group.rank, self.device):
-            for per_image in self.part_losses():
-                if not per_image.requires_grad:
-                    raise UsageError(
-                        f"the output of {type(self.network).__name__} has no gradient: its forward detaches it, or "
-                        "computes under torch.no_grad() or with numpy"
-                    )
-                if self.preset.train.mode == "paper":
-                    per_image.mean().backward()
-                    self.optimizer.end_shard()
-                else:
-                    self._differentiate(per_image)
-                loss += per_image.detach().sum() / self.preset.train.batch
-        by_t = self.monitor.losses_by_t
-        self.strategy.sum([loss, by_t.pending, *(self.optimizer.shard_sum or [])])
-        norm, applied = self.optimizer.step(self.step, loss)
-        by_t.commit(applied)
+            loss, norm, applied = self._update(images, labels, number)
+        self.monitor.losses_by_t.commit(applied)
+        self.optimizer.end(self.step)
         self.step += 1
         return loss, norm, applied
+
+    def _launch_update(self, images: Tensor, labels: Tensor | None, number: Tensor) -> tuple[Tensor, ...]:
+        """Launch the kernels of a step, which read what differs between steps from these tensors and the optimizer's.
+
+        Returns (loss, gradient norm, applied). `number`: of the step, int64 (), the counter of its noise.
+        """
+        loss = torch.zeros((), device=self.device)
+        for per_image in self._losses_of(images, labels, number):
+            if not per_image.requires_grad:
+                raise UsageError(
+                    f"the output of {type(self.network).__name__} has no gradient: its forward detaches it, or "
+                    "computes under torch.no_grad() or with numpy"
+                )
+            if self.preset.train.mode == "paper":
+                per_image.mean().backward()
+                self.optimizer.end_shard()
+            else:
+                self._differentiate(per_image)
+            loss += per_image.detach().sum() / self.preset.train.batch
+        self.strategy.sum([loss, self.monitor.losses_by_t.pending, *(self.optimizer.shard_sum or [])])
+        return (loss, *self.optimizer.apply(loss))
 
     def _differentiate(self, per_image: Tensor) -> None:
         # DDP and FSDP average gradients over processes, so each takes the mean over its part of the global batch.
@@ -143,17 +157,24 @@ class Trainer:
 
         Call `backward` on each before taking the next.
         """
-        config = self.preset.train
+        yield from self._losses_of(*self._batch())
+
+    def _batch(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return images and labels of the step at hand, and its number, int64 ()."""
         with self.monitor.clock.waiting():
             images, labels = self.batches.at(self.step)
+        number = torch.full((), self.step, dtype=torch.int64, device=self.device)
+        return images, labels if self.interface.num_classes else None, number
+
+    def _losses_of(self, images: Tensor, labels: Tensor | None, number: Tensor) -> Iterator[Tensor]:
+        config = self.preset.train
         self.monitor.losses_by_t.begin()
-        step = torch.full((), self.step, dtype=torch.int64, device=self.device)
-        key = NoiseKey(self._seed, step, self._places)
+        key = NoiseKey(self._seed, number, self._places)
         size = config.batch // PAPER_SHARDS if config.mode == "paper" else len(images) // config.accumulate
         for start in range(0, len(images), size):
             end = start + size
             with self.strategy.micro_batch(last=end == len(images)):
-                part_labels = labels[start:end] if labels is not None and self.interface.num_classes else None
+                part_labels = None if labels is None else labels[start:end]
                 per_image, t = self._losses(images[start:end], key.part(start, end), part_labels)
                 self.monitor.losses_by_t.note(per_image, t)
                 yield per_image

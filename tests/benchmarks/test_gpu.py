@@ -61,6 +61,23 @@ except KeyboardInterrupt:
     assert "later" not in ended
 
 
+def test_tests_are_pieces_of_one_file() -> None:
+    """Which exist, with those of the operators on the device; a file without tests for it passes."""
+    operators, others = gpu.pieces("operators"), gpu.pieces("tests")
+    assert "operators-ops-test_attention" in operators and "tests-training-test_captured" in others
+    assert gpu.pieces("memcheck") == ["memcheck"]
+    for name in (*operators, *others):
+        assert (gpu.ROOT / gpu.stage(name, Path()).command[-1]).is_file()
+    assert "cuda" in gpu.stage(operators[0], Path()).command
+
+
+def test_a_file_without_tests_for_the_device_passes(tmp_path: Path) -> None:
+    path = tmp_path / "test_nothing.py"
+    path.write_text("")
+    ended = drive(tmp_path, nothing=gpu.Stage((*gpu.PYTEST, "-n", "0", "-p", "no:cacheprovider", str(path))))
+    assert ended["nothing"]["passed"] is True and ended["nothing"]["reason"] is None
+
+
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
     ended = drive(tmp_path, check=gpu.Stage(("no-such-program",), needs="no-such-program"))
     assert ended["check"]["reason"] == "no-such-program is not on PATH"

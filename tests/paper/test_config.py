@@ -28,8 +28,8 @@ UNUSUAL = Preset(
     ),
     TrainConfig(
         steps=9, batch=6, accumulate=3, lr=3e-3, warmup=2, decay="cosine", clip_gradient=0.5, ema=(0.9, 0.5),
-        ema_ramp=True, flip=False, precision="bf16", compile=True, checkpoint_blocks=True, seed=-4, log_every=3,
-        save_every=4, keep=5, preview_every=7, preview_steps=8, patience=6, ema_snapshots=10,
+        ema_ramp=True, flip=False, precision="bf16", compile=True, graph=False, checkpoint_blocks=True, seed=-4,
+        log_every=3, save_every=4, keep=5, preview_every=7, preview_steps=8, patience=6, ema_snapshots=10,
         ema_snapshot_lengths=(0.02,), ema_snapshot_dtype="float32",
     ),
     SampleConfig(

@@ -136,14 +136,14 @@ def test_divergence_stops_the_run_and_spares_the_weights(
 
     monkeypatch.setattr(trainer.diffusion, "loss", poisoned)
     finite = []
-    step = trainer.optimizer.step
+    apply = trainer.optimizer.apply
 
-    def watched(number: int, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        result = step(number, value)
+    def watched(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        result = apply(value)
         finite.append(all(torch.isfinite(tensor).all() for tensor in state_of(trainer).values()))
         return result
 
-    monkeypatch.setattr(trainer.optimizer, "step", watched)
+    monkeypatch.setattr(trainer.optimizer, "apply", watched)
     log = JsonLines(tmp_path / "log.jsonl")
     with pytest.raises(DivergedError, match=r"3 steps in a row, 5 to 7") as error:
         trainer.run(tmp_path, log)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.config import EngineConfig
-from fastddpm.unet import Level, ResBlock, UNet
+from fastddpm.ops import convert_image
+from fastddpm.unet import Down, Level, ResBlock, UNet
 
 from .current import Weights
 from .fused_blocks import FusedAttention, FusedLevel, FusedResBlock
@@ -35,8 +36,10 @@ class FusedUNet:
     def __init__(self, unet: UNet, timesteps: int, engine: EngineConfig, dtype: torch.dtype) -> None:
         self.unet, self.engine, self.dtype = unet, engine, dtype
         self._weights = Weights(unet)
-        cast_to = Cast(dtype, torch.channels_last if engine.channels_last else torch.contiguous_format)
-        self._layout = cast_to.layout
+        one_sided = any(isinstance(module, Down) and not module.conv.padding[0] for module in unet.modules())
+        self._mirrored = engine.mirrored and one_sided
+        layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+        cast_to = Cast(dtype, layout, mirrored=self._mirrored)
         with torch.no_grad():
             self._time = _Time(unet, timesteps, engine)
             carried, padded = engine.carried_biases, engine.padded_channels
@@ -60,7 +63,14 @@ class FusedUNet:
                 self._up.append(FusedLevel(level, self._time, engine, cast_to, lacks, skips))
                 lacks = self._up[-1].lacks
             self._norm_out = Norm(unet.norm_out, lacks)
-            self._conv_out = Conv3x3(unet.conv_out, unet.conv_out.bias, cast_to, padded="out" if padded else None)
+            # The copy that ends the network adds the bias, which would be a kernel of its own.
+            bias = unet.conv_out.bias
+            self._conv_out = Conv3x3(
+                unet.conv_out, None if carried else bias, cast_to, padded="out" if padded else None
+            )
+            self._last_bias: Tensor | None = None
+            if carried and bias is not None:
+                self._last_bias = F.pad(bias.detach(), (0, self._conv_out.outputs - len(bias)))
         # torch.compile makes a program for each batch size and keeps eight. Without fullgraph, a ninth size runs
         # uncompiled and torch logs that; with it, the ninth would be an error.
         self._run = torch.compile(self._forward, dynamic=False) if engine.compile else self._forward
@@ -75,15 +85,21 @@ class FusedUNet:
             return self._run(self._input(x_t), self._time(t, label))
 
     def _input(self, x_t: Tensor) -> Tensor:
-        """Return x_t in the network's precision and layout, with the channels that conv_in reads."""
-        n, channels, height, width = x_t.shape
-        shape = (n, self._conv_in.inputs, height, width)
-        # Not x_t.contiguous(..): an image of one channel counts as dense in both layouts, and would stay as it is.
-        x = torch.empty(shape, dtype=self.dtype, device=x_t.device, memory_format=self._layout)
-        if channels != shape[1]:
-            x.zero_()
-        x[:, :channels].copy_(x_t)
-        return x
+        """Return x_t in the network's precision, layout and direction, with the channels that conv_in reads."""
+        return convert_image(
+            x_t, channels=self._conv_in.inputs, mirrored=self._mirrored, dtype=self.dtype,
+            channels_last=self.engine.channels_last,
+        )  # fmt: skip
+
+    def _output(self, out: Tensor) -> Tensor:
+        """Return what conv_out computed in the direction of x_t, with its bias and without channels of zeros."""
+        channels = self.unet.conv_out.out_channels
+        if self._last_bias is None and not self._mirrored:
+            return out[:, :channels]
+        return convert_image(
+            out, bias=self._last_bias, channels=channels, mirrored=self._mirrored,
+            channels_last=self.engine.channels_last,
+        )  # fmt: skip
 
     def _forward(self, x_t: Tensor, temb: Tensor) -> Tensor:
         """Evaluate the network; the highest resolution by `engine.chunk` images at a time."""
@@ -111,7 +127,7 @@ class FusedUNet:
             part = h if len(pieces) == 1 else Image(h.settled()[piece])
             kept = skips if len(self._down) == 1 else skips[:-1]
             part = _ascend(self._up[-1], part, temb[piece], kept)
-            outputs.append(self._conv_out(self._norm_out(part))[:, : self.unet.conv_out.out_channels])
+            outputs.append(self._output(self._conv_out(self._norm_out(part))))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

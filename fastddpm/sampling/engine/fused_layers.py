@@ -34,10 +34,18 @@ class Image:
 
 
 class Cast:
-    """Copies weights to the precision and memory format in which they are read."""
+    """Copies weights to the precision and memory format in which they are read.
 
-    def __init__(self, dtype: torch.dtype, layout: torch.memory_format) -> None:
-        self.dtype, self.layout = dtype, layout
+    `mirrored`: the images are turned by 180 degrees, and so are the kernels of convolutions (`kernel`).
+    """
+
+    def __init__(self, dtype: torch.dtype, layout: torch.memory_format, *, mirrored: bool = False) -> None:
+        self.dtype, self.layout, self.mirrored = dtype, layout, mirrored
+
+    def kernel(self, layer: nn.Conv2d) -> Tensor:
+        """Return the weights of a convolution of the images as they are turned, not yet cast."""
+        weight = layer.weight.detach()
+        return weight.flip(2, 3) if self.mirrored else weight
 
     def __call__(self, weight: Tensor | None) -> Tensor:
         assert weight is not None
@@ -70,8 +78,8 @@ class Norm:
     """
 
     def __init__(self, norm: GroupNormSiLU, added: Tensor | None = None, *, rounded: bool = False) -> None:
-        self._norm, self._rounded = norm, rounded
-        self._added = None if added is None else added.detach().unsqueeze(0)
+        self.norm, self._rounded = norm, rounded
+        self.added = None if added is None else added.detach()
 
     def __call__(
         self,
@@ -80,9 +88,9 @@ class Norm:
         temb: Tensor | None = None,
         scale_shift: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Tensor:
-        norm, (scale, shift) = self._norm, scale_shift
-        if temb is None and self._added is not None:
-            temb = self._added.expand(len(h.tensor), -1)
+        norm, (scale, shift) = self.norm, scale_shift
+        if temb is None and self.added is not None:
+            temb = self.added.expand(len(h.tensor), -1)
         behind = None if skip is None else skip.settled()
         if h.residual is None and not self._rounded:
             return group_norm_silu(
@@ -103,12 +111,12 @@ class Conv3x3:
     def __init__(
         self, layer: nn.Conv2d, bias: Tensor | None, cast_to: Cast, *, padded: Literal["in", "out"] | None = None
     ) -> None:
-        weight = layer.weight.detach()
+        weight = cast_to.kernel(layer)
         if padded is not None:
             inputs, outputs = (-weight.shape[1] % 8, 0) if padded == "in" else (0, -weight.shape[0] % 8)
             weight = F.pad(weight, (0, 0, 0, 0, 0, inputs, 0, outputs))
             bias = None if bias is None else F.pad(bias.detach(), (0, outputs))
-        self.inputs = weight.shape[1]
+        self.outputs, self.inputs = weight.shape[:2]
         self._weight, self._bias = cast_to(weight), cast_to.bias(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -122,7 +130,7 @@ class Conv8Bit:
     """
 
     def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: Cast) -> None:
-        self._weight, self._scale = quantised(layer.weight)
+        self._weight, self._scale = quantised(cast_to.kernel(layer))
         self._bias, self._dtype = cast_to.bias(bias), cast_to.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -150,15 +158,17 @@ def double(x: Tensor) -> Tensor:
 class Downsample:
     """3x3 convolution with stride 2, padded by one at the right and bottom, and as configured at the left and top.
 
-    With `unpadded`, padding at the right and bottom alone takes no copy of the image: a 4x4 kernel, whose first row and
-    column are zero, may be padded on every side.
+    Padding at the right and bottom alone needs a copy of the image, but for two ways. With padding on every side, the
+    last row and column of it are never read, and of a mirrored image these are the ones at the left and top. With
+    `unpadded`, a 4x4 kernel, whose first row and column are zero, may be padded on every side.
     """
 
     def __init__(self, layer: Down, bias: Tensor | None, cast_to: Cast, *, unpadded: bool) -> None:
-        weight = layer.conv.weight.detach()
-        self._padding = int(bool(layer.conv.padding[0]) or unpadded)
-        self._widened = unpadded and not layer.conv.padding[0]
-        self._weight = cast_to(F.pad(weight, (1, 0, 1, 0)) if self._widened else weight)
+        everywhere = bool(layer.conv.padding[0])
+        widened = not everywhere and not cast_to.mirrored and unpadded
+        self._padding = int(everywhere or cast_to.mirrored or widened)
+        weight = cast_to.kernel(layer.conv)
+        self._weight = cast_to(F.pad(weight, (1, 0, 1, 0)) if widened else weight)
         self._bias = cast_to.bias(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -176,7 +186,7 @@ class PhaseUpsample:
     """
 
     def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: Cast) -> None:
-        self._weight = cast_to(_phases(layer.weight).flatten(0, 2))
+        self._weight = cast_to(_phases(cast_to.kernel(layer)).flatten(0, 2))
         self._bias = None if bias is None else cast_to(bias).repeat(4)
         self._layout = cast_to.layout
 
@@ -211,7 +221,7 @@ class TransposedUpsample:
     """
 
     def __init__(self, layer: nn.Conv2d, bias: Tensor | None, cast_to: Cast) -> None:
-        phases = _phases(layer.weight)
+        phases = _phases(cast_to.kernel(layer))
         weight = phases.new_empty(*phases.shape[2:4], 4, 4)
         for a, p, b, q in itertools.product((0, 1), repeat=4):
             weight[:, :, 3 - a - 2 * p, 3 - b - 2 * q] = phases[a, b, :, :, p, q]
