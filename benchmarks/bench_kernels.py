@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, DTYPE, ON_GPU, record, synchronised_timer
+from harness import DEVICE, DTYPE, ON_GPU, in_graph, record, synchronised_timer
 from limits import limit
 from shapes import Call
 from torch import Tensor
@@ -39,10 +39,11 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
 def time_call(benchmark: Any, peer: str, run: Callable[[], object], call: Call, shape: str) -> None:
     """Times `run`, with what the operation must move and compute, each tensor once, whoever does it."""
     benchmark.group = f"{call.name} {shape}"
-    benchmark(run)
+    timed, calls = in_graph(run)
+    benchmark(timed)
     bound = limit(call)
-    record(benchmark, peer, flop=bound.matrix_flop, num_bytes=bound.num_bytes, operation=call.name, shape=shape,
-           batch=BATCH)  # fmt: skip
+    record(benchmark, peer, flop=calls * bound.matrix_flop, num_bytes=calls * bound.num_bytes, operation=call.name,
+           shape=shape, batch=BATCH, calls=calls)  # fmt: skip
 
 
 def meta(value: Any) -> Any:

@@ -43,9 +43,10 @@ KERNELS = (
     " and not (graph or float64 or compiles or refuses)"
 )
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+STEPS = {"sampling-step": ("--batch", "256"), "training-step": ("--batch", "128", "--training")}
 SUITE = ("kernels", "sampler", "train", "unet", "scaling")
 # In order: what is right comes before what is fast.
-STAGES = ("doctor", "operators", "tests", *SANITIZERS, *SUITE, "tiles", "backends")
+STAGES = ("doctor", "operators", "tests", *SANITIZERS, *STEPS, *SUITE, "tiles", "backends")
 NO_TESTS = 5  # exit code of pytest
 PATIENCE = 30.0  # seconds that an interrupted command has to write what it has
 
@@ -74,6 +75,9 @@ def pieces(name: str) -> list[str]:
 def stage(name: str, out: Path) -> Stage:
     """The stage called `name`, which leaves its files in `out`; or a piece of one."""
     kind, _, file = name.partition("-")
+    if name in STEPS:
+        command = (sys.executable, "benchmarks/step_measured.py", *STEPS[name], "--out", str(out / f"{name}.json"))
+        return Stage(command)
     if file:
         path = "tests/" + file.replace("-", "/", 1) + ".py"
         marked = ("-m", "", "--device", "cuda") if kind == "operators" else ("-m", "gpu")

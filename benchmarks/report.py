@@ -22,7 +22,7 @@ PANEL = (6.4, 4.0)  # inches
 
 @dataclass(frozen=True)
 class Timed:
-    """One benchmark of a file: `median` seconds, `info` as harness.record stored it."""
+    """One benchmark of a file: `median` seconds of a call, `info` as harness.record stored it."""
 
     name: str
     group: str
@@ -40,9 +40,12 @@ def read(path: Path) -> list[Timed]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return [
-            Timed(found["fullname"], found["group"] or "", found["stats"]["median"], found["extra_info"], path.name)
+            Timed(
+                found["fullname"], found["group"] or "", found["stats"]["median"] / found["extra_info"].get("calls", 1),
+                found["extra_info"], path.name,
+            )
             for found in document["benchmarks"]
-        ]
+        ]  # fmt: skip
     except OSError as error:
         raise UnreadableError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
