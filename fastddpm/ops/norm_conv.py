@@ -29,9 +29,8 @@ def norm_conv(
     (C,), groups and eps; None: no norm. `scale`, `shift`: (N, C), given together: y (1 + scale) + shift after the norm.
     `stride`: 1 or 2. `pad`: zeros above and to the left, by default 1 for 3x3 and 0 for 1x1; below and to the right
     there are as many as give H' = H / stride, so with stride 2 pad 0 is TensorFlow's SAME. `doubled`: upsample by 2,
-    nearest, after the norm. `temb`: (N, K). `residual`: (N, K, H', W'). All of x's dtype. On a CPU the weights
-    are packed at the first call, which takes up to four times their memory. Never differentiable. Raises ValueError for
-    other shapes.
+    nearest, after the norm. `temb`: (N, K). `residual`: (N, K, H', W'). All of x's dtype. Never differentiable.
+    Raises ValueError for other shapes.
     """
     kernel = weight.shape[-1] if weight.ndim == 4 else 0
     if x.ndim != 4 or kernel not in (1, 3) or weight.shape[1:] != (x.shape[1], kernel, kernel):

@@ -36,8 +36,8 @@ def _observed() -> bool:
     )
 
 
-def _packs(x: Tensor) -> bool:
-    """Whether weights are packed for a call with `x`: without gradients, in float32, on a CPU with the library."""
+def _fuses(x: Tensor) -> bool:
+    """Whether `norm_conv` takes a call with `x`: without gradients, in float32, on a CPU with the library."""
     fit = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
     return fit and (torch.compiler.is_compiling() or native.unavailable() is None)
 
@@ -55,7 +55,7 @@ def is_same_3x3(module: nn.Module) -> bool:
 def conv_forward(self: nn.Conv2d, input: Tensor) -> Tensor:
     if input.device.type != "cpu" or input.ndim != 4 or torch.is_autocast_enabled("cpu"):
         return _original(self, input)
-    if _packs(input):
+    if _fuses(input):
         return norm_conv(input, self.weight, self.bias)
     return conv3x3(input, self.weight, self.bias)
 
@@ -109,7 +109,7 @@ def resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: 
     resized = self.upsample is not None or self.downsample is not None
     convs = _is_plain(self.conv1, nn.Conv2d) and _is_plain(self.conv2, nn.Conv2d)
     alone = convs and is_same_3x3(self.conv1) and is_same_3x3(self.conv2) and not self.training
-    if alone and not resized and _packs(x) and (self.output_scale_factor == 1):
+    if alone and not resized and _fuses(x) and (self.output_scale_factor == 1):
         first, second = self.norm1, self.norm2
         h = norm_conv(
             x, self.conv1.weight, self.conv1.bias, norm=(first.weight, first.bias, first.num_groups, first.eps),
@@ -131,7 +131,7 @@ def resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: 
 
 def shortcut_forward(self: nn.Conv2d, input: Tensor) -> Tensor:
     """A 1x1 convolution."""
-    if input.ndim == 4 and not torch.is_autocast_enabled(input.device.type) and _packs(input):
+    if input.ndim == 4 and not torch.is_autocast_enabled(input.device.type) and _fuses(input):
         return norm_conv(input, self.weight, self.bias)
     return _original(self, input)
 
@@ -143,7 +143,7 @@ def upsample_forward(self: Any, hidden_states: Tensor, output_size: Any = None, 
     off = args or kwargs or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu")
     if off or not doubles or not _is_plain(conv, nn.Conv2d) or not is_same_3x3(conv) or _observed():
         return _original(self, hidden_states, output_size, *args, **kwargs)
-    if _packs(hidden_states):
+    if _fuses(hidden_states):
         return norm_conv(hidden_states, conv.weight, conv.bias, doubled=True)
     return conv3x3(hidden_states, conv.weight, conv.bias, doubled=True)
 
@@ -152,7 +152,7 @@ def downsample_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     """diffusers' Downsample2D with a convolution, for even sizes and without gradients."""
     even = not (hidden_states.shape[2] % 2 or hidden_states.shape[3] % 2)
     plain = _is_plain(self.conv, nn.Conv2d) and _is_3x3(self.conv, stride=2) and not _observed()
-    if args or kwargs or not even or not plain or torch.is_autocast_enabled("cpu") or not _packs(hidden_states):
+    if args or kwargs or not even or not plain or torch.is_autocast_enabled("cpu") or not _fuses(hidden_states):
         return _original(self, hidden_states, *args, **kwargs)
     return norm_conv(hidden_states, self.conv.weight, self.conv.bias, stride=2, pad=self.padding)
 
