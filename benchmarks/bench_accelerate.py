@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.benchmark(timer=synchronised_timer, min_rounds=5, max_time=2.0, warmup=True, warmup_iterations=1),
     pytest.mark.skipif(ON_GPU, reason="fastddpm.accelerate is compared on a CPU"),
 ]
-PEERS = ("fastddpm.accelerate", *(f"diffusers, {layout}" for layout in accelerate.LAYOUTS))
+PEERS = ("fastddpm", *(f"diffusers, {layout}" for layout in accelerate.LAYOUTS))
 
 
 @pytest.mark.parametrize("peer", PEERS)

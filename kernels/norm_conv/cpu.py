@@ -22,11 +22,11 @@ _LINE = 64  # bytes of a cache line, to which workspaces are aligned
 
 def unsupported(**arguments: object) -> str | None:
     """Return why these arguments are left to PyTorch, or None."""
-    x = arguments["x"]
-    assert isinstance(x, Tensor)
-    if x.dtype == torch.float32:
-        return None
-    return f"the compiled CPU library convolves float32, not {str(x.dtype).removeprefix('torch.')}"
+    for argument in arguments.values():
+        # `is not None` for speed: Tensor's metaclass makes isinstance slow for other objects.
+        if argument is not None and isinstance(argument, Tensor) and argument.dtype != torch.float32:
+            return f"the compiled CPU library convolves float32, not {str(argument.dtype).removeprefix('torch.')}"
+    return None
 
 
 def forward(a: Arguments) -> Tensor:
