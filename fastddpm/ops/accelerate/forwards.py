@@ -94,38 +94,39 @@ def _fuses_last(norm: nn.GroupNorm, act: nn.SiLU, x: Tensor) -> bool:
 
 def resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """diffusers' ResnetBlock2D: conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb)))) + shortcut(x)."""
-    fused = _is_plain(self.norm1, nn.GroupNorm) and _is_plain(self.norm2, nn.GroupNorm)
-    fused = fused and _is_plain(self.nonlinearity, nn.SiLU) and not _observed()
+    norm1, norm2, conv1, conv2 = self.norm1, self.norm2, self.conv1, self.conv2
+    activation, shortcut = self.nonlinearity, self.conv_shortcut
+    fused = _is_plain(norm1, nn.GroupNorm) and _is_plain(norm2, nn.GroupNorm)
+    fused = fused and _is_plain(activation, nn.SiLU) and not _observed()
     if not fused or args or kwargs or torch.is_autocast_enabled(input_tensor.device.type):
         return _original(self, input_tensor, temb, *args, **kwargs)
-    x, scale, shift = input_tensor, None, None
-    if self.time_emb_proj is not None:
-        temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+    x, scale, shift, project = input_tensor, None, None, self.time_emb_proj
+    if project is not None:
+        temb = project(temb if self.skip_time_act else activation(temb))
     if self.time_embedding_norm == "scale_shift":
         if temb is None:
             raise ValueError("temb must not be None when time_embedding_norm is scale_shift")
         scale, shift = temb.chunk(2, dim=1)
         temb = None
     resized = self.upsample is not None or self.downsample is not None
-    convs = _is_plain(self.conv1, nn.Conv2d) and _is_plain(self.conv2, nn.Conv2d)
-    alone = convs and is_same_3x3(self.conv1) and is_same_3x3(self.conv2) and not self.training
+    convs = _is_plain(conv1, nn.Conv2d) and _is_plain(conv2, nn.Conv2d)
+    alone = convs and is_same_3x3(conv1) and is_same_3x3(conv2) and not self.training
     if alone and not resized and _fuses(x) and (self.output_scale_factor == 1):
-        first, second = self.norm1, self.norm2
         h = norm_conv(
-            x, self.conv1.weight, self.conv1.bias, norm=(first.weight, first.bias, first.num_groups, first.eps),
+            x, conv1.weight, conv1.bias, norm=(norm1.weight, norm1.bias, norm1.num_groups, norm1.eps),
             silu=True, temb=temb,
         )  # fmt: skip
         return norm_conv(
-            h, self.conv2.weight, self.conv2.bias, norm=(second.weight, second.bias, second.num_groups, second.eps),
-            silu=True, scale=scale, shift=shift, residual=x if self.conv_shortcut is None else self.conv_shortcut(x),
+            h, conv2.weight, conv2.bias, norm=(norm2.weight, norm2.bias, norm2.num_groups, norm2.eps),
+            silu=True, scale=scale, shift=shift, residual=x if shortcut is None else shortcut(x),
         )  # fmt: skip
-    h = _normed(self.norm1, x)
+    h = _normed(norm1, x)
     for resize in (self.upsample, self.downsample):
         if resize is not None:
             x, h = resize(x), resize(h)
-    h = _normed(self.norm2, self.conv1(h), temb=temb, scale=scale, shift=shift)
-    h = self.conv2(self.dropout(h))
-    x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+    h = _normed(norm2, conv1(h), temb=temb, scale=scale, shift=shift)
+    h = conv2(self.dropout(h))
+    x = x if shortcut is None else shortcut(x)
     return (x + h) / self.output_scale_factor
 
 
