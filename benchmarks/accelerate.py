@@ -59,18 +59,6 @@ def inputs(unet: Any, batch: int) -> tuple[Tensor, ...]:
     return x, torch.tensor(500), *tokens
 
 
-def alternating(sides: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Milliseconds of CPU time of each side in each round, each right after another call of the same side."""
-    times: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds):
-        for side, own in zip(sides, times, strict=True):
-            side()
-            start = time.process_time()
-            side()
-            own.append(1e3 * (time.process_time() - start))
-    return times
-
-
 def evaluation(unet: Any, arguments: tuple[Tensor, ...], layout: torch.memory_format) -> Callable[[], Tensor]:
     x = arguments[0].contiguous(memory_format=layout)
 
@@ -112,7 +100,8 @@ def measure(name: str, batch: int, rounds: int, *, compile: bool, training: bool
         errors[side] = float((evaluation(one, arguments, layout)().double() - exact).norm() / exact.norm())
         called = torch.compile(one, dynamic=False) if compile else one
         sides[side] = make(called, arguments, layout)
-    times = dict(zip(sides, alternating(list(sides.values()), rounds), strict=True))
+    seconds = machine.alternating(list(sides.values()), rounds, time.process_time)
+    times = {side: [1e3 * one for one in own] for side, own in zip(sides, seconds, strict=True)}
     best = min(LAYOUTS, key=lambda layout: median(times[layout]))
     return {
         "network": name, "batch": batch, "compiled": compile, "training": training, "diffusers": best,

@@ -139,7 +139,7 @@ def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
         "weights_pytorch": lambda: pytorch_gradients(grad, large, weight, of_weight),
         "weights_winograd": lambda: winograd_weight_gradient(grad, x, weight, doubled, True),
     }
-    seconds = machine.alternating(list(sides.values()), rounds)
+    seconds = machine.medians(list(sides.values()), rounds)
     times = {name: 1e3 * value for name, value in zip(sides, seconds, strict=True)}
     chosen = "winograd" if algorithm_for(3, 1, shape.channels, height, height) == WINOGRAD else "patches"
     wins = winograd_wins(batch, shape.channels, shape.out_channels, height, height)

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     sides: dict[str, Callable[[], object]] = {"fastddpm": partial(sampler.sample, range(batch))}
                     for name, network in networks.items():
                         sides[name] = theirs(network, method, folder.parent / "scheduler", batch, steps)
-                    seconds = dict(zip(sides, machine.alternating(list(sides.values()), options.rounds), strict=True))
+                    seconds = dict(zip(sides, machine.medians(list(sides.values()), options.rounds), strict=True))
                     ratio = min(t for name, t in seconds.items() if name != "fastddpm") / seconds["fastddpm"]
                     rows.append({"method": method, "spacing": SPACINGS[method], "steps": steps, "batch": batch,
                                  "seconds": seconds, "ratio": ratio})  # fmt: skip

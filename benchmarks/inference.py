@@ -150,7 +150,7 @@ def measure(
         run(x)
         run(x)
     calls = [lambda run=run: run(x) for run in sides.values()]
-    times = dict(zip(sides, (1e3 * seconds for seconds in machine.alternating(calls, rounds)), strict=True))
+    times = dict(zip(sides, (1e3 * seconds for seconds in machine.medians(calls, rounds)), strict=True))
     expected = in_float64(unet, x)
     errors = {name: float((run(x).double() - expected).norm() / expected.norm()) for name, run in sides.items()}
     ratio = min(time for name, time in times.items() if name not in OURS) / times["prepared"]

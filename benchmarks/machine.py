@@ -64,8 +64,10 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def alternating(sides: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each side, which take turns: a machine that slows down slows all of them.
+def alternating(
+    sides: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float] = perf_counter
+) -> list[list[float]]:
+    """Seconds of each side in each round, by `clock`. They take turns: a machine that slows down slows all of them.
 
     Each call is timed right after another of the same side, so that what it reads is where that side leaves it.
     """
@@ -73,10 +75,15 @@ def alternating(sides: Sequence[Callable[[], object]], rounds: int) -> list[floa
     for _ in range(rounds):
         for side, times in zip(sides, seconds, strict=True):
             side()
-            start = perf_counter()
+            start = clock()
             side()
-            times.append(perf_counter() - start)
-    return [median(times) for times in seconds]
+            times.append(clock() - start)
+    return seconds
+
+
+def medians(sides: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each side, `alternating`."""
+    return [median(times) for times in alternating(sides, rounds)]
 
 
 def peak_resident_set() -> float | None:

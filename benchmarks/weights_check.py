@@ -35,7 +35,7 @@ def measure(preset: str, batch: int, rounds: int) -> dict[str, Any]:
         network = sampler._prepared
         assert network is not None and is_current(network, unet, sampler.engine)
         sides = [lambda: is_current(network, unet, sampler.engine), lambda: sampler.probe(x)]
-        check, step = machine.alternating(sides, rounds)
+        check, step = machine.medians(sides, rounds)
     return {
         "preset": preset,
         "batch": batch,

@@ -10,10 +10,12 @@ namespace {
 
 constexpr int64_t kDepth = 384;     // columns of a patch that are multiplied at once
 constexpr int64_t kMostRows = 48;   // output pixels of a task
+constexpr int64_t kMostTurns = 4;   // of a weight: for more tasks that read it, it is packed
 
 struct Plan {
     ConvSize size;
     int64_t depth, pixels, blocks;
+    bool turned;  // weights are packed block by block in cache, where they are used, and not before
     int64_t rows, row_tasks, columns, column_tasks;  // a task: `rows` output pixels, `columns` output channels
     int64_t a_row, c_row;
     int64_t shared_floats, thread_floats;
@@ -30,10 +32,13 @@ struct Plan {
         row_tasks = divide_up(pixels, larger(1, rows));
         columns = divide_up(blocks, column_tasks) * kColumns;
         column_tasks = divide_up(p.k, columns);
+        const int64_t *stride = p.weight_stride;
+        const bool dense = stride[1] == p.kernel * p.kernel && (p.kernel == 1 || (stride[2] == p.kernel && stride[3] == 1));
+        turned = !p.packed && dense && divide_up(pixels, kMostRows) <= kMostTurns;  // whatever the threads are
         a_row = smaller(kDepth, up_to_lines(depth)) + kLine;
         c_row = columns + kLine;
-        shared_floats = p.packed ? 0 : blocks * depth * kColumns;
-        thread_floats = up_to_lines(rows * a_row) + up_to_lines(rows * c_row);
+        shared_floats = p.packed || turned ? 0 : blocks * depth * kColumns;
+        thread_floats = up_to_lines(rows * a_row) + up_to_lines(rows * c_row) + (turned ? kDepth * kColumns : 0);
     }
 };
 
@@ -64,6 +69,29 @@ void gather(const fastddpm_conv_args &p, const Plan &plan, int64_t first, int64_
     }
 }
 
+// The same for channels c .. c + count - 1 of all taps, (channel, tap): as weights lie that are dense.
+void gather_by_channel(const fastddpm_conv_args &p, const Plan &plan, int64_t first, int64_t rows, int64_t c,
+                       int64_t count, float *a) {
+    const ConvSize &size = plan.size;
+    const int64_t taps = p.kernel * p.kernel, in_x = larger(0, smaller(count, p.c1 - c));
+    float pixel_values[kDepth];
+    for (int64_t r = 0; r < rows; ++r, a += plan.a_row) {
+        const int64_t pixel = first + r, x = pixel % size.out_width * p.stride - p.pad;
+        const int64_t line = pixel / size.out_width, y = line % size.out_height * p.stride - p.pad;
+        const int64_t n = line / size.out_height;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            const int64_t row = y + tap / p.kernel, column = x + tap % p.kernel;
+            if (row < 0 || row >= size.height || column < 0 || column >= size.width) {
+                for (int64_t i = 0; i < count; ++i) a[i * taps + tap] = 0;
+                continue;
+            }
+            if (in_x > 0) read_pixel(p, size, n, row, column, c, in_x, pixel_values);
+            if (in_x < count) read_pixel(p, size, n, row, column, c + in_x, count - in_x, pixel_values + in_x);
+            for (int64_t i = 0; i < count; ++i) a[i * taps + tap] = pixel_values[i];
+        }
+    }
+}
+
 // Weights of kColumns output channels from k, (depth, kColumns).
 void pack_columns(const fastddpm_conv_args &p, int64_t channels, int64_t k, float *to) {
     const int64_t *stride = p.weight_stride, columns = smaller(kColumns, p.k - k);
@@ -75,13 +103,21 @@ void pack_columns(const fastddpm_conv_args &p, int64_t channels, int64_t k, floa
 // Output channels k .. k + columns - 1 of the pixels first .. first + rows - 1.
 void block_of_output(const fastddpm_conv_args &p, const Plan &plan, int64_t first, int64_t rows, int64_t k,
                      int64_t columns, const float *packed, float *a) {
-    float *c = a + up_to_lines(plan.rows * plan.a_row);
-    for (int64_t d = 0; d < plan.depth; d += kDepth) {
-        const int64_t depth = smaller(kDepth, plan.depth - d);
-        gather(p, plan, first, rows, d, depth, a);
-        for (int64_t i = 0; i < columns; i += kPanel)
-            product(rows, columns - i, a, plan.a_row, packed + ((k + i) / kColumns * plan.depth + d) * kColumns + (k + i) % kColumns,
-                    depth, c + i, plan.c_row, d > 0);
+    float *c = a + up_to_lines(plan.rows * plan.a_row), *b = c + up_to_lines(plan.rows * plan.c_row);
+    const int64_t taps = p.kernel * p.kernel, step = plan.turned ? kDepth / taps * taps : kDepth;
+    for (int64_t d = 0; d < plan.depth; d += step) {
+        const int64_t depth = smaller(step, plan.depth - d);
+        if (plan.turned && taps > 1)
+            gather_by_channel(p, plan, first, rows, d / taps, depth / taps, a);
+        else
+            gather(p, plan, first, rows, d, depth, a);
+        for (int64_t i = 0; i < columns; i += kPanel) {
+            if (plan.turned && i % kColumns == 0)
+                turn(p.weight + (k + i) * p.weight_stride[0] + d, p.weight_stride[0], 1, smaller(kColumns, columns - i),
+                     depth, b, kColumns);
+            const float *block = plan.turned ? b : packed + ((k + i) / kColumns * plan.depth + d) * kColumns;
+            product(rows, columns - i, a, plan.a_row, block + i % kColumns, depth, c + i, plan.c_row, d > 0);
+        }
     }
     const int64_t image_pixels = plan.size.out_height * plan.size.out_width;
     for (int64_t r = 0; r < rows; ++r)
@@ -108,7 +144,7 @@ int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads) {
 #pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
         float *own = workspace + plan.shared_floats + thread_number() * plan.thread_floats;
-        if (!p.packed) {
+        if (plan.shared_floats > 0) {
 #pragma omp for schedule(dynamic)
             for (int64_t block = 0; block < plan.blocks; ++block)
                 pack_columns(p, plan.size.channels, block * kColumns, workspace + block * plan.depth * kColumns);

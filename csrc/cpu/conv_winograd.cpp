@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kBlockTiles = 128;
 constexpr int64_t kDepth = 128;     // input channels whose transformed weights are held at once
+constexpr int64_t kTurned = 16;     // input channels whose weights are turned at once
 constexpr int64_t kWeightPlane = kDepth * kColumns + kPad;
 
 struct Plan {
@@ -40,19 +41,24 @@ struct Plan {
         shared_floats = up_to_lines(kProducts * v_plane);
         // A thread's scratch image is done with before its U, M and gathered weights are begun.
         const int64_t product_floats =
-            kProducts * kWeightPlane + kTaps * kDepth * kColumns + up_to_lines(kProducts * m_plane);
+            kProducts * kWeightPlane + kTaps * kTurned * kColumns + up_to_lines(kProducts * m_plane);
         thread_floats = larger(tiling.scratch_floats, product_floats);
     }
 };
 
-// The weights of `columns` output channels from k and `depth` input channels from c as (9, depth, kColumns), tap_stride
-// elements from tap to tap and row elements from input channel to input channel.
+// Elements from input channel to input channel, and from tap to tap, of weights whose output channels are adjacent.
+struct Order {
+    int64_t row, down, across;
+};
+constexpr Order kPacked{kTaps * kColumns, 3 * kColumns, kColumns};  // (channel, tap, kColumns)
+
+// The weights of `columns` output channels from k and `depth` input channels from c, to g.
 void gather_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g,
-                    int64_t tap_stride, int64_t row) {
+                    const Order &order) {
     const int64_t *stride = p.weight_stride;
     for (int64_t tap = 0; tap < kTaps; ++tap)
         turn(p.weight + k * stride[0] + c * stride[1] + tap / 3 * stride[2] + tap % 3 * stride[3], stride[0], stride[1],
-             columns, depth, g + tap * tap_stride, row);
+             columns, depth, g + tap / 3 * order.down + tap % 3 * order.across, order.row);
 }
 
 // G g G^T of one vector of output channels.
@@ -73,23 +79,34 @@ FASTDDPM_INLINE void transform_weight(const float *g, int64_t row_stride, int64_
     }
 }
 
+void transform_rows(const float *from, const Order &order, int64_t columns, int64_t depth, float *u) {
+    for (int64_t d = 0; d < depth; ++d)
+        for (int64_t i = 0; i < columns; i += kWidth)
+            transform_weight(from + d * order.row + i, order.down, order.across, u + d * kColumns + i);
+}
+
 // U (36, depth, kColumns) of `columns` output channels from k and `depth` input channels from c.
 void transform_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g,
                        float *u) {
-    const float *from = g;
-    int64_t row = kColumns, down = 3 * kDepth * kColumns, across = kDepth * kColumns;
+    const int64_t *stride = p.weight_stride;
     if (p.packed != nullptr) {
-        from = packed_columns(p, k) + c * kTaps * kColumns;
-        row = kTaps * kColumns, down = 3 * kColumns, across = kColumns;
-    } else if (p.weight_stride[0] == 1 && columns % kWidth == 0) {
-        from = p.weight + k + c * p.weight_stride[1];
-        row = p.weight_stride[1], down = p.weight_stride[2], across = p.weight_stride[3];
-    } else {
-        gather_weights(p, k, columns, c, depth, g, kDepth * kColumns, kColumns);
+        transform_rows(packed_columns(p, k) + c * kTaps * kColumns, kPacked, columns, depth, u);
+        return;
     }
-    for (int64_t d = 0; d < depth; ++d)
-        for (int64_t i = 0; i < columns; i += kWidth)
-            transform_weight(from + d * row + i, down, across, u + d * kColumns + i);
+    if (stride[0] == 1 && columns % kWidth == 0) {
+        transform_rows(p.weight + k + c * stride[1], {stride[1], stride[2], stride[3]}, columns, depth, u);
+        return;
+    }
+    // A few channels at a time: their turned weights stay in the first-level cache.
+    const bool dense = stride[1] == kTaps && stride[2] == 3 && stride[3] == 1;
+    for (int64_t d = 0; d < depth; d += kTurned) {
+        const int64_t count = smaller(kTurned, depth - d);
+        if (dense)  // channels and taps are one row
+            turn(p.weight + k * stride[0] + (c + d) * kTaps, stride[0], 1, columns, count * kTaps, g, kColumns);
+        else
+            gather_weights(p, k, columns, c + d, count, g, kPacked);
+        transform_rows(g, kPacked, columns, count, u + d * kColumns);
+    }
 }
 
 // A^T M A of one tile and what follows it, for the vector of output channels at k.
@@ -116,7 +133,7 @@ void finish_tile(const fastddpm_conv_args &p, const Plan &plan, int64_t tile, in
 // Output channels k .. k + 31 of the tiles first .. first + tiles - 1, whose transformed inputs begin at v.
 void products(const fastddpm_conv_args &p, const Plan &plan, int64_t k, int64_t first, int64_t tiles, const float *v,
               float *buffer) {
-    float *u = buffer, *g = u + kProducts * kWeightPlane, *m = g + kTaps * kDepth * kColumns;
+    float *u = buffer, *g = u + kProducts * kWeightPlane, *m = g + kTaps * kTurned * kColumns;
     const int64_t columns = smaller(kColumns, p.k - k);
     for (int64_t c = 0; c < plan.size.channels; c += kDepth) {
         const int64_t depth = smaller(kDepth, plan.size.channels - c);
@@ -137,7 +154,7 @@ void products(const fastddpm_conv_args &p, const Plan &plan, int64_t k, int64_t 
 void pack_winograd(const fastddpm_conv_args &p, float *packed) {
     const int64_t channels = p.c1 + p.c2;
     for (int64_t k = 0; k < p.k; k += kColumns, packed += channels * kTaps * kColumns)
-        gather_weights(p, k, smaller(kColumns, p.k - k), 0, channels, packed, kColumns, kTaps * kColumns);
+        gather_weights(p, k, smaller(kColumns, p.k - k), 0, channels, packed, kPacked);
 }
 
 int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads) {

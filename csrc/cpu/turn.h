@@ -5,10 +5,29 @@
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 
-// Transposes kWidth vectors, as a matrix, in place, by swapping blocks of 1, 2, 4, ... elements.
+// A vector whose every four elements are four of the eight of a and b there: i0 and i1 count a's from 0 and b's from 4.
+template <int i0, int i1, int i2, int i3>
+FASTDDPM_INLINE Vec mix_fours(Vec a, Vec b) {
+    constexpr int from[4] = {i0, i1, i2, i3};
+    IntVec mask;
+    for (int j = 0; j < kWidth; ++j) mask[j] = from[j % 4] % 4 + j / 4 * 4 + (from[j % 4] < 4 ? 0 : kWidth);
+    return __builtin_shuffle(a, b, mask);
+}
+
+// Transposes kWidth vectors, as a matrix, in place: blocks of 4x4 each by itself, which takes instructions that leave
+// elements in their four, then blocks of 4, 8, ... elements are swapped.
 FASTDDPM_INLINE void transpose(Vec rows[kWidth]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i += 4) {
+        const Vec a = mix_fours<0, 4, 1, 5>(rows[i], rows[i + 1]), b = mix_fours<2, 6, 3, 7>(rows[i], rows[i + 1]);
+        const Vec c = mix_fours<0, 4, 1, 5>(rows[i + 2], rows[i + 3]), d = mix_fours<2, 6, 3, 7>(rows[i + 2], rows[i + 3]);
+        rows[i] = mix_fours<0, 1, 4, 5>(a, c);
+        rows[i + 1] = mix_fours<2, 3, 6, 7>(a, c);
+        rows[i + 2] = mix_fours<0, 1, 4, 5>(b, d);
+        rows[i + 3] = mix_fours<2, 3, 6, 7>(b, d);
+    }
 #pragma GCC unroll 4
-    for (int s = 1; s < kWidth; s *= 2) {
+    for (int s = 4; s < kWidth; s *= 2) {
         IntVec low, high;
         for (int j = 0; j < kWidth; ++j) {
             low[j] = j & s ? kWidth + j - s : j;

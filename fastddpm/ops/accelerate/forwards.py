@@ -36,8 +36,8 @@ def _observed() -> bool:
     )
 
 
-def _packs(x: Tensor) -> bool:
-    """Whether weights are packed for a call with `x`: without gradients, in float32, on a CPU with the library."""
+def _fuses(x: Tensor) -> bool:
+    """Whether `norm_conv` takes a call with `x`: without gradients, in float32, on a CPU with the library."""
     fit = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
     return fit and (torch.compiler.is_compiling() or native.unavailable() is None)
 
@@ -55,7 +55,7 @@ def is_same_3x3(module: nn.Module) -> bool:
 def conv_forward(self: nn.Conv2d, input: Tensor) -> Tensor:
     if input.device.type != "cpu" or input.ndim != 4 or torch.is_autocast_enabled("cpu"):
         return _original(self, input)
-    if _packs(input):
+    if _fuses(input):
         return norm_conv(input, self.weight, self.bias)
     return conv3x3(input, self.weight, self.bias)
 
@@ -94,44 +94,45 @@ def _fuses_last(norm: nn.GroupNorm, act: nn.SiLU, x: Tensor) -> bool:
 
 def resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """diffusers' ResnetBlock2D: conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb)))) + shortcut(x)."""
-    fused = _is_plain(self.norm1, nn.GroupNorm) and _is_plain(self.norm2, nn.GroupNorm)
-    fused = fused and _is_plain(self.nonlinearity, nn.SiLU) and not _observed()
+    norm1, norm2, conv1, conv2 = self.norm1, self.norm2, self.conv1, self.conv2
+    activation, shortcut = self.nonlinearity, self.conv_shortcut
+    fused = _is_plain(norm1, nn.GroupNorm) and _is_plain(norm2, nn.GroupNorm)
+    fused = fused and _is_plain(activation, nn.SiLU) and not _observed()
     if not fused or args or kwargs or torch.is_autocast_enabled(input_tensor.device.type):
         return _original(self, input_tensor, temb, *args, **kwargs)
-    x, scale, shift = input_tensor, None, None
-    if self.time_emb_proj is not None:
-        temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+    x, scale, shift, project = input_tensor, None, None, self.time_emb_proj
+    if project is not None:
+        temb = project(temb if self.skip_time_act else activation(temb))
     if self.time_embedding_norm == "scale_shift":
         if temb is None:
             raise ValueError("temb must not be None when time_embedding_norm is scale_shift")
         scale, shift = temb.chunk(2, dim=1)
         temb = None
     resized = self.upsample is not None or self.downsample is not None
-    convs = _is_plain(self.conv1, nn.Conv2d) and _is_plain(self.conv2, nn.Conv2d)
-    alone = convs and is_same_3x3(self.conv1) and is_same_3x3(self.conv2) and not self.training
-    if alone and not resized and _packs(x) and (self.output_scale_factor == 1):
-        first, second = self.norm1, self.norm2
+    convs = _is_plain(conv1, nn.Conv2d) and _is_plain(conv2, nn.Conv2d)
+    alone = convs and is_same_3x3(conv1) and is_same_3x3(conv2) and not self.training
+    if alone and not resized and _fuses(x) and (self.output_scale_factor == 1):
         h = norm_conv(
-            x, self.conv1.weight, self.conv1.bias, norm=(first.weight, first.bias, first.num_groups, first.eps),
+            x, conv1.weight, conv1.bias, norm=(norm1.weight, norm1.bias, norm1.num_groups, norm1.eps),
             silu=True, temb=temb,
         )  # fmt: skip
         return norm_conv(
-            h, self.conv2.weight, self.conv2.bias, norm=(second.weight, second.bias, second.num_groups, second.eps),
-            silu=True, scale=scale, shift=shift, residual=x if self.conv_shortcut is None else self.conv_shortcut(x),
+            h, conv2.weight, conv2.bias, norm=(norm2.weight, norm2.bias, norm2.num_groups, norm2.eps),
+            silu=True, scale=scale, shift=shift, residual=x if shortcut is None else shortcut(x),
         )  # fmt: skip
-    h = _normed(self.norm1, x)
+    h = _normed(norm1, x)
     for resize in (self.upsample, self.downsample):
         if resize is not None:
             x, h = resize(x), resize(h)
-    h = _normed(self.norm2, self.conv1(h), temb=temb, scale=scale, shift=shift)
-    h = self.conv2(self.dropout(h))
-    x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+    h = _normed(norm2, conv1(h), temb=temb, scale=scale, shift=shift)
+    h = conv2(self.dropout(h))
+    x = x if shortcut is None else shortcut(x)
     return (x + h) / self.output_scale_factor
 
 
 def shortcut_forward(self: nn.Conv2d, input: Tensor) -> Tensor:
     """A 1x1 convolution."""
-    if input.ndim == 4 and not torch.is_autocast_enabled(input.device.type) and _packs(input):
+    if input.ndim == 4 and not torch.is_autocast_enabled(input.device.type) and _fuses(input):
         return norm_conv(input, self.weight, self.bias)
     return _original(self, input)
 
@@ -143,7 +144,7 @@ def upsample_forward(self: Any, hidden_states: Tensor, output_size: Any = None, 
     off = args or kwargs or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu")
     if off or not doubles or not _is_plain(conv, nn.Conv2d) or not is_same_3x3(conv) or _observed():
         return _original(self, hidden_states, output_size, *args, **kwargs)
-    if _packs(hidden_states):
+    if _fuses(hidden_states):
         return norm_conv(hidden_states, conv.weight, conv.bias, doubled=True)
     return conv3x3(hidden_states, conv.weight, conv.bias, doubled=True)
 
@@ -152,7 +153,7 @@ def downsample_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     """diffusers' Downsample2D with a convolution, for even sizes and without gradients."""
     even = not (hidden_states.shape[2] % 2 or hidden_states.shape[3] % 2)
     plain = _is_plain(self.conv, nn.Conv2d) and _is_3x3(self.conv, stride=2) and not _observed()
-    if args or kwargs or not even or not plain or torch.is_autocast_enabled("cpu") or not _packs(hidden_states):
+    if args or kwargs or not even or not plain or torch.is_autocast_enabled("cpu") or not _fuses(hidden_states):
         return _original(self, hidden_states, *args, **kwargs)
     return norm_conv(hidden_states, self.conv.weight, self.conv.bias, stride=2, pad=self.padding)
 

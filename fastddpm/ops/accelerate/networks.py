@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from fastddpm.errors import UsageError
-from fastddpm.kernels.norm_conv import packed
 from fastddpm.ops.backend import obstacles
 
 from . import forwards
@@ -44,8 +43,8 @@ def accelerate(network: nn.Module) -> Report:
 
     Values and gradients are those of diffusers within float32 rounding. `restore` undoes it; parameters and
     `state_dict` are not touched. On a CPU: norms with SiLU and time embedding, 3x3 convolutions and attention of one
-    head; without gradients (`torch.no_grad`) a residual block is two calls, whose weights are packed at the first one,
-    in up to four times their memory, and again after a change. On a GPU: the norms. Whatever is not exactly diffusers'
+    head; without gradients (`torch.no_grad`) a residual block is two calls. Nothing is kept of the weights, so that
+    any change is noticed, those through `.data` included. On a GPU: the norms. Whatever is not exactly diffusers'
     or PyTorch's own layer is called as it is: adapters, hooks, other attention processors. Dropout in training is
     PyTorch's. Under torch.autocast everything runs as before. Called again, it goes over the network anew, as is needed
     after a layer was exchanged. Raises `UsageError` for other networks, subclasses included.
@@ -79,7 +78,6 @@ def restore(network: nn.Module) -> int:
             count += 1
         for mark in _MARKS:
             vars(module).pop(mark, None)
-    packed.forget(network.parameters())
     return count
 
 
