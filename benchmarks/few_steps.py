@@ -188,7 +188,7 @@ def plot(rows: Sequence[dict[str, Any]], real: dict[str, Any], path: Path) -> No
         axes.set_xticks(asked, [str(steps) for steps in asked])
         axes.tick_params(axis="x", which="minor", labelbottom=False)
     all_axes[0].set_ylabel(name.replace("_", " "))
-    all_axes[0].legend()
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
 
 
