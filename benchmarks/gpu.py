@@ -6,9 +6,10 @@
     python -m benchmarks.report DIR/unet-*.json DIR/sampler-*.json --store RESULT.json    # the parts as one
 
 Each stage is a command of its own; what it prints goes to DIR/STAGE.log, and DIR/gpu.json says how each ended, on which
-machine. A stage that has passed is not run again, unless --again is given. The tests are taken file by file, each as a
-stage of its own; of the benchmark suite, a stopped stage leaves what it measured and goes on with the rest. A stage
-that fails does not stop the next ones; the exit code is then 1. Nothing here changes the device's settings.
+machine. A stage that has passed is not run again, unless --again is given. The tests, also under the sanitizers, are
+taken file by file, each as a stage of its own; of the benchmark suite, a stopped stage leaves what it measured and goes
+on with the rest. A stage that fails does not stop the next ones; the exit code is then 1. Nothing here changes the
+device's settings.
 """
 
 import argparse
@@ -62,7 +63,7 @@ class Stage:
 
 def pieces(name: str) -> list[str]:
     """The parts of a stage that are run, and passed, one by one: of tests, their files."""
-    if name == "operators":
+    if name == "operators" or name in SANITIZERS:
         files = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
     elif name == "tests":
         found = sorted((ROOT / "tests").glob("*/test_*.py"))
@@ -80,10 +81,10 @@ def stage(name: str, out: Path) -> Stage:
         return Stage(command)
     if file:
         path = "tests/" + file.replace("-", "/", 1) + ".py"
+        if kind in SANITIZERS:
+            return sanitizer(kind, path)
         marked = ("-m", "", "--device", "cuda") if kind == "operators" else ("-m", "gpu")
         return Stage((*PYTEST, *marked, path))
-    if name in SANITIZERS:
-        return sanitizer(name)
     if name in SUITE:
         return suite(name, out)
     return {
@@ -95,13 +96,13 @@ def stage(name: str, out: Path) -> Stage:
     }[name]  # fmt: skip
 
 
-def sanitizer(tool: str) -> Stage:
-    """The operator tests under a tool of NVIDIA's compute-sanitizer, which looks at our kernels alone.
+def sanitizer(tool: str, path: str = "tests/ops") -> Stage:
+    """The operator tests in `path` under a tool of NVIDIA's compute-sanitizer, which looks at our kernels alone.
 
     Every tensor is an allocation of its own: PyTorch's pools would hide what is read or written beside one.
     """
     options = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", f"regex={OURS}")
-    tests = (*PYTEST, "-x", "-m", "gpu", "-k", KERNELS, "tests/ops")
+    tests = (*PYTEST, "-x", "-m", "gpu", "-k", KERNELS, path)
     return Stage(
         ("compute-sanitizer", *options, *tests), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs="compute-sanitizer"
     )

@@ -65,9 +65,15 @@ def test_tests_are_pieces_of_one_file() -> None:
     """Which exist, with those of the operators on the device; a file without tests for it passes."""
     operators, others = gpu.pieces("operators"), gpu.pieces("tests")
     assert "operators-ops-test_attention" in operators and "tests-training-test_captured" in others
-    assert gpu.pieces("memcheck") == ["memcheck"]
-    for name in (*operators, *others):
+    checked = gpu.pieces("memcheck")
+    assert len(checked) == len(operators) and "memcheck-ops-test_attention" in checked
+    for name in (*operators, *others, *checked):
         assert (gpu.ROOT / gpu.stage(name, Path()).command[-1]).is_file()
+    assert gpu.stage(checked[0], Path()).command[:3] == ("compute-sanitizer", "--tool", "memcheck")
+    assert gpu.pieces("sampling-step") == ["sampling-step"]
+    for name, training in (("sampling-step", False), ("training-step", True)):
+        command = gpu.stage(name, Path("out")).command
+        assert command[-2:] == ("--out", f"out/{name}.json") and ("--training" in command) == training
     assert "cuda" in gpu.stage(operators[0], Path()).command
 
 
