@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import triton
-from shapes import Call, describe, distinct, network_calls, step_calls
+from shapes import Call, describe, distinct, engine_calls, network_calls, step_calls
 from torch import Tensor
 
 from fastddpm.ops import registry
@@ -174,10 +174,12 @@ def problems(chip: str, kernel: Kernel, found: Resources) -> list[str]:
         wrong.append(f"{found.stack} bytes of stack")
     if found.shared > CHIPS[chip][3]:
         wrong.append(f"{found.shared} bytes of shared memory of {CHIPS[chip][3]}")
-    if "attention" in kernel.name and not found.matrix and signature["q"] != "*fp32":
+    if "attention" in kernel.name and not found.matrix and "*fp32" not in (signature.get("q"), signature.get("x")):
         wrong.append("no matrix instructions")
-    # The sums of a kernel's parts are short rows; 16 tokens are few for 64 threads.
-    small = "_sum" in kernel.name or (chip == "gfx942" and constants.get("BN") == 16)
+    # The sums of a kernel's parts are short rows; 16 tokens are few for 64 threads; an image's own 1 or 3 channels are
+    # gathered from planes, or stored as such pixels.
+    ends = kernel.name == "_convert_image_kernel" and constants.get("C", 0) <= 8
+    small = "_sum" in kernel.name or (chip == "gfx942" and constants.get("BN") == 16) or ends
     if not found.wide and not small:
         wrong.append("no 16-byte accesses")
     return wrong
@@ -221,6 +223,7 @@ def preset_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
     """Every kind of call of a training and a sampling step."""
     calls = network_calls(preset, batch, dtype, training=True)
     calls += network_calls(preset, batch, dtype, training=False)
+    calls += engine_calls(preset, batch, dtype)
     return [call for call, _ in distinct([*calls, *step_calls(preset, batch, dtype)])]
 
 

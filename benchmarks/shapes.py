@@ -1,5 +1,6 @@
 """The calls of `fastddpm.ops` that a training step and a sampling step of each preset make, without computing them."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastddpm.kernels.attention_block import CHANNEL_BYTES
 from fastddpm.kernels.reverse_step import COLUMNS, FIXED
 from fastddpm.presets import PRESETS
 from fastddpm.unet import GroupNormSiLU, UNet
@@ -90,6 +92,39 @@ def step_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
         Call("reverse_step", (x, out.to(memory_format=torch.channels_last), rows, timesteps, step, images, seed, 1.0,
                               FIXED, None, None)),
     ]  # fmt: skip
+
+
+def engine_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
+    """What only the network prepared for a GPU calls: attention blocks, shortcuts, sums, and both ends."""
+    config, calls = PRESETS[preset].unet, []
+
+    def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        made = torch.empty(size, dtype=dtype, device="meta")
+        return made.to(memory_format=torch.channels_last) if len(size) == 4 else made
+
+    sizes = [config.image_size // 2**i for i in range(len(config.multipliers))]
+    levels = zip(sizes, config.multipliers, strict=True)
+    shapes = {(config.width * m, size) for size, m in levels if size in config.attention_resolutions}
+    shapes.add((config.width * config.multipliers[-1], sizes[-1]))
+    for c, size in sorted(shapes):
+        if c * dtype.itemsize > CHANNEL_BYTES:
+            continue
+        x, matrix, vector, norm = meta(batch, c, size, size), meta(c, c), meta(c), meta(c, dtype=torch.float32)
+        for residual, added in ((None, None), (x, vector)):
+            weights = (matrix, vector, matrix, vector, c**-0.5)
+            calls.append(Call("attention_block", (x, residual, norm, norm, config.groups, 1e-6, added, *weights)))
+    for (c, size), inputs in itertools.product(sorted(shapes), (2, 1)):  # a shortcut over h and a skip, or h alone
+        x, image = meta(batch, c, size, size), meta(batch, 2 * c // inputs, size, size)
+        skip = x if inputs == 2 else None
+        weight = meta(image.shape[1], inputs * c)
+        calls.append(Call("add_product", (image, x, skip, weight, meta(image.shape[1]))))
+    ends, size = config.image_channels, (config.image_size, config.image_size)
+    x, out = torch.empty(batch, ends, *size, device="meta"), meta(batch, 8, *size)
+    calls.append(Call("convert_image", (x, None, None, 8, True, dtype, True)))
+    calls.append(Call("convert_image", (out, None, meta(ends), ends, True, dtype, True)))
+    wide = meta(batch, config.width, *size)
+    calls.append(Call("convert_image", (wide, wide, meta(config.width), config.width, False, dtype, True)))
+    return calls
 
 
 def distinct(calls: list[Call]) -> Iterator[tuple[Call, int]]:

@@ -22,6 +22,16 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+def precision(dtype: torch.dtype) -> str:
+    """Return how kernels multiply `dtype` by the matrix unit: a kernel's PRECISION.
+
+    float32 in three tf32 passes, which keep its digits; but AMD's matrix unit multiplies float32 itself.
+    """
+    if interpreted():
+        return "interpreted"
+    return "tf32x3" if dtype == torch.float32 and not torch.version.hip else "ieee"
+
+
 def unavailable() -> str | None:
     """Return why no Triton kernel runs here, or None."""
     if not (torch.cuda.is_available() or interpreted()):

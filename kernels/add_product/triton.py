@@ -65,7 +65,7 @@ def _add_product_kernel(
 
 
 def forward(a: Arguments) -> Tensor:
-    """Compute the same as the reference; float32 is multiplied in three tf32 passes, which keep its digits."""
+    """Compute the same as the reference; float32 keeps its digits."""
     if a.image.numel() == 0:
         return reference.forward(a)
     image, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (a.image, a.x))
@@ -79,11 +79,11 @@ def forward(a: Arguments) -> Tensor:
     block_c = min(32 if wide else 64, max(16, next_power_of_2(min(c1, c2 or c1))))
     even = pixels % block_m == 0 and outputs % block_k == 0 and c1 % block_c == 0 and c2 % block_c == 0
     blocks = ceil_div(outputs, block_k)
-    precision = "interpreted" if triton_launch.interpreted() else "tf32x3" if wide else "tf32"
     launch(
         _add_product_kernel, (ceil_div(pixels, block_m) * blocks,), image.device,
         image, x, skip, a.weight.contiguous(), a.bias, out, pixels, outputs, c1, c2, blocks,
         BM=block_m, BK=block_k, BC=block_c, HAS_SKIP=skip is not None, HAS_BIAS=a.bias is not None, EVEN=even,
-        PRECISION=precision, num_warps=8 if block_m * block_k >= 128 * 128 else 4, num_stages=3,
+        PRECISION=triton_launch.precision(image.dtype), num_stages=3,
+        num_warps=8 if wide or block_m * block_k >= 128 * 128 else 4,
     )  # fmt: skip
     return out

@@ -159,16 +159,13 @@ def _rows_of_channels(tensor: Tensor) -> Tensor:
 def _tiles(kernel: str, q: Tensor) -> dict[str, Any]:
     """Return the kernel's constants for `q`.
 
-    float32 is multiplied in three tf32 passes of the matrix unit, which keep its digits. Exceptions: kernels that lack
-    the registers for that, and AMD's matrix unit, which multiplies float32 itself.
+    A kernel that lacks the registers for three passes of the matrix unit multiplies float32 without it.
     """
     tokens, channels = q.shape[1:]
     tile, columns = tiles.choose(kernel, tokens, channels, q.element_size(), chip(q.device)), tiles.columns(tokens)
-    precision = "ieee"
-    if q.dtype == torch.float32 and not (torch.version.hip or (kernel == "keys" and columns > 64)):
-        precision = "tf32x3"
-    if triton_launch.interpreted():
-        precision = "interpreted"
+    precision = triton_launch.precision(q.dtype)
+    if precision == "tf32x3" and kernel == "keys" and columns > 64:
+        precision = "ieee"
     return {
         "BM": tile.rows, "BN": columns, "DC": tile.chunk, "PRECISION": precision,
         "num_warps": tile.warps, "num_stages": tile.stages,

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import triton_launch
 from ..group_norm_silu.triton_forward import group_sums, of_groups
 from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
+from ..triton_tiles import chip
 from . import CHANNEL_BYTES, Arguments, reference
 
 __all__ = ["forward", "unavailable", "unsupported"]
@@ -130,7 +131,7 @@ def _attention_block_kernel(
 
 
 def forward(a: Arguments) -> Tensor:
-    """Compute the same as the reference; float32 is multiplied in three tf32 passes, which keep its digits."""
+    """Compute the same as the reference; float32 keeps its digits."""
     if a.x.numel() == 0:
         return reference.forward(a)
     x = a.x.contiguous(memory_format=torch.channels_last)
@@ -151,16 +152,17 @@ def forward(a: Arguments) -> Tensor:
     image = x if total is None else total
     out = torch.empty_like(x)
     wide = x.dtype == torch.float32
+    amd = chip(x.device).startswith("gfx")
     # The most that the registers hold: the rows' queries, and later their mixed keys, of all channels.
-    rows = min(32 if wide else 64, max(16, next_power_of_2(tokens)))
+    rows, step = (32, 16) if wide else (32, 32) if amd else (64, 64)
+    rows = min(rows, max(16, next_power_of_2(tokens)))
     pieces = ceil_div(tokens, rows)
     launch(
         _attention_block_kernel, (n * pieces,), x.device,
         image, gain, offset, a.query.contiguous(), a.query_bias, a.value.contiguous(), a.value_bias, out,
         tokens, channels, pieces, a.scale,
-        BM=rows, BN=min(16 if wide else 64, max(16, next_power_of_2(tokens))), BC=max(16, next_power_of_2(channels)),
-        BK=min(16 if wide else 64, max(16, next_power_of_2(channels))),
-        PRECISION="interpreted" if triton_launch.interpreted() else "tf32x3" if wide else "tf32",
-        num_warps=8 if rows >= 32 else 4, num_stages=2,
+        BM=rows, BN=min(step, max(16, next_power_of_2(tokens))), BC=max(16, next_power_of_2(channels)),
+        BK=min(step, max(16, next_power_of_2(channels))), PRECISION=triton_launch.precision(x.dtype),
+        num_warps=8 if rows >= 32 and not amd else 4, num_stages=2,
     )  # fmt: skip
     return out
