@@ -154,7 +154,7 @@ def forward(a: Arguments) -> Tensor:
     wide = x.dtype == torch.float32
     amd = chip(x.device).startswith("gfx")
     # The most that the registers hold: the rows' queries, and later their mixed keys, of all channels.
-    rows, step = (32, 16) if wide else (32, 32) if amd else (64, 64)
+    rows, step = (32, 32 if channels <= 64 else 16) if wide else (32, 32) if amd else (64, 64)
     rows = min(rows, max(16, next_power_of_2(tokens)))
     pieces = ceil_div(tokens, rows)
     launch(
