@@ -122,8 +122,10 @@ def run(stage: Stage, log: Path, seconds: float) -> dict[str, Any]:
         return {"passed": False, "code": None, "seconds": 0.0, "reason": f"{stage.needs} is not on PATH"}
     start, reason = time.monotonic(), None
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(stage.command, cwd=ROOT, env={**os.environ, **stage.environment}, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env={**os.environ, **stage.environment}, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=_hear_interrupts,
+        )  # fmt: skip
         try:
             code = process.wait(None if seconds == float("inf") else seconds)
         except subprocess.TimeoutExpired:
@@ -135,6 +137,11 @@ def run(stage: Stage, log: Path, seconds: float) -> dict[str, Any]:
     if code:
         reason = f"exit code {code}: {log.name}"
     return {"passed": code == 0, "code": code, "seconds": round(time.monotonic() - start, 1), "reason": reason}
+
+
+def _hear_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

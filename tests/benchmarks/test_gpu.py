@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,11 @@ try:
 except KeyboardInterrupt:
     print("kept")
 """
-    ended = drive(tmp_path, seconds=20, slow=python(slow), later=python("pass"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a command that a shell started in the background
+    try:
+        ended = drive(tmp_path, seconds=20, slow=python(slow), later=python("pass"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended["slow"]["passed"] is False and ended["slow"]["code"] is None
     assert ended["slow"]["reason"].startswith("stopped after")
     assert (tmp_path / "slow.log").read_text() == "kept\n"
