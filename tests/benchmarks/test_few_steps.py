@@ -38,6 +38,7 @@ def test_a_row_is_the_score_of_the_samplers_images(scorer: Scorer) -> None:
     assert row["classifier_frechet_distance_sd"] == pytest.approx(np.std(found, ddof=1), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_a_picture(scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(few_steps, "Scorer", lambda size: scorer)

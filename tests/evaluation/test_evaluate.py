@@ -74,6 +74,7 @@ def test_before_anything_long_it_says_what_that_takes(
     assert next(i for i, line in enumerate(lines) if line.startswith("sampling")) > cost + 1
 
 
+@pytest.mark.slow
 def test_the_table_is_of_this_command_and_names_what_else_the_file_holds(
     whole: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

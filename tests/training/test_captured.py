@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.training import CPU, noise_images, tiny_preset, whole_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,8 +82,8 @@ def everything(owner: Trainer) -> dict[str, Tensor]:
     "options",
     [
         {"ema": (0.9, 0.5), "ema_ramp": True, "decay": "cosine"},
-        {"accumulate": 2, "clip_gradient": 0.01},
-        {"precision": "bf16", "checkpoint_blocks": True},
+        slow({"accumulate": 2, "clip_gradient": 0.01}),
+        slow({"precision": "bf16", "checkpoint_blocks": True}),
         {"ema_snapshots": True},
     ],
     ids=str,

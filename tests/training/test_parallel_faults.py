@@ -78,7 +78,7 @@ def lost_before_meeting(fault: str, rank: int) -> None:
     team.grouped(lambda group: None, timeout_s=1.0)
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("fault", ["SIGKILL", slow("SIGSTOP")])
 @pytest.mark.parametrize("rank", [0, slow(1)])
 def test_a_process_lost_while_the_group_forms(tmp_path: Path, fault: str, rank: int) -> None:
     """The first holds the store of both."""
