@@ -102,10 +102,8 @@ def engine_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
         made = torch.empty(size, dtype=dtype, device="meta")
         return made.to(memory_format=torch.channels_last) if len(size) == 4 else made
 
-    sizes = [config.image_size // 2**i for i in range(len(config.multipliers))]
-    levels = zip(sizes, config.multipliers, strict=True)
-    shapes = {(config.width * m, size) for size, m in levels if size in config.attention_resolutions}
-    shapes.add((config.width * config.multipliers[-1], sizes[-1]))
+    levels = [(c, config.image_size // 2**i) for i, c in enumerate(config.level_channels)]
+    shapes = {level for level, attends in zip(levels, config.attends, strict=True) if attends} | {levels[-1]}
     for c, size in sorted(shapes):
         if c * dtype.itemsize > CHANNEL_BYTES:
             continue

@@ -1,6 +1,7 @@
 """python -m fastddpm.inpaint CHECKPOINT: draw the missing part of images."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,29 +91,19 @@ def main(arguments: Sequence[str]) -> None:
 
     with announced("loading PyTorch"):
         from fastddpm.runtime.device import choose_device
+        from fastddpm.sampling.seeds import seeds_and_labels_fit
 
     device = choose_device(command.device)
+    labels = None if command.labels is None else parse_numbers(command.labels, "labels")
     with announced(f"reading {command.checkpoint}"):
         model, sampler, batch = command.chain.open(
             command.checkpoint, device, command.batch, multistep=False,
-            check=lambda model: _check_fit(model, command, seeds),
+            check=functools.partial(
+                seeds_and_labels_fit, seeds, labels, any_label=command.chain.classifier is not None
+            ),
         )  # fmt: skip
     for path in _complete(command, model, sampler, seeds, batch, out):
         print(path)
-
-
-def _check_fit(model: "Model", command: Command, seeds: list[int]) -> None:
-    """Raise `UsageError` for seeds and labels that `model` does not take, whichever images they are of."""
-    from fastddpm.runtime.network import interface_of
-    from fastddpm.sampling.seeds import image_labels, image_seeds
-
-    with problem():
-        image_seeds(seeds)
-    if command.labels is not None:
-        given = parse_numbers(command.labels, "labels")
-        with problem():
-            guided = command.chain.classifier is not None
-            image_labels(given, given, interface_of(model.unet), classes=0, any_label=guided)
 
 
 def _complete(

@@ -61,9 +61,10 @@ def seeds_and_labels_fit(
 ) -> None:
     """Raise `UsageError`, inside `all_problems` with what is wrong with both, unless `model` takes seeds and labels.
 
-    `labels`: as many as `seeds`. `any_label`: as for `image_labels`.
+    `labels`: any number, which seeds they are of is the caller's. `any_label`: as for `image_labels`.
     """
     with problem():
         image_seeds(seeds)
-    with problem():
-        image_labels(labels, seeds, interface_of(model.unet), classes=0, any_label=any_label)
+    if labels is not None:
+        with problem():
+            image_labels(labels, labels, interface_of(model.unet), classes=0, any_label=any_label)

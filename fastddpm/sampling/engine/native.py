@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastddpm.kernels import interface, native
 from fastddpm.kernels.conv3x3 import algorithm_for
-from fastddpm.kernels.norm_conv.packed import pack
 from fastddpm.runtime.device import one_thread
 from fastddpm.unet import AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
 
@@ -125,7 +124,21 @@ def _layer(module: nn.Module, height: int, width: int) -> _Layer:
         weight = weight[:, :, None, None]
     k, c, kernel, _ = weight.shape
     algorithm = algorithm_for(kernel, stride, c, height, width)
-    return _Layer(pack(weight, stride, pad, algorithm), bias, c, k, kernel, stride, pad, algorithm)
+    return _Layer(_packed(weight, stride, pad, algorithm), bias, c, k, kernel, stride, pad, algorithm)
+
+
+def _packed(weight: Tensor, stride: int, pad: int, algorithm: int) -> Tensor:
+    """Return the weights of a convolution, float32 (K, C, k, k), in the order in which the library reads them."""
+    k, c, kernel, _ = weight.shape
+    args = interface.Conv(
+        weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
+        stride=stride, pad=pad, x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
+    )  # fmt: skip
+    library = native.library()
+    num_bytes = library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args))
+    packed = _empty(num_bytes // 4)
+    native.check("conv", library.fastddpm_cpu_conv_pack(ctypes.byref(args), ctypes.c_void_p(packed.data_ptr())))
+    return packed
 
 
 class _Arena:
