@@ -282,18 +282,25 @@ def document(results: Sequence[Timed], chip: str, device: torch.device, rounds: 
     }  # fmt: skip
 
 
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, what: str, file: Path
+) -> tuple[argparse.Namespace, torch.device]:
+    """The options, with those of all that times `what` to write `file`, and the GPU; exits with 2 without one."""
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of all that was timed, kept up to date")
+    parser.add_argument("--install", action="store_true", help=f"write {file.name}, too")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.exit(2, f"{what} are timed on a GPU, and torch sees none\n")
+    return options, torch.device("cuda", torch.cuda.current_device())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, action="append", help="default: all")
     parser.add_argument("--batch", type=int, action="append", help="default: the preset's")
     parser.add_argument("--dtype", choices=_DTYPES, action="append", help="default: bfloat16")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of all that was timed, kept up to date")
-    parser.add_argument("--install", action="store_true", help=f"write {triton_tiles.FILE.name}, too")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.exit(2, "tiles are timed on a GPU, and torch sees none\n")
-    device = torch.device("cuda", torch.cuda.current_device())
+    options, device = parse(parser, arguments, "tiles", triton_tiles.FILE)
     chip = triton_tiles.chip(device)
     triton_tiles.table().clear()  # the rules' tiles are what the others are held against
     seen: set[tuple[str, str]] = set()

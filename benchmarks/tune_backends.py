@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from resources import preset_calls
 from shapes import Call, named
-from tune import WORTH, agree, gpu_seconds, materialise
+from tune import WORTH, agree, gpu_seconds, materialise, parse
 
 from fastddpm.kernels import triton_tiles
 from fastddpm.ops import backend, registry, timed
@@ -78,13 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cifar10")
     parser.add_argument("--batch", type=int, help="default: the preset's")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of all that was timed, kept up to date")
-    parser.add_argument("--install", action="store_true", help=f"write {timed.FILE.name}, too")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.exit(2, "backends are timed on a GPU, and torch sees none\n")
-    device = torch.device("cuda", torch.cuda.current_device())
+    options, device = parse(parser, arguments, "backends", timed.FILE)
     chip, found = triton_tiles.chip(device), {}
     for call in preset_calls(options.preset, options.batch or PRESETS[options.preset].train.batch, torch.bfloat16):
         key = (call.name.removesuffix("_backward"), timed.shape_of(named(call)))
