@@ -17,7 +17,8 @@ def scale_images(images: Tensor, flip: Tensor | None) -> Tensor:
     """
     x0 = images.to(torch.float32)
     if images.dtype == torch.uint8:
-        x0 = x0 / 127.5 - 1.0
+        # By a tensor: on a GPU, PyTorch divides by a number as it multiplies by the rounded inverse.
+        x0 = x0 / torch.full((), 127.5, device=x0.device) - 1.0
     if flip is not None:
         x0 = torch.where(flip.reshape(-1, 1, 1, 1), x0.flip(-1), x0)
     return x0

@@ -1,7 +1,7 @@
 """diffusers' own networks against the same ones after `fastddpm.accelerate`, on a CPU without gradients.
 
-python benchmarks/accelerate.py [--network cifar10 stable-diffusion] [--batch 1 8] [--rounds 9] [--compile] [--training]
-    [--out FILE.json]
+python benchmarks/accelerated.py [--network cifar10 stable-diffusion] [--batch 1 8] [--rounds 9] [--compile]
+    [--training] [--out FILE.json]
 
 diffusers runs in the faster of its two layouts, contiguous and channels_last, and ours on the same weights. The sides
 take turns in one process. Times are CPU time of the process, on one thread unless --threads says more: on a machine
