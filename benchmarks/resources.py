@@ -100,6 +100,7 @@ def kernels_of(call: Call, chip: str = "sm_90") -> list[Kernel]:
     """What the Triton implementation launches for `call` on `chip`."""
     operation = call.name.removesuffix("_backward")
     module = importlib.import_module(f"fastddpm.kernels.{operation}.triton")
+    launching = module if hasattr(module, "launch") else module.triton  # two operations call another's kernels
     triton_launch = importlib.import_module("fastddpm.kernels.triton_launch")
     recorded: list[Kernel] = []
 
@@ -108,10 +109,10 @@ def kernels_of(call: Call, chip: str = "sm_90") -> list[Kernel]:
 
     rocm = "0" if CHIPS[chip][0] == "hip" else None
     with (
-        replaced(module, "launch", record),
+        replaced(launching, "launch", record),
         replaced(triton_launch, "interpreted", lambda: False),
         replaced(torch.version, "hip", rocm),
-        replaced(module, "chip", lambda device: chip) if hasattr(module, "chip") else contextlib.nullcontext(),
+        replaced(launching, "chip", lambda device: chip) if hasattr(launching, "chip") else contextlib.nullcontext(),
     ):
         registry.call(module, call.name, call.args)
     return recorded

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastddpm.kernels.attention_block import CHANNEL_BYTES
 from fastddpm.kernels.reverse_step import COLUMNS, FIXED
 from fastddpm.presets import PRESETS
 from fastddpm.unet import GroupNormSiLU, UNet
@@ -95,7 +94,7 @@ def step_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
 
 
 def engine_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
-    """What only the network prepared for a GPU calls: attention blocks, shortcuts, sums, and both ends."""
+    """What only the network prepared for a GPU calls: attention with its residual, shortcuts, sums, and both ends."""
     config, calls = PRESETS[preset].unet, []
 
     def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -105,12 +104,13 @@ def engine_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
     levels = [(c, config.image_size // 2**i) for i, c in enumerate(config.level_channels)]
     shapes = {level for level, attends in zip(levels, config.attends, strict=True) if attends} | {levels[-1]}
     for c, size in sorted(shapes):
-        if c * dtype.itemsize > CHANNEL_BYTES:
-            continue
-        x, matrix, vector, norm = meta(batch, c, size, size), meta(c, c), meta(c), meta(c, dtype=torch.float32)
-        for residual, added in ((None, None), (x, vector)):
-            weights = (matrix, vector, matrix, vector, c**-0.5)
-            calls.append(Call("attention_block", (x, residual, norm, norm, config.groups, 1e-6, added, *weights)))
+        rows = meta(batch, size * size, c)
+        calls.append(Call("add_attention", (rows, rows, rows, rows, c**-0.5)))
+    for c, size in levels:
+        x, norm = meta(batch, c, size, size), meta(c, dtype=torch.float32)
+        added = meta(1, c).expand(batch, -1)
+        rest = (None, added, None, None, True, dtype)
+        calls.append(Call("inference_norm", (x, x, norm, norm, config.groups, 1e-6, *rest)))
     for (c, size), inputs in itertools.product(sorted(shapes), (2, 1)):  # a shortcut over h and a skip, or h alone
         x, image = meta(batch, c, size, size), meta(batch, 2 * c // inputs, size, size)
         skip = x if inputs == 2 else None

@@ -45,7 +45,7 @@ class Assumptions:
     narrow_input: float = 0.14  # the same, with fewer than 8 input channels
     product: float = 0.70  # of the matrix units' rate
     product_bytes: float = 0.75  # of the memory's rate
-    attention: float = 0.40  # of the matrix units' rate; linear layers inside the kernel as other products
+    attention: float = 0.40  # of the matrix units' rate
     issue: float = 0.79  # of the instructions that the multiprocessors can issue
     host: float = 8e-6  # seconds that the host takes for a kernel that it launches by itself, from PyTorch's eager mode
 
@@ -62,10 +62,7 @@ class Assumptions:
         if one.kind == "product":
             return self.launch + max(memory / self.product_bytes, matrix / self.product)
         if one.kind == "attention":
-            linear = one.linear_flop / chip.matrix_flops
-            return self.launch + max(
-                memory / self.elementwise, (matrix - linear) / self.attention + linear / self.product
-            )
+            return self.launch + max(memory / self.elementwise, matrix / self.attention)
         if one.kind == "copy":
             return self.launch + memory / self.copy
         float64 = one.float64_flop / chip.float64_flops

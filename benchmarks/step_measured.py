@@ -32,7 +32,7 @@ from fastddpm.storage.files import write_json
 
 # In order: a convolution of cuDNN may be called an implicit GEMM, and a copy may transpose.
 KINDS = {
-    "norm": r"group_norm_silu|norm_moments",
+    "norm": r"group_norm_silu",
     "attention": r"^_attention|fastddpm.*attention|flash|fmha",
     "convolution": r"conv3x3_fp8|fprop|dgrad|wgrad|convolve|conv2d|implicit_gemm|winograd",
     "product": r"add_product|gemm|gemv|nvjet|cublas|splitk",

@@ -37,7 +37,7 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 _FLOAT64_A_NORMAL = 29  # as in limits.py
 _CAST = (nn.Conv2d, nn.Linear)
 # Those whose Triton implementations launch kernels themselves.
-_OPERATIONS = ("group_norm_silu", "attention", "attention_block", "add_product", "convert_image", "conv3x3_fp8",
+_OPERATIONS = ("group_norm_silu", "attention", "add_product", "convert_image", "conv3x3_fp8",
                "q_sample", "reverse_step", "random_normal")  # fmt: skip
 # Tables of which a kernel reads one row.
 _TABLES = ("table", "timesteps")
@@ -46,8 +46,7 @@ _TABLES = ("table", "timesteps")
 @dataclass(frozen=True)
 class Launch:
     """One kernel. `elements`: of a norm's output. `rows`, `channels`: of a convolution, its
-    output's pixels (0: as many as it takes) and its channels, in and out. `linear_flop`: the part of an attention
-    kernel's FLOPs that are linear layers.
+    output's pixels (0: as many as it takes) and its channels, in and out.
     """
 
     kind: str
@@ -58,7 +57,6 @@ class Launch:
     elements: int = 0
     rows: int = 0
     channels: tuple[int, int] = (8, 8)
-    linear_flop: int = 0
 
 
 def size(*values: Any) -> int:
@@ -178,7 +176,7 @@ class Trace(TorchDispatchMode):
         name = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
         named = dict(zip(kernel.arg_names, args, strict=False))
         tensors = {key: value for key, value in named.items() if isinstance(value, Tensor) and key not in _TABLES}
-        num_bytes, elements, flop, linear, normals = size(list(tensors.values())), 0, 0, 0, 0
+        num_bytes, elements, flop, normals = size(list(tensors.values())), 0, 0, 0
         kind = "elementwise"
         label = next(_shape(value) for value in tensors.values())
         if "norm" in name:
@@ -186,14 +184,8 @@ class Trace(TorchDispatchMode):
             shown = [_shape(tensors[key]) for key in ("x", "skip") if key in tensors]
             label = " + ".join(shown) or label
             elements = sum(tensors[key].numel() for key in ("x", "skip") if key in tensors)
-            if name == "norm_moments":  # without an output: half of the instructions, 12 to 17 an element on sm_90
-                elements //= 2
         elif "attention" in name:
             kind = "attention"
-            if name == "attention_block":
-                n, channels, height, width = tensors["x"].shape
-                linear = 4 * n * height * width * channels**2
-                flop = linear + 4 * n * (height * width) ** 2 * channels
         elif "conv3x3_fp8" in name:
             kind = "convolution"
             flop = 2 * tensors["out"].numel() * tensors["weight"][0].numel() // 2  # 8-bit products take half the time
@@ -206,7 +198,7 @@ class Trace(TorchDispatchMode):
         self.launches.append(Launch(
             kind, f"{name} {label}", num_bytes, flop, _FLOAT64_A_NORMAL * normals, elements,
             tensors["out"].numel() // tensors["out"].shape[1] if "conv3x3_fp8" in name else 0,
-            (tensors["x"].shape[1], tensors["out"].shape[1]) if "conv3x3_fp8" in name else (8, 8), linear,
+            (tensors["x"].shape[1], tensors["out"].shape[1]) if "conv3x3_fp8" in name else (8, 8),
         ))  # fmt: skip
 
     @staticmethod

@@ -281,9 +281,6 @@ class EngineConfig:
     """Add residuals in the norm that reads the sum, and in folded attention."""
     folded_attention: bool = True
     """With one head: multiply the weights of queries and keys, and of values and projection, beforehand."""
-    attention_block: bool = True
-    """Compute a folded attention block, with its norm, linear layers and residual, by an operation of our own, at up to
-    256 channels of 16 bits. Needs channels_last."""
     mirrored: bool = True
     """Evaluate the network on images turned by 180 degrees, with its kernels turned likewise, if it downsamples with
     padding at the right and bottom alone: of images turned that way no padded copy is needed."""

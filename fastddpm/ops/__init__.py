@@ -1,6 +1,6 @@
 """The operations of a diffusion model's hot paths, each with several implementations behind one interface.
 
-`group_norm_silu`, `inference_norm`, `attention`, `add_attention`, `attention_block`, `add_product`, `convert_image`,
+`group_norm_silu`, `inference_norm`, `attention`, `add_attention`, `add_product`, `convert_image`,
 `conv3x3`, `conv3x3_fp8`, `q_sample`, `reverse_step` and `random_normal` are also registered as `torch.ops.fastddpm.*`.
 The reference implementation, `fastddpm/kernels/<op>/reference.py`, is the specification. By default the fastest
 implementation runs; FASTDDPM_BACKEND or `use_backend` chooses another, and `status` tells which one runs.
@@ -9,7 +9,6 @@ implementation runs; FASTDDPM_BACKEND or `use_backend` chooses another, and `sta
 from .add_attention import add_attention
 from .add_product import add_product
 from .attention import attention
-from .attention_block import attention_block
 from .backend import status, use_backend
 from .conv3x3 import conv3x3
 from .conv3x3_fp8 import conv3x3_fp8
@@ -24,7 +23,6 @@ __all__ = [
     "add_attention",
     "add_product",
     "attention",
-    "attention_block",
     "conv3x3",
     "conv3x3_fp8",
     "convert_image",

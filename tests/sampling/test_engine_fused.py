@@ -21,7 +21,7 @@ from fastddpm.unet import UNet
 SWITCHES = ("channels_last", "time_table", "fused_qkv", "phase_convolutions", "accumulate", "one_product",
             "carried_biases", "fused_residuals", "folded_attention", "mirrored", "unpadded",
             "padded_channels")  # fmt: skip
-OFF = dict.fromkeys((*SWITCHES, "attention_block", "transposed_convolutions"), False)
+OFF = dict.fromkeys((*SWITCHES, "transposed_convolutions"), False)
 PLAIN = EngineConfig(native=False, **OFF)
 CONFIGS = {
     "tiny": TINY,
@@ -36,9 +36,8 @@ ENGINES = {
     **{name: dataclasses.replace(PLAIN, **{name: True}) for name in SWITCHES},
     "one_product": dataclasses.replace(PLAIN, one_product=True, channels_last=True),
     "transposed_convolutions": dataclasses.replace(PLAIN, phase_convolutions=True, transposed_convolutions=True),
-    "attention_block": dataclasses.replace(PLAIN, attention_block=True, folded_attention=True, channels_last=True),
     "biases and residuals": dataclasses.replace(PLAIN, carried_biases=True, fused_residuals=True),
-    "unmirrored": EngineConfig(native=False, mirrored=False, attention_block=False, transposed_convolutions=False),
+    "unmirrored": EngineConfig(native=False, mirrored=False, transposed_convolutions=False),
     "chunk": dataclasses.replace(PLAIN, chunk=2),
     "all": EngineConfig(native=False),
     "all, in chunks": EngineConfig(native=False, chunk=2),

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.config import EngineConfig
-from fastddpm.kernels.attention_block import CHANNEL_BYTES
-from fastddpm.ops import add_attention, add_product, attention, attention_block, convert_image
+from fastddpm.ops import add_attention, add_product, attention, convert_image
 from fastddpm.unet import AttnBlock, Down, Level, ResBlock, Up, join_heads, split_heads
 
 from .fused_layers import (
@@ -133,7 +132,6 @@ class FusedAttention:
     With one head, `folded` leaves out two of the four linear layers. Scores are q k^T = (n W_q^T + b_q) W_k n^T plus
     what belongs to the row alone, which softmax ignores: n takes the place of k, and the two weights are multiplied
     beforehand. Rows of weights sum to 1, so the projection, its bias, and the bias that x lacks are made part of v.
-    With `attention_block` one operation does all of it.
     """
 
     def __init__(self, block: AttnBlock, engine: EngineConfig, cast_to: Cast, lacks: Tensor | None) -> None:
@@ -147,20 +145,11 @@ class FusedAttention:
             (q, q_bias), (k, _), (v, v_bias) = [(w.double(), b.double()) for w, b in layers]
             layers = [(k.t() @ q, k.t() @ q_bias), (proj.double() @ v, proj.double() @ v_bias + end)]
         self._weights, self._biases = ([cast_to(pair[i]) for pair in layers] for i in (0, 1))
-        narrow = proj.shape[0] * cast_to.dtype.itemsize <= CHANNEL_BYTES
-        self._whole = self._folded and engine.attention_block and engine.channels_last and narrow
-        if engine.fused_qkv and not self._whole:
+        if engine.fused_qkv:
             self._weights, self._biases = [torch.cat(self._weights)], [torch.cat(self._biases)]
         self._proj, self._proj_bias = cast_to(proj), cast_to(end)
 
     def __call__(self, h: Image) -> Image:
-        if self._whole:
-            norm, added = self._norm.norm, self._norm.added
-            (query, value), (query_bias, value_bias) = self._weights, self._biases
-            return Image(attention_block(
-                h.tensor, norm.weight, norm.bias, norm.groups, query, query_bias, value, value_bias,
-                residual=h.residual, added=added, eps=norm.eps,
-            ))  # fmt: skip
         n, c, height, width = h.tensor.shape
         tokens = self._norm(h).permute(0, 2, 3, 1).reshape(n, height * width, c)
         parts = [F.linear(tokens, *layer) for layer in zip(self._weights, self._biases, strict=True)]
