@@ -78,8 +78,13 @@ def _ours(network: fastddpm.UNet, preset: str, peer: str) -> Evaluate:
     if peer == "fastddpm, no switches":
         engine = EngineConfig(native=False, time_table=False, fused_qkv=False, phase_convolutions=False,
                               accumulate=False)  # fmt: skip
-    sampler = fastddpm.Sampler(network, fastddpm.Diffusion(fastddpm.preset(preset).diffusion), engine=engine)
-    return lambda x, t: sampler.denoise(x, t, _labels(network, x))
+    denoiser = fastddpm.Denoiser(network, engine)
+
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        return denoiser(x, t) if (labels := _labels(network, x)) is None else denoiser(x, t, labels)
+
+    denoiser.unchanging().__enter__()  # as long as the process: the weights stay as they are
+    return evaluate
 
 
 def _onnxruntime(network: fastddpm.UNet, preset: str) -> Evaluate:

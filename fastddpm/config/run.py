@@ -293,7 +293,7 @@ class EngineConfig:
     chunk: int = 0
     """Images of the highest resolution to compute at a time, so that they stay in the cache. Default: all, 0."""
     graph: bool = True
-    """On a CUDA device: capture a step of the chain as a CUDA graph and replay it."""
+    """On a CUDA device: capture a step of the chain, or an evaluation of a Denoiser, as a CUDA graph and replay it."""
     compile: bool = False
     """Compile the network with torch.compile, which takes minutes once."""
     fp8: bool = False

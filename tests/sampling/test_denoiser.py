@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from helpers.networks import TINY, batch, tiny
 import fastddpm
 from fastddpm.errors import UsageError
 from fastddpm.kernels import native
-from fastddpm.sampling import engine
+from fastddpm.sampling import captured_network, engine
+from fastddpm.sampling import denoiser as denoising
 
 
 @pytest.mark.parametrize("config", [TINY, tiny(num_classes=5, label_dropout=0.1)], ids=["no classes", "classes"])
@@ -84,3 +86,72 @@ def test_copies_prepare_their_own() -> None:
     expected = denoiser(x_t, t)
     for other in (copy.deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))):
         assert other.network is not unet and torch.equal(other(x_t, t), expected)
+
+
+def test_inside_unchanging_the_weights_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = network(TINY)
+    x_t, t = batch(2)
+    denoiser, counted = fastddpm.Denoiser(unet), []
+    is_current = denoising.is_current
+    monkeypatch.setattr(denoising, "is_current", lambda *a: counted.append(a) or is_current(*a))
+    with denoiser.unchanging():
+        denoiser(x_t, t)
+        with torch.no_grad():
+            unet.conv_out.bias.add_(1)
+        denoiser(x_t, t)
+        assert not counted
+    assert relative_error(denoiser(x_t, t), in_float64(unet, x_t, t, None)) <= 1e-5
+
+
+class Event:
+    """In place of a CUDA event."""
+
+    def record_event(self) -> "Event":
+        return self
+
+    def wait_event(self, event: "Event") -> None:
+        pass
+
+
+def test_the_second_call_of_a_shape_is_captured_and_later_ones_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the capture, which runs the evaluation, and does so again at a replay."""
+    captures = []
+
+    def capture(step: Callable[[], None], restore: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        captures.append(step)
+        step()
+        return step
+
+    monkeypatch.setattr(captured_network, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Event())
+    unet = network(tiny(num_classes=5, label_dropout=0.1))
+    evaluate = captured_network.CapturedNetwork(lambda *a: unet(*a).detach())
+    shapes = [arguments(n, unet.config) for n in (3, 2, 3, 2, 3, 3)]
+    shapes[3] = (shapes[3][0], torch.tensor([7]).expand(2), shapes[3][2])  # one timestep for all is another shape
+    results = [evaluate(values) for values in shapes]
+    assert len(captures) == 1
+    for values, out in zip(shapes, results, strict=True):
+        assert torch.equal(out, unet(*values))
+
+
+def test_a_failed_capture_is_said_once_and_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(step: Callable[[], None], restore: Callable[[], None], device: torch.device) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(captured_network, "capture", capture)
+    evaluate = captured_network.CapturedNetwork(lambda x: 2 * x)
+    x = torch.ones(2, 3)
+    assert torch.equal(evaluate([x]), 2 * x)
+    with pytest.warns(UserWarning, match="without a CUDA graph, since it could not be captured: operation not"):
+        assert torch.equal(evaluate([x]), 2 * x)
+    assert torch.equal(evaluate([x]), 2 * x)
+
+
+@pytest.mark.gpu
+def test_replays_on_a_gpu_give_the_bits_of_the_first_call() -> None:
+    unet = network(TINY).cuda()
+    values = [v.cuda() for v in arguments(3, TINY) if v is not None]
+    denoiser = fastddpm.Denoiser(unet)
+    first, second, third = (denoiser(*values) for _ in range(3))
+    other = denoiser(values[0] + 1, *values[1:])
+    assert torch.equal(first, second) and torch.equal(first, third) and not torch.equal(first, other)

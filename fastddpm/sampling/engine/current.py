@@ -56,11 +56,16 @@ class Weights:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._places = _places(network)
-        self._digest = digest(list(network.parameters()))
+        self._parameters = [parameter.detach() for parameter in network.parameters()]
+        self._memory = [_memory_of(parameter) for parameter in self._parameters]
+        self._digest = digest(self._memory)
 
     def changed(self) -> bool:
         """Whether a parameter was written to or replaced since; reads all of them unless the counters tell already."""
-        return _places(self._network) != self._places or digest(list(self._network.parameters())) != self._digest
+        if _places(self._network) != self._places:
+            return True
+        pairs = zip(self._parameters, self._memory, strict=True)  # views, but for those with gaps, which are copies
+        return digest([m if m.data_ptr() == p.data_ptr() else _memory_of(p) for p, m in pairs]) != self._digest
 
 
 def _places(network: nn.Module) -> list[tuple[int, int]]:
@@ -68,9 +73,8 @@ def _places(network: nn.Module) -> list[tuple[int, int]]:
     return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in network.parameters()]
 
 
-def digest(tensors: Sequence[Tensor]) -> int:
-    """Return a 64-bit digest of the bytes of all tensors, of any dtypes and devices. It is not cryptographic."""
-    dense = [_memory_of(tensor.detach()) for tensor in tensors]
+def digest(dense: Sequence[Tensor]) -> int:
+    """Return a 64-bit digest of the bytes of dense tensors, uint8 (n,), on any devices. It is not cryptographic."""
     if native.unavailable() is None and all(memory.device.type == "cpu" for memory in dense):
         return native.digest(dense)
     # Side by side: for each device a few kernels, and one number that the host waits for.
