@@ -29,6 +29,7 @@ import torch
 import triton
 from shapes import Call, describe, distinct, engine_calls, network_calls, step_calls
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastddpm.ops import registry
 from fastddpm.presets import PRESETS
@@ -77,7 +78,9 @@ def kernel_of(launched: Any, args: Sequence[Any], options: dict[str, Any]) -> Ke
     named = dict(zip(launched.arg_names, args, strict=False)) | {k: v for k, v in options.items()}
     for index, name in enumerate(launched.arg_names):
         value = named.pop(name)
-        if isinstance(value, Tensor):
+        if isinstance(value, TensorDescriptor):  # of tiles that the copy engine fetches
+            signature.append((name, f"tensordesc<{_POINTERS[value.base.dtype][1:]}{value.block_shape}>"))
+        elif isinstance(value, Tensor):
             signature.append((name, _POINTERS[value.dtype]))
             aligned.append(index)
         elif value is None or name in options or (type(value) is int and value == 1):

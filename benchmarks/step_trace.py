@@ -174,6 +174,7 @@ class Trace(TorchDispatchMode):
     def launched(self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
         """Record a launch of a Triton kernel."""
         name = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+        args = tuple(getattr(value, "base", value) for value in args)  # a descriptor's tensor
         named = dict(zip(kernel.arg_names, args, strict=False))
         tensors = {key: value for key, value in named.items() if isinstance(value, Tensor) and key not in _TABLES}
         num_bytes, elements, flop, normals = size(list(tensors.values())), 0, 0, 0

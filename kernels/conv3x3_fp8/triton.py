@@ -2,21 +2,25 @@
 
 A program computes BM pixels, of one or more images, by BK output channels. It loops over the nine neighbours of a pixel
 and, for each, over the channels, BC at a time. Both operands have adjacent channels, as the matrix unit needs them for
-8-bit numbers.
+8-bit numbers. Hopper's copy engine fetches tiles of images whose sides are powers of two, and fills in the zeros around
+them; elsewhere threads do, for any image.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_launch
 from ..triton_launch import ceil_div, launch, next_power_of_2
+from ..triton_tiles import chip
 from . import Arguments
 
 __all__ = ["forward", "unavailable", "unsupported"]
 
 _OLDEST_CHIP = (8, 9)
+_LONGEST_SIDE = 256  # of what the copy engine fetches at a time
 
 
 def unavailable() -> str | None:
@@ -73,6 +77,38 @@ def _conv3x3_fp8_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), (pixel < pixels)[:, None] & (k < outputs)[None, :])
 
 
+@triton.jit
+def _conv3x3_fp8_tiled_kernel(
+    x, weight, scale, bias, out, pixels, height, channels, outputs, blocks,
+    N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Compute the same for H rows, W pixels wide, of N images; x and weight (K, 9 C) are descriptors of such tiles."""
+    k0 = tl.program_id(0) % blocks * BK
+    first = tl.program_id(0) // blocks * (N * H)  # row, of all images
+    total = tl.zeros([N * H * W, BK], tl.float32)
+    chunks = tl.cdiv(channels, BC)
+    for i in range(9 * chunks):
+        tap, c = i // chunks, i % chunks * BC
+        left = x.load([first // height, first % height + tap // 3 - 1, tap % 3 - 1, c])
+        of_k = weight.load([k0, tap * channels + c])
+        left = tl.reshape(left, [N * H * W, BC])
+        if INTERPRETED:  # it would multiply the bits as integers
+            total = tl.dot(left.to(tl.float32), tl.trans(of_k.to(tl.float32)), total)
+        else:
+            total = tl.dot(left, tl.trans(of_k), total)
+            # A use of the sum, for which the compiler waits. Without it, Triton 3.6 loads the next tile into registers
+            # that the matrix unit may still be reading.
+            total = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], tl.float32, is_pure=True, pack=1)
+    k = k0 + tl.arange(0, BK)
+    total *= tl.load(scale + k, k < outputs, 0.0)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + k, k < outputs, 0.0).to(tl.float32)[None, :]
+    pixel = first * W + tl.arange(0, N * H * W)
+    at = pixel[:, None] * outputs + k[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), (pixel < pixels)[:, None] & (k < outputs)[None, :])
+
+
 def forward(a: Arguments) -> Tensor:
     """Compute the same as the reference; with 14-bit sums on sm_89 and sm_90, see `fastddpm.ops.conv3x3_fp8`."""
     x, weight, scale, bias, dtype = a
@@ -81,6 +117,8 @@ def forward(a: Arguments) -> Tensor:
     out = torch.empty((n, outputs, height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
+    if _tiles(height, width, channels, x.device):
+        return _forward_by_tiles(a, out)
     block_m, block_k = min(128, max(16, next_power_of_2(pixels))), min(128, max(16, next_power_of_2(outputs)))
     blocks = ceil_div(outputs, block_k)
     launch(
@@ -89,5 +127,31 @@ def forward(a: Arguments) -> Tensor:
         scale.contiguous(), None if bias is None else bias.contiguous(), out, pixels, height, width, channels, outputs,
         blocks, BM=block_m, BK=block_k, BC=min(64, max(32, next_power_of_2(channels))), HAS_BIAS=bias is not None,
         WIDEN=triton_launch.interpreted(), num_warps=8 if block_m * block_k >= 128 * 128 else 4, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+def _tiles(height: int, width: int, channels: int, device: torch.device) -> bool:
+    """Return whether the copy engine can fetch the image: sm_90, sides of 2, 4 .. 256, rows of channels of 32 bytes."""
+    powers = all(1 < side <= _LONGEST_SIDE and side & (side - 1) == 0 for side in (height, width))
+    return powers and channels % 32 == 0 and (triton_launch.interpreted() or chip(device) == "sm_90")
+
+
+def _forward_by_tiles(a: Arguments, out: Tensor) -> Tensor:
+    """Compute `out` by tiles of 128 pixels or more: rows of an image, or whole small images."""
+    x, weight = (t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1) for t in (a.x, a.weight))
+    n, height, width, channels = x.shape
+    outputs, weight = len(weight), weight.reshape(len(weight), 9 * channels)
+    rows = max(1, 128 // width)
+    images, rows = max(1, rows // height), min(rows, height)
+    block_c, block_k = min(128, channels & -channels), min(128, max(16, next_power_of_2(outputs)))
+    blocks = ceil_div(outputs, block_k)
+    launch(
+        _conv3x3_fp8_tiled_kernel, (ceil_div(n * height, images * rows) * blocks,), x.device,
+        TensorDescriptor.from_tensor(x, [images, rows, width, block_c]),
+        TensorDescriptor.from_tensor(weight, [block_k, block_c]), a.scale.contiguous(),
+        None if a.bias is None else a.bias.contiguous(), out, n * height * width, height, channels, outputs, blocks,
+        N=images, H=rows, W=width, BK=block_k, BC=block_c, HAS_BIAS=a.bias is not None,
+        INTERPRETED=triton_launch.interpreted(), num_warps=8, num_stages=3,
     )  # fmt: skip
     return out

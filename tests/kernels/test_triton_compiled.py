@@ -1,6 +1,7 @@
 """The Triton kernels compiled ahead of time, without a GPU: what the compiler says of them."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ if importlib.util.find_spec("triton.backends.nvidia") is None:
 
 import resources
 import shapes
+from helpers import machine_code
 
 
 def compiled(jobs: dict[tuple[str, resources.Kernel], str]) -> list[str]:
@@ -82,3 +84,23 @@ def test_sizes_of_one_compile() -> None:
     assert len(jobs) >= 12
     for found in resources.compile_all(list(jobs)):
         assert found.stack == 0
+
+
+@pytest.mark.slow
+def test_tiles_in_registers_wait_for_the_matrix_unit() -> None:
+    """In the loop of the 8-bit convolution no tile is loaded into registers that the matrix unit may still read."""
+    x, weight = (
+        torch.empty(size, dtype=torch.float8_e4m3fn, device="meta").contiguous(memory_format=torch.channels_last)
+        for size in ((256, 128, 32, 32), (128, 128, 3, 3))
+    )
+    call = shapes.Call("conv3x3_fp8", (x, weight, torch.empty(128, device="meta"), None, torch.bfloat16))
+    (kernel,) = resources.kernels_of(call)
+    assert kernel.name == "_conv3x3_fp8_tiled_kernel"
+    (cubin,) = resources.code_of([("sm_90", kernel)])
+    ((_, code, _),) = machine_code.kernels(cubin)
+    products = [i for i, line in enumerate(code) if "QGMMA" in line]
+    loads = [i for i, line in enumerate(code) if "LDSM" in line]
+    back = next(i for i, line in enumerate(code) if i > products[-1] and "BRA" in line)
+    waits = [i for i, line in enumerate(code) if re.search(r"DEPBAR\.LE gsb0, 0x0", line)]
+    assert len(products) == 4 and any(products[-1] < i < back for i in waits)
+    assert not any(products[0] < i < back for i in loads) and any(i < products[0] for i in loads)

@@ -14,8 +14,10 @@ from torch import Tensor
 from fastddpm.ops import conv3x3_fp8
 from fastddpm.ops.conv3x3_fp8 import E4M3, quantised, to_e4m3
 
-# (N, C, K, H, W): several tiles of pixels, images that share a tile, one channel block and part of another, 1x1.
-SHAPES = [(2, 32, 16, 12, 10), (5, 16, 48, 3, 5), (1, 96, 144, 4, 4), (3, 16, 16, 1, 1), (1, 16, 16, 1, 40)]
+# (N, C, K, H, W): several tiles of pixels, images that share a tile, one channel block and part of another, 1x1; of
+# sides that are powers of two: part of the images of a tile, several tiles to an image, and blocks of all kinds.
+SHAPES = [(2, 32, 16, 12, 10), (5, 16, 48, 3, 5), (3, 16, 16, 1, 1), (1, 16, 16, 1, 40),
+          (1, 96, 144, 4, 4), (11, 64, 16, 8, 4), (1, 32, 16, 2, 256), (2, 32, 272, 16, 16)]  # fmt: skip
 
 
 def arguments(shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
