@@ -118,7 +118,7 @@ def engine_calls(preset: str, batch: int, dtype: torch.dtype) -> list[Call]:
         calls.append(Call("add_product", (image, x, skip, weight, meta(image.shape[1]))))
     ends, size = config.image_channels, (config.image_size, config.image_size)
     x, out = torch.empty(batch, ends, *size, device="meta"), meta(batch, 8, *size)
-    calls.append(Call("convert_image", (x, None, None, 8, True, dtype, True)))
+    calls.append(Call("conv3x3_in", (x, meta(config.width, ends, 3, 3), True)))
     calls.append(Call("convert_image", (out, None, meta(ends), ends, True, dtype, True)))
     wide = meta(batch, config.width, *size)
     calls.append(Call("convert_image", (wide, wide, meta(config.width), config.width, False, dtype, True)))

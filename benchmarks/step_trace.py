@@ -37,7 +37,7 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 _FLOAT64_A_NORMAL = 29  # as in limits.py
 _CAST = (nn.Conv2d, nn.Linear)
 # Those whose Triton implementations launch kernels themselves.
-_OPERATIONS = ("group_norm_silu", "attention", "add_product", "convert_image", "conv3x3_fp8",
+_OPERATIONS = ("group_norm_silu", "attention", "add_product", "convert_image", "conv3x3_fp8", "conv3x3_in",
                "q_sample", "reverse_step", "random_normal")  # fmt: skip
 # Tables of which a kernel reads one row.
 _TABLES = ("table", "timesteps")
@@ -187,9 +187,10 @@ class Trace(TorchDispatchMode):
             elements = sum(tensors[key].numel() for key in ("x", "skip") if key in tensors)
         elif "attention" in name:
             kind = "attention"
-        elif "conv3x3_fp8" in name:
+        elif "conv3x3" in name:
             kind = "convolution"
-            flop = 2 * tensors["out"].numel() * tensors["weight"][0].numel() // 2  # 8-bit products take half the time
+            flop = 2 * tensors["out"].numel() * tensors["weight"][0].numel()
+            flop //= 2 if "fp8" in name else 1  # 8-bit products take half the time
         elif name in ("reverse_step", "q_sample", "random_normal"):
             written = "x" if name == "reverse_step" else "x_t" if name == "q_sample" else "out"
             normals = tensors[written].numel()

@@ -286,8 +286,11 @@ class EngineConfig:
     padding at the right and bottom alone: of images turned that way no padded copy is needed."""
     unpadded: bool = True
     """Without mirrored, downsample by a 4x4 kernel with a row and a column of zeros, which needs no padded copy."""
+    direct_input: bool = True
+    """Compute the first convolution from the image as it is, of up to 7 channels, by an operation of our own. Needs
+    channels_last and carried_biases."""
     padded_channels: bool = True
-    """Fill the channels of the network's input and output up to a multiple of 8 with zeros."""
+    """Fill the channels of the network's input (without direct_input) and output up to a multiple of 8 with zeros."""
     timed_convolutions: bool = True
     """On a CUDA device: let cuDNN time its algorithms for each new shape and take the fastest."""
     chunk: int = 0

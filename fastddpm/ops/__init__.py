@@ -1,7 +1,8 @@
 """The operations of a diffusion model's hot paths, each with several implementations behind one interface.
 
 `group_norm_silu`, `inference_norm`, `attention`, `add_attention`, `add_product`, `convert_image`,
-`conv3x3`, `conv3x3_fp8`, `q_sample`, `reverse_step` and `random_normal` are also registered as `torch.ops.fastddpm.*`.
+`conv3x3`, `conv3x3_in`, `conv3x3_fp8`, `q_sample`, `reverse_step` and `random_normal` are also registered as
+`torch.ops.fastddpm.*`.
 The reference implementation, `fastddpm/kernels/<op>/reference.py`, is the specification. By default the fastest
 implementation runs; FASTDDPM_BACKEND or `use_backend` chooses another, and `status` tells which one runs.
 """
@@ -12,6 +13,7 @@ from .attention import attention
 from .backend import status, use_backend
 from .conv3x3 import conv3x3
 from .conv3x3_fp8 import conv3x3_fp8
+from .conv3x3_in import conv3x3_in
 from .convert_image import convert_image
 from .group_norm_silu import group_norm_silu
 from .inference_norm import inference_norm
@@ -25,6 +27,7 @@ __all__ = [
     "attention",
     "conv3x3",
     "conv3x3_fp8",
+    "conv3x3_in",
     "convert_image",
     "group_norm_silu",
     "inference_norm",

@@ -19,7 +19,7 @@ from fastddpm.sampling.engine import FusedUNet, PreparedUNet, is_current, prepar
 from fastddpm.unet import UNet
 
 SWITCHES = ("channels_last", "time_table", "fused_qkv", "phase_convolutions", "accumulate", "one_product",
-            "carried_biases", "fused_residuals", "folded_attention", "mirrored", "unpadded",
+            "carried_biases", "fused_residuals", "folded_attention", "mirrored", "unpadded", "direct_input",
             "padded_channels")  # fmt: skip
 OFF = dict.fromkeys((*SWITCHES, "transposed_convolutions"), False)
 PLAIN = EngineConfig(native=False, **OFF)
@@ -36,6 +36,7 @@ ENGINES = {
     **{name: dataclasses.replace(PLAIN, **{name: True}) for name in SWITCHES},
     "one_product": dataclasses.replace(PLAIN, one_product=True, channels_last=True),
     "transposed_convolutions": dataclasses.replace(PLAIN, phase_convolutions=True, transposed_convolutions=True),
+    "direct_input": dataclasses.replace(PLAIN, direct_input=True, channels_last=True, carried_biases=True),
     "biases and residuals": dataclasses.replace(PLAIN, carried_biases=True, fused_residuals=True),
     "unmirrored": EngineConfig(native=False, mirrored=False, transposed_convolutions=False),
     "chunk": dataclasses.replace(PLAIN, chunk=2),

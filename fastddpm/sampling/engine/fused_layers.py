@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.ops import conv3x3_fp8, group_norm_silu, inference_norm
+from fastddpm.ops import conv3x3_fp8, conv3x3_in, group_norm_silu, inference_norm
 from fastddpm.ops.conv3x3_fp8 import E4M3, quantised, to_e4m3
 from fastddpm.unet import Down, GroupNormSiLU
 
@@ -121,6 +121,16 @@ class Conv3x3:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self._weight, self._bias, padding=1)
+
+
+class DirectConv:
+    """The 3x3 convolution of images of up to 7 channels as they come: of any dtype, contiguous, not yet turned."""
+
+    def __init__(self, layer: nn.Conv2d, cast_to: Cast) -> None:
+        self._weight, self._mirrored = cast_to(cast_to.kernel(layer)), cast_to.mirrored
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return conv3x3_in(x, self._weight, mirrored=self._mirrored)
 
 
 class Conv8Bit:
