@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_launch
+from ..group_norm_silu.triton_even import load_part, unit_sums, wide
 from ..group_norm_silu.triton_forward import group_sums, of_groups
 from ..triton_launch import ceil_div, launch, next_power_of_2, unavailable
 from ..triton_tiles import chip
@@ -64,6 +65,32 @@ def _norm_moments_kernel(
     offset = tl.load(bias + c, c_mask, 0.0).to(tl.float32) - mean * gain
     tl.store(gain_out + n * channels + c, gain, c_mask)
     tl.store(offset_out + n * channels + c, offset, c_mask)
+
+
+@triton.jit
+def _norm_moments_even_kernel(
+    x, residual, total, added, weight, bias, gain_out, offset_out, groups, blocks, eps,
+    CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_ADDED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Store the same for tiles without borders. PACKED: x is bfloat16, and stays so in registers."""
+    n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    C: tl.constexpr = GB * CPG
+    c = block * C + tl.arange(0, C)
+    kept = load_part(x, None, residual, total, n, block * C, P, C, CHANNELS, 0, True, False, HAS_RESIDUAL)
+    sums, count = unit_sums(wide(kept, 0, PACKED), CPG), 1.0 * P * CPG
+    if HAS_ADDED:
+        more = tl.load(added + c).to(tl.float32)
+        sums += unit_sums(more, CPG) * P
+    mean = tl.reshape(tl.broadcast_to((sums / count)[:, None], [GB, CPG]), [C])
+    if HAS_ADDED:
+        mean -= more
+    centred = wide(kept, groups >> 31, PACKED) - mean[None, :]
+    rstd = 1.0 / tl.sqrt(unit_sums(centred * centred, CPG) / count + eps)
+    gain = tl.reshape(tl.broadcast_to(rstd[:, None], [GB, CPG]), [C]) * tl.load(weight + c).to(tl.float32)
+    offset = tl.load(bias + c).to(tl.float32) - mean * gain
+    tl.store(gain_out + n * CHANNELS + c, gain)
+    tl.store(offset_out + n * CHANNELS + c, offset)
 
 
 @triton.jit
@@ -142,13 +169,22 @@ def forward(a: Arguments) -> Tensor:
     gain, offset = (torch.empty((n, channels), dtype=torch.float32, device=x.device) for _ in range(2))
     together = min(a.groups, max(1, _ROW // x.element_size() // cpg))
     blocks, block_p, block_c = ceil_div(a.groups, together), next_power_of_2(tokens), next_power_of_2(together * cpg)
-    launch(
-        _norm_moments_kernel, (n * blocks,), x.device,
-        x, residual, total, a.added, a.norm_weight, a.norm_bias, gain, offset, tokens, channels, a.groups, blocks,
-        a.eps, CPG=cpg, GB=together, P=block_p, C=block_c, G=next_power_of_2(together),
-        HAS_RESIDUAL=residual is not None, HAS_ADDED=a.added is not None,
-        num_warps=min(16, max(1, block_p * block_c // 2048)),
-    )  # fmt: skip
+    norm = (x, residual, total, a.added, a.norm_weight, a.norm_bias, gain, offset)
+    options = {
+        "CPG": cpg, "GB": together, "P": block_p, "HAS_RESIDUAL": residual is not None,
+        "HAS_ADDED": a.added is not None, "num_warps": min(16, max(1, block_p * block_c // 2048)),
+    }  # fmt: skip
+    if block_p == tokens and block_c == together * cpg and blocks * block_c == channels:
+        packed = not triton_launch.interpreted() and torch.version.hip is None and x.dtype == torch.bfloat16
+        launch(
+            _norm_moments_even_kernel, (n * blocks,), x.device,
+            *norm, a.groups, blocks, a.eps, CHANNELS=channels, PACKED=packed, **options,
+        )  # fmt: skip
+    else:
+        launch(
+            _norm_moments_kernel, (n * blocks,), x.device,
+            *norm, tokens, channels, a.groups, blocks, a.eps, C=block_c, G=next_power_of_2(together), **options,
+        )  # fmt: skip
     image = x if total is None else total
     out = torch.empty_like(x)
     wide = x.dtype == torch.float32

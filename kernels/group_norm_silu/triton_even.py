@@ -11,7 +11,7 @@ from .triton_forward import gain_and_offset, group_norm_silu_tile, load_temb, rs
 
 
 @triton.jit
-def _wide(kept, zero, OPAQUE: tl.constexpr):
+def wide(kept, zero, OPAQUE: tl.constexpr):
     """Return bfloat16 values as float32. OPAQUE: by instructions that depend on `zero`, a 0 unknown to the compiler.
 
     Without it, the compiler finds the values of an earlier pass again and keeps all of them in float32.
@@ -37,7 +37,7 @@ def _offsets(n, c0, num_c, P: tl.constexpr, C: tl.constexpr, NHWC: tl.constexpr)
 
 
 @triton.jit
-def _load_part(
+def load_part(
     x, skip, residual, total, n, c0, P: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
     NHWC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -48,21 +48,21 @@ def _load_part(
         values = tl.load(tl.where(of_x, x, skip) + first + others)
         if HAS_RESIDUAL:
             mask = tl.full([1, 1], 1, tl.int1) & of_x
-            wide = values.to(tl.float32) + tl.load(residual + first + others, mask, 0.0).to(tl.float32)
-            values = wide.to(values.dtype)
+            exact = values.to(tl.float32) + tl.load(residual + first + others, mask, 0.0).to(tl.float32)
+            values = exact.to(values.dtype)
             tl.store(total + first + others, values, mask)
     else:
         first, others = _offsets(n, c0, C1, P, C, NHWC)
         values = tl.load(x + first + others)
         if HAS_RESIDUAL:
-            wide = values.to(tl.float32) + tl.load(residual + first + others).to(tl.float32)
-            values = wide.to(values.dtype)
+            exact = values.to(tl.float32) + tl.load(residual + first + others).to(tl.float32)
+            values = exact.to(values.dtype)
             tl.store(total + first + others, values)
     return values
 
 
 @triton.jit
-def _unit_sums(values, UNIT: tl.constexpr):
+def unit_sums(values, UNIT: tl.constexpr):
     """Sum (P, C) or (C,) values over the pixels and each UNIT channels: (C / UNIT,)."""
     if len(values.shape) == 2:
         units = tl.sum(tl.reshape(values, [values.shape[0], values.shape[1] // UNIT, UNIT]), axis=2)
@@ -131,16 +131,16 @@ def _group_norm_silu_even_kernel(
     kept = ()
     for k in tl.static_range(PARTS):
         kept += (
-            _load_part(
+            load_part(
                 x, skip, residual, total, n, c0 + k * C, P, C, C1, C2, NHWC, HAS_SKIP, HAS_RESIDUAL
             ),
         )  # fmt: skip
     sums = ()
     for k in tl.static_range(PARTS):
-        part = _unit_sums(_wide(kept[k], 0, PACKED), UNIT)
+        part = unit_sums(wide(kept[k], 0, PACKED), UNIT)
         if HAS_TEMB:
             added = load_temb(temb, n, c0 + k * C + tl.arange(0, C), every, temb_stride)
-            part += _unit_sums(added, UNIT) * P
+            part += unit_sums(added, UNIT) * P
         sums += (part,)
     pieces: tl.constexpr = 1 if PARTS == 1 else GB
     at = n * groups + g0 + (tl.arange(0, GB) if PARTS == 1 else 0)
@@ -155,9 +155,9 @@ def _group_norm_silu_even_kernel(
         mean_c = _of_part(mean, k, 0, CPG, GB, C, PARTS, UNIT)
         if HAS_TEMB:
             mean_c -= load_temb(temb, n, c0 + k * C + tl.arange(0, C), every, temb_stride)
-        centred = _wide(kept[k], zero1, PACKED) - mean_c[None, :]
+        centred = wide(kept[k], zero1, PACKED) - mean_c[None, :]
         means += (mean_c,)
-        squares += (_unit_sums(centred * centred, UNIT),)
+        squares += (unit_sums(centred * centred, UNIT),)
     sums = _group_sums(squares, CPG, GB, C, PARTS, UNIT)
     rstd = ()
     for i in tl.static_range(pieces):
@@ -173,7 +173,7 @@ def _group_norm_silu_even_kernel(
             mean_c = _of_part(mean, k, zero2, CPG, GB, C, PARTS, UNIT)
             if HAS_TEMB:
                 mean_c -= load_temb(temb, n, c, every, temb_stride)
-        values = _wide(kept[k], zero2, PACKED)
+        values = wide(kept[k], zero2, PACKED)
         if PACKED:  # one instruction less for each value, with an error far below bfloat16's
             offset -= mean_c * (rstd_c * gain)
         else:
