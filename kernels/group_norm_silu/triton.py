@@ -130,11 +130,13 @@ def forward_of_sum(a: Arguments, residual: Tensor | None, dtype: torch.dtype) ->
         call.launch(_group_norm_silu_whole_kernel, 1, *tensors, *call.sizes, a.eps, *call.dropout, **flags)
     else:
         packed = PACK and call.flags["FAST"] and a.x.dtype == torch.bfloat16
+        # Each half needs whole 16-byte rows of every thread.
+        halves = a.dropout > 0 and call.tile.block_p * call.tile.block_c >= 64 * 32 * call.tile.warps
         shape = {name: value for name, value in call.shape.items() if name != "G"} | call.parts
         blocks, _, _, _, groups, temb_stride = call.sizes
         launch(
             _group_norm_silu_even_kernel, (call.n * blocks,), call.x.device,
-            *tensors, blocks, groups, temb_stride, a.eps, *call.dropout, **shape, PACKED=packed, **flags,
+            *tensors, blocks, groups, temb_stride, a.eps, *call.dropout, **shape, PACKED=packed, HALVES=halves, **flags,
         )  # fmt: skip
     return y, mean, rstd, total
 

@@ -26,12 +26,14 @@ def wide(kept, zero, OPAQUE: tl.constexpr):
 
 
 @triton.jit
-def _offsets(n, c0, num_c, P: tl.constexpr, C: tl.constexpr, NHWC: tl.constexpr):
-    """Return a tile's offsets: int64 of its first element, and int32 of the others from there.
+def _offsets(
+    n, c0, num_c, P: tl.constexpr, C: tl.constexpr, NHWC: tl.constexpr, p0: tl.constexpr = 0, rows: tl.constexpr = None
+):
+    """Return the offsets of `rows` pixels from p0: int64 of the tile's first element, and int32 from there.
 
     They are apart so that the second are numbers of the thread plus constants, which loads and stores add themselves.
     """
-    p, c = tl.arange(0, P)[:, None], tl.arange(0, C)[None, :]
+    p, c = (p0 + tl.arange(0, P if rows is None else rows))[:, None], tl.arange(0, C)[None, :]
     first = n.to(tl.int64) * P * num_c + (c0 if NHWC else c0 * P)
     return first, (p * num_c + c if NHWC else c * P + p)
 
@@ -113,18 +115,20 @@ def _group_norm_silu_even_kernel(
     C1: tl.constexpr, C2: tl.constexpr,
     NHWC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Compute GB groups of one image, all P pixels at once; grid (N x blocks of groups,).
 
     The GB CPG channels are 1 or 3 PARTS of C, each of one tensor; a group is made of UNITs of channels, which divide C.
     HAS_RESIDUAL: x + residual takes the place of x, and is stored in `total`. CLAMP: to the range of e4m3, in which y
-    is stored then. PACKED: x is bfloat16 and each pass makes float32 of it anew.
+    is stored then. PACKED: x is bfloat16 and each pass makes float32 of it anew. HALVES: the output is made in
+    two halves of the pixels, because dropout's random words would take too many registers all at once.
     """
     n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     c0, g0 = block * GB * CPG, block * GB
     channels: tl.constexpr = C1 + C2
-    p, count = tl.arange(0, P), 1.0 * P * CPG
+    count = 1.0 * P * CPG
+    rows: tl.constexpr = P // 2 if HALVES else P
     every = tl.full([C], 1, tl.int1)  # known to be true: the compiler leaves this mask out
     zero1, zero2 = threshold >> 31, groups >> 31
 
@@ -173,16 +177,21 @@ def _group_norm_silu_even_kernel(
             mean_c = _of_part(mean, k, zero2, CPG, GB, C, PARTS, UNIT)
             if HAS_TEMB:
                 mean_c -= load_temb(temb, n, c, every, temb_stride)
-        values = wide(kept[k], zero2, PACKED)
         if PACKED:  # one instruction less for each value, with an error far below bfloat16's
             offset -= mean_c * (rstd_c * gain)
-        else:
-            values -= mean_c[None, :]
-        out = group_norm_silu_tile(
-            values, rstd_c, gain, offset, p, c0 + k * C, n, channels,
-            images, seed, step, stream, threshold, C, SILU, DROPOUT, EIGHTS, FAST,
-        )  # fmt: skip
-        if CLAMP:
-            out = tl.clamp(out, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        first, others = _offsets(n, c0 + k * C, channels, P, C, NHWC)
-        tl.store(y + first + others, out.to(y.dtype.element_ty))
+        halves = (kept[k],)
+        if HALVES:
+            halves = tl.split(tl.permute(tl.reshape(kept[k], [2, P // 2, C]), [1, 2, 0]))
+        for half in tl.static_range(2 if HALVES else 1):
+            p = half * rows + tl.arange(0, rows)
+            values = wide(halves[half], zero2, PACKED)
+            if not PACKED:
+                values -= mean_c[None, :]
+            out = group_norm_silu_tile(
+                values, rstd_c, gain, offset, p, c0 + k * C, n, channels,
+                images, seed, step, stream, threshold, C, SILU, DROPOUT, EIGHTS, FAST,
+            )  # fmt: skip
+            if CLAMP:
+                out = tl.clamp(out, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+            first, others = _offsets(n, c0 + k * C, channels, P, C, NHWC, half * rows, rows)
+            tl.store(y + first + others, out.to(y.dtype.element_ty))
