@@ -27,7 +27,7 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 _SUM_ROWS, _SUM_CHANNELS = 32, 32
 LARGEST = 448.0  # of e4m3
-PACK = True
+PACK = True  # keep bfloat16 as it is in registers; for measurements without
 
 
 def unsupported(x: Tensor, groups: int, skip: Tensor | None, **rest: object) -> str | None:
