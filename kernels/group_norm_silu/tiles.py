@@ -8,7 +8,7 @@ from ..triton_launch import ceil_div, next_power_of_2
 
 # Elements of a tile per thread, forward (False) and backward (True), which keeps the gradient besides x.
 _VALUES = {False: 32, True: 16}  # preferred for images whole in registers
-_MOST_VALUES = 64  # forward, for large tiles: the most that no chip spills
+_MOST_VALUES = 64  # forward, for large tiles and for 16 bits: the most that no chip spills
 _LARGE_TILE = 16384  # elements; in threads of 64 values, two programs share a multiprocessor
 _FEWER_VALUES = {False: 16, True: 8}  # of loops, and backward if there are threads enough
 _MAX_WARPS = 16
@@ -105,7 +105,10 @@ def _whole_image(
     if backward:
         values = _FEWER_VALUES[True]
     else:
-        values = _MOST_VALUES if size >= _LARGE_TILE else _VALUES[False]
+        # Few warps, of which several programs share a multiprocessor, overlap loads and arithmetic best.
+        values = _MOST_VALUES if size >= _LARGE_TILE or num_bytes == 2 else _VALUES[False]
+        if num_bytes == 2 and block_p == pixels and 4 * together * cpg == 3 * block_c:
+            values *= 2  # a quarter is padding, for which the kernel of such tiles needs no registers
     warps = next_power_of_2(ceil_div(size, 32 * values))
     return Tile(block_p, block_c, together, max(1, min(warps, _MAX_WARPS)), 0)
 

@@ -16,6 +16,7 @@ from .triton_backward import (
     _group_norm_silu_backward_whole_kernel,
     _group_norm_silu_sum_kernel,
 )
+from .triton_even import _group_norm_silu_even_kernel
 from .triton_forward import (
     _group_norm_silu_apply_kernel,
     _group_norm_silu_moments_kernel,
@@ -26,6 +27,7 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 _SUM_ROWS, _SUM_CHANNELS = 32, 32
 LARGEST = 448.0  # of e4m3
+PACK = True  # keep bfloat16 as it is in registers; for measurements without
 
 
 def unsupported(x: Tensor, groups: int, skip: Tensor | None, **rest: object) -> str | None:
@@ -47,7 +49,7 @@ class _Call:
         ]
         self.parameters = [temb, *others]
         self.n, self.c1 = x.shape[:2]
-        self.channels, self.pixels = a.channels, x.shape[2] * x.shape[3]
+        self.groups, self.channels, self.pixels = groups, a.channels, x.shape[2] * x.shape[3]
         self.c2 = self.channels - self.c1
         cpg = self.channels // groups
         # An image of one channel or one pixel is dense in both formats: it counts as rows of channels.
@@ -70,11 +72,18 @@ class _Call:
             "EIGHTS": self.channels % 8 == 0 and self.tile.groups * cpg % 8 == 0 and self.tile.block_c % 8 == 0,
             "FAST": not triton_launch.interpreted() and torch.version.hip is None,
         }  # fmt: skip
-        used = self.tile.groups * cpg
-        self.even = (
-            self.tile.block_p == self.pixels and self.tile.block_c == used and groups % self.tile.groups == 0
-            and (a.skip is None or self.c1 % used == 0)
-        )  # fmt: skip
+        self.parts = self._parts(cpg)
+
+    def _parts(self, cpg: int) -> dict[str, int] | None:
+        """Return how a program's channels divide into rows, each of one tensor; None if the tile needs masks."""
+        tile, used = self.tile, self.tile.groups * cpg
+        row = used & -used  # the largest power of two that divides it
+        whole = tile.block_p == self.pixels and self.blocks * tile.groups == self.groups
+        power = next_power_of_2(tile.groups) == tile.groups
+        wide = used == row or (used == 3 * row and tile.groups <= 8 and row * self.x.element_size() >= 16)
+        if not (whole and power and wide and (self.skip is None or self.c1 % row == 0)):
+            return None
+        return {"C": row, "PARTS": used // row, "UNIT": cpg & -cpg, "C1": self.c1, "C2": self.c2}
 
     def dense(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=self.memory_format)
@@ -113,12 +122,22 @@ def forward_of_sum(a: Arguments, residual: Tensor | None, dtype: torch.dtype) ->
     y = call.image(call.channels, dtype)
     added = None if residual is None else call.dense(residual)
     total = a.x.new_empty(0) if residual is None else call.image(call.c1)
-    call.launch(
-        _group_norm_silu_whole_kernel, 1,
-        call.x, call.skip, *call.parameters, added, None if residual is None else total, y, mean, rstd,
-        *call.key, *call.sizes, a.eps, *call.dropout, EVEN=call.even, HAS_RESIDUAL=residual is not None,
-        CLAMP=dtype != a.x.dtype, **call.flags,
+    tensors = (
+        call.x, call.skip, *call.parameters, added, None if residual is None else total, y, mean, rstd, *call.key,
     )  # fmt: skip
+    flags = call.flags | {"HAS_RESIDUAL": residual is not None, "CLAMP": dtype != a.x.dtype}
+    if call.parts is None:
+        call.launch(_group_norm_silu_whole_kernel, 1, *tensors, *call.sizes, a.eps, *call.dropout, **flags)
+    else:
+        packed = PACK and call.flags["FAST"] and a.x.dtype == torch.bfloat16
+        # Each half needs whole 16-byte rows of every thread.
+        halves = a.dropout > 0 and call.tile.block_p * call.tile.block_c >= 64 * 32 * call.tile.warps
+        shape = {name: value for name, value in call.shape.items() if name != "G"} | call.parts
+        blocks, _, _, _, groups, temb_stride = call.sizes
+        launch(
+            _group_norm_silu_even_kernel, (call.n * blocks,), call.x.device,
+            *tensors, blocks, groups, temb_stride, a.eps, *call.dropout, **shape, PACKED=packed, HALVES=halves, **flags,
+        )  # fmt: skip
     return y, mean, rstd, total
 
 

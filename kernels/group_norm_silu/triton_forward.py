@@ -121,47 +121,6 @@ def group_norm_silu_tile(
 
 
 @triton.jit
-def _load_sum(x, residual, total, at, HAS_RESIDUAL: tl.constexpr):
-    """Load x, or x + residual, whose sum is stored in total, as float32; `at`: where in each of them."""
-    values = tl.load(x + at).to(tl.float32)
-    if HAS_RESIDUAL:
-        values += tl.load(residual + at).to(tl.float32)
-        tl.store(total + at, values.to(total.dtype.element_ty))
-    return values
-
-
-@triton.jit
-def _load_inside(
-    x, skip, residual, total, n, p, c0, pixels, c1, c2,
-    C: tl.constexpr, NHWC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """Load a tile without borders that lies in one of the two tensors, as float32."""
-    c = c0 + tl.arange(0, C)
-    if HAS_SKIP:
-        if c0 < c1:
-            base, inside = offsets(n, p, c, pixels, c1, NHWC)
-            values = _load_sum(x, residual, total, base + inside, HAS_RESIDUAL)
-        else:
-            base, inside = offsets(n, p, c - c1, pixels, c2, NHWC)
-            values = tl.load(skip + base + inside).to(tl.float32)
-    else:
-        base, inside = offsets(n, p, c, pixels, c1, NHWC)
-        values = _load_sum(x, residual, total, base + inside, HAS_RESIDUAL)
-    return values
-
-
-@triton.jit
-def _means(sums, count, C: tl.constexpr, CPG: tl.constexpr, GB: tl.constexpr, G: tl.constexpr, EVEN: tl.constexpr):
-    """Return the mean of each group from the sums of its channels, (GB,) or (G,), and repeated by channel, (C,)."""
-    if EVEN:
-        mean = tl.sum(tl.reshape(sums, [GB, CPG]), axis=1) / count
-        return mean, tl.reshape(tl.broadcast_to(mean[:, None], [GB, CPG]), [C])
-    else:
-        mean = group_sums(sums, C, CPG, G) / count
-        return mean, of_groups(mean, C, CPG, G)
-
-
-@triton.jit
 def rstd_of(variance, eps, FAST: tl.constexpr):
     if FAST:
         return tl.rsqrt(variance + eps)
@@ -175,46 +134,41 @@ def _group_norm_silu_whole_kernel(
     blocks, pixels, c1, c2, groups, temb_stride, eps, stream, threshold,
     CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
-    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     """Compute GB groups of one image, all pixels at once; grid (N x blocks of groups,).
 
-    EVEN: the tile has P pixels and GB CPG channels, of one tensor, and needs no masks. HAS_RESIDUAL: x + residual takes
-    the place of x, and is stored in `total`. CLAMP: to the range of e4m3, in which y is stored then.
+    HAS_RESIDUAL: x + residual takes the place of x, and is stored in `total`. CLAMP: to the range of e4m3, in which y
+    is stored then.
     """
     n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     c0, g0 = block * GB * CPG, block * GB
     channels = c1 + c2
     p, c = tl.arange(0, P), c0 + tl.arange(0, C)
-    # A mask that is known to be true is left out by the compiler.
-    c_mask = tl.full([C], 1, tl.int1) if EVEN else (tl.arange(0, C) < GB * CPG) & (c < channels)
+    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
     mask = (p < pixels)[:, None] & c_mask[None, :]
-    if EVEN:
-        h = _load_inside(x, skip, residual, total, n, p, c0, pixels, c1, c2, C, NHWC, HAS_SKIP, HAS_RESIDUAL)
-    else:
-        h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
-        if HAS_RESIDUAL:
-            base, inside = offsets(n, p, c, pixels, c1, NHWC)
-            first = mask & (c < c1)[None, :]
-            h += tl.load(residual + base + inside, first, 0.0).to(tl.float32)
-            tl.store(total + base + inside, h.to(total.dtype.element_ty), first)
+    h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+    if HAS_RESIDUAL:
+        base, inside = offsets(n, p, c, pixels, c1, NHWC)
+        first = mask & (c < c1)[None, :]
+        h += tl.load(residual + base + inside, first, 0.0).to(tl.float32)
+        tl.store(total + base + inside, h.to(total.dtype.element_ty), first)
     count = 1.0 * pixels * CPG  # no method of a tensor: one pixel is a constant to the compiler
     sums = tl.sum(h, axis=0)
     if HAS_TEMB:
         added = load_temb(temb, n, c, c_mask, temb_stride)
         sums += added * pixels
-    mean, mean_c = _means(sums, count, C, CPG, GB, G, EVEN)
+    mean = group_sums(sums, C, CPG, G) / count
+    mean_c = of_groups(mean, C, CPG, G)
     if HAS_TEMB:
         mean_c -= added
-    centred = h - mean_c[None, :]
-    if not EVEN:
-        centred = tl.where(mask, centred, 0.0)
-    variance, _ = _means(tl.sum(centred * centred, axis=0), count, C, CPG, GB, G, EVEN)
+    centred = tl.where(mask, h - mean_c[None, :], 0.0)
+    variance = group_sums(tl.sum(centred * centred, axis=0), C, CPG, G) / count
     rstd = rstd_of(variance, eps, FAST)
-    rstd_c = tl.reshape(tl.broadcast_to(rstd[:, None], [GB, CPG]), [C]) if EVEN else of_groups(rstd, C, CPG, G)
-    g = tl.arange(0, GB if EVEN else G)
-    g_mask = tl.full([GB], 1, tl.int1) if EVEN else (g < GB) & (g0 + g < groups)
+    rstd_c = of_groups(rstd, C, CPG, G)
+    g = tl.arange(0, G)
+    g_mask = (g < GB) & (g0 + g < groups)
     tl.store(mean_out + n * groups + g0 + g, mean, g_mask)
     tl.store(rstd_out + n * groups + g0 + g, rstd, g_mask)
 
@@ -226,10 +180,7 @@ def _group_norm_silu_whole_kernel(
     base, inside = offsets(n, p, c, pixels, channels, NHWC)
     if CLAMP:
         out = tl.clamp(out, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    if EVEN:
-        tl.store(y + base + inside, out.to(y.dtype.element_ty))
-    else:
-        tl.store(y + base + inside, out.to(y.dtype.element_ty), mask)
+    tl.store(y + base + inside, out.to(y.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -18,12 +18,12 @@ from shapes import Call
 
 pytestmark = pytest.mark.slow
 
-MOST, FLIGHT = 25, 4
-# Channels of x and skip, and image side, of the CIFAR-10 network. The groups of 256 + 128 channels have 12, which
-# Triton pads to 16.
+MOST, FLIGHT = 22, 4
+# Channels of x and skip, and image side, of the CIFAR-10 network. The groups of 256 + 128 channels have 12, whose two
+# Triton takes as three rows of 8 channels.
 SHAPES = [((128,), 32), ((128,), 16), ((256,), 16), ((256,), 8), ((256,), 4), ((256, 256), 4), ((256, 256), 8),
           ((256, 256), 16), ((128, 128), 32)]  # fmt: skip
-PADDED = [((256, 128), 16), ((256, 128), 32)]
+ODD = [((256, 128), 16), ((256, 128), 32)]
 
 
 def call(channels: tuple[int, ...], side: int) -> Call:
@@ -37,8 +37,8 @@ def call(channels: tuple[int, ...], side: int) -> Call:
                                     *[None] * 3, 0))  # fmt: skip
 
 
-@pytest.mark.parametrize(("most", "shapes"), [(MOST, SHAPES), (40, PADDED)], ids=["whole rows", "padded groups"])
-def test_triton(most: float, shapes: list[tuple[tuple[int, ...], int]]) -> None:
+@pytest.mark.parametrize("shapes", [SHAPES, ODD], ids=["whole rows", "three rows"])
+def test_triton(shapes: list[tuple[tuple[int, ...], int]]) -> None:
     """All elements of a thread at once: the instructions of the kernel over the elements of a thread."""
     kernels = [kernel for shape in shapes for kernel in resources.kernels_of(call(*shape))]
     cubins = resources.code_of([("sm_90", kernel) for kernel in kernels])
@@ -47,7 +47,7 @@ def test_triton(most: float, shapes: list[tuple[tuple[int, ...], int]]) -> None:
         threads = 32 * dict(kernel.options)["num_warps"]
         elements = constants["P"] * constants["GB"] * constants["CPG"] / threads
         ((_, instructions, _),) = machine_code.kernels(cubin)
-        assert len(instructions) / elements <= most, (channels, side)
+        assert len(instructions) / elements <= MOST, (channels, side)
         assert machine_code.loads_in_flight(instructions) >= FLIGHT, (channels, side)
 
 

@@ -13,8 +13,12 @@ from torch import Tensor
 from fastddpm.ops import inference_norm
 from fastddpm.ops.conv3x3_fp8 import E4M3
 
-# (N, C1, C2, groups, H, W): tiles without borders, a seam between two of them and inside of one, and with borders.
-SHAPES = [(2, 32, 0, 4, 8, 8), (2, 32, 32, 4, 8, 8), (1, 20, 28, 4, 4, 4), (3, 24, 0, 2, 5, 7), (1, 8, 4, 3, 1, 3)]
+# (N, C1, C2, groups, H, W): tiles without borders, a seam between two of them and inside of one, groups of 12 channels
+# with the seam in the middle of one, tiles of two and of four such groups, and tiles with borders.
+SHAPES = [
+    (2, 32, 0, 4, 8, 8), (2, 32, 32, 4, 8, 8), (1, 20, 28, 4, 4, 4), (2, 32, 16, 4, 16, 16), (2, 32, 64, 8, 4, 4),
+    (3, 24, 0, 2, 5, 7), (1, 8, 4, 3, 1, 3),
+]  # fmt: skip
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
