@@ -14,7 +14,7 @@ from .timed import fastest
 
 OPERATIONS = (
     "group_norm_silu", "inference_norm", "attention", "add_attention", "attention_block", "add_product",
-    "convert_image", "conv3x3", "conv3x3_fp8", "q_sample", "reverse_step", "random_normal",
+    "add_bias", "channel_sums", "convert_image", "conv3x3", "conv3x3_fp8", "q_sample", "reverse_step", "random_normal",
 )  # fmt: skip
 # By device type, fastest first. ROCm devices have type cuda too. sdpa is PyTorch's attention, for shapes that our
 # kernel does not take.
