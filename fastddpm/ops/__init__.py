@@ -2,8 +2,9 @@
 
 `group_norm_silu`, `inference_norm`, `attention`, `add_attention`, `attention_block`, `add_product`, `add_bias`,
 `channel_sums`, `convert_image`, `conv3x3`, `conv3x3_fp8`, `q_sample`, `reverse_step` and `random_normal` are also
-registered as `torch.ops.fastddpm.*`. The reference implementation, `fastddpm/kernels/<op>/reference.py`, is the specification. By default the fastest
-implementation runs; FASTDDPM_BACKEND or `use_backend` chooses another, and `status` tells which one runs.
+registered as `torch.ops.fastddpm.*`. The reference implementation, `fastddpm/kernels/<op>/reference.py`, is the
+specification. By default the fastest implementation runs; FASTDDPM_BACKEND or `use_backend` chooses another, and
+`status` tells which one runs.
 """
 
 from .add_attention import add_attention

@@ -1,4 +1,4 @@
-"""channel_sums: the sums of an image's channels, which are the gradient of a bias, and a linear layer that uses them."""
+"""channel_sums: sums of channels, which are the gradient of a bias, and a linear layer whose bias takes it."""
 
 from typing import Any
 

@@ -26,6 +26,7 @@ from fastddpm.unet import UNet, network_with
 
 from . import parallel, snapshots, state
 from .captured import CapturedStep, Step
+from .casts import with_cast_weights
 from .initial import Origin
 from .monitor import Monitor
 from .network import averaged_copy, check_network, dropout_of, is_plain
@@ -93,13 +94,15 @@ class Trainer:
         self._seed = torch.tensor(config.seed, dtype=torch.int64, device=device)
         self._places = torch.arange(self.batches.start, self.batches.end, device=device)
         self._network = self.strategy.network
+        alone = group.world_size == 1 and device.type == "cuda"
         if config.precision == "bf16":
+            if alone and self._plain and not config.compile and not config.checkpoint_blocks:
+                self._network = with_cast_weights(self.network)
             self._network = _autocast(self._network, device)
         self._losses = self._micro_losses
         if config.compile and group.world_size == 1:
             self._losses = in_one_graph(self._micro_losses)
         self._update: Step = self._launch_update
-        alone = group.world_size == 1 and device.type == "cuda"
         if config.graph and alone and self._plain and config.mode == "standard" and not config.compile:
             self._update = CapturedStep(self._launch_update, device)
 
