@@ -126,9 +126,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         a.x, a.weight, a.bias, mean, rstd, a.skip, a.temb, a.scale, a.shift, a.images, a.seed, a.step
     )  # fmt: skip
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # no zeros for the two
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(Arguments._fields)
     x, weight, bias, mean, rstd, skip, temb, scale, shift, images, seed, step = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad)
