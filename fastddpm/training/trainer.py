@@ -17,6 +17,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.pretrained.run import check_weights
+from fastddpm.runtime.device import fastest_convolutions
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.runtime.network import checksum, constants, stored
 from fastddpm.storage import checkpoint
@@ -112,7 +113,8 @@ class Trainer:
             self._warm_up_ddp_buckets()
         images, labels, number = self._batch()
         self.optimizer.begin(self.step)
-        with dropout_of(self.network, self.preset.train.seed, self.step, self.group.rank, self.device):
+        drawn = dropout_of(self.network, self.preset.train.seed, self.step, self.group.rank, self.device)
+        with drawn, fastest_convolutions(self.device):
             loss, norm, applied = self._update(images, labels, number)
         self.monitor.losses_by_t.commit(applied)
         self.optimizer.end(self.step)
