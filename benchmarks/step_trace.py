@@ -331,5 +331,5 @@ def _optimizer(parameters: int, averages: int) -> list[Launch]:
     """Return the passes over all parameters, of 4 bytes each: `training/optimizer.py`."""
     passes = {"gradient norm": 1, "clip": 2, "Adam": 7}
     for i in range(averages):
-        passes |= {f"average {i}, difference": 3, f"average {i}, share": 2, f"average {i}, update": 3}
+        passes |= {f"average {i}, difference": 3, f"average {i}, update": 3}
     return [Launch("elementwise", f"optimizer, {name}", 4 * parameters * count) for name, count in passes.items()]

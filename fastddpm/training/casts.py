@@ -1,4 +1,4 @@
-"""The weights of a network in bfloat16, cast all at once: torch.autocast launches a kernel for each, and for its gradient.
+"""The weights of a network in bfloat16, cast all at once: torch.autocast launches a kernel for each, and its gradient.
 
 The numbers are those of autocast: weights are rounded for each forward pass, and their gradients, in bfloat16, are
 widened for the optimizer.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastddpm.config import UNetConfig
 from fastddpm.ops import add_bias, attention, conv3x3, group_norm_silu
 from fastddpm.ops.channel_sums import linear as linear_by_sums
+from fastddpm.ops.group_norm_silu import norm_and_inputs
 from fastddpm.ops.noise import NoiseKey
 
 _WIDE_OUTPUT = 8  # channels
@@ -109,7 +110,11 @@ class GroupNormSiLU(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         key: NoiseKey | None = None,
-    ) -> Tensor:
+        inputs: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+        """Return the output; with `inputs`, for a norm of x and skip alone, also x and skip, to be used again."""
+        if inputs:
+            return norm_and_inputs(x, self.weight, self.bias, self.groups, self.eps, skip=skip, silu=self.silu)
         if not (self.training and self.dropout > 0):
             return group_norm_silu(
                 x, self.weight, self.bias, self.groups, self.eps,
@@ -158,12 +163,17 @@ class ResBlock(nn.Module):
 
         `h`: (N, C1, H, W). `activated_temb`: silu(temb) (N, 4 width). `skip`: (N, C2, H, W).
         """
-        residual, x = self.norm1(h, skip=skip), h
+        kernels = by_kernels(h)
+        if kernels:
+            residual, h, skip = self.norm1(h, skip=skip, inputs=True)
+        else:
+            residual = self.norm1(h, skip=skip)
+        x = h
         if self.resample == "down":
             residual, x = F.avg_pool2d(residual, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
             x = _doubled(h)
-        if by_kernels(h):
+        if kernels:
             return self._sum(self.conv2(self._normed(residual, activated_temb, key), biased=False), x, skip)
         residual = self.conv1(residual)
         projected = self.temb_proj(activated_temb)
@@ -218,8 +228,12 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
         kernels = by_kernels(x)
+        if kernels:
+            normed, x, _ = self.norm(x, inputs=True)
+        else:
+            normed = self.norm(x)
+        tokens = normed.permute(0, 2, 3, 1).reshape(n, height * width, c)
         q, k, v = (
             split_heads(linear_by_sums(tokens, layer.weight, layer.bias) if kernels else layer(tokens), self.heads)
             for layer in (self.q, self.k, self.v)
