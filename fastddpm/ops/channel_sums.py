@@ -1,5 +1,6 @@
 """channel_sums: sums of channels, which are the gradient of a bias, and a linear layer whose bias takes it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,44 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     out: Tensor = _BiasGradient.apply(F.linear(x, weight, bias.detach().to(weight.dtype)), bias)
     return out
+
+
+class _Linears(torch.autograd.Function):
+    """Linear layers of one input, whose gradient is summed by the products that make its parts."""
+
+    @staticmethod
+    def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        count = len(parameters) // 2
+        pairs = zip(parameters[:count], parameters[count:], strict=True)
+        return tuple(F.linear(x, weight, bias.to(weight.dtype)) for weight, bias in pairs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, *parameters = inputs
+        weights, biases = parameters[: len(output)], parameters[len(output) :]
+        ctx.save_for_backward(x, *weights)
+        ctx.dtypes = [bias.dtype for bias in biases]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        total, flat = rows[0] @ weights[0], x.reshape(-1, x.shape[-1])
+        for row, weight in zip(rows[1:], weights[1:], strict=True):
+            # In place, because otherwise `total` is copied first.
+            total = torch.addmm(total, row, weight) if torch.is_grad_enabled() else total.addmm_(row, weight)
+        biases = [bias_gradient(row[..., None, None], dtype) for row, dtype in zip(rows, ctx.dtypes, strict=True)]
+        return total.reshape(x.shape), *(row.t() @ flat for row in rows), *biases
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return `linear` of x with each weight and bias."""
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if transformed(x, *weights, *biases) or (casts and x.dtype != torch.get_autocast_dtype(kind)):
+        return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    outs: tuple[Tensor, ...] = _Linears.apply(x, *(weight.to(x.dtype) for weight in weights), *biases)
+    return outs
 
 
 def _fake(a: Arguments) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastddpm.config import UNetConfig
 from fastddpm.ops import add_bias, attention, conv3x3, group_norm_silu
 from fastddpm.ops.channel_sums import linear as linear_by_sums
+from fastddpm.ops.channel_sums import linears
 from fastddpm.ops.group_norm_silu import norm_and_inputs
 from fastddpm.ops.noise import NoiseKey
 
@@ -234,10 +235,12 @@ class AttnBlock(nn.Module):
         else:
             normed = self.norm(x)
         tokens = normed.permute(0, 2, 3, 1).reshape(n, height * width, c)
-        q, k, v = (
-            split_heads(linear_by_sums(tokens, layer.weight, layer.bias) if kernels else layer(tokens), self.heads)
-            for layer in (self.q, self.k, self.v)
-        )
+        layers = (self.q, self.k, self.v)
+        if kernels:
+            parts = linears(tokens, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        else:
+            parts = [layer(tokens) for layer in layers]
+        q, k, v = (split_heads(part, self.heads) for part in parts)
         out = join_heads(attention(q, k, v), self.heads)
         out = F.linear(out, self.proj.weight) if kernels else self.proj(out)
         image = out.reshape(n, height, width, c).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from helpers.marks import with_large
 from torch import Tensor
 
 from fastddpm.ops import channel_sums
-from fastddpm.ops.channel_sums import linear
+from fastddpm.ops.channel_sums import linear, linears
 
 # (N, C, H, W): one part, several parts with an incomplete one, a border of channels, one pixel.
 SHAPES = [(2, 64, 8, 8), (3, 24, 17, 19), (2, 72, 13, 11), (1, 3, 1, 1)]
@@ -74,6 +74,42 @@ def test_a_second_derivative_and_a_transform_of_a_linear_layer(device: torch.dev
     assert torch.autograd.gradgradcheck(energy, (x, weight, bias))
     ours = torch.func.grad(energy, argnums=2)(x, weight, bias)
     torch.testing.assert_close(ours, (3 * F.linear(x, weight, bias) ** 2).sum(0))
+
+
+def layers(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    x = torch.randn(2, 5, 6, dtype=dtype, device=device, requires_grad=True)
+    weights = [torch.randn(4, 6, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+    return x, weights, [torch.randn(4, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_of_one_input(autocast: bool, device: torch.device, implementation: str) -> None:
+    """Numbers and gradients of each layer by itself, in bfloat16 up to its rounding."""
+    x, weights, biases = layers(torch.float32, device)
+    found = []
+    for together in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            given = x.bfloat16() if autocast else x
+            if together:
+                outs = linears(given, weights, biases)
+            else:
+                outs = [linear(given, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        loss = sum((i + 1) * out.float().square().sum() for i, out in enumerate(outs))
+        found.append([*outs, *torch.autograd.grad(loss, [x, *weights, *biases])])  # type: ignore[arg-type]
+    tolerance = 2e-2 if autocast else 1e-5
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=10 * tolerance)
+
+
+def test_a_second_derivative_and_a_transform_of_layers_of_one_input(device: torch.device) -> None:
+    x, weights, biases = layers(torch.float64, device)
+
+    def energy(x: Tensor, *parameters: Tensor) -> Tensor:
+        q, k, v = linears(x, parameters[:3], parameters[3:])
+        return (q * k * v).sum()
+
+    assert torch.autograd.gradgradcheck(energy, (x, *weights, *biases))
+    ours = torch.func.grad(energy)(x, *weights, *biases)
+    torch.testing.assert_close(ours, torch.autograd.grad(energy(x, *weights, *biases), x)[0])
 
 
 @pytest.mark.slow
