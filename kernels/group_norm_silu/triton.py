@@ -24,7 +24,7 @@ from .triton_forward import (
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
-_SUM_ROWS, _SUM_CHANNELS = 32, 32
+_SUM_ROWS, _SUM_CHANNELS = 128, 16
 LARGEST = 448.0  # of e4m3
 
 
@@ -156,10 +156,13 @@ def backward(
     )
     parts = call.numbers(2, call.n, call.channels)
     if call.tile.chunks == 0:
+        # With 128 registers a thread, two programs of 8 warps share a multiprocessor; left alone, the compiler takes
+        # more, without need.
+        limited = call.flags["FAST"] and call.tile.warps == 8 and a.x.element_size() == 2
         call.launch(
             _group_norm_silu_backward_whole_kernel, 1,
             *inputs, *added, grad_x, grad_skip, grad_temb, grad_scale, grad_shift, parts, *call.sizes, *call.dropout,
-            EVEN=call.even, **call.flags,
+            EVEN=call.even, **call.flags, **({"maxnreg": 128} if limited else {}),
         )  # fmt: skip
     else:
         tail = (*call.sizes, call.chunk, *call.dropout)
