@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 PYTEST = (sys.executable, "-m", "pytest")
 # Our kernels by their mangled names: Triton's are called as their functions, those of csrc live in a namespace.
 OURS = (
-    "fastddpm|^_(add_product|attention|conv3x3_fp8|convert_image|group_norm_silu|philox|q_sample|"
+    "fastddpm|^_(add_bias|add_product|attention|channel_sums|conv3x3|convert_image|group_norm_silu|philox|q_sample|"
     "random_normal|reverse_step)"
 )
 # Of the operator tests, those that launch kernels, eagerly.

@@ -181,8 +181,8 @@ def problems(chip: str, kernel: Kernel, found: Resources) -> list[str]:
     if "attention" in kernel.name and not found.matrix and "*fp32" not in (signature.get("q"), signature.get("x")):
         wrong.append("no matrix instructions")
     # The sums of a kernel's parts are short rows; 16 tokens are few for 64 threads; an image's own 1 or 3 channels are
-    # gathered from planes, or stored as such pixels.
-    ends = kernel.name == "_convert_image_kernel" and constants.get("C", 0) <= 8
+    # gathered from planes, or stored as such pixels, or are 8 with those that are cut off again.
+    ends = kernel.name in ("_convert_image_kernel", "_add_bias_kernel") and constants.get("C", 0) <= 8
     small = "_sum" in kernel.name or (chip == "gfx942" and constants.get("BN") == 16) or ends
     if not found.wide and not small:
         wrong.append("no 16-byte accesses")

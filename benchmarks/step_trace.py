@@ -37,8 +37,8 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 _FLOAT64_A_NORMAL = 29  # as in limits.py
 _CAST = (nn.Conv2d, nn.Linear)
 # Those whose Triton implementations launch kernels themselves.
-_OPERATIONS = ("group_norm_silu", "attention", "add_product", "convert_image", "conv3x3_fp8", "conv3x3_in",
-               "q_sample", "reverse_step", "random_normal")  # fmt: skip
+_OPERATIONS = ("group_norm_silu", "attention", "add_product", "add_bias", "channel_sums", "convert_image",
+               "conv3x3_fp8", "conv3x3_in", "q_sample", "reverse_step", "random_normal")  # fmt: skip
 # Tables of which a kernel reads one row.
 _TABLES = ("table", "timesteps")
 
@@ -274,14 +274,15 @@ def sampling_step(preset: str, batch: int, engine: EngineConfig) -> list[Launch]
 def training_step(preset: str, batch: int, dtype: torch.dtype) -> list[Launch]:
     """Return the kernels of a training step of `batch` images, launched one by one.
 
-    The convolutions' and the linear layers' weights are float32 and cast to `dtype`, as torch.autocast does, and their
-    gradients are cast back.
+    The convolutions' and the linear layers' weights are float32 and cast to `dtype`, and their gradients are cast back.
     """
     config = PRESETS[preset].unet
     with tracing() as trace, torch.device(DEVICE):
         unet = network_without_memory(config).train().requires_grad_()
         cast = [unet.get_submodule(name) for name, module in unet.named_modules() if isinstance(module, _CAST)]
         for module in cast:
+            module.weight = nn.Parameter(module.weight.to(dtype))
+        for module in (unet.time1, unet.time2):
             module.to(dtype)
         images = torch.empty(batch, dtype=torch.int64)
         x0 = torch.empty(batch, config.image_channels, config.image_size, config.image_size, dtype=torch.uint8)
@@ -297,7 +298,7 @@ def training_step(preset: str, batch: int, dtype: torch.dtype) -> list[Launch]:
         with without_values, replaced(diffusion_module, "evaluate", _evaluate), trace:
             losses, _ = diffusion.loss(network, x0, key, label=label, flip=True)
             (losses.sum() / batch).backward()
-    weights = sum(p.numel() for module in cast for p in module.parameters() if dtype != torch.float32)
+    weights = sum(module.weight.numel() for module in cast if dtype != torch.float32)
     return [
         *[one for one in [Launch("copy", "weights cast", 6 * weights)] if weights],
         *trace.launches,
@@ -324,5 +325,5 @@ def _optimizer(parameters: int, averages: int) -> list[Launch]:
     """Return the passes over all parameters, of 4 bytes each: `training/optimizer.py`."""
     passes = {"gradient norm": 1, "clip": 2, "Adam": 7}
     for i in range(averages):
-        passes |= {f"average {i}, difference": 3, f"average {i}, share": 2, f"average {i}, update": 3}
+        passes |= {f"average {i}, difference": 3, f"average {i}, update": 3}
     return [Launch("elementwise", f"optimizer, {name}", 4 * parameters * count) for name, count in passes.items()]

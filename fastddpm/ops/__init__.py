@@ -1,16 +1,18 @@
 """The operations of a diffusion model's hot paths, each with several implementations behind one interface.
 
-`group_norm_silu`, `inference_norm`, `attention`, `add_attention`, `add_product`, `convert_image`,
-`conv3x3`, `conv3x3_in`, `conv3x3_fp8`, `q_sample`, `reverse_step` and `random_normal` are also registered as
-`torch.ops.fastddpm.*`.
-The reference implementation, `fastddpm/kernels/<op>/reference.py`, is the specification. By default the fastest
-implementation runs; FASTDDPM_BACKEND or `use_backend` chooses another, and `status` tells which one runs.
+`group_norm_silu`, `inference_norm`, `attention`, `add_attention`, `add_product`, `add_bias`, `channel_sums`,
+`convert_image`, `conv3x3`, `conv3x3_in`, `conv3x3_fp8`, `q_sample`, `reverse_step` and `random_normal` are also
+registered as `torch.ops.fastddpm.*`. The reference implementation, `fastddpm/kernels/<op>/reference.py`, is the
+specification. By default the fastest implementation runs; FASTDDPM_BACKEND or `use_backend` chooses another, and
+`status` tells which one runs.
 """
 
 from .add_attention import add_attention
+from .add_bias import add_bias
 from .add_product import add_product
 from .attention import attention
 from .backend import status, use_backend
+from .channel_sums import channel_sums
 from .conv3x3 import conv3x3
 from .conv3x3_fp8 import conv3x3_fp8
 from .conv3x3_in import conv3x3_in
@@ -23,8 +25,10 @@ from .reverse_step import reverse_step
 
 __all__ = [
     "add_attention",
+    "add_bias",
     "add_product",
     "attention",
+    "channel_sums",
     "conv3x3",
     "conv3x3_fp8",
     "conv3x3_in",

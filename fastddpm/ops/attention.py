@@ -52,9 +52,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, lse = output
     ctx.save_for_backward(q, k, v, lse)
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for it
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(Arguments._fields)
     if torch.is_grad_enabled():
         scaled = functools.partial(plain, scale=ctx.scale)
         return *differentiable_backward(scaled, ctx.saved_tensors[:3], grad, ctx.needs_input_grad[:3]), None

@@ -48,6 +48,68 @@ def group_norm_silu(
     return torch.ops.fastddpm.group_norm_silu(*a)[0]
 
 
+def norm_and_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6, *, skip: Tensor | None = None,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return silu(group_norm(concat(x, skip))), as `group_norm_silu` does, and x and skip, for further uses.
+
+    The gradients of these uses are then added to those of the norm by its kernel, rather than in a pass of their own.
+    """
+    a = Arguments(x, weight, bias, groups, eps, skip, silu=silu)
+    check(a)
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if transformed(x, weight, bias, skip) or (casts and x.dtype != torch.get_autocast_dtype(kind)):
+        return group_norm_silu(x, weight, bias, groups, eps, skip=skip, silu=silu), x, skip
+    y, _, _, x, skip = _NormAndInputs.apply(x, skip, weight, bias, groups, eps, silu)
+    return y, x, skip
+
+
+class _NormAndInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    ) -> tuple[Tensor | None, ...]:
+        results = torch.ops.fastddpm.group_norm_silu(*Arguments(x, weight, bias, groups, eps, skip, silu=silu))
+        return *results, x.view_as(x), None if skip is None else skip.view_as(skip)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, skip, weight, bias, ctx.groups, ctx.eps, ctx.silu = inputs
+        _, mean, rstd, _, _ = output
+        ctx.save_for_backward(x, skip, weight, bias, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x, skip, weight, bias, mean, rstd), (_, _, added_x, added_skip) = ctx.saved_tensors, others
+        rest = (None, None, None)
+        if grad is None:
+            return added_x, added_skip, None, None, *rest
+        if torch.is_grad_enabled():
+            return *_differentiable_sums(ctx, grad, added_x, added_skip), *rest
+        grad_x, grad_skip, grad_weight, grad_bias, *_ = torch.ops.fastddpm.group_norm_silu_backward(
+            grad, x, weight, bias, mean, rstd, ctx.groups, skip, None, None, None, ctx.silu, 0.0, None, None, None, 0,
+            added_x, added_skip,
+        )  # fmt: skip
+        return grad_x, None if skip is None else grad_skip, grad_weight, grad_bias, *rest
+
+
+def _differentiable_sums(
+    ctx: Any, grad: Tensor, added_x: Tensor | None, added_skip: Tensor | None
+) -> list[Tensor | None]:
+    def differentiable(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        return plain(Arguments(x, weight, bias, ctx.groups, ctx.eps, skip, silu=ctx.silu))
+
+    found = differentiable_backward(differentiable, ctx.saved_tensors[:4], grad, ctx.needs_input_grad[:4])
+    return [
+        gradient if added is None or gradient is None else gradient + added
+        for gradient, added in zip(found, (added_x, added_skip, None, None), strict=True)
+    ]
+
+
 def check(a: Arguments) -> None:
     """Raise ValueError for shapes and dtypes that the operation does not take."""
     x, skip = a.x, a.skip
@@ -110,7 +172,9 @@ def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, torch.empty_like(mean)
 
 
-def _fake_backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+def _fake_backward(
+    a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor, added_x: Tensor | None, added_skip: Tensor | None
+) -> tuple[Tensor, ...]:
     def like(tensor: Tensor | None, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         if tensor is None:
             return a.x.new_empty(0)
@@ -126,15 +190,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         a.x, a.weight, a.bias, mean, rstd, a.skip, a.temb, a.scale, a.shift, a.images, a.seed, a.step
     )  # fmt: skip
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # no zeros for the two
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(Arguments._fields)
     x, weight, bias, mean, rstd, skip, temb, scale, shift, images, seed, step = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad)
     grads = torch.ops.fastddpm.group_norm_silu_backward(
         grad, x, weight, bias, mean, rstd, ctx.groups, skip, temb, scale, shift, ctx.silu, ctx.dropout,
-        images, seed, step, ctx.layer,
+        images, seed, step, ctx.layer, None, None,
     )  # fmt: skip
     grad_x, grad_skip, grad_weight, grad_bias, grad_temb, grad_scale, grad_shift = grads
 
@@ -186,7 +253,8 @@ register(
     Arguments,
     "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups, Tensor? skip,"
     " Tensor? temb, Tensor? scale, Tensor? shift, bool silu, float dropout, Tensor? images, Tensor? seed,"
-    " Tensor? step, int layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? step, int layer, Tensor? added_x, Tensor? added_skip)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
     operation="group_norm_silu",
 )

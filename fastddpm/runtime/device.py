@@ -40,3 +40,14 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def fastest_convolutions(device: torch.device, timed: bool = True) -> Iterator[None]:
+    """On a CUDA device, let cuDNN time its algorithms for each new shape and keep the fastest, in the block."""
+    if device.type != "cuda" or not timed or not torch.backends.cudnn.enabled:
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32):
+        yield

@@ -75,8 +75,10 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(p),
             }
         self._on_cpu = device.type == "cpu"
-        # Plain SGD with lr 1 applies the EMA update as a gradient, so found_inf skips it together with Adam's.
-        self._average_sgd = {decay: torch.optim.SGD(a, lr=1.0, fused=True) for decay, a in self.averages.items()}
+        # Plain SGD applies the EMA update as a gradient, so found_inf skips it together with Adam's.
+        self._average_sgd = {
+            decay: torch.optim.SGD(a, lr=self._shares[decay], fused=True) for decay, a in self.averages.items()
+        }
         self.shard_sum: list[Tensor] | None = None
 
     @property
@@ -158,7 +160,6 @@ class Optimizer:
                 torch._foreach_lerp_(average, self._local_shards, share.item())
             return
         change = torch._foreach_sub(average, self._local_shards)
-        torch._foreach_mul_(change, share)
         for a, c in zip(average, change, strict=True):
             a.grad = c
         sgd.found_inf = skipped  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.errors import DataError, DivergedError, UsageError
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.pretrained.run import check_weights
+from fastddpm.runtime.device import fastest_convolutions
 from fastddpm.runtime.distributed import SINGLE_PROCESS, ProcessGroup, all_gather_object
 from fastddpm.runtime.network import checksum, constants, stored
 from fastddpm.storage import checkpoint
@@ -26,6 +27,7 @@ from fastddpm.unet import UNet, network_with
 
 from . import parallel, snapshots, state
 from .captured import CapturedStep, Step
+from .casts import with_cast_weights
 from .initial import Origin
 from .monitor import Monitor
 from .network import averaged_copy, check_network, dropout_of, is_plain
@@ -93,13 +95,15 @@ class Trainer:
         self._seed = torch.tensor(config.seed, dtype=torch.int64, device=device)
         self._places = torch.arange(self.batches.start, self.batches.end, device=device)
         self._network = self.strategy.network
+        alone = group.world_size == 1 and device.type == "cuda"
         if config.precision == "bf16":
+            if alone and self._plain and not config.compile and not config.checkpoint_blocks:
+                self._network = with_cast_weights(self.network)
             self._network = _autocast(self._network, device)
         self._losses = self._micro_losses
         if config.compile and group.world_size == 1:
             self._losses = in_one_graph(self._micro_losses)
         self._update: Step = self._launch_update
-        alone = group.world_size == 1 and device.type == "cuda"
         if config.graph and alone and self._plain and config.mode == "standard" and not config.compile:
             self._update = CapturedStep(self._launch_update, device)
 
@@ -109,7 +113,8 @@ class Trainer:
             self._warm_up_ddp_buckets()
         images, labels, number = self._batch()
         self.optimizer.begin(self.step)
-        with dropout_of(self.network, self.preset.train.seed, self.step, self.group.rank, self.device):
+        drawn = dropout_of(self.network, self.preset.train.seed, self.step, self.group.rank, self.device)
+        with drawn, fastest_convolutions(self.device):
             loss, norm, applied = self._update(images, labels, number)
         self.monitor.losses_by_t.commit(applied)
         self.optimizer.end(self.step)

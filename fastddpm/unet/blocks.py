@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.config import UNetConfig
-from fastddpm.ops import attention, conv3x3, group_norm_silu
+from fastddpm.ops import add_bias, attention, conv3x3, group_norm_silu
+from fastddpm.ops.channel_sums import linear as linear_by_sums
+from fastddpm.ops.channel_sums import linears
+from fastddpm.ops.group_norm_silu import norm_and_inputs
 from fastddpm.ops.noise import NoiseKey
 
+_WIDE_OUTPUT = 8  # channels
 NEAR_ZERO_GAIN = 1e-5  # the released code replaces a scale of 0 by a variance scale of 1e-10
 
 
@@ -32,15 +36,46 @@ class Conv3x3(nn.Conv2d):
         self.doubled = doubled
         _initialise(self, gain)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, biased: bool = True) -> Tensor:
+        """Return the convolution; without `biased`, which is for networks that run `by_kernels`, without its bias."""
         # On a GPU PyTorch's own convolution is the fastest, and torch.compile can choose layouts around it.
-        if input.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        if input.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not by_kernels(input):
             return conv3x3(input, self.weight, self.bias, doubled=self.doubled)
-        return super().forward(_doubled(input) if self.doubled else input)
+        x = _doubled(input) if self.doubled else input
+        if not by_kernels(input):
+            return super().forward(x)
+        missing = _WIDE_OUTPUT - self.out_channels
+        if missing <= 0 or not _is_16_bit(input):
+            out = F.conv2d(x, self.weight, None, padding=1)
+            return add_bias(out, self.bias) if biased and self.bias is not None else out
+        # The tensor cores' gradient of the input takes 8 channels at a time: fewer are many times slower.
+        out = F.conv2d(x, F.pad(self.weight, (0, 0, 0, 0, 0, 0, 0, missing)), None, padding=1)
+        if biased and self.bias is not None:
+            out = add_bias(out, F.pad(self.bias, (0, missing)))
+        return out[:, : self.out_channels]
+
+
+def by_kernels(x: Tensor) -> bool:
+    """Whether a network computes on `x` with its biases apart from its convolutions: in eager mode on a GPU.
+
+    There a bias is a kernel of its own, and its gradient by PyTorch takes four times as long as reading the image.
+    """
+    return x.device.type != "cpu" and not torch.compiler.is_compiling()
+
+
+def _is_16_bit(x: Tensor) -> bool:
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (torch.get_autocast_dtype(kind) if casts else x.dtype).itemsize == 2
 
 
 def _doubled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    if not by_kernels(x):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    # Under autocast, interpolate would compute in float32.
+    n, c, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, height, 2, width, 2, c)
+    return pixels.reshape(n, 2 * height, 2 * width, c).permute(0, 3, 1, 2)
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0) -> nn.Conv2d:
@@ -76,7 +111,11 @@ class GroupNormSiLU(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         key: NoiseKey | None = None,
-    ) -> Tensor:
+        inputs: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+        """Return the output; with `inputs`, for a norm of x and skip alone, also x and skip, to be used again."""
+        if inputs:
+            return norm_and_inputs(x, self.weight, self.bias, self.groups, self.eps, skip=skip, silu=self.silu)
         if not (self.training and self.dropout > 0):
             return group_norm_silu(
                 x, self.weight, self.bias, self.groups, self.eps,
@@ -125,11 +164,18 @@ class ResBlock(nn.Module):
 
         `h`: (N, C1, H, W). `activated_temb`: silu(temb) (N, 4 width). `skip`: (N, C2, H, W).
         """
-        residual, x = self.norm1(h, skip=skip), h
+        kernels = by_kernels(h)
+        if kernels:
+            residual, h, skip = self.norm1(h, skip=skip, inputs=True)
+        else:
+            residual = self.norm1(h, skip=skip)
+        x = h
         if self.resample == "down":
             residual, x = F.avg_pool2d(residual, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
             x = _doubled(h)
+        if kernels:
+            return self._sum(self.conv2(self._normed(residual, activated_temb, key), biased=False), x, skip)
         residual = self.conv1(residual)
         projected = self.temb_proj(activated_temb)
         if self.scale_shift:
@@ -143,6 +189,29 @@ class ResBlock(nn.Module):
         assert self.shortcut is not None  # x has more channels than the output whenever there is a skip
         weight_h, weight_skip = self.shortcut.weight.split([h.shape[1], skip.shape[1]], dim=1)
         return residual + F.conv2d(h, weight_h, self.shortcut.bias) + F.conv2d(skip, weight_skip)
+
+    def _normed(self, residual: Tensor, activated_temb: Tensor, key: NoiseKey | None) -> Tensor:
+        """Return norm2(conv1(residual)) with the embedding, to which the bias of conv1 is added where both are sums."""
+        projection, bias = self.temb_proj, self.conv1.bias
+        assert bias is not None
+        if self.scale_shift:
+            scale, shift = linear_by_sums(activated_temb, projection.weight, projection.bias).chunk(2, dim=1)
+            return self.norm2(self.conv1(residual), scale=scale, shift=shift, key=key)
+        temb = linear_by_sums(activated_temb, projection.weight, projection.bias + bias)
+        return self.norm2(self.conv1(residual, biased=False), temb=temb, key=key)
+
+    def _sum(self, residual: Tensor, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Return the output in one pass, from conv2 without its bias and the input of the shortcut."""
+        bias = self.conv2.bias
+        assert bias is not None
+        if self.shortcut is None:
+            return add_bias(residual, bias, x)
+        assert self.shortcut.bias is not None
+        weight, bias = self.shortcut.weight, bias + self.shortcut.bias
+        if skip is None:
+            return add_bias(residual, bias, F.conv2d(x, weight))
+        weight_x, weight_skip = weight.split([x.shape[1], skip.shape[1]], dim=1)
+        return add_bias(residual, bias, F.conv2d(x, weight_x), F.conv2d(skip, weight_skip))
 
 
 class AttnBlock(nn.Module):
@@ -160,10 +229,22 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
-        q, k, v = (split_heads(layer(tokens), self.heads) for layer in (self.q, self.k, self.v))
-        out = self.proj(join_heads(attention(q, k, v), self.heads))
-        return x + out.reshape(n, height, width, c).permute(0, 3, 1, 2)
+        kernels = by_kernels(x)
+        if kernels:
+            normed, x, _ = self.norm(x, inputs=True)
+        else:
+            normed = self.norm(x)
+        tokens = normed.permute(0, 2, 3, 1).reshape(n, height * width, c)
+        layers = (self.q, self.k, self.v)
+        if kernels:
+            parts = linears(tokens, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        else:
+            parts = [layer(tokens) for layer in layers]
+        q, k, v = (split_heads(part, self.heads) for part in parts)
+        out = join_heads(attention(q, k, v), self.heads)
+        out = F.linear(out, self.proj.weight) if kernels else self.proj(out)
+        image = out.reshape(n, height, width, c).permute(0, 3, 1, 2)
+        return add_bias(image, self.proj.bias, x) if kernels else x + image
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -188,7 +269,10 @@ class Down(nn.Module):
         self.conv = _conv(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        x = x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1))
+        if not by_kernels(x) or self.conv.bias is None:
+            return self.conv(x)
+        return add_bias(F.conv2d(x, self.conv.weight, None, self.conv.stride, self.conv.padding), self.conv.bias)
 
 
 class Up(nn.Module):

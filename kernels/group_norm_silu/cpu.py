@@ -27,6 +27,10 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return _Call(a, float32).forward() if a.x.numel() else reference.forward(a)
 
 
-def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor, added_x: Tensor | None, added_skip: Tensor | None
+) -> tuple[Tensor, ...]:
     """Compute the same as the reference; the same bits with any number of threads."""
-    return _Call(a, float32).backward(grad, mean, rstd) if a.x.numel() else reference.backward(a, grad, mean, rstd)
+    if a.x.numel() == 0:
+        return reference.backward(a, grad, mean, rstd, added_x, added_skip)
+    return _Call(a, float32).backward(grad, mean, rstd, added_x, added_skip)

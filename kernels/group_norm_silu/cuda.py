@@ -37,9 +37,11 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return _Call(a).forward() if a.x.numel() else reference.forward(a)
 
 
-def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor, added_x: Tensor | None, added_skip: Tensor | None
+) -> tuple[Tensor, ...]:
     """Compute the same as the reference; the same bits on every run."""
     if a.x.numel() == 0:
-        return reference.backward(a, grad, mean, rstd)
+        return reference.backward(a, grad, mean, rstd, added_x, added_skip)
     native_cuda.on_one_device("group_norm_silu_backward", grad, a.x, mean, rstd)
-    return _Call(a).backward(grad, mean, rstd)
+    return _Call(a).backward(grad, mean, rstd, added_x, added_skip)

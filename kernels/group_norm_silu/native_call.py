@@ -75,7 +75,9 @@ class NativeCall:
         self.run("group_norm_silu")
         return y, mean, rstd
 
-    def backward(self, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+    def backward(
+        self, grad: Tensor, mean: Tensor, rstd: Tensor, added_x: Tensor | None, added_skip: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """Compute the same as the reference. Sums are float32 and in a fixed order: the same bits on every run."""
         a, given = self.a, self.given
         grad, mean, rstd = self.dense(grad.to(a.x.dtype)), mean.contiguous(), rstd.contiguous()
@@ -84,6 +86,9 @@ class NativeCall:
         self.point(grad=grad, mean=mean, rstd=rstd, grad_x=grad_x, grad_skip=grad_skip)
         self.point(**{f"grad_{name}": tensor for name, tensor in sums.items()})
         self.run("group_norm_silu_backward")
+        for gradient, added in ((grad_x, added_x), (grad_skip, added_skip)):
+            if gradient is not None and added is not None:
+                gradient.add_(added)
         return (
             grad_x,
             a.x.new_empty(0) if grad_skip is None else grad_skip,

@@ -67,10 +67,13 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return _dropout(a, y).to(a.x.dtype, memory_format=a.memory_format), mean, rstd
 
 
-def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor, added_x: Tensor | None, added_skip: Tensor | None
+) -> tuple[Tensor, ...]:
     """Return the gradients of x, skip, weight, bias, temb, scale, shift; an empty tensor for an input that was None.
 
-    `grad`: (N, C, H, W). `mean`, `rstd`: (N, G), as `forward` returned them.
+    `grad`: (N, C, H, W). `mean`, `rstd`: (N, G), as `forward` returned them. `added_x`, `added_skip`: like x and skip,
+    what is added to their gradients.
     """
     h = _input(a)
     dtype, c = h.dtype, h.shape[1]
@@ -104,6 +107,9 @@ def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Te
         grad_gain, grad_offset = grad_gain * factor, grad_offset * factor
     grad_weight, grad_bias = grad_gain.sum(0).to(a.weight.dtype), grad_offset.sum(0).to(a.bias.dtype)
 
+    for added, channels in ((added_x, slice(a.x.shape[1])), (added_skip, slice(a.x.shape[1], None))):
+        if added is not None:
+            grad_h[:, channels] += added.to(dtype)
     if a.skip is None:
         grad_x = grad_h.to(a.x.dtype, memory_format=a.memory_format)
     else:

@@ -7,12 +7,16 @@ from .. import triton_tiles
 from ..triton_launch import ceil_div, next_power_of_2
 
 # Elements of a tile per thread, forward (False) and backward (True), which keeps the gradient besides x.
-_VALUES = {False: 32, True: 16}  # preferred for images whole in registers
+_VALUES = {False: 32, True: 32}  # preferred for images whole in registers; backward the most that no chip spills
 _MOST_VALUES = 64  # forward, for large tiles and for 16 bits: the most that no chip spills
 _LARGE_TILE = 16384  # elements; in threads of 64 values, two programs share a multiprocessor
 _FEWER_VALUES = {False: 16, True: 8}  # of loops, and backward if there are threads enough
 _MAX_WARPS = 16
 _SECTOR = 32  # bytes: the least that memory moves
+# Bytes of a pixel's row, at least. A loop reads its rows twice, and computes twice what backward needs of them, which
+# is slower than rows of half a sector: the neighbour's half is in the cache.
+_LEAST_ROW = {False: _SECTOR, True: _SECTOR // 2}
+_SMALL_TILE = 2048  # elements, below which backward takes fewer to a thread
 _ROW = 64  # bytes of a pixel that one program takes if the image is not split
 # A large image is split if there would be fewer programs: a GPU has about a hundred multiprocessors to fill.
 _FEW_PROGRAMS = 32
@@ -95,7 +99,7 @@ def _whole_image(
     block_c = next_power_of_2(together * cpg)
     if block_c > limit:
         return None
-    if channels_last and together < groups and together * cpg * num_bytes < _SECTOR:
+    if channels_last and together < groups and together * cpg * num_bytes < _LEAST_ROW[backward]:
         return None
     # A small image gets more channels, until there is work for four warps.
     while block_p * block_c < 1024 and together < groups:
@@ -103,7 +107,7 @@ def _whole_image(
         block_c = next_power_of_2(together * cpg)
     size = block_p * block_c
     if backward:
-        values = _FEWER_VALUES[True]
+        values = _VALUES[True] if size >= _SMALL_TILE else _FEWER_VALUES[True]
     else:
         # Few warps, of which several programs share a multiprocessor, overlap loads and arithmetic best.
         values = _MOST_VALUES if size >= _LARGE_TILE or num_bytes == 2 else _VALUES[False]

@@ -25,7 +25,7 @@ from .triton_forward import (
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
-_SUM_ROWS, _SUM_CHANNELS = 32, 32
+_SUM_ROWS, _SUM_CHANNELS = 128, 16
 LARGEST = 448.0  # of e4m3
 PACK = True  # keep bfloat16 as it is in registers; for measurements without
 
@@ -157,11 +157,14 @@ def _forward_in_chunks(call: _Call, a: Arguments, mean: Tensor, rstd: Tensor) ->
     return y
 
 
-def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor, added_x: Tensor | None, added_skip: Tensor | None
+) -> tuple[Tensor, ...]:
     """Compute the same as the reference; the same bits on every run."""
     if a.x.numel() == 0:
-        return reference.backward(a, grad, mean, rstd)
+        return reference.backward(a, grad, mean, rstd, added_x, added_skip)
     call = _Call(a, backward=True)
+    added = [None if image is None else call.dense(image) for image in (added_x, added_skip)]
     inputs = (
         call.dense(grad), call.x, call.skip, *call.parameters, mean.contiguous(), rstd.contiguous(), *call.key
     )  # fmt: skip
@@ -172,10 +175,14 @@ def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Te
     )
     parts = call.numbers(2, call.n, call.channels)
     if call.tile.chunks == 0:
+        # With 128 registers a thread, two programs of 8 warps share a multiprocessor; left alone, the compiler takes
+        # more, without need.
+        limited = call.flags["FAST"] and call.tile.warps == 8 and a.x.element_size() == 2
+        even = call.parts is not None and call.parts["PARTS"] == 1
         call.launch(
             _group_norm_silu_backward_whole_kernel, 1,
-            *inputs, grad_x, grad_skip, grad_temb, grad_scale, grad_shift, parts, *call.sizes, *call.dropout,
-            **call.flags,
+            *inputs, *added, grad_x, grad_skip, grad_temb, grad_scale, grad_shift, parts, *call.sizes, *call.dropout,
+            EVEN=even, **call.flags, **({"maxnreg": 128} if limited else {}),
         )  # fmt: skip
     else:
         tail = (*call.sizes, call.chunk, *call.dropout)
@@ -186,7 +193,7 @@ def backward(a: Arguments, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Te
             call.launch(_group_norm_silu_backward_sums_kernel, call.chunks, *inputs, sums, *tail, **call.flags)
         call.launch(
             _group_norm_silu_backward_apply_kernel, call.chunks,
-            *inputs, sums, grad_x, grad_skip, temb_sums, grad_scale, grad_shift, parts, *tail, **call.flags,
+            *inputs, sums, *added, grad_x, grad_skip, temb_sums, grad_scale, grad_shift, parts, *tail, **call.flags,
         )  # fmt: skip
         if call.chunks > 1 and temb_sums is not None:
             _sum(temb_sums, grad_temb, None)

@@ -20,13 +20,32 @@ from .triton_forward import (
 
 
 @triton.jit
+def _load_inside(x, skip, n, p, c0, c, pixels, c1, c2, NHWC: tl.constexpr, HAS_SKIP: tl.constexpr):
+    """Load a tile without borders, which lies in one of the two tensors, as float32."""
+    base, inside = offsets(n, p, c, pixels, c1, NHWC)
+    if HAS_SKIP:
+        if c0 < c1:
+            values = tl.load(x + base + inside).to(tl.float32)
+        else:
+            base, inside = offsets(n, p, c - c1, pixels, c2, NHWC)
+            values = tl.load(skip + base + inside).to(tl.float32)
+    else:
+        values = tl.load(x + base + inside).to(tl.float32)
+    return values
+
+
+@triton.jit
 def _x_hat_and_g(
     grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
     stream, threshold, C: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Return the normalised input, and the gradient before SiLU and dropout, whose input and mask are recomputed."""
-    h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+    if EVEN:
+        h = _load_inside(x, skip, n, p, c0, c, pixels, c1, c2, NHWC, HAS_SKIP)
+    else:
+        h = load_tile(x, skip, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
     x_hat = tl.where(mask, (h - mean_c[None, :]) * rstd_c[None, :], 0.0)
     base, inside = offsets(n, p, c, pixels, c1 + c2, NHWC)
     g = tl.load(grad + base + inside, mask, 0.0).to(tl.float32)
@@ -55,14 +74,33 @@ def _moments(
 
 
 @triton.jit
-def _store_tile(grad_x, grad_skip, values, n, p, c, mask, pixels, c1, c2, NHWC: tl.constexpr, HAS_SKIP: tl.constexpr):
-    """Store each channel to the gradient of x or of skip, where it belongs."""
+def _store_sum(grad, added, values, at, mask):
+    """Store values, or values + added."""
+    if added is not None:
+        values += tl.load(added + at, mask, 0.0).to(tl.float32)
+    tl.store(grad + at, values.to(grad.dtype.element_ty), mask)
+
+
+@triton.jit
+def _store_tile(
+    grad_x, grad_skip, added_x, added_skip, values, n, p, c0, c, mask, pixels, c1, c2,
+    NHWC: tl.constexpr, HAS_SKIP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Store each channel to the gradient of x or of skip, where it belongs. EVEN: all belong to one of them."""
     base, inside = offsets(n, p, c, pixels, c1, NHWC)
-    first = (c < c1)[None, :]
-    tl.store(grad_x + base + inside, values.to(grad_x.dtype.element_ty), mask & first)
-    if HAS_SKIP:
+    if not HAS_SKIP:
+        _store_sum(grad_x, added_x, values, base + inside, mask)
+    elif EVEN:
+        if c0 < c1:
+            _store_sum(grad_x, added_x, values, base + inside, mask)
+        else:
+            base, inside = offsets(n, p, c - c1, pixels, c2, NHWC)
+            _store_sum(grad_skip, added_skip, values, base + inside, mask)
+    else:
+        first = (c < c1)[None, :]
+        _store_sum(grad_x, added_x, values, base + inside, mask & first)
         base, inside = offsets(n, p, c - c1, pixels, c2, NHWC)
-        tl.store(grad_skip + base + inside, values.to(grad_skip.dtype.element_ty), mask & ~first)
+        _store_sum(grad_skip, added_skip, values, base + inside, mask & ~first)
 
 
 @triton.jit
@@ -86,23 +124,26 @@ def _store_parameters(
 @triton.jit
 def _group_norm_silu_backward_whole_kernel(
     grad, x, skip, temb, weight, bias, scale, shift, mean, rstd, images, seed, step,
-    grad_x, grad_skip, grad_temb, grad_scale, grad_shift, parts,
+    added_x, added_skip, grad_x, grad_skip, grad_temb, grad_scale, grad_shift, parts,
     blocks, pixels, c1, c2, groups, temb_stride, stream, threshold,
     CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
-    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, FAST: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, EIGHTS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute all gradients of GB groups of one image, all pixels at once; grid (N x blocks of groups,)."""
+    """Compute all gradients of GB groups of one image, all pixels at once; grid (N x blocks of groups,).
+
+    EVEN: the tile has P pixels and GB CPG channels, of one tensor, and needs no masks.
+    """
     n, g0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * GB
     channels, c0 = c1 + c2, g0 * CPG
     p, c = tl.arange(0, P), c0 + tl.arange(0, C)
-    c_mask = (tl.arange(0, C) < GB * CPG) & (c < channels)
-    mask = (p < pixels)[:, None] & c_mask[None, :]
+    c_mask = tl.full([C], 1, tl.int1) if EVEN else (tl.arange(0, C) < GB * CPG) & (c < channels)
+    mask = tl.full([P, C], 1, tl.int1) if EVEN else (p < pixels)[:, None] & c_mask[None, :]
     mean_c, rstd_c = _moments(mean, rstd, temb, temb_stride, n, g0, groups, c, c_mask, GB, CPG, C, G, HAS_TEMB)
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, c_mask, channels, HAS_AFFINE)
     x_hat, g = _x_hat_and_g(
         grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
-        stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST,
+        stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST, EVEN,
     )  # fmt: skip
     grad_gain, grad_offset = tl.sum(g * x_hat, axis=0), tl.sum(g, axis=0)
     _store_parameters(
@@ -115,7 +156,7 @@ def _group_norm_silu_backward_whole_kernel(
     if HAS_TEMB:
         total = tl.sum(tl.where(mask, dx, 0.0), axis=0)
         tl.store(grad_temb + n.to(tl.int64) * channels + c, total.to(grad_temb.dtype.element_ty), c_mask)
-    _store_tile(grad_x, grad_skip, dx, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+    _store_tile(grad_x, grad_skip, added_x, added_skip, dx, n, p, c0, c, mask, pixels, c1, c2, NHWC, HAS_SKIP, EVEN)
 
 
 @triton.jit
@@ -132,7 +173,7 @@ def _chunk_sums(
         mask = (p < end)[:, None] & c_mask[None, :]
         x_hat, g = _x_hat_and_g(
             grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
-            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST,
+            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST, False,
         )  # fmt: skip
         grad_gain += tl.sum(g * x_hat, axis=0)
         grad_offset += tl.sum(g, axis=0)
@@ -167,7 +208,7 @@ def _group_norm_silu_backward_sums_kernel(
 @triton.jit
 def _group_norm_silu_backward_apply_kernel(
     grad, x, skip, temb, weight, bias, scale, shift, mean, rstd, images, seed, step, sums,
-    grad_x, grad_skip, temb_sums, grad_scale, grad_shift, parts,
+    added_x, added_skip, grad_x, grad_skip, temb_sums, grad_scale, grad_shift, parts,
     blocks, pixels, c1, c2, groups, temb_stride, chunk, stream, threshold,
     CPG: tl.constexpr, GB: tl.constexpr, P: tl.constexpr, C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_TEMB: tl.constexpr, HAS_AFFINE: tl.constexpr,
@@ -209,12 +250,14 @@ def _group_norm_silu_backward_apply_kernel(
         mask = (p < end)[:, None] & c_mask[None, :]
         x_hat, g = _x_hat_and_g(
             grad, x, skip, mean_c, rstd_c, gain, offset, images, seed, step, n, p, c0, c, mask, pixels, c1, c2,
-            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST,
+            stream, threshold, C, NHWC, HAS_SKIP, SILU, DROPOUT, EIGHTS, FAST, False,
         )  # fmt: skip
         dx = (g * gain[None, :] - u_mean[None, :] - x_hat * ux_mean[None, :]) * rstd_c[None, :]
         if HAS_TEMB:
             total += tl.sum(tl.where(mask, dx, 0.0), axis=0)
-        _store_tile(grad_x, grad_skip, dx, n, p, c, mask, pixels, c1, c2, NHWC, HAS_SKIP)
+        _store_tile(
+            grad_x, grad_skip, added_x, added_skip, dx, n, p, c0, c, mask, pixels, c1, c2, NHWC, HAS_SKIP, False
+        )
     if HAS_TEMB:
         at = (n.to(tl.int64) * chunks + piece) * channels + c
         tl.store(temb_sums + at, total.to(temb_sums.dtype.element_ty), c_mask)

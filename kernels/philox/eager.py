@@ -17,8 +17,13 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
     against them. Equal bit for bit to `reference.philox`.
     """
     x0, x1, x2, x3 = (c & _MASK for c in (c0, c1, c2, c3))
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(ROUNDS):
+    # The keys of all rounds at once: on a GPU, each operator is a launch.
+    rounds = torch.arange(ROUNDS, device=seed.device)
+    keys0, keys1 = (
+        (((word & _MASK).unsqueeze(-1) + rounds * increment) & _MASK).unbind(-1)
+        for word, increment in zip((seed, seed >> 32), KEY_INCREMENTS, strict=True)
+    )
+    for k0, k1 in zip(keys0, keys1, strict=True):
         # int64 products wrap modulo 2^64, so their bits are those of the unsigned product.
         p0, p1 = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]
         x0, x1, x2, x3 = (
@@ -27,7 +32,6 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
             ((p0 >> 32) & _MASK) ^ x3 ^ k1,
             p0 & _MASK,
         )
-        k0, k1 = (k0 + KEY_INCREMENTS[0]) & _MASK, (k1 + KEY_INCREMENTS[1]) & _MASK
     return torch.broadcast_tensors(x0, x1, x2, x3)
 
 

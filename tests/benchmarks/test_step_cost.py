@@ -54,6 +54,14 @@ def test_what_each_switch_saves(switch: str, kernels_more: int, gb_more: float) 
     assert gigabytes(off) - gigabytes(on) == pytest.approx(gb_more, abs=0.002)
 
 
+def test_the_training_step_of_the_cifar10_network() -> None:
+    found = training_step("cifar10", 128, torch.bfloat16)
+    assert kernels(found) == {
+        "copy": 27, "elementwise": 514, "norm": 153, "convolution": 230, "product": 143, "attention": 18
+    }  # fmt: skip
+    assert gigabytes(found) == pytest.approx(21.715, abs=0.005)
+
+
 def test_a_convolution_with_a_bias_is_two_kernels() -> None:
     """In channels_last, as cuDNN gives it: 2 x 2 images of 8 channels at 6x6, 16 out, bf16."""
     x, weight = (

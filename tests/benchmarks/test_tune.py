@@ -37,7 +37,7 @@ def norm(name: str = "group_norm_silu") -> shapes.Call:
     options: tuple[Any, ...] = (None, nc, None, None, True, 0.0, None, None, None, 0)
     if name == "group_norm_silu":
         return shapes.Call(name, (x, c, c, 2, 1e-6, *options))
-    return shapes.Call(name, (x, x, c, c, meta(2, 2), meta(2, 2), 2, *options))
+    return shapes.Call(name, (x, x, c, c, meta(2, 2), meta(2, 2), 2, *options, None, None))
 
 
 @pytest.fixture(autouse=True)

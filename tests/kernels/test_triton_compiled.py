@@ -70,10 +70,11 @@ def test_sizes_of_one_compile() -> None:
     calls = [
         shapes.Call("group_norm_silu", (x, c, c, 1, 1e-6, None, nc, nc, nc, True, 0.5, *key, 0)),
         shapes.Call("group_norm_silu", (x, wide, wide, 1, 1e-6, x, nwide, nwide, nwide, *options[4:])),
-        shapes.Call("group_norm_silu_backward", (x, x, c, c, nc, nc, 1, None, nc, nc, nc, True, 0.5, *key, 0)),
+        shapes.Call("group_norm_silu_backward", (x, x, c, c, nc, nc, 1, None, nc, nc, nc, True, 0.5, *key, 0,
+                                                 None, None)),
         shapes.Call("group_norm_silu", (meta(1, 1, 64, 128), c, c, 1, 1e-6, None, nc, nc, nc, True, 0.5, *key, 0)),
         shapes.Call("group_norm_silu_backward", (meta(1, 1, 64, 128), meta(1, 1, 64, 128), c, c, nc, nc, 1, None, nc,
-                                                 nc, nc, True, 0.5, *key, 0)),
+                                                 nc, nc, True, 0.5, *key, 0, None, None)),
         shapes.Call("attention", (meta(1, 1, 1), meta(1, 1, 1), meta(1, 1, 1), 1.0)),
         shapes.Call("attention_backward", (*(meta(1, 1, 1) for _ in range(4)), nc, 1.0)),
         shapes.Call("random_normal", ([1], *key, 1)),

@@ -19,6 +19,7 @@ from helpers.marks import slow, with_large
 from torch import Tensor
 
 from fastddpm.ops import group_norm_silu
+from fastddpm.ops.group_norm_silu import norm_and_inputs
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -142,6 +143,59 @@ def test_expanded_gradient_and_input(device: torch.device) -> None:
         np.testing.assert_allclose(contract.float64(tensor.grad), expected[name], atol=1e-5, err_msg=name)
 
 
+# (C1, C2, size, groups): no skip, a seam between tiles, a seam in a group, and images that are looped over and split.
+@pytest.mark.parametrize(
+    ("c1", "c2", "size", "groups"),
+    [(32, 0, (8, 8), 8), (64, 64, (4, 4), 8), (16, 8, (5, 3), 2), slow(8, 0, (40, 40), 2), slow(8, 8, (72, 72), 4)],
+)
+@pytest.mark.parametrize("dtype", with_large([torch.float32, torch.bfloat16], torch.float32))
+def test_inputs_used_again(
+    c1: int, c2: int, size: tuple[int, int], groups: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Outputs are those of the norm; gradients those of the norm and of the other uses."""
+    case = Case(2, c1, size, groups, c2=c2)
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        tensors = require_grad({
+            name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+            for name, value in case.inputs(dtype, device).items()
+        })  # fmt: skip
+        if again:
+            y, x, skip = norm_and_inputs(**tensors, groups=groups)
+        else:
+            y, x, skip = case.call(tensors), tensors["x"], tensors.get("skip")
+        loss = (y.float() * torch.linspace(-1, 1, y.numel(), device=device).reshape(y.shape)).sum()
+        for image in (x, skip):
+            loss = loss if image is None else loss + image.float().square().sum()
+        loss.backward()
+        found.append([y, *(value.grad for value in tensors.values())])
+    assert torch.equal(found[0][0], found[1][0])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
+
+
+def test_inputs_used_again_can_be_differentiated_in_any_way(device: torch.device) -> None:
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    skip = torch.randn(2, 2, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    weight, bias = (torch.randn(6, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+
+    def energy(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, again: bool = True) -> Tensor:
+        if again:
+            y, x, skip = norm_and_inputs(x, weight, bias, 2, skip=skip)  # type: ignore[assignment]
+        else:
+            y = group_norm_silu(x, weight, bias, 2, skip=skip)
+        return y.sin().sum() + (x**3).sum() + (skip**3).sum()
+
+    assert torch.autograd.gradgradcheck(energy, (x, skip, weight, bias))
+    assert torch.allclose(energy(x, skip, weight, bias), energy(x, skip, weight, bias, False))
+    ours = torch.func.grad(energy)(x, skip, weight, bias)
+    torch.testing.assert_close(ours, torch.func.grad(energy)(x, skip, weight, bias, False))
+    _, unused, _ = norm_and_inputs(x, weight, bias, 2, skip=skip)
+    (gradient,) = torch.autograd.grad(unused.sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x))
+
+
 def test_eps(device: torch.device) -> None:
     """Its default is the paper's code's 1e-6, which shows where the variance is as small."""
     x = torch.randn(2, 8, 4, 4, device=device) * 1e-3
@@ -234,7 +288,7 @@ def test_opcheck(name: str, dropout: float, device: torch.device) -> None:
     grad = torch.randn(case.n, case.c1 + case.c2, *case.size, device=device).to(dtype)
     contract.opcheck(
         torch.ops.fastddpm.group_norm_silu_backward,
-        (grad, x, weight, bias, mean, rstd, case.groups, *optional, *tail),
+        (grad, x, weight, bias, mean, rstd, case.groups, *optional, *tail, None, None),
     )
     differentiable = [
         None if value is None else value.detach().requires_grad_() for value in (x, weight, bias, *optional)

@@ -89,7 +89,7 @@ def forward(module: ModuleType, arguments: dict[str, Any]) -> tuple[Tensor, ...]
 def backward(
     module: ModuleType, grad: Tensor, mean: Tensor, rstd: Tensor, arguments: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    return module.backward(Arguments(**arguments), grad, mean, rstd)
+    return module.backward(Arguments(**arguments), grad, mean, rstd, None, None)
 
 
 def assert_rounded_once(ours: Tensor, expected: Tensor, error: float) -> None:

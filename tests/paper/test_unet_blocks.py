@@ -9,8 +9,9 @@ from helpers import oracle
 from helpers.networks import TINY, batch, shaken, tiny
 from torch import Tensor, nn
 
+from fastddpm.ops.noise import NoiseKey
 from fastddpm.presets import PRESETS
-from fastddpm.unet import AttnBlock, Down, ResBlock, UNet, Up, timestep_embedding
+from fastddpm.unet import AttnBlock, Down, ResBlock, UNet, Up, blocks, timestep_embedding
 
 
 def arrays(module: nn.Module) -> dict[str, np.ndarray]:
@@ -192,3 +193,50 @@ def test_attention_follows_every_block_at_its_resolutions() -> None:
     assert [[block.norm1.weight.numel() for block in level.blocks] for level in cifar10.up] == [
         [512, 512, 512], [512, 512, 512], [512, 512, 384], [384, 256, 256]
     ]  # fmt: skip
+
+
+# As on a GPU, where biases are apart from convolutions
+
+
+def output_and_gradients(unet: UNet, dtype: torch.dtype) -> dict[str, Tensor]:
+    x = torch.randn(3, *unet.config.image_shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    key = NoiseKey(torch.tensor(1), torch.tensor(2), torch.arange(3))
+    label = [torch.tensor([0, 1, 1])] if unet.num_classes else []
+    unet.zero_grad()
+    out = unet(x.requires_grad_(), torch.tensor([1, 500, 999]), *label, noise_key=key)
+    out.square().sum().backward()
+    gradients = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+    assert x.grad is not None and len(gradients) == len(list(unet.parameters()))
+    return gradients | {"output": out.detach(), "x": x.grad}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale_shift": True, "resample": "resblock"}, {"num_classes": 2, "image_channels": 1, "dropout": 0.1}],
+    ids=["defaults", "scale_shift", "labels"],
+)
+def test_biases_apart_from_convolutions(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    unet = shaken(UNet(tiny(**options)).double()).train()
+    expected = output_and_gradients(unet, torch.float64)
+    monkeypatch.setattr(blocks, "by_kernels", lambda x: True)
+    for name, ours in output_and_gradients(unet, torch.float64).items():
+        # The gradient of the keys' bias is zero but for rounding.
+        torch.testing.assert_close(ours, expected[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_biases_apart_from_convolutions_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As close to float32 as with PyTorch's convolutions, the last of which has fewer than 8 output channels."""
+    torch.manual_seed(0)
+    unet = shaken(UNet(tiny())).train()
+    exact = output_and_gradients(unet, torch.float32)
+    errors = []
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(blocks, "by_kernels", lambda x: True)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = output_and_gradients(unet, torch.float32)
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in unet.parameters())
+        errors.append(sum(float((found[name].float() - exact[name]).norm() / exact[name].norm()) for name in exact
+                          if not name.endswith("k.bias")))  # fmt: skip
+    assert errors[1] <= 1.1 * errors[0]

@@ -6,8 +6,7 @@ layers of an attention block two are left. Upsampling and the convolution after 
 cast and laid out once. The host reads nothing back, so a CUDA graph can be captured.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fastddpm.config import EngineConfig
 from fastddpm.ops import convert_image
+from fastddpm.runtime.device import fastest_convolutions
 from fastddpm.unet import Down, Level, ResBlock, UNet
 
 from .current import Weights
@@ -83,7 +83,7 @@ class FusedUNet:
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.unet.check(x_t, t, label)
-        with torch.no_grad(), _fastest_convolutions(x_t.device, self.engine.timed_convolutions):
+        with torch.no_grad(), fastest_convolutions(x_t.device, self.engine.timed_convolutions):
             return self._run(self._input(x_t), self._time(t, label))
 
     def _input(self, x_t: Tensor) -> Tensor:
@@ -151,17 +151,6 @@ def _ascend(level: FusedLevel, h: Image, temb: Tensor, skips: list[Image]) -> Im
         h = block(h, temb, skips.pop())
         h = h if attend is None else attend(h)
     return h if level.resample is None else level.resample(h, temb)
-
-
-@contextlib.contextmanager
-def _fastest_convolutions(device: torch.device, timed: bool) -> Iterator[None]:
-    """On a CUDA device, let cuDNN time its algorithms for each new shape and keep the fastest, in the block."""
-    if device.type != "cuda" or not timed or not torch.backends.cudnn.enabled:
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32):
-        yield
 
 
 class _Time:
