@@ -11,6 +11,8 @@ from . import Arguments, reference
 
 __all__ = ["forward", "unavailable", "unsupported"]
 
+_FEW_TILES = 128
+
 
 def unsupported(image: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, **_: object) -> str | None:
     """Return why these arguments are left to another backend, or None."""
@@ -76,6 +78,8 @@ def forward(a: Arguments) -> Tensor:
     wide = image.dtype == torch.float32
     block_m = min(128, max(16, next_power_of_2(pixels)))
     block_k = min(64 if wide else 128, max(16, next_power_of_2(outputs)))
+    if block_m == 128 and pixels * outputs < _FEW_TILES * block_m * block_k:
+        block_m = 64
     block_c = min(32 if wide else 64, max(16, next_power_of_2(min(c1, c2 or c1))))
     even = pixels % block_m == 0 and outputs % block_k == 0 and c1 % block_c == 0 and c2 % block_c == 0
     blocks = ceil_div(outputs, block_k)

@@ -21,6 +21,7 @@ __all__ = ["forward", "unavailable", "unsupported"]
 
 _OLDEST_CHIP = (8, 9)
 _LONGEST_SIDE = 256  # of what the copy engine fetches at a time
+_FEW_TILES = 128
 
 
 def unavailable() -> str | None:
@@ -138,20 +139,21 @@ def _tiles(height: int, width: int, channels: int, device: torch.device) -> bool
 
 
 def _forward_by_tiles(a: Arguments, out: Tensor) -> Tensor:
-    """Compute `out` by tiles of 128 pixels or more: rows of an image, or whole small images."""
+    """Compute `out` by tiles of 128 pixels, 64 if these were few, or one row: rows of an image, or small images."""
     x, weight = (t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1) for t in (a.x, a.weight))
     n, height, width, channels = x.shape
     outputs, weight = len(weight), weight.reshape(len(weight), 9 * channels)
-    rows = max(1, 128 // width)
-    images, rows = max(1, rows // height), min(rows, height)
     block_c, block_k = min(128, channels & -channels), min(128, max(16, next_power_of_2(outputs)))
     blocks = ceil_div(outputs, block_k)
+    few = n * height * width * blocks < _FEW_TILES * 128
+    rows = max(1, (64 if few else 128) // width)
+    images, rows = max(1, rows // height), min(rows, height)
     launch(
         _conv3x3_fp8_tiled_kernel, (ceil_div(n * height, images * rows) * blocks,), x.device,
         TensorDescriptor.from_tensor(x, [images, rows, width, block_c]),
         TensorDescriptor.from_tensor(weight, [block_k, block_c]), a.scale.contiguous(),
         None if a.bias is None else a.bias.contiguous(), out, n * height * width, height, channels, outputs, blocks,
         N=images, H=rows, W=width, BK=block_k, BC=block_c, HAS_BIAS=a.bias is not None,
-        INTERPRETED=triton_launch.interpreted(), num_warps=8, num_stages=3,
+        INTERPRETED=triton_launch.interpreted(), num_warps=4 if few else 8, num_stages=3,
     )  # fmt: skip
     return out

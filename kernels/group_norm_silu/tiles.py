@@ -18,6 +18,7 @@ _SECTOR = 32  # bytes: the least that memory moves
 _LEAST_ROW = {False: _SECTOR, True: _SECTOR // 2}
 _SMALL_TILE = 2048  # elements, below which backward takes fewer to a thread
 _ROW = 64  # bytes of a pixel that one program takes if the image is not split
+_THIRDS_ROW = 128  # the same where a quarter is padding: rows of 48 bytes are half as fast as 96, on an H200
 # A large image is split if there would be fewer programs: a GPU has about a hundred multiprocessors to fill.
 _FEW_PROGRAMS = 32
 _LARGE_IMAGE = 1024  # pixels
@@ -76,6 +77,10 @@ def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channel
     whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward, _VALUES[backward])
     if whole is None and not backward:
         whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward, _MOST_VALUES)
+    thirds = cpg > 3 and cpg == 3 * (cpg & -cpg) and pixels == next_power_of_2(pixels)
+    if thirds and num_bytes == 2 and channels_last and not backward:
+        # The kernel of such tiles needs no registers for the padding.
+        whole = _whole_image(pixels, groups, cpg, num_bytes, channels_last, backward, 2 * _MOST_VALUES, _THIRDS_ROW)
     if whole is not None and n * ceil_div(groups, whole.groups) >= enough:
         return whole
     if pixels <= _CACHED_IMAGE:
@@ -90,12 +95,22 @@ def by_rules(n: int, pixels: int, groups: int, cpg: int, num_bytes: int, channel
 
 
 def _whole_image(
-    pixels: int, groups: int, cpg: int, num_bytes: int, channels_last: bool, backward: bool, values: int
+    pixels: int,
+    groups: int,
+    cpg: int,
+    num_bytes: int,
+    channels_last: bool,
+    backward: bool,
+    values: int,
+    row: int = _ROW,
 ) -> Tile | None:
-    """Return a tile of all pixels by up to 64 bytes of channels; None if the registers lack room for even a sector."""
+    """Return a tile of all pixels by up to `row` bytes of channels; None if the registers lack room for even a sector.
+
+    `values`: of a thread, at most.
+    """
     block_p = next_power_of_2(pixels)
     limit = values * 32 * _MAX_WARPS // block_p
-    together = _groups_within(max(min(limit, _ROW // num_bytes), next_power_of_2(cpg)), groups, cpg)
+    together = _groups_within(max(min(limit, row // num_bytes), next_power_of_2(cpg)), groups, cpg)
     block_c = next_power_of_2(together * cpg)
     if block_c > limit:
         return None
@@ -110,11 +125,18 @@ def _whole_image(
         values = _VALUES[True] if size >= _SMALL_TILE else _FEWER_VALUES[True]
     else:
         # Few warps, of which several programs share a multiprocessor, overlap loads and arithmetic best.
-        values = _MOST_VALUES if size >= _LARGE_TILE or num_bytes == 2 else _VALUES[False]
-        if num_bytes == 2 and block_p == pixels and 4 * together * cpg == 3 * block_c:
-            values *= 2  # a quarter is padding, for which the kernel of such tiles needs no registers
+        most = max(values, _MOST_VALUES)
+        values = most if size >= _LARGE_TILE or num_bytes == 2 else _VALUES[False]
     warps = next_power_of_2(ceil_div(size, 32 * values))
     return Tile(block_p, block_c, together, max(1, min(warps, _MAX_WARPS)), 0)
+
+
+def with_residual(tile: Tile, pixels: int, groups: int, cpg: int, num_bytes: int) -> Tile:
+    """Return the tile for a sum of two images, which are read, and stored, in rows of 64 bytes rather than 32."""
+    narrow = tile.chunks == 0 and tile.groups * cpg * num_bytes <= _ROW // 2 and 2 * tile.groups <= groups
+    if not narrow or tile.block_p < pixels or 2 * tile.warps > _MAX_WARPS:
+        return tile
+    return replace(tile, groups=2 * tile.groups, block_c=2 * tile.block_c, warps=2 * tile.warps)
 
 
 def _groups_within(channels: int, groups: int, cpg: int) -> int:

@@ -38,7 +38,7 @@ def unsupported(x: Tensor, groups: int, skip: Tensor | None, **rest: object) -> 
 class _Call:
     """One call: its tensors, made dense, its tile, and the arguments that its kernels share."""
 
-    def __init__(self, a: Arguments, *, backward: bool) -> None:
+    def __init__(self, a: Arguments, *, backward: bool, residual: bool = False) -> None:
         x, groups = a.x, a.groups
         self.memory_format = a.memory_format
         self.x, self.skip = self.dense(x), None if a.skip is None else self.dense(a.skip)
@@ -55,6 +55,8 @@ class _Call:
         # An image of one channel or one pixel is dense in both formats: it counts as rows of channels.
         nhwc = self.memory_format == torch.channels_last
         self.tile = tiles.choose(self.n, self.pixels, groups, cpg, x.element_size(), nhwc, backward, chip(x.device))
+        if residual:
+            self.tile = tiles.with_residual(self.tile, self.pixels, groups, cpg, x.element_size())
         self.blocks = ceil_div(groups, self.tile.groups)
         self.chunk = ceil_div(ceil_div(self.pixels, max(self.tile.chunks, 1)), self.tile.block_p) * self.tile.block_p
         self.chunks = ceil_div(self.pixels, self.chunk)
@@ -110,7 +112,7 @@ def forward_of_sum(a: Arguments, residual: Tensor | None, dtype: torch.dtype) ->
 
     `residual`: like x. `dtype`: that of x, or float8_e4m3fn, to whose range y is clamped.
     """
-    call = _Call(a, backward=False)
+    call = _Call(a, backward=False, residual=residual is not None)
     mean, rstd = call.numbers(call.n, a.groups), call.numbers(call.n, a.groups)
     if call.tile.chunks:  # larger images are read more than once, so the sum is made first
         total = a.x.new_empty(0)
@@ -129,7 +131,9 @@ def forward_of_sum(a: Arguments, residual: Tensor | None, dtype: torch.dtype) ->
     if call.parts is None:
         call.launch(_group_norm_silu_whole_kernel, 1, *tensors, *call.sizes, a.eps, *call.dropout, **flags)
     else:
-        packed = PACK and call.flags["FAST"] and a.x.dtype == torch.bfloat16
+        # With a residual, float32 in registers is as fast, if they have room for it.
+        wanted = residual is None or call.parts["PARTS"] == 3
+        packed = PACK and call.flags["FAST"] and a.x.dtype == torch.bfloat16 and wanted
         # Each half needs whole 16-byte rows of every thread.
         halves = a.dropout > 0 and call.tile.block_p * call.tile.block_c >= 64 * 32 * call.tile.warps
         shape = {name: value for name, value in call.shape.items() if name != "G"} | call.parts
@@ -175,9 +179,9 @@ def backward(
     )
     parts = call.numbers(2, call.n, call.channels)
     if call.tile.chunks == 0:
-        # With 128 registers a thread, two programs of 8 warps share a multiprocessor; left alone, the compiler takes
-        # more, without need.
-        limited = call.flags["FAST"] and call.tile.warps == 8 and a.x.element_size() == 2
+        # With 128 registers a thread, two programs of 8 warps share a multiprocessor; left alone, Triton 3.6 takes more
+        # for this chip, without need.
+        limited = chip(a.x.device) == "sm_90" and call.tile.warps == 8 and a.x.element_size() == 2
         even = call.parts is not None and call.parts["PARTS"] == 1
         call.launch(
             _group_norm_silu_backward_whole_kernel, 1,
