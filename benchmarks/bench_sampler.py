@@ -1,5 +1,6 @@
 """The sampler: images/s of the 1000-step chain, by some of its steps and by one whole chain, ours and the peers'."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,11 @@ T = 1000
 STEPS = 50 if ON_GPU else 10  # of the chain, by which a chain is timed
 BATCHES = (1, 16, 128, 256, 512) if ON_GPU else (1, 8)
 CASES = [("cifar10", batch) for batch in BATCHES] + [("celebahq256", batch) for batch in (1, 8, 64) if ON_GPU]
-PEERS = ("fastddpm", "fastddpm, no graph", "fastddpm, torch.compile", "diffusers", "diffusers, compiled", "lucidrains")
+# The last of diffusers' is its best on a GPU: its layout kept, compiled, every step replayed as a CUDA graph.
+BEST_OF_DIFFUSERS = "diffusers, layout patched, compiled, CUDA graph"
+PEERS = ("fastddpm", "fastddpm, fp8", "fastddpm, no graph", "fastddpm, torch.compile",
+         "diffusers", "diffusers, compiled", BEST_OF_DIFFUSERS, "lucidrains")  # fmt: skip
+ON_A_GPU = ("fastddpm, fp8", "fastddpm, no graph", BEST_OF_DIFFUSERS)
 
 # Words in the names of kernels.
 KERNELS = {
@@ -37,8 +42,8 @@ def test_chain_by_some_steps(
 ) -> None:
     if peers.is_slow_to_start(peer) and not request.config.getoption("--all-peers"):
         pytest.skip(f"{peer} takes minutes to start on a CPU: --all-peers")
-    if peer == "fastddpm, no graph" and not ON_GPU:
-        pytest.skip("there are no CUDA graphs on a CPU")
+    if peer in ON_A_GPU and not ON_GPU:
+        pytest.skip("there are neither CUDA graphs nor 8-bit floats on a CPU")
     benchmark.group = f"chain {preset} batch {batch}, by {STEPS} steps"
     run, versions = chain(peer, preset, batch, STEPS)
     benchmark(run)
@@ -103,11 +108,15 @@ def chain(peer: str, preset: str, batch: int, steps: int) -> tuple[Callable[[], 
     network = peers.unet(preset)
     diffusion = fastddpm.Diffusion(fastddpm.preset(preset).diffusion)
     if peer.startswith("fastddpm"):
-        engine = EngineConfig(graph=peer != "fastddpm, no graph", compile=peer.endswith("torch.compile"))
+        engine = EngineConfig(
+            graph=peer != "fastddpm, no graph", compile=peer.endswith("torch.compile"), fp8=peer.endswith("fp8")
+        )
         sampler = fastddpm.Sampler(network, diffusion, steps, engine=engine)
         return lambda: sampler.sample(range(batch)), {}
     theirs = peers.diffusers_unet(network, preset).to(DTYPE)
-    called = torch.compile(theirs, dynamic=False) if "compiled" in peer else theirs
+    mode = "reduce-overhead" if peer == BEST_OF_DIFFUSERS else "default"
+    called = torch.compile(theirs, dynamic=False, mode=mode) if "compiled" in peer else theirs
+    patched = peers.kept_layout if "patched" in peer else contextlib.nullcontext
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler(num_train_timesteps=T)
@@ -119,9 +128,10 @@ def chain(peer: str, preset: str, batch: int, steps: int) -> tuple[Callable[[], 
         scheduler.set_timesteps(steps)
         x = torch.randn(shape, generator=generator, device=DEVICE, dtype=DTYPE)
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            for t in scheduler.timesteps:
-                x = scheduler.step(called(x, t).sample, t, x, generator=generator).prev_sample
+        with torch.no_grad(), patched():
+            for t, there in zip(scheduler.timesteps, scheduler.timesteps.to(DEVICE), strict=True):
+                torch.compiler.cudagraph_mark_step_begin()  # the output of the step before is not needed any more
+                x = scheduler.step(called(x, there).sample, t, x, generator=generator).prev_sample
 
     return run, {"diffusers": peers.version("diffusers")}
 

@@ -3,8 +3,9 @@
     python benchmarks/resources.py                       the table of all presets and chips
     python benchmarks/resources.py --chip sm_90 --preset cifar10 --json FILE
 
-No GPU is needed: kernels are compiled, not run. The exit code is 1 when one spills registers (stack over 32 bytes), needs
-more shared memory than the chip has, moves images without 16-byte accesses, or multiplies without the matrix unit.
+No GPU is needed: kernels are compiled, not run. The exit code is 1 when one spills registers (stack over 32 bytes),
+needs more shared memory than the chip has, moves images without 16-byte accesses, or multiplies without the matrix
+unit.
 """
 
 import argparse
