@@ -35,17 +35,21 @@ TILE = 128  # rows and columns of a product that one multiprocessor computes at 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of a chip's rates that kernels are assumed to reach, and seconds that each launch costs in a graph."""
+    """Shares of a chip's rates that kernels reach, and seconds that each launch costs in a graph.
 
-    launch: float = 1.5e-6
-    elementwise: float = 0.85  # of the memory's rate; also of the norms
+    Those of sampling were measured on an H200 in bf16 (benchmarks/results/h200-steps-2026-11-26.json and h200-trials).
+    """
+
+    launch: float = 1.1e-6
+    elementwise: float = 0.93  # of the memory's rate
+    norm: float = 0.65  # the same, for norms
     copy: float = 0.50  # of the memory's rate, for copies of 2-byte elements that change the order
-    convolution: float = 0.72  # of the matrix units' rate, if tiles fill all multiprocessors
-    narrow: float = 0.35  # of the memory's rate, for a convolution with fewer than 8 output channels
-    narrow_input: float = 0.14  # the same, with fewer than 8 input channels
-    product: float = 0.70  # of the matrix units' rate
-    product_bytes: float = 0.75  # of the memory's rate
-    attention: float = 0.40  # of the matrix units' rate
+    convolution: float = 0.92  # of the matrix units' rate, if tiles fill all multiprocessors
+    narrow: float = 0.19  # of the memory's rate, for a convolution with at most 8 output channels
+    narrow_input: float = 0.22  # the same, with at most 8 input channels; conv3x3_in is as a norm
+    product: float = 0.62  # of the matrix units' rate
+    product_bytes: float = 0.84  # of the memory's rate
+    attention: float = 0.28  # of the matrix units' rate
     issue: float = 0.79  # of the instructions that the multiprocessors can issue
     host: float = 8e-6  # seconds that the host takes for a kernel that it launches by itself, from PyTorch's eager mode
 
@@ -54,10 +58,10 @@ class Assumptions:
         memory, matrix = one.num_bytes / chip.bytes_per_s, one.flop / chip.matrix_flops
         if one.kind == "norm":
             slots = MULTIPROCESSORS * 4 * 32 * CLOCK
-            return self.launch + max(memory / self.elementwise, one.elements * instructions / slots / self.issue)
+            return self.launch + max(memory / self.norm, one.elements * instructions / slots / self.issue)
         if one.kind == "convolution":
-            narrow = self.narrow_input if one.channels[0] < 8 else self.narrow
-            ends = memory / (narrow if min(one.channels) < 8 else self.elementwise)
+            narrow = self.narrow_input if one.channels[0] <= 8 else self.narrow
+            ends = memory / (narrow if min(one.channels) <= 8 and "conv3x3" not in one.name else self.norm)
             return self.launch + max(ends, matrix / (self.convolution * _filled(one)))
         if one.kind == "product":
             return self.launch + max(memory / self.product_bytes, matrix / self.product)

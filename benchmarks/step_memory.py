@@ -54,9 +54,13 @@ def peak_of(step: Callable[[], object]) -> int:
 def fitting(peak: Callable[[int], int], batch: int) -> tuple[int, dict[str, int]]:
     """Return the peak at `batch`, and the largest batch that fits into each chip of `CHIPS`.
 
-    Memory is a constant and a part proportional to the batch, found from `batch` and twice as many.
+    Memory is a constant and a part proportional to the batch, found from `batch` and twice as many, or from larger ones
+    while what is made before the step, which needs more, hides it.
     """
-    one, two = peak(batch), peak(2 * batch)
-    each = (two - one) / batch
-    constant = one - each * batch
-    return one, {name: max(0, int((USABLE * size - constant) // each)) for name, size in CHIPS.items()}
+    one, size = peak(batch), batch
+    while peak(2 * size) <= one:
+        size *= 2
+    size = size if size == batch else 2 * size
+    each = (peak(2 * size) - peak(size)) / size
+    constant = peak(size) - each * size
+    return one, {name: max(0, int((USABLE * memory - constant) // each)) for name, memory in CHIPS.items()}

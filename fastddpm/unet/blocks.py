@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from fastddpm.config import UNetConfig
 from fastddpm.ops import add_bias, attention, conv3x3, group_norm_silu
@@ -61,6 +62,19 @@ def by_kernels(x: Tensor) -> bool:
     There a bias is a kernel of its own, and its gradient by PyTorch takes four times as long as reading the image.
     """
     return x.device.type != "cpu" and not torch.compiler.is_compiling()
+
+
+def as_made(*layers: nn.Module | None) -> bool:
+    """Whether layers compute what their weights say: neither replaced (LoRA, a parametrization) nor with a hook."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
+    return not watched and all(
+        type(layer) in (nn.Linear, nn.Conv2d, Conv3x3, GroupNormSiLU)
+        and "forward" not in vars(layer)
+        and not any(getattr(layer, kind) for kind in hooks)
+        for layer in layers
+        if layer is not None
+    )
 
 
 def _is_16_bit(x: Tensor) -> bool:
@@ -164,7 +178,7 @@ class ResBlock(nn.Module):
 
         `h`: (N, C1, H, W). `activated_temb`: silu(temb) (N, 4 width). `skip`: (N, C2, H, W).
         """
-        kernels = by_kernels(h)
+        kernels = by_kernels(h) and as_made(self.norm1, self.conv1, self.temb_proj, self.conv2, self.shortcut)
         if kernels:
             residual, h, skip = self.norm1(h, skip=skip, inputs=True)
         else:
@@ -187,6 +201,8 @@ class ResBlock(nn.Module):
         if skip is None:
             return residual + (x if self.shortcut is None else self.shortcut(x))
         assert self.shortcut is not None  # x has more channels than the output whenever there is a skip
+        if not as_made(self.shortcut):
+            return residual + self.shortcut(torch.cat([h, skip], 1))
         weight_h, weight_skip = self.shortcut.weight.split([h.shape[1], skip.shape[1]], dim=1)
         return residual + F.conv2d(h, weight_h, self.shortcut.bias) + F.conv2d(skip, weight_skip)
 
@@ -229,7 +245,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        kernels = by_kernels(x)
+        kernels = by_kernels(x) and as_made(self.norm, self.q, self.k, self.v, self.proj)
         if kernels:
             normed, x, _ = self.norm(x, inputs=True)
         else:
@@ -267,10 +283,11 @@ class Down(nn.Module):
     def __init__(self, channels: int, padding: int = 0) -> None:
         super().__init__()
         self.conv = _conv(channels, channels, 3, stride=2, padding=padding)
+        self._pads = padding == 0
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1))
-        if not by_kernels(x) or self.conv.bias is None:
+        x = F.pad(x, (0, 1, 0, 1)) if self._pads else x
+        if not (by_kernels(x) and as_made(self.conv)) or self.conv.bias is None:
             return self.conv(x)
         return add_bias(F.conv2d(x, self.conv.weight, None, self.conv.stride, self.conv.padding), self.conv.bias)
 

@@ -176,7 +176,7 @@ class UNet(nn.Module):
         """Return the embedding of the timestep, before the label's is added and before the activation, (N, 4 width)."""
         config = self.config
         sinusoids = timestep_embedding(t, config.width, freq_shift=config.freq_shift, scale=config.time_scale)
-        return self.time2(F.silu(self.time1(sinusoids.to(self.time1.weight.dtype))))
+        return self.time2(F.silu(self.time1(sinusoids.to(next(self.time1.parameters()).dtype))))
 
     def check(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> None:
         """Raise ValueError, with the expected shape, for arguments that `forward` does not accept.

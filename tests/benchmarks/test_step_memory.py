@@ -30,6 +30,9 @@ def test_what_autograd_keeps_counts() -> None:
 
 def test_the_batch_that_fits() -> None:
     """A constant of 1 GB and 10 MB an image."""
+    assert (
+        fitting(lambda batch: max(2 * 10**9, 10**9 + 10**7 * batch), 8)[1] == fitting(lambda b: 10**9 + 10**7 * b, 8)[1]
+    )
     peak, batches = fitting(lambda batch: 10**9 + 10**7 * batch, 8)
     assert peak == 1_080_000_000
     assert batches == {name: int((USABLE * size - 1e9) // 1e7) for name, size in CHIPS.items()}

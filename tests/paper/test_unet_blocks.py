@@ -240,3 +240,38 @@ def test_biases_apart_from_convolutions_under_autocast(monkeypatch: pytest.Monke
         errors.append(sum(float((found[name].float() - exact[name]).norm() / exact[name].norm()) for name in exact
                           if not name.endswith("k.bias")))  # fmt: skip
     assert errors[1] <= 1.1 * errors[0]
+
+
+class Added(nn.Module):
+    """A layer and a low-rank product, as LoRA adds one."""
+
+    def __init__(self, layer: nn.Module, seen: list[str], name: str) -> None:
+        super().__init__()
+        self.layer, self._seen, self._name = layer, seen, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._seen.append(self._name)
+        return 1.5 * self.layer(x)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["CPU", "GPU"])
+def test_replaced_and_hooked_layers_are_called(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every convolution and linear layer inside of blocks: none is replaced by its weights alone."""
+    torch.manual_seed(0)
+    unet = shaken(UNet(tiny()).double()).eval()
+    found = dict(unet.named_modules())
+    layers = {name: type(module) for name, module in found.items() if isinstance(module, nn.Conv2d | nn.Linear)}
+    monkeypatch.setattr(blocks, "by_kernels", lambda x: apart)
+    x, t = torch.randn(2, *unet.config.image_shape, dtype=torch.float64), torch.tensor([1, 500])
+    hooked, replaced = set[str](), list[str]()
+    handles = [found[name].register_forward_hook(lambda *_, name=name: hooked.add(name)) for name in layers]
+    with_hooks = unet(x, t)
+    for handle in handles:
+        handle.remove()
+    assert hooked == set(layers)
+    torch.testing.assert_close(with_hooks, unet(x, t), rtol=1e-9, atol=1e-9)
+    for name in layers:
+        parent, _, leaf = name.rpartition(".")
+        setattr(unet.get_submodule(parent), leaf, Added(found[name], replaced, name))
+    out = unet(x, t)
+    assert set(replaced) == set(layers) and not torch.allclose(out, with_hooks)
