@@ -73,7 +73,7 @@ def test_group_norm_silu(benchmark: Any, shape: str, backward: bool, peer: str) 
     call = Call("group_norm_silu", tuple(map(meta, forward)))
     if backward:
         moments = torch.empty(BATCH, GROUPS, device="meta")
-        arguments = (grad, x, weight, bias, moments, moments, GROUPS, *forward[5:])
+        arguments = (grad, x, weight, bias, moments, moments, GROUPS, *forward[5:], None, None)
         call = Call("group_norm_silu_backward", tuple(map(meta, arguments)))
     time_call(benchmark, peer, lambda: torch.autograd.grad(norm(), leaves, grad) if backward else norm(), call, shape)
 
