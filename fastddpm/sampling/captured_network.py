@@ -28,7 +28,7 @@ class CapturedNetwork:
 
     def __call__(self, arguments: Sequence[Tensor]) -> Tensor:
         """Return the network's output, which later calls do not write to."""
-        key = tuple((a.shape, a.stride(0) == 0, a.dtype, a.device) for a in arguments)
+        key = tuple((a.shape, a.ndim > 0 and a.stride(0) == 0, a.dtype, a.device) for a in arguments)
         graph = self._graphs.get(key)
         if not self._captures or (graph is None and key not in self._graphs):  # the first of a shape may be the last
             self._keep(key, None)

@@ -35,7 +35,7 @@ class Denoiser:
         self.network, self.engine = network, engine or EngineConfig()
         self._prepared: Network | None = None
         self._captured: CapturedNetwork | None = None
-        self._held = False
+        self._held = 0  # blocks of `unchanging`
         self._lock = threading.Lock()
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -53,13 +53,14 @@ class Denoiser:
     @contextmanager
     def unchanging(self) -> Iterator[None]:
         """Promise that the network does not change inside the block: it is compared once, not at every call."""
-        with self._lock:
+        with isolated(device_of(self.network)), self._lock:
             self._current()
-            before, self._held = self._held, True
+            self._held += 1
         try:
             yield
         finally:
-            self._held = before
+            with self._lock:
+                self._held -= 1
 
     def _current(self) -> Network:
         """Return the network as prepared; prepare it again if it has changed."""
@@ -74,4 +75,4 @@ class Denoiser:
         return {"network": self.network, "engine": self.engine}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _prepared=None, _captured=None, _held=False, _lock=threading.Lock())
+        self.__dict__.update(state, _prepared=None, _captured=None, _held=0, _lock=threading.Lock())

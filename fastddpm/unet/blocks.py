@@ -5,7 +5,7 @@ convolutions padded as TensorFlow's SAME (downsampling pads right and bottom onl
 width; biases zero; weights Xavier-uniform, with gain 1e-5 in the last layer of a residual branch.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,17 +64,32 @@ def by_kernels(x: Tensor) -> bool:
     return x.device.type != "cpu" and not torch.compiler.is_compiling()
 
 
-def as_made(*layers: nn.Module | None) -> bool:
-    """Whether layers compute what their weights say: neither replaced (LoRA, a parametrization) nor with a hook."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
-    return not watched and all(
-        type(layer) in (nn.Linear, nn.Conv2d, Conv3x3, GroupNormSiLU)
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def as_made(layers: dict[nn.Module | None, type[nn.Module]]) -> bool:
+    """Whether each layer computes what its weight and bias say: of the type made here, unchanged, without hooks.
+
+    LoRA or a parametrization replaces a layer; so may a user, by one without a bias or with another padding.
+    """
+    if any(getattr(torch_modules, f"_global_{kind}") for kind in _HOOKS):
+        return False
+    return all(
+        type(layer) is kind
         and "forward" not in vars(layer)
-        and not any(getattr(layer, kind) for kind in hooks)
-        for layer in layers
+        and layer.bias is not None
+        and not any(getattr(layer, f"_{hooks}") for hooks in _HOOKS)
+        and (type(layer) is not nn.Conv2d or _is_plain(layer))
+        for layer, kind in layers.items()
         if layer is not None
     )
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is 1x1, or downsamples as `Down` does."""
+    shape = (conv.kernel_size, conv.stride, conv.padding)
+    known = (((1, 1), (1, 1), (0, 0)), ((3, 3), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1)))
+    return shape in known and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
 def _is_16_bit(x: Tensor) -> bool:
@@ -178,7 +193,10 @@ class ResBlock(nn.Module):
 
         `h`: (N, C1, H, W). `activated_temb`: silu(temb) (N, 4 width). `skip`: (N, C2, H, W).
         """
-        kernels = by_kernels(h) and as_made(self.norm1, self.conv1, self.temb_proj, self.conv2, self.shortcut)
+        kernels = by_kernels(h) and as_made({
+            self.norm1: GroupNormSiLU, self.conv1: Conv3x3, self.temb_proj: nn.Linear, self.conv2: Conv3x3,
+            self.shortcut: nn.Conv2d,
+        })  # fmt: skip
         if kernels:
             residual, h, skip = self.norm1(h, skip=skip, inputs=True)
         else:
@@ -201,7 +219,7 @@ class ResBlock(nn.Module):
         if skip is None:
             return residual + (x if self.shortcut is None else self.shortcut(x))
         assert self.shortcut is not None  # x has more channels than the output whenever there is a skip
-        if not as_made(self.shortcut):
+        if not as_made({self.shortcut: nn.Conv2d}):
             return residual + self.shortcut(torch.cat([h, skip], 1))
         weight_h, weight_skip = self.shortcut.weight.split([h.shape[1], skip.shape[1]], dim=1)
         return residual + F.conv2d(h, weight_h, self.shortcut.bias) + F.conv2d(skip, weight_skip)
@@ -245,7 +263,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        kernels = by_kernels(x) and as_made(self.norm, self.q, self.k, self.v, self.proj)
+        kernels = by_kernels(x) and as_made(
+            {self.norm: GroupNormSiLU} | dict.fromkeys((self.q, self.k, self.v, self.proj), nn.Linear)
+        )
         if kernels:
             normed, x, _ = self.norm(x, inputs=True)
         else:
@@ -285,10 +305,16 @@ class Down(nn.Module):
         self.conv = _conv(channels, channels, 3, stride=2, padding=padding)
         self._pads = padding == 0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a network that was pickled whole before `_pads` was."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_pads", not self.conv.padding[0])
+
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 1, 0, 1)) if self._pads else x
-        if not (by_kernels(x) and as_made(self.conv)) or self.conv.bias is None:
+        if not (by_kernels(x) and as_made({self.conv: nn.Conv2d})):
             return self.conv(x)
+        assert self.conv.bias is not None
         return add_bias(F.conv2d(x, self.conv.weight, None, self.conv.stride, self.conv.padding), self.conv.bias)
 
 

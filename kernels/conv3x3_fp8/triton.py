@@ -118,40 +118,48 @@ def forward(a: Arguments) -> Tensor:
     out = torch.empty((n, outputs, height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
-    if _tiles(height, width, channels, x.device):
-        return _forward_by_tiles(a, out)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    if _tiles(height, width, channels, x, weight):
+        return _forward_by_tiles(a._replace(x=x, weight=weight), out)
     block_m, block_k = min(128, max(16, next_power_of_2(pixels))), min(128, max(16, next_power_of_2(outputs)))
     blocks = ceil_div(outputs, block_k)
     launch(
         _conv3x3_fp8_kernel, (ceil_div(pixels, block_m) * blocks,), x.device,
-        x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last),
-        scale.contiguous(), None if bias is None else bias.contiguous(), out, pixels, height, width, channels, outputs,
-        blocks, BM=block_m, BK=block_k, BC=min(64, max(32, next_power_of_2(channels))), HAS_BIAS=bias is not None,
-        WIDEN=triton_launch.interpreted(), num_warps=8 if block_m * block_k >= 128 * 128 else 4, num_stages=4,
+        x, weight, scale.contiguous(), None if bias is None else bias.contiguous(), out, pixels, height, width,
+        channels, outputs, blocks, BM=block_m, BK=block_k, BC=min(64, max(32, next_power_of_2(channels))),
+        HAS_BIAS=bias is not None, WIDEN=triton_launch.interpreted(),
+        num_warps=8 if block_m * block_k >= 128 * 128 else 4, num_stages=4,
     )  # fmt: skip
     return out
 
 
-def _tiles(height: int, width: int, channels: int, device: torch.device) -> bool:
-    """Return whether the copy engine can fetch the image: sm_90, sides of 2, 4 .. 256, rows of channels of 32 bytes."""
+def _tiles(height: int, width: int, channels: int, *tensors: Tensor) -> bool:
+    """Return whether the copy engine can fetch the image: sm_90, sides of 2, 4 .. 256, rows of channels of 32 bytes.
+
+    It takes memory that begins at a multiple of 16 bytes.
+    """
     powers = all(1 < side <= _LONGEST_SIDE and side & (side - 1) == 0 for side in (height, width))
-    return powers and channels % 32 == 0 and (triton_launch.interpreted() or chip(device) == "sm_90")
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    here = triton_launch.interpreted() or chip(tensors[0].device) == "sm_90"
+    return powers and aligned and channels % 32 == 0 and here
 
 
 def _forward_by_tiles(a: Arguments, out: Tensor) -> Tensor:
     """Compute `out` by tiles of 128 pixels, 64 if these were few, or one row: rows of an image, or small images."""
-    x, weight = (t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1) for t in (a.x, a.weight))
-    n, height, width, channels = x.shape
-    outputs, weight = len(weight), weight.reshape(len(weight), 9 * channels)
+    n, channels, height, width = a.x.shape
+    outputs = len(a.weight)
+    # From sizes: where a size is 1, a stride may be anything.
+    image, strides = [n, height, width, channels], [height * width * channels, width * channels, channels, 1]
     block_c, block_k = min(128, channels & -channels), min(128, max(16, next_power_of_2(outputs)))
     blocks = ceil_div(outputs, block_k)
     few = n * height * width * blocks < _FEW_TILES * 128
     rows = max(1, (64 if few else 128) // width)
     images, rows = max(1, rows // height), min(rows, height)
     launch(
-        _conv3x3_fp8_tiled_kernel, (ceil_div(n * height, images * rows) * blocks,), x.device,
-        TensorDescriptor.from_tensor(x, [images, rows, width, block_c]),
-        TensorDescriptor.from_tensor(weight, [block_k, block_c]), a.scale.contiguous(),
+        _conv3x3_fp8_tiled_kernel, (ceil_div(n * height, images * rows) * blocks,), a.x.device,
+        TensorDescriptor(a.x, image, strides, [images, rows, width, block_c]),
+        TensorDescriptor(a.weight, [outputs, 9 * channels], [9 * channels, 1], [block_k, block_c]),
+        a.scale.contiguous(),
         None if a.bias is None else a.bias.contiguous(), out, n * height * width, height, channels, outputs, blocks,
         N=images, H=rows, W=width, BK=block_k, BC=block_c, HAS_BIAS=a.bias is not None,
         INTERPRETED=triton_launch.interpreted(), num_warps=4 if few else 8, num_stages=3,

@@ -100,3 +100,8 @@ def test_wrong_arguments_are_refused(changed: dict[str, Any], message: str, impl
 def test_opcheck(implementation: str, device: torch.device) -> None:
     a = arguments((2, 8, 4, 4), torch.float32, device, 2)
     contract.opcheck(torch.ops.fastddpm.add_bias.default, tuple(a.values()))
+
+
+def test_batched_by_vmap() -> None:
+    x, bias = torch.randn(3, 2, 4, 5, 5), torch.randn(4)
+    torch.testing.assert_close(torch.vmap(add_bias, in_dims=(0, None))(x, bias), x + bias[:, None, None])

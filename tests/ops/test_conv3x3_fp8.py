@@ -162,3 +162,13 @@ def test_what_is_too_large_becomes_the_largest() -> None:
 def test_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="conv3x3_fp8: " + message):
         conv3x3_fp8(**(arguments((2, 16, 16, 4, 4), torch.device("cpu")) | change))
+
+
+def test_memory_that_the_copy_engine_does_not_take(device: torch.device, implementation: str) -> None:
+    """An image of H W C bytes seen as a batch of one, whose strides are not those of a batch; and odd addresses."""
+    a = arguments((1, 32, 16, 4, 8), device)
+    expected = conv3x3_fp8(**a)
+    rows = a["x"].view(torch.uint8).permute(2, 3, 1, 0).contiguous()  # (H, W, C, 1)
+    assert torch.equal(conv3x3_fp8(**a | {"x": rows.permute(3, 2, 0, 1).view(E4M3)}), expected)
+    shifted = torch.empty(rows.numel() + 1, dtype=torch.uint8, device=device)[1:].view(rows.shape).copy_(rows)
+    assert torch.equal(conv3x3_fp8(**a | {"x": shifted.permute(3, 2, 0, 1).view(E4M3)}), expected)

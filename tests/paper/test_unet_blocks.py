@@ -275,3 +275,30 @@ def test_replaced_and_hooked_layers_are_called(apart: bool, monkeypatch: pytest.
         setattr(unet.get_submodule(parent), leaf, Added(found[name], replaced, name))
     out = unet(x, t)
     assert set(replaced) == set(layers) and not torch.allclose(out, with_hooks)
+
+
+def test_other_layers_of_the_same_kind_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a bias, with another padding, dilation or groups: as on a CPU, whatever the device."""
+    torch.manual_seed(0)
+    unet = shaken(UNet(tiny()).double()).eval()
+    x, t = torch.randn(2, *unet.config.image_shape, dtype=torch.float64), torch.tensor([1, 500])
+    block, attention, down = unet.down[0].blocks[0], unet.mid.attention, unet.down[0].resample
+    channels = block.conv1.out_channels
+    block.conv1 = nn.Conv2d(block.conv1.in_channels, channels, 3, padding=1).double()
+    unet.mid.block1.conv2.bias = None
+    attention.q = nn.Linear(attention.q.in_features, attention.q.out_features, bias=False).double()
+    down.conv = nn.Conv2d(channels, channels, 3, stride=2, groups=2, padding_mode="circular").double()
+    expected = unet(x, t)
+    monkeypatch.setattr(blocks, "by_kernels", lambda x: True)
+    torch.testing.assert_close(unet(x, t), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_pickled_whole_by_an_earlier_version() -> None:
+    for padding in (0, 1):
+        down = Down(4, padding)
+        state = down.__getstate__()
+        del state["_pads"]
+        loaded = Down.__new__(Down)
+        loaded.__setstate__(state)
+        x = torch.randn(1, 4, 6, 6)
+        assert torch.equal(loaded(x), down(x))

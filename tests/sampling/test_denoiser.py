@@ -155,3 +155,42 @@ def test_replays_on_a_gpu_give_the_bits_of_the_first_call() -> None:
     first, second, third = (denoiser(*values) for _ in range(3))
     other = denoiser(values[0] + 1, *values[1:])
     assert torch.equal(first, second) and torch.equal(first, third) and not torch.equal(first, other)
+
+
+def test_the_promise_ends_with_the_last_block() -> None:
+    """Blocks of two threads end in any order."""
+    unet = network(TINY)
+    x_t, t = batch(2)
+    denoiser = fastddpm.Denoiser(unet)
+    first, second = denoiser.unchanging(), denoiser.unchanging()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    with torch.no_grad():
+        unet.conv_in.weight.mul_(3)
+    assert relative_error(denoiser(x_t, t), in_float64(unet, x_t, t, None)) <= 1e-5
+
+
+def test_autocast_does_not_reach_what_unchanging_prepares() -> None:
+    unet = network(TINY)
+    x_t, t = batch(2)
+    denoiser = fastddpm.Denoiser(unet, fastddpm.EngineConfig(native=False))
+    with torch.autocast("cpu", torch.bfloat16), denoiser.unchanging():
+        assert relative_error(denoiser(x_t, t), in_float64(unet, x_t, t, None)) <= 1e-5
+
+
+def test_another_view_at_the_same_address_is_noticed() -> None:
+    unet = network(TINY)
+    x_t, t = batch(2)
+    denoiser = fastddpm.Denoiser(unet)
+    denoiser(x_t, t)
+    unet.conv_in.weight.data = unet.conv_in.weight.data.transpose(2, 3)
+    assert relative_error(denoiser(x_t, t), in_float64(unet, x_t, t, None)) <= 1e-5
+
+
+def test_a_timestep_without_a_dimension_is_refused_as_by_the_network() -> None:
+    unet = network(TINY)
+    evaluate = captured_network.CapturedNetwork(unet)
+    with pytest.raises(ValueError, match=r"t must be integer \(2,\); got torch.int64 \(\)"):
+        evaluate([batch(2)[0], torch.tensor(5)])

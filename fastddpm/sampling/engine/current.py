@@ -68,9 +68,12 @@ class Weights:
         return digest([m if m.data_ptr() == p.data_ptr() else _memory_of(p) for p, m in pairs]) != self._digest
 
 
-def _places(network: nn.Module) -> list[tuple[int, int]]:
-    """Return the address and version counter of each parameter."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in network.parameters()]
+def _places(network: nn.Module) -> list[tuple[object, ...]]:
+    """Return address, version counter, and what is seen of the memory there, of each parameter."""
+    return [
+        (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.shape, p.stride())
+        for p in network.parameters()
+    ]
 
 
 def digest(dense: Sequence[Tensor]) -> int:
