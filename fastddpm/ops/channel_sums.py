@@ -10,7 +10,7 @@ from torch import Tensor
 from fastddpm.kernels.channel_sums import Arguments
 
 from .derivatives import transformed
-from .registry import register, register_without_gradient
+from .registry import computed_dtype, register, register_without_gradient
 
 
 def channel_sums(x: Tensor) -> Tensor:
@@ -90,9 +90,7 @@ class _Linears(torch.autograd.Function):
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return `linear` of x with each weight and bias."""
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if transformed(x, *weights, *biases) or (casts and x.dtype != torch.get_autocast_dtype(kind)):
+    if transformed(x, *weights, *biases) or x.dtype != computed_dtype(x):
         return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     outs: tuple[Tensor, ...] = _Linears.apply(x, *(weight.to(x.dtype) for weight in weights), *biases)
     return outs

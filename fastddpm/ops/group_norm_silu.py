@@ -11,7 +11,7 @@ from fastddpm.kernels.group_norm_silu.reference import dropout_scale
 
 from .derivatives import differentiable_backward, transformed
 from .random_normal import check_counter
-from .registry import register, register_gradient
+from .registry import computed_dtype, register, register_gradient
 
 
 def group_norm_silu(
@@ -58,9 +58,7 @@ def norm_and_inputs(
     """
     a = Arguments(x, weight, bias, groups, eps, skip, silu=silu)
     check(a)
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if transformed(x, weight, bias, skip) or (casts and x.dtype != torch.get_autocast_dtype(kind)):
+    if transformed(x, weight, bias, skip) or x.dtype != computed_dtype(x):
         return group_norm_silu(x, weight, bias, groups, eps, skip=skip, silu=silu), x, skip
     y, _, _, x, skip = _NormAndInputs.apply(x, skip, weight, bias, groups, eps, silu)
     return y, x, skip

@@ -97,6 +97,13 @@ def _register_autocast(name: str, names: Sequence[str], cast: tuple[str, ...], d
     _library.impl(name, run, key)
 
 
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """Return torch.autocast's dtype on the device of `x` where it is enabled, and otherwise that of `x`."""
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
+
+
 def _is_castable(value: Any) -> bool:
     """Return whether autocast changes `value`. Like torch's own operators, ours leave float64 alone."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .cuda_graph import Replay, capture
+from .cuda_graph import Replay, capture, failure
 
 _KEPT = 4  # graphs, each with the memory of an evaluation
 
@@ -37,10 +37,8 @@ class CapturedNetwork:
             try:
                 graph = _Graph(self._network, arguments)
             except RuntimeError as error:
-                # Ending the capture of a step that raised raises as well, with the step's error as its context.
-                reason = str(error.__context__ or error).partition("\n")[0]
                 warnings.warn(
-                    f"evaluating without a CUDA graph, since it could not be captured: {reason}", stacklevel=3
+                    f"evaluating without a CUDA graph, since it could not be captured: {failure(error)}", stacklevel=3
                 )
                 self._captures = False
                 return self._network(*arguments)

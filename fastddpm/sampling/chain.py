@@ -15,7 +15,7 @@ from fastddpm.errors import UsageError
 from fastddpm.kernels.philox import STREAM_INITIAL
 from fastddpm.ops import random_normal, reverse_step
 
-from .cuda_graph import Replay, capture
+from .cuda_graph import Replay, capture, failure
 from .guidance import Correction
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -191,9 +191,9 @@ class ReverseChain:
         try:
             return capture(lambda: self.step(keep_x0, guided=guided), restore, self.x.device)
         except RuntimeError as error:
-            # If the step raises, ending the capture raises as well, with the step's error as its context.
-            reason = str(error.__context__ or error).partition("\n")[0]
-            warnings.warn(f"sampling without a CUDA graph, since a step could not be captured: {reason}", stacklevel=2)
+            warnings.warn(
+                f"sampling without a CUDA graph, since a step could not be captured: {failure(error)}", stacklevel=2
+            )
             self._graph = False
             restore()
             return lambda: self.step(keep_x0, guided=guided)

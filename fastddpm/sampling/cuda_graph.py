@@ -43,6 +43,14 @@ def capture(step: Replay, restore: Replay, device: torch.device, *, warm_up: int
     return graph.replay
 
 
+def failure(error: RuntimeError) -> str:
+    """Return in one line why `capture` raised `error`.
+
+    If the step raises, ending the capture raises as well, with the step's error as its context.
+    """
+    return str(error.__context__ or error).partition("\n")[0]
+
+
 @functools.cache
 def _warming_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

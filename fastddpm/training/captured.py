@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastddpm.sampling.cuda_graph import Replay, capture
+from fastddpm.sampling.cuda_graph import Replay, capture, failure
 
 WARM_UP = 3  # steps launched one by one, in which kernels are compiled and choose their algorithms
 
@@ -57,7 +57,7 @@ class CapturedStep:
         try:
             return capture(step, _nothing, self._device, warm_up=0)
         except RuntimeError as error:
-            # If the step raises, ending the capture raises as well, with the step's error as its context.
-            reason = str(error.__context__ or error).partition("\n")[0]
-            warnings.warn(f"training without a CUDA graph, since a step could not be captured: {reason}", stacklevel=4)
+            warnings.warn(
+                f"training without a CUDA graph, since a step could not be captured: {failure(error)}", stacklevel=4
+            )
             return step

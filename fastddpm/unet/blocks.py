@@ -18,6 +18,7 @@ from fastddpm.ops.channel_sums import linear as linear_by_sums
 from fastddpm.ops.channel_sums import linears
 from fastddpm.ops.group_norm_silu import norm_and_inputs
 from fastddpm.ops.noise import NoiseKey
+from fastddpm.ops.registry import computed_dtype
 
 _WIDE_OUTPUT = 8  # channels
 NEAR_ZERO_GAIN = 1e-5  # the released code replaces a scale of 0 by a variance scale of 1e-10
@@ -46,7 +47,7 @@ class Conv3x3(nn.Conv2d):
         if not by_kernels(input):
             return super().forward(x)
         missing = _WIDE_OUTPUT - self.out_channels
-        if missing <= 0 or not _is_16_bit(input):
+        if missing <= 0 or computed_dtype(input).itemsize != 2:
             out = F.conv2d(x, self.weight, None, padding=1)
             return add_bias(out, self.bias) if biased and self.bias is not None else out
         # The tensor cores' gradient of the input takes 8 channels at a time: fewer are many times slower.
@@ -90,12 +91,6 @@ def _is_plain(conv: nn.Conv2d) -> bool:
     shape = (conv.kernel_size, conv.stride, conv.padding)
     known = (((1, 1), (1, 1), (0, 0)), ((3, 3), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1)))
     return shape in known and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-
-
-def _is_16_bit(x: Tensor) -> bool:
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return (torch.get_autocast_dtype(kind) if casts else x.dtype).itemsize == 2
 
 
 def _doubled(x: Tensor) -> Tensor:

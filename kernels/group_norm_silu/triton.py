@@ -27,7 +27,6 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 _SUM_ROWS, _SUM_CHANNELS = 128, 16
 LARGEST = 448.0  # of e4m3
-PACK = True  # keep bfloat16 as it is in registers; for measurements without
 
 
 def unsupported(x: Tensor, groups: int, skip: Tensor | None, **rest: object) -> str | None:
@@ -133,7 +132,7 @@ def forward_of_sum(a: Arguments, residual: Tensor | None, dtype: torch.dtype) ->
     else:
         # With a residual, float32 in registers is as fast, if they have room for it.
         wanted = residual is None or call.parts["PARTS"] == 3
-        packed = PACK and call.flags["FAST"] and a.x.dtype == torch.bfloat16 and wanted
+        packed = call.flags["FAST"] and a.x.dtype == torch.bfloat16 and wanted
         # Each half needs whole 16-byte rows of every thread.
         halves = a.dropout > 0 and call.tile.block_p * call.tile.block_c >= 64 * 32 * call.tile.warps
         shape = {name: value for name, value in call.shape.items() if name != "G"} | call.parts

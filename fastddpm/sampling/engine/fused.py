@@ -7,7 +7,7 @@ cast and laid out once. The host reads nothing back, so a CUDA graph can be capt
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from fastddpm.unet import Down, Level, ResBlock, UNet
 
 from .current import Weights
 from .fused_blocks import FusedAttention, FusedLevel, FusedResBlock
-from .fused_layers import Cast, Conv3x3, DirectConv, Image, Layer, Norm, total
+from .fused_layers import Cast, Conv3x3, DirectConv, Image, Norm, total
 
 
 class FusedUNet:
@@ -44,9 +44,12 @@ class FusedUNet:
             self._time = _Time(unet, timesteps, engine)
             carried, padded = engine.carried_biases, engine.padded_channels
             bias = unet.conv_in.bias
-            self._padded = Conv3x3(unet.conv_in, None if carried else bias, cast_to, padded="in" if padded else None)
-            self._direct = engine.direct_input and engine.channels_last and carried and unet.conv_in.in_channels <= 7
-            self._conv_in: Layer = DirectConv(unet.conv_in, cast_to) if self._direct else self._padded
+            self._conv_in: DirectConv | Conv3x3
+            if engine.direct_input and engine.channels_last and carried and unet.conv_in.in_channels <= 7:
+                self._conv_in = DirectConv(unet.conv_in, cast_to)
+            else:
+                filled: Literal["in"] | None = "in" if padded else None
+                self._conv_in = Conv3x3(unet.conv_in, None if carried else bias, cast_to, padded=filled)
             lacks = bias.detach() if carried and bias is not None else None
             skips = [(lacks, unet.conv_in.out_channels)]
             self._down: list[FusedLevel] = []
@@ -88,10 +91,10 @@ class FusedUNet:
 
     def _input(self, x_t: Tensor) -> Tensor:
         """Return x_t as conv_in reads it: in the network's precision, layout, direction and channels, or as it is."""
-        if self._direct:
+        if isinstance(self._conv_in, DirectConv):
             return x_t
         return convert_image(
-            x_t, channels=self._padded.inputs, mirrored=self._mirrored, dtype=self.dtype,
+            x_t, channels=self._conv_in.inputs, mirrored=self._mirrored, dtype=self.dtype,
             channels_last=self.engine.channels_last,
         )  # fmt: skip
 
