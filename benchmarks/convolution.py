@@ -22,13 +22,13 @@ from torch import Tensor
 
 import fastddpm
 from fastddpm.kernels import interface, native
-from fastddpm.kernels.conv3x3 import PATCHES, WINOGRAD, algorithm_for, weight_gradient_wins, winograd_wins
+from fastddpm.kernels.conv3x3 import PATCHES, WINOGRAD_4X4, algorithm_for, weight_gradient_wins, winograd_wins
 from fastddpm.kernels.conv3x3.cpu import winograd, winograd_input_gradient, winograd_weight_gradient
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
 
-ALGORITHMS = {"patches": PATCHES, "winograd": WINOGRAD}
+ALGORITHMS = {"patches": PATCHES, "winograd": WINOGRAD_4X4}
 
 
 @dataclass(frozen=True, order=True)
@@ -141,7 +141,7 @@ def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
     }
     seconds = machine.medians(list(sides.values()), rounds)
     times = {name: 1e3 * value for name, value in zip(sides, seconds, strict=True)}
-    chosen = "winograd" if algorithm_for(3, 1, shape.channels, height, height) == WINOGRAD else "patches"
+    chosen = "winograd" if algorithm_for(3, 1, shape.channels, height, height) == WINOGRAD_4X4 else "patches"
     wins = winograd_wins(batch, shape.channels, shape.out_channels, height, height)
     weights_win = weight_gradient_wins(batch, shape.channels, height, height)
     gradient = winograd_weight_gradient(grad, x, weight, doubled, True)[0]

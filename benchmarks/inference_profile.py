@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastddpm.kernels import native
-from fastddpm.kernels.conv3x3 import WINOGRAD
+from fastddpm.kernels.conv3x3 import WINOGRAD_4X4
 from fastddpm.sampling.engine import PreparedUNet
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +37,7 @@ def kind_and_flops(name: str, args: Any) -> tuple[str, float]:
     factor = 2 if args.doubled else 1
     height, width = args.height * factor // args.stride, args.width * factor // args.stride
     channels = (args.c1 + args.c2) * args.k
-    if args.algorithm == WINOGRAD:
+    if args.algorithm == WINOGRAD_4X4:
         return "convolution by Winograd", 2 * 36 * args.n * -(-height // 4) * -(-width // 4) * channels
     kind = f"{args.kernel}x{args.kernel} convolution by patches"
     return kind, 2 * args.n * height * width * channels * args.kernel**2

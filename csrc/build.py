@@ -6,6 +6,7 @@ python csrc/build.py [_native | _native_cuda | _native_emulated] [--sanitize]   
 import argparse
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,13 +19,17 @@ CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
 
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 # Sources without arithmetic, compiled once.
 PLAIN = {"dispatch", "team"}
+# Sources with products of bfloat16, for which AVX512-BF16 has an instruction. The others are not compiled for it.
+PRODUCTS = re.compile("conv|attention")
 # Sources that draw noise, which must have the same bits on every machine. In others a * b + c is one instruction.
 UNCONTRACTED = {"random_normal", "q_sample", "reverse_step"}
 # At -O1 it compiles in a third of the time, and every access to memory is still the sources' own.
@@ -153,6 +158,8 @@ def _variants(stem: str, x86: bool) -> dict[str, list[str]]:
         return {"all": ["-DFASTDDPM_X86"] if x86 else []}
     contraction = "-ffp-contract=" + ("off" if stem in UNCONTRACTED else "fast")
     sets = INSTRUCTION_SETS if x86 else {"baseline": INSTRUCTION_SETS["baseline"]}
+    if not PRODUCTS.match(stem):
+        sets = {isa: options for isa, options in sets.items() if isa != "avx512bf16"}
     return {isa: [*options, contraction, f"-DFASTDDPM_ISA={isa}"] for isa, options in sets.items()}
 
 

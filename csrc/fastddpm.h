@@ -18,6 +18,7 @@
 #endif
 
 enum { FASTDDPM_FLOAT32 = 0, FASTDDPM_BFLOAT16 = 1, FASTDDPM_FLOAT16 = 2, FASTDDPM_UINT8 = 3 }; /* dtype codes */
+enum { FASTDDPM_PATCHES = 0, FASTDDPM_WINOGRAD_4X4 = 1, FASTDDPM_WINOGRAD_2X2 = 2, FASTDDPM_WINOGRAD_2X4 = 3 };
 enum { FASTDDPM_NCHW = 0, FASTDDPM_NHWC = 1 };                                               /* layout codes */
 enum { FASTDDPM_OK = 0, FASTDDPM_UNSUPPORTED = -1, FASTDDPM_NO_MEMORY = -2 };                /* return codes */
 
@@ -65,6 +66,7 @@ typedef struct {
     int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2]; /* elements between images, between tokens */
     float scale;
     int32_t dtype;
+    int32_t precision;                   /* with bfloat16, the factors of the products are rounded to it; forward only */
     /* Backward only; dense (N, L, C). */
     const void *grad;
     void *grad_q, *grad_k, *grad_v;
@@ -100,14 +102,14 @@ typedef struct {
     int32_t dtype;
 } fastddpm_reverse_step_args;
 
-/* A convolution or, with kernel 1, a linear layer over pixels, in float32, with the operations before and after it:
+/* A convolution or, with kernel 1, a linear layer over pixels, with the operations before and after it:
  * out = conv(silu(gain * concat(x, skip) + offset)) + bias + temb + residual. NHWC throughout; null for what is absent.
- * The weights are transformed inside, block by block in cache. */
+ * Tensors are float32. With precision bfloat16, the factors of the products are rounded to it; all sums are float32. */
 typedef struct {
     const float *x, *skip;      /* (N, H, W, C1), (N, H, W, C2); C = C1 + C2 */
     const float *gain, *offset; /* (N, C), given together */
     const float *weight;        /* element (k, c, i, j) at the sum of index times stride; strides may be negative */
-    const float *packed;        /* null, or what fastddpm_cpu_conv_pack made of weight, which is then not read */
+    const void *packed;         /* null, or what fastddpm_cpu_conv_pack made of weight, which is then not read */
     const float *bias;          /* (K,) */
     const float *temb;          /* (K,) for all images, or with temb_stride K one row for each */
     const float *residual;      /* (N, Hout, Wout, K); may be out */
@@ -122,8 +124,10 @@ typedef struct {
     int32_t pad;                /* zeros above and to the left; to the right and below as many as Hout, Wout need */
     int32_t doubled;            /* nearest-neighbour doubling of the input first */
     int32_t silu;               /* SiLU after gain and offset */
-    int32_t algorithm;          /* 0 matrix product of patches; 1 Winograd F(4x4, 3x3): kernel 3, stride 1, pad 1 */
-    /* The weights' gradient only, algorithm 1. Sums are in a fixed order: both are deterministic. */
+    int32_t algorithm;          /* matrix product of patches; or with kernel 3, stride 1, pad 1 Winograd's F(4x4, 3x3)
+                                 * in float32, F(2x2, 3x3) or F(2x4, 3x3) in bfloat16 */
+    int32_t precision;          /* dtype of the products' factors: float32, or bfloat16, for patches with an even C */
+    /* The weights' gradient only, by Winograd's. Sums are in a fixed order: both are deterministic. */
     const float *grad;          /* (N, Hout, Wout, K) */
     float *grad_weight;         /* at weight_stride */
     float *grad_bias;           /* (K,) or null */
@@ -169,7 +173,8 @@ typedef struct {
 
 FASTDDPM_API const char *fastddpm_error_text(int32_t code);
 
-/* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512. If the machine lacks `wanted`, the best that it has. */
+/* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with AVX512-BF16, in which bfloat16 products have
+ * an instruction. If the machine lacks `wanted`, the best that it has. */
 FASTDDPM_API int32_t fastddpm_cpu_isa(int32_t wanted /* or -1: only ask */);
 
 /* The most threads that an operation runs on at present, 0 without a limit. `wanted` fixes it; with 0, as at first, it
@@ -190,8 +195,8 @@ FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args,
 /* The gradients of weight and bias. weight, bias, out, temb and residual are not read. Needs its own workspace. */
 FASTDDPM_API int32_t fastddpm_cpu_conv_weight_gradient(const fastddpm_conv_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_conv_weight_gradient_workspace(const fastddpm_conv_args *args, int32_t threads);
-/* Writes the weights in the order in which args->algorithm reads them, to be reused: floats, 64-byte aligned. */
-FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, float *packed);
+/* Writes the weights as args->algorithm reads them, to be reused: 64-byte aligned, of so many bytes. */
+FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, void *packed);
 FASTDDPM_API int64_t fastddpm_cpu_conv_packed_bytes(const fastddpm_conv_args *args);
 FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *args, int32_t threads);
 FASTDDPM_API int64_t fastddpm_cpu_norm_affine_workspace(const fastddpm_norm_affine_args *args);

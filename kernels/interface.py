@@ -7,7 +7,7 @@ _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 FLOAT32, BFLOAT16, FLOAT16, UINT8 = range(4)
 NCHW, NHWC = range(2)
-PATCHES, WINOGRAD = range(2)
+PATCHES, WINOGRAD_4X4, WINOGRAD_2X2, WINOGRAD_2X4 = range(4)
 
 
 def _all(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -39,7 +39,7 @@ class Attention(ctypes.Structure):
         *_all(_INT64, "n l c heads"),
         *_all(_INT64 * 2, "q_stride k_stride v_stride out_stride"),
         *_all(_FLOAT, "scale"),
-        *_all(_INT32, "dtype"),
+        *_all(_INT32, "dtype precision"),
         *_all(_POINTER, "grad grad_q grad_k grad_v"),
     ]
 
@@ -71,7 +71,7 @@ class Conv(ctypes.Structure):
         *_all(_INT64, "workspace_bytes n height width c1 c2 k"),
         *_all(_INT64 * 4, "x_stride weight_stride"),
         *_all(_INT64, "temb_stride"),
-        *_all(_INT32, "kernel stride pad doubled silu algorithm"),
+        *_all(_INT32, "kernel stride pad doubled silu algorithm precision"),
         *_all(_POINTER, "grad grad_weight grad_bias"),
     ]
 

@@ -24,7 +24,7 @@ _DTYPES = {
     torch.float16: interface.FLOAT16,
     torch.uint8: interface.UINT8,
 }
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 
 @lru_cache(maxsize=1)
@@ -73,6 +73,11 @@ def isa(wanted: str | None = None) -> str:
     `wanted`: switch to this one first, or to the best that the machine has if it lacks that. Default: do not switch.
     """
     return ISAS[library().fastddpm_cpu_isa(-1 if wanted is None else ISAS.index(wanted))]
+
+
+def has_bf16() -> bool:
+    """Return whether the instruction set in use multiplies bfloat16; without, such products are slower than float32."""
+    return isa() == "avx512bf16"
 
 
 def most_threads(wanted: int | None = None) -> int | None:

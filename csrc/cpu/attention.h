@@ -1,4 +1,5 @@
-// Shared by both passes of attention: operands in single precision, packed for the matrix product.
+// Shared by both passes of attention: operands in single precision, packed for the matrix product, whose factors are of
+// type T, float or bfloat16.
 #pragma once
 #include "gemm.h"
 #include "kernels.h"
@@ -24,8 +25,8 @@ struct Rows {
 constexpr int64_t whole_columns(int64_t columns) { return divide_up(columns, kColumns) * kColumns; }
 
 inline bool attention_supported(const AttentionArgs &p) {
-    const bool dtypes = p.dtype == FASTDDPM_FLOAT32 || p.dtype == FASTDDPM_BFLOAT16;
-    return dtypes && p.n > 0 && p.l > 0 && p.c > 0 && p.heads > 0 && p.n % p.heads == 0;
+    const auto known = [](int32_t dtype) { return dtype == FASTDDPM_FLOAT32 || dtype == FASTDDPM_BFLOAT16; };
+    return known(p.dtype) && known(p.precision) && p.n > 0 && p.l > 0 && p.c > 0 && p.heads > 0 && p.n % p.heads == 0;
 }
 
 // Where sequence n of a tensor begins.
@@ -55,6 +56,28 @@ inline void widen_rows(const AttentionArgs &p, const void *tensor, const int64_t
 inline void pack_transposed(const Rows &from, int64_t columns, int64_t depth, int64_t first, float *packed) {
     turn(from.row(first), from.stride, 1, smaller(kColumns, columns - first), depth, packed + first * depth, kColumns);
 }
+inline void pack_transposed(const Rows &from, int64_t columns, int64_t depth, int64_t first, uint16_t *packed) {
+    const int64_t words = words_of<uint16_t>(depth), count = smaller(kColumns, columns - first);
+    uint16_t *to = packed + first * 2 * words;
+    for (int64_t i = 0; i < count; i += kWidth) {
+        int64_t word = 0;
+        for (; i + kWidth <= count && 2 * (word + kWidth) <= depth; word += kWidth) {
+            Vec block[kWidth];
+            for (int j = 0; j < kWidth; ++j) {
+                const float *row = from.row(first + i + j) + 2 * word;
+                const HalfVec halves[2] = {rounded(load(row)), rounded(load(row + kWidth))};
+                memcpy(&block[j], halves, sizeof halves);
+            }
+            transpose(block);
+            for (int j = 0; j < kWidth; ++j) memcpy(to + 2 * ((word + j) * kColumns + i), &block[j], sizeof block[j]);
+        }
+        for (; word < words; ++word)
+            for (int64_t j = 0; j < smaller(kWidth, count - i); ++j) {
+                const float *row = from.row(first + i + j) + 2 * word;
+                store_part(to + 2 * (word * kColumns + i + j), load_part(row, smaller(2, depth - 2 * word)), 2);
+            }
+    }
+}
 
 // The same for a b whose row d is row d of `from`.
 inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t first, float *packed) {
@@ -65,14 +88,30 @@ inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t 
         memset(to + count, 0, static_cast<size_t>(kColumns - count) * sizeof(float));
     }
 }
+inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t first, uint16_t *packed) {
+    const int64_t words = words_of<uint16_t>(depth), count = smaller(kColumns, columns - first);
+    uint16_t *to = packed + first * 2 * words;
+    for (int64_t word = 0; word < words; ++word, to += 2 * kColumns)
+        for (int64_t i = 0; i < count; i += kWidth) {
+            const int64_t part = smaller(kWidth, count - i);
+            const auto row = [&](int64_t d) {
+                const float *at = from.row(d) + first + i;
+                return d >= depth ? Vec{} : part == kWidth ? load(at) : load_part(at, part);
+            };
+            const UintVec pair = paired(row(2 * word), row(2 * word + 1));
+            memcpy(to + 2 * i, &pair, sizeof pair);
+        }
+}
 
-// c = a b for some rows of a and all of a packed b (depth, columns). Panel i of c begins at c + i c_panel; its rows are
-// c_row apart.
-inline void multiply(int64_t rows, const float *a, int64_t a_row, const float *packed, int64_t columns, int64_t depth,
-                     float *c, int64_t c_row, int64_t c_panel) {
+// c = a b for some rows of a and all of a packed b (depth, columns), of whole words. Panel i of c begins at
+// c + i c_panel; its rows are c_row apart.
+template <typename T>
+inline void multiply(int64_t rows, const T *a, int64_t a_row, const T *packed, int64_t columns, int64_t depth, float *c,
+                     int64_t c_row, int64_t c_panel) {
     for (int64_t d = 0; d < depth; d += kProductDepth)
         for (int64_t i = 0; i < columns; i += kPanel)
-            product(rows, columns - i, a + d, a_row, packed + (i / kColumns * depth + d) * kColumns + i % kColumns,
+            product(rows, columns - i, a + d, a_row,
+                    packed + (i / kColumns * depth + d) * kColumns + i % kColumns * Factors<T>::kDepth,
                     smaller(kProductDepth, depth - d), c + i / kColumns * c_panel + i % kColumns, c_row, d > 0);
 }
 

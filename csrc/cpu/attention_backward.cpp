@@ -135,7 +135,7 @@ void differentiate_channels(const AttentionArgs &p, const Sequence &memory, int6
 }  // namespace
 
 int32_t attention_backward(const fastddpm_attention_args &p, int32_t threads) {
-    if (!attention_supported(p) || p.heads != 1) return FASTDDPM_UNSUPPORTED;
+    if (!attention_supported(p) || p.heads != 1 || p.precision != FASTDDPM_FLOAT32) return FASTDDPM_UNSUPPORTED;
     const int64_t thread_floats = kTaskRows * larger(2 * whole_columns(p.l), whole_columns(p.c));
     const int64_t channel_tasks = divide_up(p.c, kTaskRows);
     const Phases phases{4, {1, kPackKinds, divide_up(p.l, kTaskRows), 2 * channel_tasks}};

@@ -10,8 +10,8 @@ bool supported(const fastddpm_conv_args &p) {
     const bool kernels = p.kernel == 1 || p.kernel == 3, strides = p.stride == 1 || p.stride == 2;
     if (!kernels || !strides || p.c1 < 1 || p.c2 < 0 || (p.c2 > 0) != (p.skip != nullptr)) return false;
     if ((p.gain == nullptr) != (p.offset == nullptr)) return false;
-    if (p.algorithm == 1) return p.kernel == 3 && p.stride == 1 && p.pad == 1 && p.x_stride[3] == 1;
-    return p.algorithm == 0;
+    if (p.precision != FASTDDPM_FLOAT32 && p.precision != FASTDDPM_BFLOAT16) return false;
+    return p.algorithm == FASTDDPM_PATCHES ? patches_supported(p) : winograd_supported(p);
 }
 
 // Whether there is no output. Checked first, because plans divide by the numbers of pixels and tiles.
@@ -21,33 +21,34 @@ bool nothing(const fastddpm_conv_args &p) { return p.n < 1 || p.height < 1 || p.
 
 int64_t conv_workspace(const fastddpm_conv_args &p, int32_t threads) {
     if (!supported(p) || nothing(p)) return 0;
-    return p.algorithm == 1 ? winograd_workspace(p, threads) : patches_workspace(p, threads);
+    return p.algorithm == FASTDDPM_PATCHES ? patches_workspace(p, threads) : winograd_workspace(p, threads);
 }
 
 int32_t conv(const fastddpm_conv_args &p, int32_t threads) {
     if (!supported(p)) return FASTDDPM_UNSUPPORTED;
     if (nothing(p)) return FASTDDPM_OK;
     if (p.workspace_bytes < conv_workspace(p, threads)) return FASTDDPM_NO_MEMORY;
-    return p.algorithm == 1 ? conv_winograd(p, threads) : conv_patches(p, threads);
+    return p.algorithm == FASTDDPM_PATCHES ? conv_patches(p, threads) : conv_winograd(p, threads);
 }
 
 int64_t conv_weight_gradient_workspace(const fastddpm_conv_args &p, int32_t threads) {
-    return supported(p) && p.algorithm == 1 ? weight_gradient_workspace(p, threads) : 0;
+    return supported(p) && p.algorithm != FASTDDPM_PATCHES ? weight_gradient_workspace(p, threads) : 0;
 }
 
 int32_t conv_weight_gradient(const fastddpm_conv_args &p, int32_t threads) {
-    if (!supported(p) || p.algorithm != 1) return FASTDDPM_UNSUPPORTED;
+    if (!supported(p) || p.algorithm == FASTDDPM_PATCHES) return FASTDDPM_UNSUPPORTED;
     if (p.workspace_bytes < weight_gradient_workspace(p, threads)) return FASTDDPM_NO_MEMORY;
     return winograd_weight_gradient(p, threads);
 }
 
 int64_t conv_packed_bytes(const fastddpm_conv_args &p) {
-    return divide_up(p.k, kColumns) * kColumns * (p.c1 + p.c2) * p.kernel * p.kernel * static_cast<int64_t>(sizeof(float));
+    if (!supported(p)) return 0;
+    return p.algorithm == FASTDDPM_PATCHES ? patches_packed_bytes(p) : winograd_packed_bytes(p);
 }
 
-int32_t conv_pack(const fastddpm_conv_args &p, float *packed) {
+int32_t conv_pack(const fastddpm_conv_args &p, void *packed) {
     if (!supported(p)) return FASTDDPM_UNSUPPORTED;
-    p.algorithm == 1 ? pack_winograd(p, packed) : pack_patches(p, packed);
+    p.algorithm == FASTDDPM_PATCHES ? pack_patches(p, packed) : pack_winograd(p, packed);
     return FASTDDPM_OK;
 }
 

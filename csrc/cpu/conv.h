@@ -9,6 +9,7 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 
 constexpr int64_t up_to_lines(int64_t floats) { return divide_up(floats, kLine) * kLine; }
+constexpr int64_t whole_lines(int64_t bytes) { return divide_up(bytes, 64) * 64; }
 
 struct ConvSize {
     int64_t channels;            // C1 + C2
@@ -23,36 +24,30 @@ struct ConvSize {
           out_width(divide_up(width, p.stride)) {}
 };
 
-// Reads channels c .. c + count - 1 of the input at (n, y, x), after gain, offset and SiLU, into `to`. All of them are
-// in x or all in skip.
+// Reads channels c .. c + count - 1 of the input at (n, y, x), after gain, offset and SiLU, into `to`, float or
+// bfloat16. All of them are in x or all in skip.
+template <typename T>
 FASTDDPM_INLINE void read_pixel(const fastddpm_conv_args &p, const ConvSize &size, int64_t n, int64_t y, int64_t x,
-                                int64_t c, int64_t count, float *to) {
+                                int64_t c, int64_t count, T *to) {
     const int64_t row = p.doubled ? y >> 1 : y, column = p.doubled ? x >> 1 : x;
     const bool first = c < p.c1;
     const float *from = first ? p.x + n * p.x_stride[0] + row * p.x_stride[1] + column * p.x_stride[2] + c * p.x_stride[3]
                               : p.skip + ((n * p.height + row) * p.width + column) * p.c2 + (c - p.c1);
-    if (first && p.x_stride[3] != 1) {
-        for (int64_t i = 0; i < count; ++i) to[i] = from[i * p.x_stride[3]];
-        from = to;
-    }
-    if (p.gain == nullptr) {
-        if (from == to) return;
-        if (count >= kWidth) {
-            memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
-        } else {
-            for (int64_t i = 0; i < count; ++i) to[i] = from[i];  // a call would take longer
-        }
-        return;
-    }
-    const float *gain = p.gain + n * size.channels + c, *offset = p.offset + n * size.channels + c;
+    const float *gain = p.gain ? p.gain + n * size.channels + c : nullptr;
+    const float *offset = p.gain ? p.offset + n * size.channels + c : nullptr;
+    const int64_t step = first ? p.x_stride[3] : 1;
     int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) {
-        const Vec v = load(from + i) * load(gain + i) + load(offset + i);
-        store(to + i, p.silu ? vsilu(v) : v);
+    for (; step == 1 && i + kWidth <= count; i += kWidth) {
+        Vec v = load(from + i);
+        if (gain) v = v * load(gain + i) + load(offset + i);
+        store(to + i, gain && p.silu ? vsilu(v) : v);
     }
-    if (i < count) {
-        const Vec v = load_part(from + i, count - i) * load_part(gain + i, count - i) + load_part(offset + i, count - i);
-        store_part(to + i, p.silu ? vsilu(v) : v, count - i);
+    for (; i < count; i += kWidth) {
+        const int64_t part = smaller(kWidth, count - i);
+        Vec v{};
+        for (int64_t j = 0; j < part; ++j) v[j] = from[(i + j) * step];
+        if (gain) v = v * load_part(gain + i, part) + load_part(offset + i, part);
+        store_part(to + i, gain && p.silu ? vsilu(v) : v, part);
     }
 }
 
@@ -75,17 +70,21 @@ FASTDDPM_INLINE void finish(const fastddpm_conv_args &p, int64_t n, int64_t pixe
 
 // The weights of output channels k .. k + kColumns - 1 in the result of conv_pack, where they are adjacent.
 inline const float *packed_columns(const fastddpm_conv_args &p, int64_t k) {
-    return p.packed + k * (p.c1 + p.c2) * p.kernel * p.kernel;
+    return static_cast<const float *>(p.packed) + k * (p.c1 + p.c2) * p.kernel * p.kernel;
 }
 
-int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads);
+bool winograd_supported(const fastddpm_conv_args &p);
+int64_t winograd_packed_bytes(const fastddpm_conv_args &p);
+void pack_winograd(const fastddpm_conv_args &p, void *packed);
 int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads);
-int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads);
+int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads);
+bool patches_supported(const fastddpm_conv_args &p);
+int64_t patches_packed_bytes(const fastddpm_conv_args &p);
+void pack_patches(const fastddpm_conv_args &p, void *packed);
 int64_t patches_workspace(const fastddpm_conv_args &p, int32_t threads);
+int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads);
 int32_t winograd_weight_gradient(const fastddpm_conv_args &p, int32_t threads);
 int64_t weight_gradient_workspace(const fastddpm_conv_args &p, int32_t threads);
-void pack_winograd(const fastddpm_conv_args &p, float *packed);
-void pack_patches(const fastddpm_conv_args &p, float *packed);
 
 }  // namespace FASTDDPM_ISA
 }  // namespace fastddpm

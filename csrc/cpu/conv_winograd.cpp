@@ -1,13 +1,15 @@
-// 3x3 convolution by Winograd's F(4x4, 3x3), everything around it in the same pass over cache-sized blocks.
+// 3x3 convolution by Winograd's algorithms, everything around it in the same pass over cache-sized blocks.
 //
 // The tiles of all images are taken in blocks of about kBlockTiles. For each block
-//   1. input:    activation of 16 channels of a strip of tile rows in a scratch image, B^T d B of its tiles into
-//                V (36, tiles, C), which all threads share;
-//   2. products: for 32 output channels at a time, G g G^T of the weights for kDepth input channels into U, the
-//                36 products V U summed into M (36, tiles, 32), then A^T M A + bias + temb + residual into the output.
-// U and M belong to a thread and fit into its second-level cache; the transformed weights of a layer, four times the
-// size of the weights, never exist as a whole. Each output is summed in one order, whatever the batch, the blocks and
-// the number of threads are.
+//   1. input:    activation of a line of channels of a strip of tile rows in a scratch image, B^T d B of its tiles into
+//                V (products, tiles, C), which all threads share;
+//   2. products: for 32 output channels at a time, the products V U into M (products, tiles, 32), then A^T M A + bias +
+//                temb + residual into the output.
+// M belongs to a thread and fits into its second-level cache. Each output is summed in one order, whatever the batch,
+// the blocks and the number of threads are.
+//
+// In float32, U = G g G^T is made for kDepth input channels at a time in a thread's own memory: as a whole, at four
+// times the size of the weights, it never exists. In bfloat16 it is kept: as many bytes as the weights in float32.
 #include "conv.h"
 #include "gemm.h"
 #include "tiles.h"
@@ -17,32 +19,47 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
-constexpr int64_t kBlockTiles = 128;
-constexpr int64_t kDepth = 128;     // input channels whose transformed weights are held at once
 constexpr int64_t kTurned = 16;     // input channels whose weights are turned at once
-constexpr int64_t kWeightPlane = kDepth * kColumns + kPad;
 
+// Whether the transformed weights are kept, for all input channels.
+template <typename A>
+constexpr bool kKept = sizeof(typename A::Element) == 2;
+// Tiles of a block, so that V and M stay in the caches.
+template <typename A>
+constexpr int64_t kBlockTiles = A::kProducts == 36 ? 128 : A::kProducts == 24 ? 192 : 256;
+// Input channels that are multiplied at once.
+template <typename A>
+constexpr int64_t kDepth = kKept<A> ? int64_t{1} << 40 : 128;
+// Elements between the products of U, in a thread's memory. The line keeps them out of one cache set.
+constexpr int64_t kWeightPlane = 128 * kColumns + kLine;
+
+template <typename A>
 struct Plan {
+    using T = typename A::Element;
     Tiling tiling;
     ConvSize size;
     int64_t column_blocks, parts, part_tiles;  // a task of the second phase: 32 channels of a part of the block's tiles
-    int64_t v_row, v_block, v_plane, m_plane;  // V is (36, C / kDepth, tiles, kDepth)
-    int64_t shared_floats, thread_floats;
+    int64_t v_row, v_block, v_plane, m_plane;  // V is (products, C / kDepth, tiles, kDepth)
+    int64_t kept_row;                          // elements of U for one product and 32 output channels, where it is kept
+    int64_t v_bytes, u_bytes, thread_bytes;    // V and U are shared
 
-    Plan(const fastddpm_conv_args &p, int32_t threads) : tiling(p, kBlockTiles), size(p) {
+    Plan(const fastddpm_conv_args &p, int32_t threads)
+        : tiling(p, A::kDown, A::kAcross, kBlockTiles<A>), size(p) {
         column_blocks = divide_up(p.k, kColumns);
         const bool even = column_blocks % threads == 0 || column_blocks >= 4 * threads;
         parts = even ? 1 : smaller(threads, divide_up(tiling.block_tiles, kRows));
         part_tiles = divide_up(tiling.block_tiles, parts);
-        v_row = smaller(kDepth, up_to_lines(size.channels));
+        v_row = smaller(kDepth<A>, divide_up(size.channels, kLineOf<T>) * kLineOf<T>);
         v_block = tiling.block_tiles * v_row;
-        v_plane = divide_up(size.channels, kDepth) * v_block + kPad;
-        m_plane = part_tiles * kColumns + kPad;
-        shared_floats = up_to_lines(kProducts * v_plane);
-        // A thread's scratch image is done with before its U, M and gathered weights are begun.
-        const int64_t product_floats =
-            kProducts * kWeightPlane + kTaps * kTurned * kColumns + up_to_lines(kProducts * m_plane);
-        thread_floats = larger(tiling.scratch_floats, product_floats);
+        v_plane = divide_up(size.channels, kDepth<A>) * v_block + kLineOf<T>;
+        m_plane = part_tiles * kColumns + kLine;
+        kept_row = whole_words<T>(size.channels) * kColumns;
+        v_bytes = whole_lines(A::kProducts * v_plane * static_cast<int64_t>(sizeof(T)));
+        u_bytes = kKept<A> && p.packed == nullptr ? column_blocks * A::kProducts * kept_row * static_cast<int64_t>(sizeof(T)) : 0;
+        // A thread's scratch image is done with before its U, M and turned weights are begun.
+        const int64_t u_floats = kKept<A> ? 0 : A::kProducts * kWeightPlane;
+        const int64_t product_floats = u_floats + kTaps * kTurned * kColumns + A::kProducts * m_plane;
+        thread_bytes = whole_lines(larger(tiling.scratch_floats<T>(), product_floats) * static_cast<int64_t>(sizeof(float)));
     }
 };
 
@@ -52,133 +69,176 @@ struct Order {
 };
 constexpr Order kPacked{kTaps * kColumns, 3 * kColumns, kColumns};  // (channel, tap, kColumns)
 
-// The weights of `columns` output channels from k and `depth` input channels from c, to g.
-void gather_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g,
-                    const Order &order) {
+struct Weights {
+    const float *from;
+    Order order;
+};
+
+// The weights of `columns` output channels from k and `depth` input channels from c, to g, (channel, tap, kColumns).
+void gather_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g) {
     const int64_t *stride = p.weight_stride;
+    if (stride[1] == kTaps && stride[2] == 3 && stride[3] == 1) {  // channels and taps are one row
+        turn(p.weight + k * stride[0] + c * kTaps, stride[0], 1, columns, depth * kTaps, g, kColumns);
+        return;
+    }
     for (int64_t tap = 0; tap < kTaps; ++tap)
         turn(p.weight + k * stride[0] + c * stride[1] + tap / 3 * stride[2] + tap % 3 * stride[3], stride[0], stride[1],
-             columns, depth, g + tap / 3 * order.down + tap % 3 * order.across, order.row);
+             columns, depth, g + tap * kColumns, kPacked.row);
 }
 
-// G g G^T of one vector of output channels.
-FASTDDPM_INLINE void transform_weight(const float *g, int64_t row_stride, int64_t column_stride, float *u) {
-    Vec columns[kPoints][3];
+// The same where they are, if their output channels are adjacent, and else in g.
+Weights weights_of(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g) {
+    const int64_t *stride = p.weight_stride;
+    if (stride[0] == 1 && columns % kWidth == 0)
+        return {p.weight + k + c * stride[1], {stride[1], stride[2], stride[3]}};
+    gather_weights(p, k, columns, c, depth, g);
+    return {g, kPacked};
+}
+
+// G g G^T of one vector of output channels: calls emit(point, of it).
+template <typename A, typename Emit>
+FASTDDPM_INLINE void transform_weight(const float *g, const Order &order, Emit emit) {
+    Vec columns[A::kPointsDown][3];
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
-        Vec d[3], r[kPoints];
-        for (int i = 0; i < 3; ++i) d[i] = load(g + i * row_stride + j * column_stride);
-        weight_transform(d, r);
-        for (int i = 0; i < kPoints; ++i) columns[i][j] = r[i];
+        Vec d[3], r[A::kPointsDown];
+        for (int i = 0; i < 3; ++i) d[i] = load(g + i * order.down + j * order.across);
+        A::Down::weight(d, r);
+        for (int i = 0; i < A::kPointsDown; ++i) columns[i][j] = r[i];
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < kPoints; ++i) {
-        Vec r[kPoints];
-        weight_transform(columns[i], r);
-        for (int j = 0; j < kPoints; ++j) store(u + (i * kPoints + j) * kWeightPlane, r[j]);
+    for (int i = 0; i < A::kPointsDown; ++i) {
+        Vec r[A::kPointsAcross];
+        A::Across::weight(columns[i], r);
+        for (int j = 0; j < A::kPointsAcross; ++j) emit(i * A::kPointsAcross + j, r[j]);
     }
 }
 
-void transform_rows(const float *from, const Order &order, int64_t columns, int64_t depth, float *u) {
-    for (int64_t d = 0; d < depth; ++d)
-        for (int64_t i = 0; i < columns; i += kWidth)
-            transform_weight(from + d * order.row + i, order.down, order.across, u + d * kColumns + i);
+// U of `columns` output channels and `depth` input channels: (products, words of them, kColumns), of `plane` elements
+// each.
+template <typename A>
+void transform_rows(const Weights &weights, int64_t columns, int64_t depth, typename A::Element *u, int64_t plane) {
+    for (int64_t d = 0; d < depth; d += Factors<typename A::Element>::kDepth)
+        for (int64_t i = 0; i < columns; i += kWidth) {
+            const float *from = weights.from + d * weights.order.row + i;
+            if constexpr (!kKept<A>) {
+                float *to = u + d * kColumns + i;
+                transform_weight<A>(from, weights.order, [&](int point, Vec r) { store(to + point * plane, r); });
+            } else {
+                Vec low[A::kProducts], high[A::kProducts] = {};
+                transform_weight<A>(from, weights.order, [&](int point, Vec r) { low[point] = r; });
+                if (d + 1 < depth)
+                    transform_weight<A>(from + weights.order.row, weights.order, [&](int point, Vec r) { high[point] = r; });
+                uint16_t *to = u + d * kColumns + 2 * i;
+                for (int point = 0; point < A::kProducts; ++point) {
+                    const UintVec words = paired(low[point], high[point]);
+                    memcpy(to + point * plane, &words, sizeof words);
+                }
+            }
+        }
 }
 
-// U (36, depth, kColumns) of `columns` output channels from k and `depth` input channels from c.
+// The same of input channels from c, a few at a time: turned, they stay in the first-level cache.
+template <typename A>
 void transform_weights(const fastddpm_conv_args &p, int64_t k, int64_t columns, int64_t c, int64_t depth, float *g,
-                       float *u) {
-    const int64_t *stride = p.weight_stride;
-    if (p.packed != nullptr) {
-        transform_rows(packed_columns(p, k) + c * kTaps * kColumns, kPacked, columns, depth, u);
-        return;
-    }
-    if (stride[0] == 1 && columns % kWidth == 0) {
-        transform_rows(p.weight + k + c * stride[1], {stride[1], stride[2], stride[3]}, columns, depth, u);
-        return;
-    }
-    // A few channels at a time: their turned weights stay in the first-level cache.
-    const bool dense = stride[1] == kTaps && stride[2] == 3 && stride[3] == 1;
+                       typename A::Element *u, int64_t plane) {
     for (int64_t d = 0; d < depth; d += kTurned) {
         const int64_t count = smaller(kTurned, depth - d);
-        if (dense)  // channels and taps are one row
-            turn(p.weight + k * stride[0] + (c + d) * kTaps, stride[0], 1, columns, count * kTaps, g, kColumns);
-        else
-            gather_weights(p, k, columns, c + d, count, g, kPacked);
-        transform_rows(g, kPacked, columns, count, u + d * kColumns);
+        const Weights weights = kKept<A> || p.packed == nullptr
+                                    ? weights_of(p, k, columns, c + d, count, g)
+                                    : Weights{packed_columns(p, k) + (c + d) * kPacked.row, kPacked};
+        transform_rows<A>(weights, columns, count, u + d * kColumns, plane);
     }
+}
+
+// U of kColumns output channels from k, where it is kept.
+template <typename A>
+void keep_weights(const fastddpm_conv_args &p, int64_t kept_row, int64_t k, uint16_t *kept) {
+    float g[kTaps * kTurned * kColumns];
+    transform_weights<A>(p, k, smaller(kColumns, p.k - k), 0, p.c1 + p.c2, g,
+                         kept + k / kColumns * A::kProducts * kept_row, kept_row);
 }
 
 // A^T M A of one tile and what follows it, for the vector of output channels at k.
-void finish_tile(const fastddpm_conv_args &p, const Plan &plan, int64_t tile, int64_t k, const float *m) {
+template <typename A>
+void finish_tile(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t tile, int64_t k, const float *m) {
     const int64_t n = tile / plan.tiling.image_tiles, within = tile % plan.tiling.image_tiles;
-    const int64_t y = within / plan.tiling.tiles_wide * kTile, x = within % plan.tiling.tiles_wide * kTile;
-    Vec columns[kTile][kPoints];
-    for (int j = 0; j < kPoints; ++j) {
-        Vec d[kPoints], r[kTile];
-        for (int i = 0; i < kPoints; ++i) d[i] = load(m + (i * kPoints + j) * plan.m_plane);
-        output_transform(d, r);
-        for (int i = 0; i < kTile; ++i) columns[i][j] = r[i];
+    const int64_t y = within / plan.tiling.tiles_wide * A::kDown, x = within % plan.tiling.tiles_wide * A::kAcross;
+    Vec columns[A::kDown][A::kPointsAcross];
+#pragma GCC unroll 6
+    for (int j = 0; j < A::kPointsAcross; ++j) {
+        Vec d[A::kPointsDown], r[A::kDown];
+        for (int i = 0; i < A::kPointsDown; ++i) d[i] = load(m + (i * A::kPointsAcross + j) * plan.m_plane);
+        A::Down::output(d, r);
+        for (int i = 0; i < A::kDown; ++i) columns[i][j] = r[i];
     }
-    const int64_t rows = smaller(kTile, plan.size.out_height - y), across = smaller(kTile, plan.size.out_width - x);
+    const int64_t rows = smaller(A::kDown, plan.size.out_height - y), across = smaller(A::kAcross, plan.size.out_width - x);
     const int64_t count = smaller(kWidth, p.k - k);
     for (int64_t i = 0; i < rows; ++i) {
-        Vec r[kTile];
-        output_transform(columns[i], r);
+        Vec r[A::kAcross];
+        A::Across::output(columns[i], r);
         const int64_t pixel = (n * plan.size.out_height + y + i) * plan.size.out_width + x;
         for (int64_t j = 0; j < across; ++j) finish(p, n, pixel + j, k, r[j], count);
     }
 }
 
-// Output channels k .. k + 31 of the tiles first .. first + tiles - 1, whose transformed inputs begin at v.
-void products(const fastddpm_conv_args &p, const Plan &plan, int64_t k, int64_t first, int64_t tiles, const float *v,
-              float *buffer) {
-    float *u = buffer, *g = u + kProducts * kWeightPlane, *m = g + kTaps * kTurned * kColumns;
+// Output channels k .. k + 31 of the tiles first .. first + tiles - 1, whose transformed inputs begin at v. `kept`: all
+// of U, where it is kept.
+template <typename A>
+void products(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t k, int64_t first, int64_t tiles,
+              const typename A::Element *v, const typename A::Element *kept, float *buffer) {
+    using T = typename A::Element;
     const int64_t columns = smaller(kColumns, p.k - k);
-    for (int64_t c = 0; c < plan.size.channels; c += kDepth) {
-        const int64_t depth = smaller(kDepth, plan.size.channels - c);
-        transform_weights(p, k, columns, c, depth, g, u);
-        for (int product_index = 0; product_index < kProducts; ++product_index)
+    float *m = buffer, *g = m + A::kProducts * plan.m_plane;
+    const auto multiply = [&](const T *u, int64_t plane, int64_t c, int64_t depth) {
+        for (int64_t point = 0; point < A::kProducts; ++point)
             for (int64_t i = 0; i < columns; i += kPanel)
-                product(tiles, columns - i, v + product_index * plan.v_plane + c / kDepth * plan.v_block, plan.v_row,
-                        u + product_index * kWeightPlane + i, depth, m + product_index * plan.m_plane + i, kColumns,
-                        c > 0);
+                product(tiles, columns - i, v + point * plan.v_plane + c / kDepth<A> * plan.v_block, plan.v_row,
+                        u + point * plane + i * Factors<T>::kDepth, depth, m + point * plan.m_plane + i, kColumns, c > 0);
+    };
+    if constexpr (kKept<A>) {
+        multiply(kept + k / kColumns * A::kProducts * plan.kept_row, plan.kept_row, 0, plan.kept_row / kColumns);
+    } else {
+        float *u = g + kTaps * kTurned * kColumns;
+        for (int64_t c = 0; c < plan.size.channels; c += kDepth<A>) {
+            const int64_t depth = smaller(kDepth<A>, plan.size.channels - c);
+            transform_weights<A>(p, k, columns, c, depth, g, u, kWeightPlane);
+            multiply(u, kWeightPlane, c, depth);
+        }
     }
     for (int64_t t = 0; t < tiles; ++t)
         for (int64_t i = 0; i < columns; i += kWidth) finish_tile(p, plan, first + t, k + i, m + t * kColumns + i);
 }
 
-}  // namespace
-
-// (K / kColumns, C, 9, kColumns)
-void pack_winograd(const fastddpm_conv_args &p, float *packed) {
-    const int64_t channels = p.c1 + p.c2;
-    for (int64_t k = 0; k < p.k; k += kColumns, packed += channels * kTaps * kColumns)
-        gather_weights(p, k, smaller(kColumns, p.k - k), 0, channels, packed, kPacked);
-}
-
-int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads) {
-    const Plan plan(p, threads);
-    return (plan.shared_floats + threads * plan.thread_floats) * static_cast<int64_t>(sizeof(float));
-}
-
-int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads) {
-    const Plan plan(p, threads);
+template <typename A>
+void convolve(const fastddpm_conv_args &p, int32_t threads) {
+    using T = typename A::Element;
+    const Plan<A> plan(p, threads);
     const Tiling &tiling = plan.tiling;
-    float *v = static_cast<float *>(p.workspace);
-    const int64_t channel_lines = divide_up(plan.size.channels, kLine);
+    char *workspace = static_cast<char *>(p.workspace);
+    T *v = reinterpret_cast<T *>(workspace), *made = reinterpret_cast<T *>(workspace + plan.v_bytes);
+    const T *kept = p.packed == nullptr ? made : static_cast<const T *>(p.packed);
+    const int64_t lines = divide_up(plan.size.channels, kLineOf<T>);
 #pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
-        float *own = v + plan.shared_floats + thread_number() * plan.thread_floats;
+        float *own = reinterpret_cast<float *>(workspace + plan.v_bytes + plan.u_bytes + thread_number() * plan.thread_bytes);
+        if constexpr (kKept<A>) {
+            if (p.packed == nullptr) {
+#pragma omp for schedule(dynamic)
+                for (int64_t block = 0; block < plan.column_blocks; ++block)
+                    keep_weights<A>(p, plan.kept_row, block * kColumns, made);
+            }
+        }
         for (int64_t first = 0; first < tiling.strips; first += tiling.block_strips) {
             const int64_t last = smaller(first + tiling.block_strips, tiling.strips);
             const int64_t first_tile = tiling.first_tile(first), tiles = tiling.first_tile(last) - first_tile;
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < (last - first) * channel_lines; ++task) {
-                const int64_t strip = first + task / channel_lines, c = task % channel_lines * kLine;
+            for (int64_t task = 0; task < (last - first) * lines; ++task) {
+                const int64_t strip = first + task / lines, c = task % lines * kLineOf<T>;
                 const int64_t at = tiling.first_tile(strip) - first_tile;
-                transform_input(p, tiling, strip, c, own, v + c / kDepth * plan.v_block + at * plan.v_row + c % kDepth,
-                                plan.v_row, plan.v_plane);
+                transform_input<A>(p, tiling, strip, c, own,
+                                   v + c / kDepth<A> * plan.v_block + at * plan.v_row + c % kDepth<A>, plan.v_row,
+                                   plan.v_plane);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < plan.column_blocks * plan.parts; ++task) {
@@ -186,11 +246,58 @@ int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads) {
                 const int64_t count = smaller(plan.part_tiles, tiles - begin);
                 if (count > 0)
                     products(p, plan, task / plan.parts * kColumns, first_tile + begin, count, v + begin * plan.v_row,
-                             own);
+                             kept, own);
             }
         }
     }
-    return FASTDDPM_OK;
+}
+
+}  // namespace
+
+bool winograd_supported(const fastddpm_conv_args &p) {
+    if (p.kernel != 3 || p.stride != 1 || p.pad != 1 || p.x_stride[3] != 1) return false;
+    if (p.precision == FASTDDPM_FLOAT32) return p.algorithm == FASTDDPM_WINOGRAD_4X4;
+    return p.algorithm == FASTDDPM_WINOGRAD_2X2 || p.algorithm == FASTDDPM_WINOGRAD_2X4;
+}
+
+int64_t winograd_packed_bytes(const fastddpm_conv_args &p) {
+    return with_algorithm(p, [&](auto algorithm) -> int64_t {
+        using A = decltype(algorithm);
+        using T = typename A::Element;
+        const int64_t depth = whole_words<T>(p.c1 + p.c2);
+        const int64_t row = depth * (kKept<A> ? A::kProducts : kTaps) * static_cast<int64_t>(sizeof(T));
+        return divide_up(p.k, kColumns) * kColumns * row;
+    });
+}
+
+// (K / kColumns, C, 9, kColumns) of the weights; or of U, where it is kept, (K / kColumns, products, C / 2, kColumns, 2).
+void pack_winograd(const fastddpm_conv_args &p, void *packed) {
+    with_algorithm(p, [&](auto algorithm) -> int64_t {
+        using A = decltype(algorithm);
+        const int64_t channels = p.c1 + p.c2;
+        for (int64_t k = 0; k < p.k; k += kColumns) {
+            if constexpr (kKept<A>)
+                keep_weights<A>(p, whole_words<uint16_t>(channels) * kColumns, k, static_cast<uint16_t *>(packed));
+            else
+                gather_weights(p, k, smaller(kColumns, p.k - k), 0, channels,
+                               static_cast<float *>(packed) + k * channels * kTaps);
+        }
+        return 0;
+    });
+}
+
+int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads) {
+    return with_algorithm(p, [&](auto algorithm) -> int64_t {
+        const Plan<decltype(algorithm)> plan(p, threads);
+        return plan.v_bytes + plan.u_bytes + threads * plan.thread_bytes;
+    });
+}
+
+int32_t conv_winograd(const fastddpm_conv_args &p, int32_t threads) {
+    return static_cast<int32_t>(with_algorithm(p, [&](auto algorithm) -> int64_t {
+        convolve<decltype(algorithm)>(p, threads);
+        return FASTDDPM_OK;
+    }));
 }
 
 }  // namespace FASTDDPM_ISA

@@ -9,11 +9,14 @@
 #define FASTDDPM_ISA avx512
 #include "kernels.h"
 #undef FASTDDPM_ISA
+#define FASTDDPM_ISA avx512bf16
+#include "kernels.h"
+#undef FASTDDPM_ISA
 #endif
 
 namespace {
 
-enum Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 Isa best_isa() {
 #ifdef FASTDDPM_X86
@@ -21,7 +24,7 @@ Isa best_isa() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return kAvx512;
+        return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
     if (avx2) return kAvx2;
 #endif
     return kBaseline;
@@ -34,15 +37,21 @@ int32_t usable(int32_t threads) { return threads < 1 ? 1 : threads; }
 
 }  // namespace
 
+// An operation with products of factors has a build for AVX512-BF16; the others would gain nothing.
 #ifdef FASTDDPM_X86
 #define FASTDDPM_RUN(name, ...)                                      \
     switch (chosen) {                                                \
+        case kAvx512Bf16:                                            \
         case kAvx512: return fastddpm::avx512::name(__VA_ARGS__);    \
         case kAvx2: return fastddpm::avx2::name(__VA_ARGS__);        \
         default: return fastddpm::baseline::name(__VA_ARGS__);       \
     }
+#define FASTDDPM_RUN_PRODUCTS(name, ...)                                           \
+    if (chosen == kAvx512Bf16) return fastddpm::avx512bf16::name(__VA_ARGS__);     \
+    FASTDDPM_RUN(name, __VA_ARGS__)
 #else
 #define FASTDDPM_RUN(name, ...) return fastddpm::baseline::name(__VA_ARGS__);
+#define FASTDDPM_RUN_PRODUCTS(name, ...) FASTDDPM_RUN(name, __VA_ARGS__)
 #endif
 
 FASTDDPM_API int32_t fastddpm_cpu_isa(int32_t wanted) {
@@ -73,10 +82,10 @@ FASTDDPM_API int32_t fastddpm_cpu_group_norm_silu_backward(const fastddpm_group_
     FASTDDPM_RUN(group_norm_silu_backward, *args, usable(threads))
 }
 FASTDDPM_API int32_t fastddpm_cpu_attention(const fastddpm_attention_args *args, int32_t threads) {
-    FASTDDPM_RUN(attention, *args, usable(threads))
+    FASTDDPM_RUN_PRODUCTS(attention, *args, usable(threads))
 }
 FASTDDPM_API int32_t fastddpm_cpu_attention_backward(const fastddpm_attention_args *args, int32_t threads) {
-    FASTDDPM_RUN(attention_backward, *args, usable(threads))
+    FASTDDPM_RUN_PRODUCTS(attention_backward, *args, usable(threads))
 }
 FASTDDPM_API int32_t fastddpm_cpu_q_sample(const fastddpm_q_sample_args *args, int32_t threads) {
     FASTDDPM_RUN(q_sample, *args, usable(threads))
@@ -85,22 +94,22 @@ FASTDDPM_API int32_t fastddpm_cpu_reverse_step(const fastddpm_reverse_step_args 
     FASTDDPM_RUN(reverse_step, *args, usable(threads))
 }
 FASTDDPM_API int32_t fastddpm_cpu_conv(const fastddpm_conv_args *args, int32_t threads) {
-    FASTDDPM_RUN(conv, *args, usable(threads))
+    FASTDDPM_RUN_PRODUCTS(conv, *args, usable(threads))
 }
 FASTDDPM_API int64_t fastddpm_cpu_conv_workspace(const fastddpm_conv_args *args, int32_t threads) {
-    FASTDDPM_RUN(conv_workspace, *args, usable(threads))
+    FASTDDPM_RUN_PRODUCTS(conv_workspace, *args, usable(threads))
 }
 FASTDDPM_API int32_t fastddpm_cpu_conv_weight_gradient(const fastddpm_conv_args *args, int32_t threads) {
-    FASTDDPM_RUN(conv_weight_gradient, *args, usable(threads))
+    FASTDDPM_RUN_PRODUCTS(conv_weight_gradient, *args, usable(threads))
 }
 FASTDDPM_API int64_t fastddpm_cpu_conv_weight_gradient_workspace(const fastddpm_conv_args *args, int32_t threads) {
-    FASTDDPM_RUN(conv_weight_gradient_workspace, *args, usable(threads))
+    FASTDDPM_RUN_PRODUCTS(conv_weight_gradient_workspace, *args, usable(threads))
 }
-FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, float *packed) {
-    FASTDDPM_RUN(conv_pack, *args, packed)
+FASTDDPM_API int32_t fastddpm_cpu_conv_pack(const fastddpm_conv_args *args, void *packed) {
+    FASTDDPM_RUN_PRODUCTS(conv_pack, *args, packed)
 }
 FASTDDPM_API int64_t fastddpm_cpu_conv_packed_bytes(const fastddpm_conv_args *args) {
-    FASTDDPM_RUN(conv_packed_bytes, *args)
+    FASTDDPM_RUN_PRODUCTS(conv_packed_bytes, *args)
 }
 FASTDDPM_API int32_t fastddpm_cpu_norm_affine(const fastddpm_norm_affine_args *args, int32_t threads) {
     FASTDDPM_RUN(norm_affine, *args, usable(threads))

@@ -22,7 +22,7 @@ int32_t conv(const fastddpm_conv_args &args, int32_t threads);
 int64_t conv_workspace(const fastddpm_conv_args &args, int32_t threads);
 int32_t conv_weight_gradient(const fastddpm_conv_args &args, int32_t threads);
 int64_t conv_weight_gradient_workspace(const fastddpm_conv_args &args, int32_t threads);
-int32_t conv_pack(const fastddpm_conv_args &args, float *packed);
+int32_t conv_pack(const fastddpm_conv_args &args, void *packed);
 int64_t conv_packed_bytes(const fastddpm_conv_args &args);
 int32_t norm_affine(const fastddpm_norm_affine_args &args, int32_t threads);
 int64_t norm_affine_workspace(const fastddpm_norm_affine_args &args);

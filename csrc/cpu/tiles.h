@@ -1,4 +1,5 @@
-// The division of images into tiles for Winograd's algorithms, and B^T d B of the input's tiles.
+// The division of images into tiles for Winograd's algorithms, and B^T d B of the input's tiles. `A` is the algorithm, a
+// Tile of winograd.h.
 #pragma once
 #include "conv.h"
 #include "winograd.h"
@@ -6,20 +7,17 @@
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 
-constexpr int64_t kTaps = 9;
-constexpr int64_t kPad = kLine;  // keeps the 36 planes of the transformed tiles out of one cache set
-
 // The tiles of all images. A strip is some tile rows of one image; a block is whole strips, about `most_tiles` tiles.
 struct Tiling {
     int64_t tiles_high, tiles_wide, image_tiles;
     int64_t strip_rows, image_strips, strips;
     int64_t block_strips, block_tiles, blocks;
-    int64_t scratch_width, scratch_floats;  // of an image that holds sixteen channels of a strip's input
+    int64_t scratch_height, scratch_width;  // of an image that holds a line of channels of a strip's input
 
-    Tiling(const fastddpm_conv_args &p, int64_t most_tiles) {
+    Tiling(const fastddpm_conv_args &p, int down, int across, int64_t most_tiles) {
         const ConvSize size(p);
-        tiles_high = divide_up(size.out_height, kTile);
-        tiles_wide = divide_up(size.out_width, kTile);
+        tiles_high = divide_up(size.out_height, down);
+        tiles_wide = divide_up(size.out_width, across);
         image_tiles = tiles_high * tiles_wide;
         const int64_t most_rows = larger(1, smaller(tiles_high, most_tiles / tiles_wide));
         image_strips = divide_up(tiles_high, most_rows);
@@ -30,69 +28,100 @@ struct Tiling {
         block_strips = larger(1, divide_up(strips, larger(1, divide_up(strips, most_strips))));
         block_tiles = block_strips * strip_rows * tiles_wide;
         blocks = larger(1, divide_up(strips, block_strips));
-        scratch_width = kTile * tiles_wide + 2;
-        scratch_floats = (kTile * strip_rows + 2) * scratch_width * kLine;
+        scratch_height = down * strip_rows + 2;
+        scratch_width = across * tiles_wide + 2;
     }
 
     int64_t first_tile(int64_t strip) const {
         return strip / image_strips * image_tiles + strip % image_strips * strip_rows * tiles_wide;
     }
+    // For factors of type T; a line of them is kLineOf<T> channels.
+    template <typename T>
+    int64_t scratch_floats() const {
+        return scratch_height * scratch_width * kLineOf<T>;
+    }
 };
 
-// Sixteen channels of the input of a strip, activated, with the convolution's zeros around the image.
+// Calls run with the algorithm that the arguments name.
+template <typename Run>
+int64_t with_algorithm(const fastddpm_conv_args &p, Run run) {
+    if (p.precision == FASTDDPM_FLOAT32) return run(Tile<float, 4, 4>());
+    return p.algorithm == FASTDDPM_WINOGRAD_2X4 ? run(Tile<uint16_t, 2, 4>()) : run(Tile<uint16_t, 2, 2>());
+}
+
+// A line of channels of the input of a strip, activated, with the convolution's zeros around the image.
+template <typename A>
 inline void fill_scratch(const fastddpm_conv_args &p, const Tiling &tiling, int64_t strip, int64_t c, float *scratch) {
+    constexpr int64_t kChannels = kLineOf<typename A::Element>;
     const ConvSize size(p);
     const int64_t n = strip / tiling.image_strips, first_row = strip % tiling.image_strips * tiling.strip_rows;
     const int64_t rows = smaller(tiling.strip_rows, tiling.tiles_high - first_row);
-    const int64_t count = smaller(kLine, size.channels - c);
+    const int64_t count = smaller(kChannels, size.channels - c);
     const int64_t before_seam = c < p.c1 ? smaller(count, p.c1 - c) : 0;
-    if (count < kLine) memset(scratch, 0, static_cast<size_t>(tiling.scratch_floats) * sizeof(float));
-    for (int64_t i = 0; i < kTile * rows + 2; ++i) {
-        const int64_t y = kTile * first_row - 1 + i;
-        float *to = scratch + i * tiling.scratch_width * kLine;
+    const int64_t row_floats = tiling.scratch_width * kChannels;
+    if (count < kChannels) memset(scratch, 0, static_cast<size_t>(tiling.scratch_height * row_floats) * sizeof(float));
+    for (int64_t i = 0; i < A::kDown * rows + 2; ++i) {
+        const int64_t y = A::kDown * first_row - 1 + i;
+        float *to = scratch + i * row_floats;
         if (y < 0 || y >= size.height) {
-            memset(to, 0, static_cast<size_t>(tiling.scratch_width * kLine) * sizeof(float));
+            memset(to, 0, static_cast<size_t>(row_floats) * sizeof(float));
             continue;
         }
-        memset(to, 0, kLine * sizeof(float));
+        memset(to, 0, kChannels * sizeof(float));
         for (int64_t x = 0; x < size.width; ++x) {
-            float *pixel = to + (x + 1) * kLine;
-            if (before_seam == kLine || (before_seam == 0 && count == kLine)) {
-                read_pixel(p, size, n, y, x, c, kLine, pixel);
+            float *pixel = to + (x + 1) * kChannels;
+            if (before_seam == kChannels || (before_seam == 0 && count == kChannels)) {
+                read_pixel(p, size, n, y, x, c, kChannels, pixel);
                 continue;
             }
             if (before_seam > 0) read_pixel(p, size, n, y, x, c, before_seam, pixel);
             if (before_seam < count)
                 read_pixel(p, size, n, y, x, c + before_seam, count - before_seam, pixel + before_seam);
         }
-        float *end = to + (size.width + 1) * kLine;
-        memset(end, 0, static_cast<size_t>((tiling.scratch_width - size.width - 1) * kLine) * sizeof(float));
+        float *end = to + (size.width + 1) * kChannels;
+        memset(end, 0, static_cast<size_t>(row_floats - (size.width + 1) * kChannels) * sizeof(float));
     }
 }
 
-// B^T d B of the tiles of a strip, for sixteen channels from c: point i, j of its tile t at
-// v[(6 i + j) plane + t row]. `scratch` has scratch_floats.
+// Calls emit(point, B^T d B there) for one vector of channels of a tile, whose input begins at `corner`.
+template <typename A, typename Emit>
+FASTDDPM_INLINE void transform_tile(const float *corner, int64_t row, int64_t column, Emit emit) {
+    Vec columns[A::kPointsDown][A::kPointsAcross];  // [point down][pixel across]
+#pragma GCC unroll 6
+    for (int j = 0; j < A::kPointsAcross; ++j) {
+        Vec d[A::kPointsDown], r[A::kPointsDown];
+        for (int i = 0; i < A::kPointsDown; ++i) d[i] = load(corner + i * row + j * column);
+        A::Down::input(d, r);
+        for (int i = 0; i < A::kPointsDown; ++i) columns[i][j] = r[i];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < A::kPointsDown; ++i) {
+        Vec r[A::kPointsAcross];
+        A::Across::input(columns[i], r);
+        for (int j = 0; j < A::kPointsAcross; ++j) emit(i * A::kPointsAcross + j, r[j]);
+    }
+}
+
+// Where the input of tile t of a strip begins in its scratch image.
+template <typename A>
+FASTDDPM_INLINE const float *corner_of(const Tiling &tiling, const float *scratch, int64_t t) {
+    const int64_t pixel = A::kDown * (t / tiling.tiles_wide) * tiling.scratch_width + A::kAcross * (t % tiling.tiles_wide);
+    return scratch + pixel * kLineOf<typename A::Element>;
+}
+
+// B^T d B of the tiles of a strip, for a line of channels from c: point i of its tile t at v[i plane + t row].
+template <typename A>
 inline void transform_input(const fastddpm_conv_args &p, const Tiling &tiling, int64_t strip, int64_t c, float *scratch,
-                            float *v, int64_t row, int64_t plane) {
-    fill_scratch(p, tiling, strip, c, scratch);
+                            typename A::Element *v, int64_t row, int64_t plane) {
+    constexpr int64_t kChannels = kLineOf<typename A::Element>;
+    fill_scratch<A>(p, tiling, strip, c, scratch);
     const int64_t tiles = tiling.first_tile(strip + 1) - tiling.first_tile(strip);
     for (int64_t t = 0; t < tiles; ++t) {
-        const float *corner =
-            scratch + kTile * (t / tiling.tiles_wide * tiling.scratch_width + t % tiling.tiles_wide) * kLine;
-        for (int64_t lane = 0; lane < kLine; lane += kWidth) {
-            Vec columns[kPoints][kPoints];  // [point down][pixel across]
-            for (int j = 0; j < kPoints; ++j) {
-                Vec d[kPoints], r[kPoints];
-                for (int i = 0; i < kPoints; ++i) d[i] = load(corner + (i * tiling.scratch_width + j) * kLine + lane);
-                input_transform(d, r);
-                for (int i = 0; i < kPoints; ++i) columns[i][j] = r[i];
-            }
-            float *to = v + t * row + lane;
-            for (int i = 0; i < kPoints; ++i) {
-                Vec r[kPoints];
-                input_transform(columns[i], r);
-                for (int j = 0; j < kPoints; ++j) store(to + (i * kPoints + j) * plane, r[j]);
-            }
+        const float *corner = corner_of<A>(tiling, scratch, t);
+        for (int64_t lane = 0; lane < kChannels; lane += kWidth) {
+            typename A::Element *to = v + t * row + lane;
+            transform_tile<A>(corner + lane, tiling.scratch_width * kChannels, kChannels,
+                              [&](int point, Vec r) { store(to + point * plane, r); });
         }
     }
 }

@@ -4,6 +4,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 
@@ -56,7 +60,8 @@ FASTDDPM_INLINE float sum(Vec v) {
     return s;
 }
 
-// bfloat16, stored as uint16_t, is the upper half of a float; rounding is to nearest even, and NaN stays NaN.
+// bfloat16, stored as uint16_t, is the upper half of a float; rounding is to nearest even, and NaN stays NaN. The
+// instruction for it takes numbers below 2^-126 for 0.
 FASTDDPM_INLINE Vec load(const uint16_t *p) {
     HalfVec h;
     memcpy(&h, p, sizeof h);
@@ -64,10 +69,18 @@ FASTDDPM_INLINE Vec load(const uint16_t *p) {
     return (Vec)bits;
 }
 FASTDDPM_INLINE HalfVec rounded(Vec v) {
+#ifdef __AVX512BF16__
+    return (HalfVec)_mm512_cvtneps_pbh((__m512)v);
+#else
     const UintVec bits = (UintVec)v;
     const UintVec upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const UintVec nan = (bits >> 16) | 0x40;
     return __builtin_convertvector((UintVec)(v == v ? (IntVec)upper : (IntVec)nan), HalfVec);
+#endif
+}
+// Two bfloat16 in each word, `low` in the lower half.
+FASTDDPM_INLINE UintVec paired(Vec low, Vec high) {
+    return __builtin_convertvector(rounded(low), UintVec) | __builtin_convertvector(rounded(high), UintVec) << 16;
 }
 FASTDDPM_INLINE void store(uint16_t *p, Vec v) {
     const HalfVec h = rounded(v);

@@ -257,9 +257,10 @@ class EngineConfig:
     """Evaluation of the network when sampling. Except fp8, options change the images only by rounding."""
 
     precision: Precision = "auto"
-    """Precision of the network. auto: bf16 on a GPU, fp32 on a CPU. The reverse chain itself is float32."""
+    """Precision of the network. auto: bf16 on a GPU, fp32 on a CPU. The reverse chain itself is float32. On a CPU, bf16
+    is faster where the processor has instructions for it (AVX512-BF16), and fp32 is taken instead where it has not."""
     native: bool = True
-    """On a CPU in fp32: evaluate the network in the compiled library. Then the options below have no effect."""
+    """On a CPU in fp32 or bf16: evaluate the network in the compiled library. Then the options below have no effect."""
     channels_last: bool = True
     """Store weights and activations in torch.channels_last."""
     time_table: bool = True

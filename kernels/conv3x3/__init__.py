@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..interface import PATCHES, WINOGRAD
+from ..interface import PATCHES, WINOGRAD_2X2, WINOGRAD_2X4, WINOGRAD_4X4
 
-__all__ = ["PATCHES", "WINOGRAD", "Arguments", "algorithm_for", "weight_gradient_wins", "winograd_wins"]
+__all__ = [
+    "PATCHES", "WINOGRAD_2X2", "WINOGRAD_2X4", "WINOGRAD_4X4", "Arguments", "algorithm_for", "bf16_algorithm_for",
+    "weight_gradient_wins", "winograd_wins",
+]  # fmt: skip
 
 _FEWEST_CHANNELS = 16  # with fewer, the transforms cost as much as the products save
 _FEWEST_TILES = 2  # for a single tile, transforming the weights costs more than the products save
@@ -29,12 +32,28 @@ class Arguments(NamedTuple):
 
 
 def algorithm_for(kernel: int, stride: int, in_channels: int, height: int, width: int) -> int:
-    """Return PATCHES or WINOGRAD for an output of height x width pixels.
+    """Return PATCHES or WINOGRAD_4X4, in float32, for an output of height x width pixels.
 
     The batch size has no influence, so neither has it on the results' bits.
     """
     one_tile = height <= 4 and width <= 4  # for one image, its transformed weights cost more than they save
-    return WINOGRAD if kernel == 3 and stride == 1 and in_channels >= _FEWEST_CHANNELS and not one_tile else PATCHES
+    return WINOGRAD_4X4 if kernel == 3 and stride == 1 and in_channels >= _FEWEST_CHANNELS and not one_tile else PATCHES
+
+
+def bf16_algorithm_for(
+    kernel: int, stride: int, in_channels: int, out_channels: int, height: int, width: int, doubled: bool
+) -> int | None:
+    """Return PATCHES, WINOGRAD_2X2 or WINOGRAD_2X4, in bfloat16, for an output of height x width pixels.
+
+    None: float32 is better. The first and the last convolution take little time, and the error of the last is the
+    network's. The larger tile is faster, and its error larger: it is left to the sizes of which a network has most
+    layers, and to inputs that are normalized, which doubled ones are not.
+    """
+    if min(in_channels, out_channels) < _FEWEST_CHANNELS or in_channels % 2 != 0:
+        return None
+    if kernel != 3 or stride != 1:
+        return PATCHES
+    return WINOGRAD_2X4 if not doubled and 4 < max(height, width) <= 16 else WINOGRAD_2X2
 
 
 def winograd_wins(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import interface, native
 from ..native import unavailable
-from . import WINOGRAD, Arguments, reference, weight_gradient_wins, winograd_wins
+from . import WINOGRAD_4X4, Arguments, reference, weight_gradient_wins, winograd_wins
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -96,7 +96,7 @@ def _structure(x: Tensor, weight_stride: tuple[int, ...], out_channels: int, dou
     return interface.Conv(
         x=native.pointer(x), n=n, height=height, width=width, c1=channels, k=out_channels, kernel=3, stride=1, pad=1,
         doubled=doubled, x_stride=(ctypes.c_int64 * 4)(height * width * channels, width * channels, channels, 1),
-        weight_stride=(ctypes.c_int64 * 4)(*weight_stride), algorithm=WINOGRAD,
+        weight_stride=(ctypes.c_int64 * 4)(*weight_stride), algorithm=WINOGRAD_4X4,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import interface, native
-from ..conv3x3 import WINOGRAD, algorithm_for, winograd_wins
+from ..conv3x3 import WINOGRAD_4X4, algorithm_for, winograd_wins
 from ..native import unavailable
 from . import Arguments, reference
 
@@ -116,7 +116,7 @@ def _call(
 
 
 def _algorithm(kernel: int, stride: int, pad: int, batch: int, in_channels: int, height: int, width: int) -> int:
-    """Return PATCHES or WINOGRAD. Unlike in the sampler, the batch size counts, so results' bits may depend on it."""
+    """Return PATCHES or WINOGRAD_4X4. Unlike in the sampler, the batch size counts, so bits may depend on it."""
     possible = kernel == 3 and stride == 1 and pad == 1
     several = possible and winograd_wins(batch, in_channels, in_channels, height, width)
-    return WINOGRAD if several else algorithm_for(kernel, stride, in_channels, height, width)
+    return WINOGRAD_4X4 if several else algorithm_for(kernel, stride, in_channels, height, width)

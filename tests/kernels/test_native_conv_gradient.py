@@ -1,7 +1,7 @@
 """The compiled library's gradient of a convolution's weights, call by call."""
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.kernels import interface, native
-from fastddpm.kernels.interface import PATCHES, WINOGRAD
+from fastddpm.kernels.interface import BFLOAT16, FLOAT32, PATCHES, WINOGRAD_2X2, WINOGRAD_2X4, WINOGRAD_4X4
 
 pytestmark = [
     pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
     pytest.mark.usefixtures("instruction_set"),
 ]
 GUARD = 16  # floats on either side of an output
+BF16 = {"algorithm": WINOGRAD_2X4, "precision": BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Case:
     affine: bool = False
     bias: bool = True
     layout: str = "channels_last"
+    algorithm: int = WINOGRAD_4X4
+    precision: int = FLOAT32
 
     def weight_stride(self) -> tuple[int, int, int, int]:
         channels = self.c1 + self.c2
@@ -86,8 +89,8 @@ class Call:
             n=case.n, height=case.size[0], width=case.size[1], c1=case.c1, c2=case.c2, k=case.k,
             x_stride=(ctypes.c_int64 * 4)(*self.x.stride()),
             weight_stride=(ctypes.c_int64 * 4)(*self.grad_weight.stride()), kernel=3, stride=1, pad=1,
-            doubled=case.doubled, silu=case.affine, algorithm=WINOGRAD, grad=pointer(self.grad),
-            grad_weight=self.grad_weight.data_ptr(), grad_bias=pointer(self.grad_bias),
+            doubled=case.doubled, silu=case.affine, algorithm=case.algorithm, precision=case.precision,
+            grad=pointer(self.grad), grad_weight=self.grad_weight.data_ptr(), grad_bias=pointer(self.grad_bias),
         )  # fmt: skip
 
     def in_float64(self) -> tuple[Tensor, Tensor]:
@@ -123,6 +126,31 @@ def test_numbers(name: str) -> None:
         torch.testing.assert_close(call.grad_bias.double(), bias, rtol=2e-6, atol=2e-6 * float(call.grad.abs().sum()))
 
 
+@pytest.mark.parametrize("algorithm", [WINOGRAD_2X2, WINOGRAD_2X4])
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_in_bf16(name: str, algorithm: int) -> None:
+    """The error is that of rounding two factors to 8 bits, 2.5e-3 of the definition, times the transforms'."""
+    call = Call(replace(CASES[name], algorithm=algorithm, precision=BFLOAT16))
+    assert call.run() == 0
+    weight, bias = call.in_float64()
+    error = (call.grad_weight.double() - weight).norm() / weight.norm()
+    assert error <= 8e-3, error
+    if call.grad_bias is not None:  # no product
+        torch.testing.assert_close(call.grad_bias.double(), bias, rtol=2e-6, atol=2e-6 * float(call.grad.abs().sum()))
+
+
+@pytest.mark.parametrize("name", ["no multiple of anything", "strips of an image", "one pixel"])
+def test_small_integers_are_exact_in_bf16(name: str) -> None:
+    """The transforms of F(2x2) add and halve: with integers up to 8, every factor is exact in bfloat16."""
+    call = Call(replace(CASES[name], algorithm=WINOGRAD_2X2, precision=BFLOAT16))
+    for tensor in (call.x, call.grad):
+        tensor.copy_(torch.randint(-8, 9, tensor.shape))
+    assert call.run() == 0
+    weight, bias = call.in_float64()
+    assert torch.equal(call.grad_weight.double(), weight)
+    assert call.grad_bias is None or torch.equal(call.grad_bias.double(), bias)
+
+
 def test_precision_is_kept_over_many_tiles_far_from_zero() -> None:
     """6400 tiles of one sign: added up one by one, rounding would be eight times as large."""
     call = Call(Case(4, 16, 16, (160, 160)), mean=1.0)
@@ -134,11 +162,12 @@ def test_precision_is_kept_over_many_tiles_far_from_zero() -> None:
 
 
 @pytest.mark.parametrize("name", ["no multiple of anything", "several blocks of tiles", "strips of an image"])
-def test_the_same_bits_with_any_number_of_threads(name: str) -> None:
+@pytest.mark.parametrize("factors", [{}, BF16], ids=["fp32", "bf16"])
+def test_the_same_bits_with_any_number_of_threads(name: str, factors: dict[str, int]) -> None:
     results = []
     for threads in (1, 2, 3, 8):
         torch.manual_seed(0)
-        call = Call(CASES[name], threads=threads)
+        call = Call(replace(CASES[name], **factors), threads=threads)
         assert call.run() == 0 and call.grad_bias is not None
         results.append((call.grad_weight, call.grad_bias))
     assert all(torch.equal(weight, results[0][0]) and torch.equal(bias, results[0][1]) for weight, bias in results)

@@ -161,10 +161,11 @@ def test_it_is_made_again_when_the_network_has_changed() -> None:
     assert first.stale() and not is_current(first, unet, engine)
 
 
-def test_the_library_is_taken_on_a_cpu_in_float32_alone() -> None:
+def test_the_library_is_taken_on_a_cpu_for_float32_weights_alone() -> None:
     unet = network(TINY)
     assert isinstance(prepare(unet, [1]), PreparedUNet | UNet)
-    assert isinstance(prepare(unet, [1], EngineConfig(precision="bf16")), FusedUNet)
+    assert isinstance(prepare(unet, [1], EngineConfig(precision="fp16")), FusedUNet)
+    assert isinstance(prepare(unet, [1], EngineConfig(precision="bf16", native=False)), FusedUNet)
     assert isinstance(prepare(unet, [1], EngineConfig(native=False)), FusedUNet)
     assert isinstance(prepare(unet.double(), [1], EngineConfig(precision="fp32")), FusedUNet)
 

@@ -26,11 +26,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | None = None) -> Network:
     """Return the fastest way to evaluate `unet(x_t, t, label)` without gradients for t in `timesteps`.
 
-    - `FusedUNet`, if the UNet is not on the CPU or is computed in another precision than its weights have, or if
-      `engine` asks for torch.compile or 8-bit convolutions or forbids the compiled library;
-    - `PreparedUNet`, for other float32 UNets on the CPU, if the compiled library was built and the chosen backend is
-      "auto" or "cpu";
+    - `PreparedUNet`, for a float32 UNet on the CPU in precision fp32 or bf16, if the compiled library was built, the
+      chosen backend is "auto" or "cpu", and `engine` neither forbids the library nor asks for torch.compile;
+    - `FusedUNet`, for another UNet that is not on the CPU or is computed in another precision than its weights have, or
+      if `engine` asks for torch.compile or 8-bit convolutions or forbids the compiled library;
     - `unet` itself otherwise, so any other network that follows the protocol in runtime/network.py.
+
+    bf16 in the compiled library needs a processor that multiplies bfloat16. Without, float32 is faster as well as more
+    exact: the network is computed in it, and a warning says so.
 
     `engine`: default `EngineConfig()`. Raises `UsageError` if 8-bit convolutions were asked for and cannot run here. If
     they can, a warning says how much they change the output.
@@ -44,7 +47,14 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
     if engine.fp8:
         _check_fp8(next(unet.parameters()).device)
     if kind is PreparedUNet:
-        return PreparedUNet(unet, timesteps)
+        precision = precision_of(unet, engine)
+        if engine.precision == "bf16" and precision == torch.float32:
+            warnings.warn(
+                "this processor has no bf16 instructions (AVX512-BF16), so the network is computed in fp32, which is "
+                "faster here; --precision fp32 says the same without this line",
+                stacklevel=3,
+            )
+        return PreparedUNet(unet, timesteps, precision)
     rows = max(timesteps) + 1 if len(timesteps) else 0
     network = FusedUNet(unet, rows, engine, precision_of(unet, engine))
     if engine.fp8:
@@ -54,7 +64,10 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
 
 def is_current(network: Network, unet: nn.Module, engine: EngineConfig | None = None) -> bool:
     """Whether `network` is what `prepare` would return for `unet` and its present weights."""
-    kind = _kind(unet, EngineConfig() if engine is None else engine)
+    engine = EngineConfig() if engine is None else engine
+    kind = _kind(unet, engine)
+    if isinstance(network, PreparedUNet) and network.precision != precision_of(unet, engine):
+        return False
     if isinstance(network, PreparedUNet | FusedUNet):
         return type(network) is kind and network.unet is unet and not network.stale()
     return network is unet and kind is None
@@ -64,30 +77,39 @@ def precision_of(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
     """Return the precision that the network is computed in.
 
     `engine.precision` "auto": bfloat16 for float32 weights on a GPU, otherwise the weights' own. A network that is run
-    as it is (`departure`) is computed in that of its weights.
+    as it is (`departure`) is computed in that of its weights, and bf16 in the compiled library on a processor without
+    such instructions is float32.
     """
     return precision_of_weights(unet) if departure(unet) is not None else _engine_precision(unet, engine)
 
 
 def _engine_precision(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
     weight = next(unet.parameters())
-    if engine.precision != "auto":
-        return PRECISIONS[engine.precision]
-    return torch.bfloat16 if weight.device.type == "cuda" and weight.dtype == torch.float32 else weight.dtype
+    if engine.precision == "auto":
+        return torch.bfloat16 if weight.device.type == "cuda" and weight.dtype == torch.float32 else weight.dtype
+    if engine.precision == "bf16" and _in_library(unet, engine) and not library.has_bf16():
+        return torch.float32
+    return PRECISIONS[engine.precision]
+
+
+def _in_library(unet: nn.Module, engine: EngineConfig) -> bool:
+    """Return whether the compiled library evaluates the network."""
+    if not engine.native or engine.compile or engine.fp8 or engine.precision == "fp16":
+        return False
+    if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in unet.parameters()):
+        return False
+    return chosen_backend() in ("auto", "cpu") and library.unavailable() is None
 
 
 def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[FusedUNet] | None:
     if departure(unet) is not None:
         return None
     assert isinstance(unet, UNet)
-    on_cpu = all(p.device.type == "cpu" for p in unet.parameters())
+    if _in_library(unet, engine):
+        return PreparedUNet
     wanted = _engine_precision(unet, engine)
-    cast = any(p.dtype != wanted for p in unet.parameters())
-    if not on_cpu or cast or not engine.native or engine.compile or engine.fp8:
-        return FusedUNet
-    if chosen_backend() not in ("auto", "cpu") or library.unavailable() is not None:
-        return None
-    return PreparedUNet if next(unet.parameters()).dtype == torch.float32 else None
+    as_it_is = all(p.device.type == "cpu" and p.dtype == wanted for p in unet.parameters())
+    return None if as_it_is and engine.native and not engine.compile and not engine.fp8 else FusedUNet
 
 
 def _report_departure(unet: nn.Module, engine: EngineConfig) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.kernels import interface, native
-from fastddpm.kernels.conv3x3 import algorithm_for
+from fastddpm.kernels.conv3x3 import algorithm_for, bf16_algorithm_for
 from fastddpm.runtime.device import one_thread
 from fastddpm.unet import AttnBlock, GroupNormSiLU, Level, ResBlock, UNet
 
@@ -26,7 +26,9 @@ from .current import Weights
 class PreparedUNet:
     """Evaluates a U-Net in evaluation mode: `PreparedUNet(unet, timesteps)(x_t, t, label)`.
 
-    The result equals that of `unet` within float32 rounding.
+    The result equals that of `unet` within float32 rounding. `precision`: with bfloat16, the factors of products are
+    rounded to it where `bf16_algorithm_for` says so; sums, norms, softmax, residuals and all that is stored stay
+    float32. Shortcuts stay float32 throughout: what they read is not normalized, and their error goes on to the end.
 
     `x_t`: float32 (N, C, H, W), any strides. `t`: int64 (N,); values in `timesteps` are fastest. `label`: int64 (N,) if
     the network takes labels. Returns float32 (N, C or 2C, H, W). The bits of an image's result depend neither on the
@@ -35,9 +37,9 @@ class PreparedUNet:
     the compiled library.
     """
 
-    def __init__(self, unet: UNet, timesteps: Sequence[int] = ()) -> None:
+    def __init__(self, unet: UNet, timesteps: Sequence[int] = (), precision: torch.dtype = torch.float32) -> None:
         native.library()
-        self.unet = unet
+        self.unet, self.precision = unet, precision
         self._weights = Weights(unet)
         self._blocks = [module for module in unet.modules() if isinstance(module, ResBlock)]
         with torch.no_grad():
@@ -58,7 +60,7 @@ class PreparedUNet:
             key = (len(x_t), torch.get_num_threads())
             if self._plan is None or self._plan.key != key:
                 self._plan = None  # frees its memory before the next one takes some
-                self._plan = _Plan(self.unet, self._blocks, self._layers, key)
+                self._plan = _Plan(self.unet, self._blocks, self._layers, self.precision, key)
             x = x_t.to(torch.float32).contiguous(memory_format=torch.channels_last)
             return self._plan.run(x, self._projections(t, label))
 
@@ -107,12 +109,13 @@ class _Layer:
     stride: int
     pad: int
     algorithm: int
+    precision: int
 
 
-def _layer(module: nn.Module, height: int, width: int) -> _Layer:
+def _layer(module: nn.Module, height: int, width: int, doubled: bool, precision: torch.dtype) -> _Layer:
     """Pack the weights of a convolution or linear layer, or of q, k and v of an attention block as one layer.
 
-    `height`, `width`: size of the output, on which the choice of the algorithm depends.
+    `height`, `width`: size of the output, on which the choice of the algorithm depends. `doubled`: its input is.
     """
     if isinstance(module, AttnBlock):
         weights, biases = zip(*((layer.weight, layer.bias) for layer in (module.q, module.k, module.v)), strict=True)
@@ -123,16 +126,21 @@ def _layer(module: nn.Module, height: int, width: int) -> _Layer:
     if weight.ndim == 2:
         weight = weight[:, :, None, None]
     k, c, kernel, _ = weight.shape
-    algorithm = algorithm_for(kernel, stride, c, height, width)
-    return _Layer(_packed(weight, stride, pad, algorithm), bias, c, k, kernel, stride, pad, algorithm)
+    low = None
+    if precision == torch.bfloat16:
+        low = bf16_algorithm_for(kernel, stride, c, k, height, width, doubled)
+    algorithm = algorithm_for(kernel, stride, c, height, width) if low is None else low
+    factors = native.dtype_code(torch.float32 if low is None else precision)
+    packed = _packed(weight, stride, pad, algorithm, factors)
+    return _Layer(packed, bias, c, k, kernel, stride, pad, algorithm, factors)
 
 
-def _packed(weight: Tensor, stride: int, pad: int, algorithm: int) -> Tensor:
+def _packed(weight: Tensor, stride: int, pad: int, algorithm: int, precision: int) -> Tensor:
     """Return the weights of a convolution, float32 (K, C, k, k), in the order in which the library reads them."""
     k, c, kernel, _ = weight.shape
     args = interface.Conv(
         weight=weight.data_ptr(), weight_stride=(ctypes.c_int64 * 4)(*weight.stride()), c1=c, k=k, kernel=kernel,
-        stride=stride, pad=pad, x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm,
+        stride=stride, pad=pad, x_stride=(ctypes.c_int64 * 4)(0, 0, 0, 1), algorithm=algorithm, precision=precision,
     )  # fmt: skip
     library = native.library()
     num_bytes = library.fastddpm_cpu_conv_packed_bytes(ctypes.byref(args))
@@ -182,8 +190,11 @@ class _Arena:
 class _Plan:
     """The library calls that evaluate the network for a batch of `key[0]` images with `key[1]` threads."""
 
-    def __init__(self, unet: UNet, blocks: list[ResBlock], layers: dict[int, _Layer], key: tuple[int, int]) -> None:
-        self.key = key
+    def __init__(
+        self, unet: UNet, blocks: list[ResBlock], layers: dict[int, _Layer], precision: torch.dtype,
+        key: tuple[int, int],
+    ) -> None:  # fmt: skip
+        self.key, self._precision = key, precision
         self._batch, self._threads = key
         self._library, self._layers = native.library(), layers
         self._arena = _Arena()
@@ -262,7 +273,7 @@ class _Plan:
         before, after = self._temb_columns(block)
         residual = self._conv(block.conv1, h, skip=skip, norm=block.norm1, temb=before)
         if block.shortcut is not None:
-            out = self._conv(block.shortcut, h, skip=skip)
+            out = self._conv(block.shortcut, h, skip=skip, precision=torch.float32)
             self._arena.release(h)
         elif self._arena.shared(h):
             out = self._conv(block.conv2, residual, norm=block.norm2, scale_shift=after, residual=h)
@@ -308,6 +319,7 @@ class _Plan:
             q=start, k=start + 4 * c, v=start + 8 * c, out=out.data_ptr(),
             n=n * block.heads, l=tokens, c=c // block.heads, heads=block.heads, scale=(c // block.heads) ** -0.5,
             q_stride=triple, k_stride=triple, v_stride=triple, out_stride=single, dtype=interface.FLOAT32,
+            precision=native.dtype_code(self._precision),
         )  # fmt: skip
         self._calls.append(("attention", args))
         self._arena.release(qkv)
@@ -318,20 +330,21 @@ class _Plan:
     def _conv(
         self, module: nn.Module, h: Tensor, *, skip: Tensor | None = None, norm: GroupNormSiLU | None = None,
         temb: int | None = None, scale_shift: int | None = None, residual: Tensor | None = None,
-        out: Tensor | None = None, doubled: bool = False,
+        out: Tensor | None = None, doubled: bool = False, precision: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
         """Append the calls for conv(silu(norm(concat(h, skip)))) + bias + temb + residual; return the output.
 
         `temb`: the block's first column of the projections. `scale_shift`: that of those which scale and shift the
         norm's output. `out`: where to write. Default: a buffer from the arena. `doubled`: upsample h by 2 first, by the
-        nearest neighbour.
+        nearest neighbour. `precision`: default: the network's.
         """
         stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
         factor = 2 if doubled else 1
         out_height, out_width = h.shape[1] * factor // stride, h.shape[2] * factor // stride
         layer = self._layers.get(id(module))
         if layer is None:
-            layer = self._layers[id(module)] = _layer(module, out_height, out_width)
+            layer = _layer(module, out_height, out_width, doubled, precision or self._precision)
+            self._layers[id(module)] = layer
         n, height, width, c1 = h.shape
         c2 = 0 if skip is None else skip.shape[3]
         if norm is not None:
@@ -348,7 +361,7 @@ class _Plan:
             n=n, height=height, width=width, c1=c1, c2=c2, k=layer.out_channels,
             x_stride=(ctypes.c_int64 * 4)(*h.stride()), kernel=layer.kernel, stride=layer.stride,
             pad=layer.pad, doubled=doubled, silu=norm is not None and norm.silu,
-            algorithm=layer.algorithm,
+            algorithm=layer.algorithm, precision=layer.precision,
         )  # fmt: skip
         args.workspace_bytes = self._library.fastddpm_cpu_conv_workspace(ctypes.byref(args), self._threads)
         self._workspace_bytes = max(self._workspace_bytes, args.workspace_bytes)

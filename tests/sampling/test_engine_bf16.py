@@ -1,0 +1,91 @@
+"""The compiled library's network with factors in bfloat16."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers.architectures import ALL, TOGETHER, reference
+from helpers.engines import arguments, network, relative_error
+from helpers.marks import instruction_sets, on_instruction_set
+from torch import Tensor
+
+import fastddpm
+from fastddpm.config import EngineConfig
+from fastddpm.kernels import native
+from fastddpm.sampling.engine import PreparedUNet, is_current, precision_of, prepare
+from fastddpm.unet import UNet
+
+BF16 = EngineConfig(precision="bf16")
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+
+def expected_of(unet: UNet, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    with torch.no_grad():
+        return reference(unet.config, dict(unet.named_parameters()), x_t, t, label)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_numbers_of_every_option(name: str) -> None:
+    """Nearer to float64 than the network cast by hand."""
+    unet, inputs = network(ALL[name]), arguments(3, ALL[name])
+    expected = expected_of(unet, *inputs)
+    x_t, t, label = inputs
+    with torch.no_grad():
+        by_hand = copy.deepcopy(unet).bfloat16()(x_t.bfloat16(), t, label)
+    ours = PreparedUNet(unet, [7, 307], torch.bfloat16)(*inputs)
+    assert ours.dtype == torch.float32
+    assert 1e-5 < relative_error(ours, expected) <= relative_error(by_hand, expected)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_on_every_instruction_set(isa: str) -> None:
+    with on_instruction_set(isa):
+        unet, inputs = network(ALL["everything"]), arguments(2, ALL["everything"])
+        ours = PreparedUNet(unet, precision=torch.bfloat16)(*inputs)
+        assert relative_error(ours, expected_of(unet, *inputs)) <= 2e-2
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_the_same_bits_whatever_the_batch_and_the_threads(name: str) -> None:
+    unet, before = network(ALL[name]), torch.get_num_threads()
+    x_t, t, label = arguments(4, ALL[name])
+    prepared = PreparedUNet(unet, [7], torch.bfloat16)
+    together = prepared(x_t, t, label).clone()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for part in (slice(0, 1), slice(1, 4)):
+                assert torch.equal(prepared(x_t[part], t[part], None if label is None else label[part]), together[part])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_processor_with_the_instructions_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_bf16", lambda: True)
+    unet = network(ALL["guided"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = prepare(unet, [1], BF16)
+    assert isinstance(prepared, PreparedUNet) and prepared.precision == torch.bfloat16
+    assert precision_of(unet, BF16) == torch.bfloat16 and precision_of(unet, EngineConfig()) == torch.float32
+    assert is_current(prepared, unet, BF16) and not is_current(prepared, unet, EngineConfig())
+
+
+def test_a_processor_without_computes_in_float32_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_bf16", lambda: False)
+    unet, inputs = network(ALL["guided"]), arguments(2, ALL["guided"])
+    with pytest.warns(UserWarning, match=r"no bf16 instructions \(AVX512-BF16\), so the network is computed in fp32"):
+        prepared = prepare(unet, [1], BF16)
+    assert isinstance(prepared, PreparedUNet) and prepared.precision == torch.float32
+    assert precision_of(unet, BF16) == torch.float32 and is_current(prepared, unet, BF16)
+    assert torch.equal(prepared(*inputs), prepare(unet, [1])(*inputs))
+
+
+def test_a_denoiser_and_a_sampler_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_bf16", lambda: True)
+    unet, inputs = network(ALL["guided"]), arguments(2, ALL["guided"])
+    ours = fastddpm.Denoiser(unet, BF16)(*inputs)
+    assert torch.equal(ours, PreparedUNet(unet, precision=torch.bfloat16)(*inputs))
+    sampler = fastddpm.Sampler(unet, fastddpm.Diffusion(), steps=3, engine=BF16)
+    assert sampler.settings()["precision"] == "bfloat16"
