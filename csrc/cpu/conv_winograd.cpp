@@ -2,7 +2,7 @@
 //
 // The tiles of all images are taken in blocks of about kBlockTiles. For each block
 //   1. input:    activation of a line of channels of a strip of tile rows in a scratch image, B^T d B of its tiles into
-//                V (products, tiles, C), which all threads share;
+//                V (products, tiles, C), which the threads share, or each has of its own blocks;
 //   2. products: for 32 output channels at a time, the products V U into M (products, tiles, 32), then A^T M A + bias +
 //                temb + residual into the output.
 // M belongs to a thread and fits into its second-level cache. Each output is summed in one order, whatever the batch,
@@ -27,6 +27,9 @@ constexpr bool kKept = sizeof(typename A::Element) == 2;
 // Tiles of a block, so that V and M stay in the caches.
 template <typename A>
 constexpr int64_t kBlockTiles = A::kProducts == 36 ? 128 : A::kProducts == 24 ? 192 : 256;
+// With as many tiles for each thread, and U kept, the threads share no V: it stays in a core's second-level cache, and no
+// line goes from one core to another. A block has at least kFewestTiles, because it reads all of U.
+constexpr int64_t kFewestApart = 32, kFewestTiles = 64, kApartBytes = 640 << 10;
 // Input channels that are multiplied at once.
 template <typename A>
 constexpr int64_t kDepth = kKept<A> ? int64_t{1} << 40 : 128;
@@ -38,16 +41,23 @@ struct Plan {
     using T = typename A::Element;
     Tiling tiling;
     ConvSize size;
+    bool apart;                                // each thread takes whole blocks, and has a V of its own
     int64_t column_blocks, parts, part_tiles;  // a task of the second phase: 32 channels of a part of the block's tiles
     int64_t v_row, v_block, v_plane, m_plane;  // V is (products, C / kDepth, tiles, kDepth)
     int64_t kept_row;                          // elements of U for one product and 32 output channels, where it is kept
-    int64_t v_bytes, u_bytes, thread_bytes;    // V and U are shared
+    int64_t v_bytes, shared_v_bytes, u_bytes, thread_bytes;  // U is shared
 
     Plan(const fastddpm_conv_args &p, int32_t threads)
-        : tiling(p, A::kDown, A::kAcross, kBlockTiles<A>), size(p) {
+        : tiling(p, A::kDown, A::kAcross, kBlockTiles<A>), size(p), apart(false) {
+        if (kKept<A> && tiling.image_tiles * p.n >= threads * kFewestApart) {
+            const int64_t tile_bytes = A::kProducts * size.channels * static_cast<int64_t>(sizeof(T));
+            const Tiling of_threads(p, A::kDown, A::kAcross, larger(kFewestTiles, kApartBytes / tile_bytes), threads);
+            apart = of_threads.blocks >= threads;
+            if (apart) tiling = of_threads;
+        }
         column_blocks = divide_up(p.k, kColumns);
         const bool even = column_blocks % threads == 0 || column_blocks >= 4 * threads;
-        parts = even ? 1 : smaller(threads, divide_up(tiling.block_tiles, kRows));
+        parts = even || apart ? 1 : smaller(threads, divide_up(tiling.block_tiles, kRows));
         part_tiles = divide_up(tiling.block_tiles, parts);
         v_row = smaller(kDepth<A>, divide_up(size.channels, kLineOf<T>) * kLineOf<T>);
         v_block = tiling.block_tiles * v_row;
@@ -60,6 +70,8 @@ struct Plan {
         const int64_t u_floats = kKept<A> ? 0 : A::kProducts * kWeightPlane;
         const int64_t product_floats = u_floats + kTaps * kTurned * kColumns + A::kProducts * m_plane;
         thread_bytes = whole_lines(larger(tiling.scratch_floats<T>(), product_floats) * static_cast<int64_t>(sizeof(float)));
+        shared_v_bytes = apart ? 0 : v_bytes;
+        if (apart) thread_bytes += v_bytes;
     }
 };
 
@@ -216,12 +228,20 @@ void convolve(const fastddpm_conv_args &p, int32_t threads) {
     const Plan<A> plan(p, threads);
     const Tiling &tiling = plan.tiling;
     char *workspace = static_cast<char *>(p.workspace);
-    T *v = reinterpret_cast<T *>(workspace), *made = reinterpret_cast<T *>(workspace + plan.v_bytes);
+    T *made = reinterpret_cast<T *>(workspace + plan.shared_v_bytes);
     const T *kept = p.packed == nullptr ? made : static_cast<const T *>(p.packed);
     const int64_t lines = divide_up(plan.size.channels, kLineOf<T>);
 #pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
-        float *own = reinterpret_cast<float *>(workspace + plan.v_bytes + plan.u_bytes + thread_number() * plan.thread_bytes);
+        char *own = workspace + plan.shared_v_bytes + plan.u_bytes + thread_number() * plan.thread_bytes;
+        float *buffer = reinterpret_cast<float *>(own + (plan.apart ? plan.v_bytes : 0));
+        T *v = reinterpret_cast<T *>(plan.apart ? own : workspace);
+        // A line of channels of a strip, of the block that begins with tile `first_tile`.
+        const auto transform = [&](int64_t strip, int64_t c, int64_t first_tile) {
+            const int64_t at = tiling.first_tile(strip) - first_tile;
+            transform_input<A>(p, tiling, strip, c, buffer,
+                               v + c / kDepth<A> * plan.v_block + at * plan.v_row + c % kDepth<A>, plan.v_row, plan.v_plane);
+        };
         if constexpr (kKept<A>) {
             if (p.packed == nullptr) {
 #pragma omp for schedule(dynamic)
@@ -229,24 +249,29 @@ void convolve(const fastddpm_conv_args &p, int32_t threads) {
                     keep_weights<A>(p, plan.kept_row, block * kColumns, made);
             }
         }
-        for (int64_t first = 0; first < tiling.strips; first += tiling.block_strips) {
+        if (plan.apart) {
+#pragma omp for schedule(static)  // of the next layer, a thread then reads what it has written
+            for (int64_t block = 0; block < tiling.blocks; ++block) {
+                const int64_t first = block * tiling.block_strips, last = smaller(first + tiling.block_strips, tiling.strips);
+                const int64_t first_tile = tiling.first_tile(first), tiles = tiling.first_tile(last) - first_tile;
+                for (int64_t strip = first; strip < last; ++strip)
+                    for (int64_t line = 0; line < lines; ++line) transform(strip, line * kLineOf<T>, first_tile);
+                for (int64_t k = 0; k < p.k; k += kColumns) products(p, plan, k, first_tile, tiles, v, kept, buffer);
+            }
+        }
+        for (int64_t first = 0; first < tiling.strips && !plan.apart; first += tiling.block_strips) {
             const int64_t last = smaller(first + tiling.block_strips, tiling.strips);
             const int64_t first_tile = tiling.first_tile(first), tiles = tiling.first_tile(last) - first_tile;
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < (last - first) * lines; ++task) {
-                const int64_t strip = first + task / lines, c = task % lines * kLineOf<T>;
-                const int64_t at = tiling.first_tile(strip) - first_tile;
-                transform_input<A>(p, tiling, strip, c, own,
-                                   v + c / kDepth<A> * plan.v_block + at * plan.v_row + c % kDepth<A>, plan.v_row,
-                                   plan.v_plane);
-            }
+            for (int64_t task = 0; task < (last - first) * lines; ++task)
+                transform(first + task / lines, task % lines * kLineOf<T>, first_tile);
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < plan.column_blocks * plan.parts; ++task) {
                 const int64_t begin = task % plan.parts * plan.part_tiles;
                 const int64_t count = smaller(plan.part_tiles, tiles - begin);
                 if (count > 0)
                     products(p, plan, task / plan.parts * kColumns, first_tile + begin, count, v + begin * plan.v_row,
-                             kept, own);
+                             kept, buffer);
             }
         }
     }
@@ -289,7 +314,7 @@ void pack_winograd(const fastddpm_conv_args &p, void *packed) {
 int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads) {
     return with_algorithm(p, [&](auto algorithm) -> int64_t {
         const Plan<decltype(algorithm)> plan(p, threads);
-        return plan.v_bytes + plan.u_bytes + threads * plan.thread_bytes;
+        return plan.shared_v_bytes + plan.u_bytes + threads * plan.thread_bytes;
     });
 }
 

@@ -14,7 +14,8 @@ struct Tiling {
     int64_t block_strips, block_tiles, blocks;
     int64_t scratch_height, scratch_width;  // of an image that holds a line of channels of a strip's input
 
-    Tiling(const fastddpm_conv_args &p, int down, int across, int64_t most_tiles) {
+    // `teams`: the number of blocks is a multiple of it, if there are strips enough.
+    Tiling(const fastddpm_conv_args &p, int down, int across, int64_t most_tiles, int64_t teams = 1) {
         const ConvSize size(p);
         tiles_high = divide_up(size.out_height, down);
         tiles_wide = divide_up(size.out_width, across);
@@ -25,7 +26,8 @@ struct Tiling {
         image_strips = divide_up(tiles_high, strip_rows);
         strips = p.n * image_strips;
         const int64_t most_strips = larger(1, most_tiles / (strip_rows * tiles_wide));
-        block_strips = larger(1, divide_up(strips, larger(1, divide_up(strips, most_strips))));
+        const int64_t fewest = divide_up(larger(1, divide_up(strips, most_strips)), teams) * teams;
+        block_strips = larger(1, divide_up(strips, fewest));
         block_tiles = block_strips * strip_rows * tiles_wide;
         blocks = larger(1, divide_up(strips, block_strips));
         scratch_height = down * strip_rows + 2;

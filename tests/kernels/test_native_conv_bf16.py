@@ -190,10 +190,10 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
     def rounded(x: Tensor) -> Tensor:
         return x.float().bfloat16().double()
 
-    q, k, v = (rounded(x).view(n, tokens, heads, channels).transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(2, 3) * channels**-0.5
+    exact_q, exact_k, exact_v = (rounded(x).view(n, tokens, heads, channels).transpose(1, 2) for x in (q, k, v))
+    scores = exact_q @ exact_k.transpose(2, 3) * channels**-0.5
     weights = (scores - scores.amax(3, keepdim=True)).exp()
-    expected = (rounded(weights) @ v / weights.sum(3, keepdim=True)).transpose(1, 2).reshape(out.shape)
+    expected = (rounded(weights) @ exact_v / weights.sum(3, keepdim=True)).transpose(1, 2).reshape(out.shape)
     results = []
     for threads in (1, 2, 3):
         assert native.library().fastddpm_cpu_attention(ctypes.byref(args), threads) == 0
