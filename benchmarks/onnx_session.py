@@ -9,8 +9,9 @@ import torch
 def onnx_session(path: Path) -> Any:
     """The model of an ONNX file in onnxruntime, on torch's number of threads.
 
-    Its threads spin while it runs, and by default for a while after, on the cores of the side whose turn is next: ours
-    then leaves them to it (docs/cpu.md, "Beside other programs"). Here they stop when a run ends, which costs it nothing.
+    Its threads spin while it runs, and by default for a while after, on the cores of the side whose turn is next, and
+    ours then leaves these to them (docs/cpu.md, "Beside other programs"). Here they stop when a run ends, which costs
+    it nothing.
     """
     import onnxruntime
 
