@@ -1,86 +1,34 @@
-"""A training step: data, noise, forward, backward, Adam and the average of the weights, ours and plain PyTorch's."""
+"""A training step: data, noise, forward, backward, Adam and the average of the weights, ours and plain PyTorch's.
 
-from collections.abc import Callable
-from dataclasses import replace
+On a CPU in float32 and in bfloat16, a group each; on a GPU in bfloat16. training_step.py lets the sides take turns.
+"""
+
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from harness import DEVICE, ON_GPU, forward_flop, record, synchronised_timer
-from peers import diffusers_unet, is_slow_to_start, unet, version
-from plain import PlainUNet
-from torch import Tensor
+from harness import ON_GPU, forward_flop, record, synchronised_timer
+from peers import is_slow_to_start, version
+from training_sides import PEERS, training_step
 
-import fastddpm
-from fastddpm.data import Dataset
-from fastddpm.training.trainer import Trainer
+from fastddpm.sampling.engine import PRECISIONS
 
 pytestmark = pytest.mark.benchmark(timer=synchronised_timer, min_rounds=5, max_time=2.0, warmup=True,
                                    warmup_iterations=1)  # fmt: skip
 CASES = [("cifar10", 128), ("celebahq256", 8)] if ON_GPU else [("mnist", 32), ("cifar10", 2), ("cifar10", 8)]
-PEERS = ("fastddpm", "torch eager", "torch.compile", "diffusers", "diffusers, compiled")
 
 
 @pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("precision", ["bf16"] if ON_GPU else ["fp32", "bf16"])
 @pytest.mark.parametrize(("preset", "batch"), CASES)
-def test_training_step(benchmark: Any, request: pytest.FixtureRequest, preset: str, batch: int, peer: str) -> None:
+def test_training_step(
+    benchmark: Any, request: pytest.FixtureRequest, preset: str, batch: int, precision: str, peer: str
+) -> None:
     if is_slow_to_start(peer) and not request.config.getoption("--all-peers"):
         pytest.skip(f"{peer} takes minutes to start on a CPU: --all-peers")
-    benchmark.group = f"training step {preset} batch {batch}"
-    step = ours(preset, batch) if peer == "fastddpm" else theirs(peer, preset, batch)
-    benchmark(step)
+    benchmark.group = f"training step {preset} batch {batch} {precision}"
+    benchmark(training_step(peer, preset, batch, precision))
     versions = {"diffusers": version("diffusers")} if "diffusers" in peer else {}
-    record(benchmark, peer, images=batch, flop=3 * forward_flop(preset, batch), preset=preset, batch=batch, **versions)
-
-
-def images_of(preset: str) -> np.ndarray:
-    config = fastddpm.preset(preset).unet
-    shape = (512, config.image_channels, config.image_size, config.image_size)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def ours(preset: str, batch: int) -> Callable[[], object]:
-    config, images = fastddpm.preset(preset), images_of(preset)
-    labels = np.arange(len(images), dtype=np.int64) % max(1, config.unet.num_classes)
-    config = replace(config, train=replace(config.train, batch=batch, precision="bf16" if ON_GPU else "fp32"))
-    return Trainer(config, Dataset(images, labels, "noise", "0" * 64), DEVICE).train_step
-
-
-def theirs(peer: str, preset: str, batch: int) -> Callable[[], object]:
-    """The loop of diffusers' unconditional example: randn noise, mean square, clipping, Adam, an average of weights."""
-    network = unet(preset)
-    model: Any = diffusers_unet(network, preset) if "diffusers" in peer else PlainUNet(network)
-    model = model.to(memory_format=torch.channels_last).train()
-    called = torch.compile(model, dynamic=False) if "compile" in peer else model
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999)
-    )
-    alpha_bar = torch.tensor(fastddpm.Diffusion(fastddpm.preset(preset).diffusion).alpha_bar, device=DEVICE).float()
-    images = torch.from_numpy(images_of(preset)).to(DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        if "diffusers" in peer:
-            return called(x_t, t).sample
-        label = torch.zeros_like(t) if network.config.num_classes else None
-        return called(x_t, t, label)
-
-    def step() -> None:
-        chosen = torch.randint(len(images), (batch,), generator=generator, device=DEVICE)
-        x0 = images[chosen].float() / 127.5 - 1
-        eps = torch.randn(x0.shape, generator=generator, device=DEVICE)
-        t = torch.randint(1000, (batch,), generator=generator, device=DEVICE)
-        scale = alpha_bar[t][:, None, None, None]
-        x_t = (scale.sqrt() * x0 + (1 - scale).sqrt() * eps).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU):
-            loss = F.mse_loss(predict(x_t, t).float(), eps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(model)
-
-    return step
+    record(
+        benchmark, peer, images=batch, flop=3 * forward_flop(preset, batch), dtype=PRECISIONS[precision],
+        preset=preset, batch=batch, precision=precision, **versions,
+    )  # fmt: skip

@@ -22,7 +22,7 @@ import fastddpm
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
-from inference import random_weights, save_for_diffusers
+from inference_sides import random_weights, save_for_diffusers
 
 SEGMENT = 20
 

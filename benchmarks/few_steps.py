@@ -2,7 +2,7 @@
 
     python benchmarks/few_steps.py [--model digits] [--data DATA] [--chains dpm2m:logsnr ddim:even ..]
         [--steps 5 10 20 50] [--guidance 2 ..] [--clip on off] [--reference 100] [--images 256] [--rounds 3]
-        [--plot FILE.png [--rows FILE.json ..]] [--out FILE.json]
+        [--precision fp32 bf16] [--plot FILE.png [--rows FILE.json ..]] [--out FILE.json]
 
 Each of `--rounds` draws the same seeds with another noise key, and scores them. For digits the score is the classifier
 Fréchet distance of benchmarks/digits.py, with the share of images that the classifier is confident of and recall; real
@@ -13,6 +13,11 @@ images that a linear classifier, fitted to the features of 4,000 others, recogni
 the network. `seconds`: of drawing, medians over the rounds. With `--reference N` a row also has `distance`, the root
 mean square difference of its images from those of N even steps of dpm2m, the same model's ODE solved nearly exactly,
 which a method without noise aims at. A chain may also name its timesteps, descending: dpm2m:999,872,476,105,14,0.
+
+With several precisions of the network (`--precision fp32 bf16`) all draw the same seeds with the same noise keys. A row
+of a later one has `beside`, its difference from the first: of each score the mean over the keys, its standard deviation
+over them, and that of the first's own scores, the spread that a difference must exceed to mean something; and `images`,
+the root mean square difference of the images, whose values are in [-1, 1].
 """
 
 import dataclasses
@@ -30,6 +35,7 @@ import torch
 from torch import Tensor
 
 import fastddpm
+from fastddpm.config import EngineConfig
 from fastddpm.data import open_dataset
 from fastddpm.metrics.kid import kernel_distance
 from fastddpm.metrics.networks import open_network
@@ -45,7 +51,7 @@ CHAINS = [
     "dpm2m-sde:logsnr",
 ]  # fmt: skip
 AT_ONCE = 64
-DIGITS = ("classifier_frechet_distance", "confident_share", "recall")
+DIGITS = ("classifier_frechet_distance", "confident_share", "recall", "recognised_share")
 REAL_IMAGES = 2000
 FITTED_IMAGES = 4000
 RIDGE = 0.1  # of the features' unit variance
@@ -113,6 +119,40 @@ def process(model: Model, *, clip: bool) -> fastddpm.Diffusion:
     return fastddpm.Diffusion(dataclasses.replace(model.preset.diffusion, clip_x0=clip))
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The images of each noise key, float32 (N, C, H, W), the median seconds and evaluations that they took, scores."""
+
+    images: list[Tensor]
+    seconds: float
+    evaluations: int
+    scores: list[dict[str, float]]
+
+
+def drawn(
+    model: Model, judge: Judge, chain: str, steps: int, images: int, rounds: int, guidance: float, clip: bool,
+    precision: str,
+) -> Drawn:  # fmt: skip
+    method, spacing = chain.split(":")
+    found, seconds, scores = [], [], []
+    for key in range(rounds):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `evaluations` tells how many timesteps are left
+            taken: dict[str, Any] = {"steps": steps, "spacing": spacing}
+            if spacing[0].isdecimal():
+                taken = {"timesteps": [int(t) for t in spacing.split(",")]}
+            sampler = fastddpm.Sampler(
+                model.unet, process(model, clip=clip), method=method, guidance=guidance, seed=key,
+                engine=EngineConfig(precision=precision), **taken,
+            )  # fmt: skip
+        start = perf_counter()
+        found.append(draw(sampler, images))
+        seconds.append(perf_counter() - start)
+        labels = sampler.labels_for(range(images)) or [0] * images
+        scores.append(judge.score(to_uint8(found[-1]), np.array(labels)))
+    return Drawn(found, median(seconds), sampler.steps, scores)
+
+
 def measure(
     model: Model,
     judge: Judge,
@@ -124,34 +164,46 @@ def measure(
     guidance: float,
     clip: bool = True,
     references: Sequence[Tensor] = (),
-) -> dict[str, Any]:
-    """One row: mean and standard deviation of each figure over the rounds, and the seconds of a round."""
+    precisions: Sequence[str] = ("auto",),
+) -> list[dict[str, Any]]:
+    """A row for each precision: mean and standard deviation of each figure over the rounds, and seconds of a round."""
     method, spacing = chain.split(":")
-    diffusion = process(model, clip=clip)
-    scores: list[dict[str, float]] = []
-    seconds, distances = [], []
-    for key in range(rounds):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `evaluations` tells how many timesteps are left
-            taken: dict[str, Any] = {"steps": steps, "spacing": spacing}
-            if spacing[0].isdecimal():
-                taken = {"timesteps": [int(t) for t in spacing.split(",")]}
-            sampler = fastddpm.Sampler(model.unet, diffusion, method=method, guidance=guidance, seed=key, **taken)
-        start = perf_counter()
-        drawn = draw(sampler, images)
-        seconds.append(perf_counter() - start)
-        labels = sampler.labels_for(range(images)) or [0] * images
-        scores.append(judge.score(to_uint8(drawn), np.array(labels)))
+    rows: list[dict[str, Any]] = []
+    first = None
+    for precision in precisions:
+        new = drawn(model, judge, chain, steps, images, rounds, guidance, clip, precision)
+        row: dict[str, Any] = {
+            "method": method, "spacing": spacing, "guidance": guidance, "clip": clip, "precision": precision,
+            "steps": steps, "evaluations": new.evaluations, "seconds": new.seconds,
+        }  # fmt: skip
+        for name in judge.names:
+            values = [float(score[name]) for score in new.scores]
+            row |= {name: mean(values), f"{name}_sd": spread(values)}
         if references:
-            distances.append(float((drawn - references[key]).square().mean().sqrt()))
-    row: dict[str, Any] = {
-        "method": method, "spacing": spacing, "guidance": guidance, "clip": clip, "steps": steps,
-        "evaluations": sampler.steps, "seconds": median(seconds),
-    }  # fmt: skip
-    for name in judge.names:
-        values = [float(score[name]) for score in scores]
-        row |= {name: mean(values), f"{name}_sd": stdev(values) if rounds > 1 else None}
-    return row | ({"distance": mean(distances)} if distances else {})
+            row["distance"] = mean(map(rms, new.images, references))
+        if first is not None:
+            row["beside"] = beside(first, new, judge.names)
+        first = first or new
+        rows.append(row)
+    return rows
+
+
+def rms(images: Tensor, others: Tensor) -> float:
+    return float((images - others).square().mean().sqrt())
+
+
+def spread(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def beside(first: Drawn, other: Drawn, names: Sequence[str]) -> dict[str, Any]:
+    """The differences of `other` from `first`, which has the same seeds and noise keys."""
+    found: dict[str, Any] = {"images": mean(map(rms, other.images, first.images))}
+    for name in names:
+        before, after = ([float(score[name]) for score in one.scores] for one in (first, other))
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        found[name] = {"difference": mean(changes), "difference_sd": spread(changes), "first_sd": spread(before)}
+    return found
 
 
 def solutions(model: Model, steps: int, images: int, rounds: int, guidance: float, clip: bool) -> list[Tensor]:
@@ -163,19 +215,25 @@ def solutions(model: Model, steps: int, images: int, rounds: int, guidance: floa
     return [draw(sampler, images) for sampler in samplers]
 
 
+def line_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a line of the picture is of: method and spacing, and the precision if one was asked for."""
+    precision = row.get("precision", "auto")
+    return (row["method"], row["spacing"], *([] if precision == "auto" else [precision]))
+
+
 def plot(rows: Sequence[dict[str, Any]], real: dict[str, Any], path: Path) -> None:
     """Draw the first score against evaluations: a panel for each guidance and clipping, a line for each chain."""
     from matplotlib.figure import Figure
 
     name = next(key for key in rows[0] if f"{key}_sd" in rows[0])
     panels = list(dict.fromkeys((row["guidance"], row["clip"]) for row in rows))
-    chains = list(dict.fromkeys((row["method"], row["spacing"]) for row in rows))
+    chains = list(dict.fromkeys(map(line_of, rows)))
     figure = Figure(figsize=(1 + 5 * len(panels), 5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (guidance, clip) in zip(all_axes, panels, strict=True):
         for i, chain in enumerate(chains):
             own = [row for row in rows if (row["guidance"], row["clip"]) == (guidance, clip)]
-            own = sorted((r for r in own if (r["method"], r["spacing"]) == chain), key=lambda row: row["evaluations"])
+            own = sorted((row for row in own if line_of(row) == chain), key=lambda row: row["evaluations"])
             axes.errorbar(
                 [row["evaluations"] for row in own], [row[name] for row in own],
                 [row[f"{name}_sd"] or 0.0 for row in own], color=f"C{i}", marker="o", capsize=3, label=", ".join(chain),
@@ -204,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clip", nargs="+", choices=("on", "off"), default=["on"], help="clip x_0 predictions")
     parser.add_argument("--reference", type=int, default=0, help="steps of the ODE's solution; 0: none")
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), nargs="+", default=["auto"])
     parser.add_argument("--plot", type=Path, help="picture to write")
     parser.add_argument("--rows", type=Path, nargs="+", default=[], help="files of --out to draw in it, too")
     options = machine.parse(parser, arguments)
@@ -226,12 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 references = solutions(model, options.reference, options.images, options.rounds, guidance, clip == "on")
             for chain in options.chains:
                 for steps in options.steps:
-                    row = measure(
-                        model, judge, chain, steps, options.images, options.rounds,
-                        guidance=guidance, clip=clip == "on", references=references,
+                    new = measure(
+                        model, judge, chain, steps, options.images, options.rounds, guidance=guidance,
+                        clip=clip == "on", references=references, precisions=options.precision,
                     )  # fmt: skip
-                    rows.append(row)
-                    print(_line(row, judge.names), flush=True)
+                    rows += new
+                    print("\n".join(_line(row, judge.names) for row in new), flush=True)
                     machine.write(options, model=str(options.model), images=options.images, real=judge.floor, rows=rows)
     if options.plot is not None:
         plot([*earlier, *rows], judge.floor, options.plot)
@@ -240,9 +299,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _line(row: dict[str, Any], names: Sequence[str]) -> str:
     figures = "  ".join(f"{name} {row[name]:.4f}" for name in names)
-    settings = f"{row['method']:9} {row['spacing']:8} w {row['guidance']:g} clip {row['clip']:d}"
+    precision = "" if row["precision"] == "auto" else f"{row['precision']} "
+    settings = f"{row['method']:9} {row['spacing']:8} {precision}w {row['guidance']:g} clip {row['clip']:d}"
     distance = f"  distance {row['distance']:.4f}" if "distance" in row else ""
-    return f"{settings} {row['evaluations']:3}  {figures}{distance}  {row['seconds']:.1f} s"
+    lines = [f"{settings} {row['evaluations']:3}  {figures}{distance}  {row['seconds']:.1f} s"]
+    if "beside" in row:
+        lines.append(f"  beside the first precision: images {row['beside']['images']:.4f}")
+        for name in names:
+            found = {key: "-" if value is None else f"{value:.4f}" for key, value in row["beside"][name].items()}
+            lines.append(f"    {name} {row['beside'][name]['difference']:+.4f} (sd of that {found['difference_sd']}, "
+                         f"of the first's own {found['first_sd']})")  # fmt: skip
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

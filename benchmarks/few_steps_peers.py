@@ -21,7 +21,7 @@ import fastddpm
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
-from inference import random_weights, save_for_diffusers
+from inference_sides import random_weights, save_for_diffusers
 
 SPACINGS = {"ancestral": "leading", "ddim": "leading", "dpm2m": "linspace", "dpm2m-sde": "linspace"}
 """Each method's spacing: the default of diffusers' scheduler."""

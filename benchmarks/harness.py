@@ -67,18 +67,18 @@ class Limits:
 
 
 @functools.cache
-def limits() -> Limits:
-    """Measured once a run: the fastest product of random numbers that PyTorch has here, and a copy beyond all caches.
+def limits(dtype: torch.dtype) -> Limits:
+    """Measured once a run: the fastest product of random `dtype` that PyTorch has here, and a copy beyond all caches.
 
     On a CPU that may be a convolution: the library behind it (oneDNN) multiplies faster on some processors than the
     one behind matrix products.
     """
     side, size = (8192, 2**31) if ON_GPU else (1536, 2**27)
-    a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
     rates = [2 * side**3 / best(lambda: a @ b)]
     if not ON_GPU:
-        x = torch.randn(4, 256, 32, 32).to(memory_format=torch.channels_last)
-        weight = torch.randn(256, 256, 3, 3)
+        x = torch.randn(4, 256, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+        weight = torch.randn(256, 256, 3, 3, dtype=dtype)
         rates.append(18 * x.numel() * len(weight) / best(lambda: F.conv2d(x, weight, padding=1)))
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     target = torch.zeros_like(source)
@@ -96,10 +96,18 @@ def best(call: Callable[[], object], rounds: int = 7) -> float:
     return float(np.min(times))
 
 
-def record(benchmark: Any, peer: str, images: float = 0, flop: float = 0, num_bytes: float = 0, **more: Any) -> None:
+def record(
+    benchmark: Any,
+    peer: str,
+    images: float = 0,
+    flop: float = 0,
+    num_bytes: float = 0,
+    dtype: torch.dtype = DTYPE,
+    **more: Any,
+) -> None:
     """Beside the time: who was timed, rates, the share of the limit, and what the figure was measured on.
 
-    `images`, `flop`, `num_bytes`: of one call. The share is the limit's time over the median.
+    `images`, `flop`, `num_bytes`: of one call. The share is the limit's time over the median; `dtype` is the limit's.
     """
     median = benchmark.stats.stats.median if benchmark.stats else float("nan")
     info: dict[str, Any] = {"peer": peer, **more}
@@ -110,7 +118,7 @@ def record(benchmark: Any, peer: str, images: float = 0, flop: float = 0, num_by
     if num_bytes:
         info |= {"gb": num_bytes / 1e9, "gb_per_s": num_bytes / median / 1e9}
     if flop or num_bytes:
-        measured = limits()
+        measured = limits(dtype)
         info |= {
             "share_of_limit": measured.seconds(flop, num_bytes) / median,
             "limit_tflop_per_s": measured.matrix_flops / 1e12,

@@ -1,148 +1,92 @@
-"""A forward pass of a preset's network on the CPU: prepared, and peers with the same weights.
+"""A forward pass of a network on the CPU, in float32 and bfloat16: prepared, and peers with the same weights.
 
-python benchmarks/inference.py [--preset cifar10] [--batch 1 8] [--rounds 15] [--no-compile] [--out FILE.json]
+python benchmarks/inference.py [--preset cifar10] [--precision fp32 bf16] [--batch 1 8] [--rounds 15] [--no-compile]
+    [--weights random|trained|RUN] [--seed 0] [--no-memory] [--out FILE.json]
 
-Ours is `fastddpm.Denoiser`; "module" is the plain `UNet` under torch.inference_mode. diffusers' UNet2DModel runs in
-channels_last, eager and under torch.compile with freezing; onnxruntime runs our network as `python -m fastddpm.export`
-writes it, and is left out, by name, where it or the exporter is not installed. The ratio is to the fastest peer. The
-sides take turns in one process. Errors are of the 2-norm against float64. Peak memory is the largest resident set of a
-process of its own for each side, imports and weights included: read from Linux's /proc, and unknown ("-", null in JSON)
-on other systems.
+inference_sides.py says who is compared; onnxruntime is left out, by name, where it or the exporter is not installed.
+The sides take turns in one process. The ratio of a precision is the time of its fastest peer over that of the prepared
+network in that precision; "bf16 to any" is that of the fastest peer of all over the prepared network in bfloat16.
+Errors are of the 2-norm against float64. Peak memory is the largest resident set of a process of its own for each side,
+imports and weights included: read from Linux's /proc, and unknown ("-", null in JSON) on other systems.
+
+Random weights are the preset's, with numbers in every layer. Trained ones of mnist come with the package; for cifar10
+name a run, or what else `fastddpm.load` reads: then the network is that model's, whatever `--preset` says.
 """
 
 import argparse
 import copy
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastddpm
-from fastddpm.config import UNetConfig
-from fastddpm.pretrained import diffusers as interchange
-from fastddpm.pretrained.model import Model
-from fastddpm.sampling import export
+from fastddpm.pretrained import read_preset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
-from onnx_session import onnx_session
+from inference_sides import (
+    BF16_WEIGHTS,
+    ONNX_FILES,
+    OURS,
+    PREPARED,
+    SIDES,
+    Side,
+    in_float64,
+    random_weights,
+    save_for_diffusers,
+    save_for_onnxruntime,
+    side,
+    without_onnx,
+)
 
-T = 500
-ONNX_FILE = "denoiser.onnx"
-OURS = ("prepared", "module")
-SIDES = (*OURS, "eager", "compiled", "onnxruntime")
-Side = Callable[[Tensor], Tensor]
-
-
-def random_weights(preset: str = "cifar10") -> fastddpm.UNet:
-    """The network at initialization has zeros in the last layer of every block, and an output of zero."""
-    torch.manual_seed(0)
-    unet = fastddpm.UNet(fastddpm.preset(preset).unet).eval()
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.add_(noise / 10 if parameter.ndim == 1 else noise / parameter[0].numel() ** 0.5 / 2)
-    return unet.channels_last()
+TRAINED = {"mnist": "digits"}
 
 
-def _model(unet: fastddpm.UNet) -> Model:
-    preset = replace(fastddpm.preset("cifar10"), unet=unet.config)
-    return Model(unet, fastddpm.Diffusion(preset.diffusion), preset)
-
-
-def save_for_diffusers(unet: fastddpm.UNet, folder: Path) -> Path:
-    """The folder from which diffusers reads the network."""
-    interchange.save(_model(unet), folder / "pipeline")
-    return folder / "pipeline" / "unet"
-
-
-def save_for_onnxruntime(unet: fastddpm.UNet, folder: Path) -> None:
-    """The file that `side` reads; `folder` as from `save_for_diffusers`."""
-    export.write(export.denoiser(_model(unet)), folder / ONNX_FILE, "onnx")
-
-
-def without_onnx() -> list[str]:
-    """The libraries that onnxruntime as a side needs and that are not installed."""
-    return [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-
-
-def inputs(x: Tensor, config: UNetConfig) -> tuple[Tensor, ...]:
-    """x_t, t, and if the network has classes, labels."""
-    labels = (torch.arange(len(x)) % config.num_classes,) if config.num_classes else ()
-    return x, torch.full((len(x),), T), *labels
-
-
-def side(name: str, network: torch.nn.Module | None, config: UNetConfig, folder: Path) -> Side:
-    """One call of `network`: ours for the sides in `OURS`, otherwise diffusers'; onnxruntime reads its own."""
-    if name == "onnxruntime":
-        session = onnx_session(folder / ONNX_FILE)
-
-        def run_onnx(x: Tensor) -> Tensor:
-            names = (given.name for given in session.get_inputs())
-            values = (value.numpy() for value in inputs(x, config))
-            (out,) = session.run(None, dict(zip(names, values, strict=True)))
-            return torch.from_numpy(out)
-
-        return run_onnx
-    assert network is not None
-    if name == "prepared":
-        denoiser = fastddpm.Denoiser(network)
-        return lambda x: denoiser(*inputs(x, config))
-    if name == "compiled":
-        from torch._inductor import config as inductor
-
-        inductor.freezing = True
-        network = torch.compile(network)
-
-    def run(x: Tensor) -> Tensor:
-        with torch.inference_mode() if name in OURS else torch.no_grad():
-            out = network(*inputs(x.contiguous(memory_format=torch.channels_last), config))
-            return out if name in OURS else out.sample
-
-    return run
-
-
-def in_float64(unet: fastddpm.UNet, x: Tensor) -> Tensor:
-    with torch.no_grad(), fastddpm.ops.use_backend("reference"):
-        return copy.deepcopy(unet).double()(*inputs(x.double(), unet.config))
-
-
-def peak_memory(name: str, preset: str, batch: int, folder: Path) -> float | None:
+def peak_memory(name: str, batch: int, folder: Path) -> float | None:
     """MiB, of a process that runs one side a few times; `folder` as from `save_for_diffusers`. None: unknown here."""
     if machine.peak_resident_set() is None:
         return None
-    command = [sys.executable, __file__, "--memory-of", name, str(folder), "--preset", preset, "--batch", str(batch)]
+    command = [sys.executable, __file__, "--memory-of", name, str(folder), "--batch", str(batch)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
 
 
-def run_for_memory(name: str, folder: str, preset: str, batch: int) -> None:
+def run_for_memory(name: str, folder: Path, batch: int) -> None:
     """Freshly initialized on either side: what reading weights takes is another matter."""
-    config, network = fastddpm.preset(preset).unet, None
+    config, network = read_preset(folder.parent).unet, None
     if name in OURS:
         network = fastddpm.UNet(config).eval().channels_last()
-    elif name != "onnxruntime":
+    elif name not in ONNX_FILES:
         from diffusers import UNet2DModel
 
+        torch.set_default_dtype(torch.bfloat16 if name in BF16_WEIGHTS else torch.float32)
         network = UNet2DModel.from_config(UNet2DModel.load_config(folder)).eval().to(memory_format=torch.channels_last)
-    run, x = side(name, network, config, Path(folder)), torch.randn(batch, *config.image_shape)
+        torch.set_default_dtype(torch.float32)
+    run, x = side(name, network, config, folder), torch.randn(batch, *config.image_shape)
     for _ in range(3):
         run(x)
     print(machine.peak_resident_set())
 
 
+def ratios(times: dict[str, float], precisions: Sequence[str]) -> dict[str, float]:
+    """How many times as fast as the fastest peer: in each of `precisions`, and in bfloat16 among peers of any."""
+    peers = {p: [times[name] for name in SIDES[p] if name in times and name not in OURS] for p in precisions}
+    found = {p: min(peers[p]) / times[PREPARED[p]] for p in precisions}
+    if len(precisions) > 1:
+        found["bf16 to any"] = min(map(min, peers.values())) / times[PREPARED["bf16"]]
+    return found
+
+
 def measure(
-    unet: fastddpm.UNet, sides: dict[str, Side], preset: str, batch: int, rounds: int, folder: Path
+    unet: fastddpm.UNet, sides: dict[str, Side], precisions: Sequence[str], batch: int, rounds: int
 ) -> dict[str, Any]:
     """One line of the table."""
     x = torch.randn(batch, *unet.config.image_shape, generator=torch.Generator().manual_seed(batch))
@@ -153,50 +97,75 @@ def measure(
     times = dict(zip(sides, (1e3 * seconds for seconds in machine.medians(calls, rounds)), strict=True))
     expected = in_float64(unet, x)
     errors = {name: float((run(x).double() - expected).norm() / expected.norm()) for name, run in sides.items()}
-    ratio = min(time for name, time in times.items() if name not in OURS) / times["prepared"]
-    memory = {name: peak_memory(name, preset, batch, folder) for name in sides}
-    return {"batch": batch, "ms": times, "ratio": ratio, "error": errors, "peak_mib": memory}
+    return {"batch": batch, "ms": times, "ratio": ratios(times, precisions), "error": errors}
+
+
+def network(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[fastddpm.UNet, dict[str, Any]]:
+    """The network that the options ask for, and what the file says of its weights."""
+    if options.weights == "random":
+        return random_weights(options.preset, options.seed), {"weights": "random", "seed": options.seed}
+    if options.weights == "trained" and options.preset not in TRAINED:
+        parser.exit(2, f"no trained weights of {options.preset} come with the package; name a run by --weights RUN\n")
+    model = fastddpm.load(TRAINED[options.preset] if options.weights == "trained" else options.weights)
+    return model.unet.channels_last(), {"weights": f"trained, {model.preset.name}", "steps": model.steps}
+
+
+def wanted(options: argparse.Namespace) -> list[str]:
+    """The sides by name, without those that are not installed, which are told on stderr."""
+    names = [name for precision in options.precision for name in SIDES[precision]]
+    if options.no_compile:
+        names = [name for name in names if "compiled" not in name]
+    if absent := without_onnx():
+        print(f"without onnxruntime: {', '.join(absent)} not installed (pip install -e '.[onnx]')", file=sys.stderr)
+        names = [name for name in names if name not in ONNX_FILES]
+    return names
+
+
+def show(row: dict[str, Any]) -> None:
+    for kind, ratio in row["ratio"].items():
+        print(f"batch {row['batch']}, {kind}: {ratio:.2f} times as fast as the fastest peer")
+    for name, ms in row["ms"].items():
+        mib = row["peak_mib"][name]
+        memory = "-" if mib is None else f"{mib:.0f}"
+        print(f"  {name:22} {ms:8.1f} ms   error {row['error'][name]:.1e}   {memory:>6} MiB", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = machine.parser(__doc__)
     parser.add_argument("--preset", choices=("cifar10", "mnist"), default="cifar10")
+    parser.add_argument("--precision", choices=tuple(SIDES), nargs="+", default=list(SIDES))
+    parser.add_argument("--weights", default="random", metavar="random|trained|RUN")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process a side")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = machine.parse(parser, arguments)
     if options.memory_of:
-        run_for_memory(*options.memory_of, options.preset, options.batch[0])
+        run_for_memory(options.memory_of[0], Path(options.memory_of[1]), options.batch[0])
         return 0
     try:
         import diffusers
     except ImportError:
         print("this compares with diffusers, which is not installed: pip install -e '.[diffusers]'", file=sys.stderr)
         return 2
-    unet = random_weights(options.preset)
-    left_out = {"compiled"} if options.no_compile else set()
-    if absent := without_onnx():
-        print(f"without onnxruntime: {', '.join(absent)} not installed (pip install -e '.[onnx]')", file=sys.stderr)
-        left_out.add("onnxruntime")
-    names = [name for name in SIDES if name not in left_out]
-    rows = []
+    unet, about = network(parser, options)
+    names, rows = wanted(options), []
+    versions = {"diffusers": diffusers.__version__}
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_for_diffusers(unet, Path(temporary))
         theirs = diffusers.UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
         theirs = theirs.to(memory_format=torch.channels_last)
-        if "onnxruntime" in names:
-            save_for_onnxruntime(unet, folder)
-        sides = {name: side(name, unet if name in OURS else theirs, unet.config, folder) for name in names}
+        if set(names) & set(ONNX_FILES):
+            save_for_onnxruntime(unet, folder, names)
+            versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+        sides = {name: side(name, unet if name in OURS else copy.deepcopy(theirs), unet.config, folder)
+                 for name in names}  # fmt: skip
         for batch in options.batch:
-            rows.append(measure(unet, sides, options.preset, batch, options.rounds, folder))
-            print(f"batch {batch}: {rows[-1]['ratio']:.2f} times as fast as the fastest peer")
-            for name in names:
-                ms, error, mib = (rows[-1][key][name] for key in ("ms", "error", "peak_mib"))
-                memory = "-" if mib is None else f"{mib:.0f}"
-                print(f"  {name:11} {ms:8.1f} ms   error {error:.1e}   {memory:>6} MiB", flush=True)
-    versions = {"diffusers": diffusers.__version__}
-    if "onnxruntime" in names:
-        versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
-    machine.write(options, versions, preset=options.preset, rows=rows)
+            row = measure(unet, sides, options.precision, batch, options.rounds)
+            row["peak_mib"] = {name: None if options.no_memory else peak_memory(name, batch, folder) for name in names}
+            show(row)
+            rows.append(row)
+            machine.write(options, versions, preset=options.preset, **about, rows=rows)
     return 0
 
 

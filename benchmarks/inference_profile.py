@@ -23,7 +23,7 @@ from fastddpm.sampling.engine import PreparedUNet
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
-from inference import random_weights
+from inference_sides import random_weights
 
 SIDE = 1024
 

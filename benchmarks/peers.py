@@ -123,8 +123,6 @@ def _torch(network: fastddpm.UNet, peer: str) -> Evaluate:
 def diffusers_unet(network: fastddpm.UNet, preset: str) -> Any:
     """diffusers' UNet2DModel with the same weights, in channels_last."""
     version("diffusers")
-    if network.config.num_classes:
-        pytest.skip("diffusers' network takes no labels of this kind")
     from diffusers import UNet2DModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +140,7 @@ def _diffusers(network: fastddpm.UNet, preset: str, peer: str) -> Evaluate:
 
     def evaluate(x: Tensor, t: Tensor) -> Tensor:
         with torch.no_grad(), patched():
-            return called(x.to(DTYPE).contiguous(memory_format=torch.channels_last), t).sample
+            return called(x.to(DTYPE).contiguous(memory_format=torch.channels_last), t, _labels(network, x)).sample
 
     return evaluate
 

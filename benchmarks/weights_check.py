@@ -20,7 +20,7 @@ from fastddpm.sampling.engine import is_current
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
-from inference import random_weights
+from inference_sides import random_weights
 
 
 def measure(preset: str, batch: int, rounds: int) -> dict[str, Any]:

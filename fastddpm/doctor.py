@@ -1,4 +1,7 @@
-"""python -m fastddpm.doctor: which implementations run here, their errors and speeds, and why no faster one runs."""
+"""python -m fastddpm.doctor: which implementations run here, their errors and speeds, and why no faster one runs.
+
+On a CPU also which precision of the network is the faster one here.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -8,6 +11,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastddpm import __version__
@@ -18,8 +22,12 @@ from fastddpm.runtime.progress import announced, log
 if TYPE_CHECKING:
     import torch
 
+    from fastddpm.sampling.precision_trial import Timed
+
 PROGRAM = "fastddpm.doctor"
 LIBRARIES = ("torch", "triton", "numpy", "pillow", "safetensors")
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")  # in CPUINFO: of x86, of ARM
 EXTRAS = ("datasets", "diffusers", "lmdb", "matplotlib", "pyarrow", "scipy", "tensorboard", "torch-fidelity")
 
 
@@ -50,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
         from fastddpm.ops import selftest, status
         from fastddpm.ops.backend import implementations
         from fastddpm.runtime.device import choose_device
+        from fastddpm.sampling import precision_trial
         from fastddpm.sampling.engine import PRECISIONS
 
     device = choose_device(command.device)
@@ -64,13 +73,20 @@ def main(arguments: Sequence[str]) -> None:
         print(flush=True)  # the lines above come before those of standard error below
     log(f"trying each operation on {batch} images in {_name(dtype)} ..")
     findings = selftest.run(device, dtype, batch)
+    precisions = []
+    if not on_gpu:
+        log(f"timing the CIFAR-10 network on {batch} images in float32 and bfloat16 ..")
+        precisions = precision_trial.run(batch)
     failed = [finding.operation for finding in findings if not finding.passed]
     if command.json:
         report = {**system(device), "precision": _name(dtype), "batch": batch}
         report["backends"] = status(device.type)
+        report["precisions"] = [asdict(timed) for timed in precisions]
         print(json.dumps(report | {"trials": [asdict(finding) for finding in findings]}, indent=1))
     else:
         print(table(findings))
+        if precisions:
+            print("\n".join(_precision_lines(precisions, batch)))
         print("\n".join(_implementation_lines(implementations(device.type))))
     if failed:
         log(f"error against float64 above the tolerance: {', '.join(failed)}")
@@ -84,6 +100,21 @@ def table(findings: Sequence[Any]) -> str:
         speed = f"{found.speed:.2f} times as fast" + ("" if found.passed else "   FAILED")
         lines.append(f"  {found.operation:28} {found.error:8.1e} {found.tolerance:8.0e}   {speed}")
     return "\n".join(lines)
+
+
+def _precision_lines(found: Sequence["Timed"], batch: int) -> list[str]:
+    """Return the times of the precisions as text, a line each, and which is the fastest."""
+    first, fastest = found[0], min(found, key=lambda timed: timed.milliseconds)
+    lines = ["", f"the CIFAR-10 network by precision, {batch} image{'s' if batch > 1 else ''}"]
+    for timed in found:
+        line = f"  {timed.precision:16} {timed.milliseconds:8.1f} ms"
+        if timed is not first:
+            speed = first.milliseconds / timed.milliseconds
+            line += (
+                f"   {speed:.2f} times as fast as {first.precision}, from which it differs by {timed.difference:.1e}"
+            )
+        lines.append(line)
+    return [*lines, f"  {fastest.precision} is the faster one here; the default on a CPU is fp32"]
 
 
 def _implementation_lines(found: Mapping[str, tuple[str, Sequence[str]]]) -> list[str]:
@@ -119,6 +150,7 @@ def system(device: "torch.device") -> dict[str, Any]:
         found["threads"] = torch.get_num_threads()
         reason = native.unavailable()
         found["cpu library"] = reason or f"built, running its {native.isa()} code"
+        found["bf16 instructions"] = bf16_instructions()
     found["FASTDDPM_BACKEND"] = os.environ.get("FASTDDPM_BACKEND", "not set")
     found["optional"] = {name: version(name) for name in EXTRAS}
     return found
@@ -130,6 +162,16 @@ def version(library: str) -> str:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def bf16_instructions() -> str:
+    """Return the processor's instructions for products of bfloat16 by Linux's names, "none", or "unknown"."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return ", ".join(flag for flag in BF16_FLAGS if flag in flags) or "none"
 
 
 def busy() -> bool:

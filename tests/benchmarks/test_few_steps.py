@@ -25,7 +25,7 @@ def test_a_row_is_the_score_of_the_samplers_images(scorer: Scorer) -> None:
 
     model = fastddpm.load("digits")
     guidance = model.preset.sample.guidance
-    row = few_steps.measure(model, few_steps.of_digits(scorer, 20), "dpm2m:logsnr", 4, 20, 2, guidance=guidance)
+    (row,) = few_steps.measure(model, few_steps.of_digits(scorer, 20), "dpm2m:logsnr", 4, 20, 2, guidance=guidance)
     assert (row["steps"], row["evaluations"]) == (4, 4) and row["seconds"] > 0
     labels, found = [seed % 10 for seed in range(20)], []
     for key in range(2):
@@ -76,9 +76,25 @@ def test_distance_is_from_the_solution_of_the_same_guidance_and_clipping(scorer:
     judge = few_steps.of_digits(scorer, 4)
     for clip in (True, False):
         references = few_steps.solutions(model, 3, 4, 1, 1.5, clip)
-        row = few_steps.measure(model, judge, "dpm2m:even", 3, 4, 1, guidance=1.5, clip=clip, references=references)
-        other = few_steps.measure(model, judge, "dpm2m:even", 3, 4, 1, guidance=2.0, clip=clip, references=references)
+        (row,) = few_steps.measure(model, judge, "dpm2m:even", 3, 4, 1, guidance=1.5, clip=clip, references=references)
+        (other,) = few_steps.measure(
+            model, judge, "dpm2m:even", 3, 4, 1, guidance=2.0, clip=clip, references=references
+        )
         assert row["distance"] == 0 < other["distance"]
+
+
+def test_precisions_draw_the_same_seeds_and_are_set_beside_the_first(scorer: Scorer) -> None:
+    judge = few_steps.of_digits(scorer, 12)
+    arguments = (fastddpm.load("digits"), judge, "ddim:even", 3, 12, 2)
+    fp32, bf16, again = few_steps.measure(*arguments, guidance=2.0, precisions=("fp32", "bf16", "fp32"))
+    assert [row["precision"] for row in (fp32, bf16, again)] == ["fp32", "bf16", "fp32"] and "beside" not in fp32
+    assert 1e-4 < bf16["beside"]["images"] < 0.05 and again["beside"]["images"] == 0
+    for name in judge.names:
+        found = bf16["beside"][name]
+        assert found["difference"] == pytest.approx(bf16[name] - fp32[name]) and found["first_sd"] == fp32[f"{name}_sd"]
+        assert again["beside"][name]["difference"] == again["beside"][name]["difference_sd"] == 0
+    assert "beside the first precision" in few_steps._line(bf16, judge.names)
+    assert few_steps.line_of(bf16) == ("ddim", "even", "bf16")
 
 
 @pytest.mark.parametrize("method", ["ancestral", "ddim", "dpm2m", "dpm2m-sde"])

@@ -66,7 +66,7 @@ class Benchmark:
 
 
 def test_a_record_has_rates_and_the_share_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "limits", lambda: harness.Limits(matrix_flops=8e12, copy_bytes=4e9))
+    monkeypatch.setattr(harness, "limits", lambda dtype: harness.Limits(matrix_flops=8e12, copy_bytes=4e9))
     benchmark = Benchmark()
     harness.record(benchmark, "somebody", images=10, flop=1e12, num_bytes=1e9, batch=3)
     found = benchmark.extra_info
@@ -77,8 +77,9 @@ def test_a_record_has_rates_and_the_share_of_the_limit(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_limits_are_measured() -> None:
-    found = harness.limits()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_limits_are_measured(dtype: torch.dtype) -> None:
+    found = harness.limits(dtype)
     assert found.matrix_flops > 1e9 and found.copy_bytes > 1e8
     assert found.seconds(found.matrix_flops, 0) == 1
     assert found.seconds(0, 3 * found.copy_bytes) == pytest.approx(3)

@@ -2,14 +2,18 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import oracle
+from helpers.networks import SMALL
 
 from fastddpm import doctor
+from fastddpm.config import Preset
 from fastddpm.ops import backend, selftest, use_backend
+from fastddpm.sampling import precision_trial
 
 FLOAT32 = (torch.device("cpu"), torch.float32)
 
@@ -18,6 +22,8 @@ FLOAT32 = (torch.device("cpu"), torch.float32)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "_SECONDS", 1e-3)
     monkeypatch.setattr(selftest, "_ROUNDS", 1)
+    monkeypatch.setattr(precision_trial, "_ROUNDS", 1)
+    monkeypatch.setattr(precision_trial, "preset", lambda name: Preset("small", SMALL))
 
 
 def trial(name: str) -> selftest.Trial:
@@ -74,6 +80,9 @@ def test_the_report_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch             {torch.__version__}" in out
     assert re.search(r"attention +\d\.\de-\d\d +2e-05 +\d+\.\d\d times as fast\n", out)
     assert re.search(r"\n  attention        reference", out)
+    assert re.search(r"\nthe CIFAR-10 network by precision, 1 image\n  fp32 +\d+\.\d ms\n", out)
+    assert re.search(r"\n  bf16 +\d+\.\d ms   \d+\.\d\d times as fast as fp32, from which it differs by ", out)
+    assert re.search(r"\n  (fp32|bf16) is the faster one here; the default on a CPU is fp32\n", out)
 
 
 def test_a_reason_is_told_once_with_its_operations(
@@ -103,6 +112,8 @@ def test_the_report_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.main(["--batch", "1", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] == torch.__version__ and report["precision"] == "float32" and report["batch"] == 1
+    assert [timed["precision"] for timed in report["precisions"]] == ["fp32", "bf16"]
+    assert report["bf16 instructions"] == doctor.bf16_instructions()
     assert set(report["backends"]) >= {"attention", "conv3x3_fp8"}
     assert all(entry["error"] <= entry["tolerance"] for entry in report["trials"])
     assert report["optional"]["torch-fidelity"] == doctor.version("torch-fidelity")
@@ -112,3 +123,47 @@ def test_bfloat16_has_a_tolerance_of_its_own() -> None:
     findings = {found.operation: found for found in selftest.run(torch.device("cpu"), torch.bfloat16, batch=1)}
     assert 1e-4 < findings["attention"].error < findings["attention"].tolerance == 1e-2
     assert findings["random_normal"].tolerance == 2e-5
+
+
+def test_precisions_differ_by_rounding() -> None:
+    fp32, bf16 = precision_trial.run(2)
+    assert (fp32.precision, fp32.difference, bf16.precision) == ("fp32", 0, "bf16")
+    assert 1e-4 < bf16.difference < 5e-2 and min(fp32.milliseconds, bf16.milliseconds) > 0
+
+
+def test_the_precision_in_less_time_is_named() -> None:
+    found = [precision_trial.Timed("fp32", 40.0, 0.0), precision_trial.Timed("bf16", 25.0, 0.013)]
+    assert doctor._precision_lines(found, 8) == [
+        "",
+        "the CIFAR-10 network by precision, 8 images",
+        "  fp32                 40.0 ms",
+        "  bf16                 25.0 ms   1.60 times as fast as fp32, from which it differs by 1.3e-02",
+        "  bf16 is the faster one here; the default on a CPU is fp32",
+    ]
+
+
+def test_a_slow_machine_takes_its_turns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    monkeypatch.setattr(precision_trial, "_ROUNDS", 5)
+    monkeypatch.setattr(precision_trial, "_SECONDS", 0.0)
+    monkeypatch.setattr(precision_trial, "_seconds", lambda *arguments: calls.append(1.0) or 1.0)
+    assert [timed.milliseconds for timed in precision_trial.run(1)] == [1e3, 1e3]
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\n", "avx512_bf16, amx_bf16"),
+        ("Features\t: fp asimd bf16 i8mm\n", "bf16"),
+        ("flags\t\t: fpu avx2\n", "none"),
+        (None, "unknown"),
+    ],
+)
+def test_the_processors_instructions(
+    text: str | None, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    if text is not None:
+        doctor.CPUINFO.write_text(text)
+    assert doctor.bf16_instructions() == said
