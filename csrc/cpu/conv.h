@@ -24,11 +24,17 @@ struct ConvSize {
           out_width(divide_up(width, p.stride)) {}
 };
 
-// Reads channels c .. c + count - 1 of the input at (n, y, x), after gain, offset and SiLU, into `to`, float or
-// bfloat16. All of them are in x or all in skip.
+// SiLU of what is multiplied as a T.
 template <typename T>
+FASTDDPM_INLINE Vec activated(Vec x) {
+    return sizeof(T) == sizeof(float) ? vsilu(x) : vsilu_to_bf16(x);
+}
+
+// Reads channels c .. c + count - 1 of the input at (n, y, x), after gain, offset and SiLU, into `to`, float or
+// bfloat16; factors are of type T. All channels are in x or all in skip.
+template <typename T, typename To>
 FASTDDPM_INLINE void read_pixel(const fastddpm_conv_args &p, const ConvSize &size, int64_t n, int64_t y, int64_t x,
-                                int64_t c, int64_t count, T *to) {
+                                int64_t c, int64_t count, To *to) {
     const int64_t row = p.doubled ? y >> 1 : y, column = p.doubled ? x >> 1 : x;
     const bool first = c < p.c1;
     const float *from = first ? p.x + n * p.x_stride[0] + row * p.x_stride[1] + column * p.x_stride[2] + c * p.x_stride[3]
@@ -40,33 +46,51 @@ FASTDDPM_INLINE void read_pixel(const fastddpm_conv_args &p, const ConvSize &siz
     for (; step == 1 && i + kWidth <= count; i += kWidth) {
         Vec v = load(from + i);
         if (gain) v = v * load(gain + i) + load(offset + i);
-        store(to + i, gain && p.silu ? vsilu(v) : v);
+        store(to + i, gain && p.silu ? activated<T>(v) : v);
     }
     for (; i < count; i += kWidth) {
         const int64_t part = smaller(kWidth, count - i);
         Vec v{};
         for (int64_t j = 0; j < part; ++j) v[j] = from[(i + j) * step];
         if (gain) v = v * load_part(gain + i, part) + load_part(offset + i, part);
-        store_part(to + i, gain && p.silu ? vsilu(v) : v, part);
+        store_part(to + i, gain && p.silu ? activated<T>(v) : v, part);
     }
 }
 
-// out[k .. k + count) of one pixel = v + bias + temb + residual.
-FASTDDPM_INLINE void finish(const fastddpm_conv_args &p, int64_t n, int64_t pixel, int64_t k, Vec v, int64_t count) {
-    const int64_t at = pixel * p.k + k;
-    const float *temb = p.temb ? p.temb + n * p.temb_stride + k : nullptr;
-    if (count >= kWidth) {
-        if (p.bias) v += load(p.bias + k);
-        if (temb) v += load(temb);
-        if (p.residual) v += load(p.residual + at);
-        store(p.out + at, v);
-    } else {
-        if (p.bias) v += load_part(p.bias + k, count);
-        if (temb) v += load_part(temb, count);
-        if (p.residual) v += load_part(p.residual + at, count);
-        store_part(p.out + at, v, count);
+// What is added to the output channels k .. k + count - 1 of a convolution as they are written. A copy of the arguments:
+// a store may change those themselves, as far as the compiler knows, which would load them anew for every vector.
+class Finish {
+public:
+    FASTDDPM_INLINE Finish(const fastddpm_conv_args &p, int64_t k, int64_t count)
+        : bias_(p.bias ? p.bias + k : nullptr),
+          temb_(p.temb ? p.temb + k : nullptr),
+          residual_(p.residual ? p.residual + k : nullptr),
+          out_(p.out + k),
+          row_(p.k),
+          temb_stride_(p.temb_stride),
+          count_(count) {}
+
+    // out = v + bias + temb + residual for a pixel of image n; v is the vector that begins at channel k + i.
+    FASTDDPM_INLINE void operator()(int64_t n, int64_t pixel, int64_t i, Vec v) const {
+        const int64_t at = pixel * row_ + i, left = count_ - i;
+        if (left >= kWidth) {
+            if (bias_) v += load(bias_ + i);
+            if (temb_) v += load(temb_ + n * temb_stride_ + i);
+            if (residual_) v += load(residual_ + at);
+            store(out_ + at, v);
+        } else {
+            if (bias_) v += load_part(bias_ + i, left);
+            if (temb_) v += load_part(temb_ + n * temb_stride_ + i, left);
+            if (residual_) v += load_part(residual_ + at, left);
+            store_part(out_ + at, v, left);
+        }
     }
-}
+
+private:
+    const float *bias_, *temb_, *residual_;
+    float *out_;
+    int64_t row_, temb_stride_, count_;
+};
 
 // The weights of output channels k .. k + kColumns - 1 in the result of conv_pack, where they are adjacent.
 inline const float *packed_columns(const fastddpm_conv_args &p, int64_t k) {

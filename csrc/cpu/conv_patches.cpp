@@ -64,7 +64,7 @@ void gather(const fastddpm_conv_args &p, const Plan<T> &plan, int64_t first, int
             if (row < 0 || row >= size.height || column < 0 || column >= size.width)
                 for (int64_t i = 0; i < run; ++i) a[at + i] = 0;
             else
-                read_pixel(p, size, n, row, column, c, run, a + at);
+                read_pixel<T>(p, size, n, row, column, c, run, a + at);
             at += run;
             c += run;
             if (c < size.channels) continue;
@@ -91,8 +91,8 @@ void gather_by_channel(const fastddpm_conv_args &p, const Plan<float> &plan, int
                 for (int64_t i = 0; i < count; ++i) a[i * taps + tap] = 0;
                 continue;
             }
-            if (in_x > 0) read_pixel(p, size, n, row, column, c, in_x, pixel_values);
-            if (in_x < count) read_pixel(p, size, n, row, column, c + in_x, count - in_x, pixel_values + in_x);
+            if (in_x > 0) read_pixel<float>(p, size, n, row, column, c, in_x, pixel_values);
+            if (in_x < count) read_pixel<float>(p, size, n, row, column, c + in_x, count - in_x, pixel_values + in_x);
             for (int64_t i = 0; i < count; ++i) a[i * taps + tap] = pixel_values[i];
         }
     }
@@ -153,10 +153,15 @@ void block_of_output(const fastddpm_conv_args &p, const Plan<T> &plan, int64_t f
                     d > 0);
         }
     }
-    const int64_t image_pixels = plan.size.out_height * plan.size.out_width;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < columns; i += kWidth)
-            finish(p, (first + r) / image_pixels, first + r, k + i, load(c + r * plan.c_row + i), columns - i);
+    const Finish finish(p, k, columns);
+    const int64_t image_pixels = plan.size.out_height * plan.size.out_width, c_row = plan.c_row;
+    int64_t n = first / image_pixels, left = image_pixels - first % image_pixels;  // pixels of image n
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < columns; i += kWidth) finish(n, first + r, i, load(c + r * c_row + i));
+        if (--left > 0) continue;
+        left = image_pixels;
+        ++n;
+    }
 }
 
 template <typename T>

@@ -171,26 +171,39 @@ void keep_weights(const fastddpm_conv_args &p, int64_t kept_row, int64_t k, uint
                          kept + k / kColumns * A::kProducts * kept_row, kept_row);
 }
 
-// A^T M A of one tile and what follows it, for the vector of output channels at k.
+// A^T M A of the tiles first .. first + tiles - 1 and what follows it, for `columns` output channels from k.
 template <typename A>
-void finish_tile(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t tile, int64_t k, const float *m) {
-    const int64_t n = tile / plan.tiling.image_tiles, within = tile % plan.tiling.image_tiles;
-    const int64_t y = within / plan.tiling.tiles_wide * A::kDown, x = within % plan.tiling.tiles_wide * A::kAcross;
-    Vec columns[A::kDown][A::kPointsAcross];
+void finish_tiles(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t first, int64_t tiles, int64_t k,
+                  int64_t columns, const float *m) {
+    const Finish finish(p, k, columns);
+    const ConvSize size = plan.size;
+    const int64_t image_tiles = plan.tiling.image_tiles, tiles_wide = plan.tiling.tiles_wide, plane = plan.m_plane;
+    const int64_t tiles_high = plan.tiling.tiles_high;
+    int64_t n = first / image_tiles, down = first % image_tiles / tiles_wide, right = first % tiles_wide;
+    for (int64_t t = 0; t < tiles; ++t, m += kColumns) {
+        const int64_t y = down * A::kDown, x = right * A::kAcross;
+        const int64_t pixel = (n * size.out_height + y) * size.out_width + x;
+        const int64_t rows = smaller(A::kDown, size.out_height - y), across = smaller(A::kAcross, size.out_width - x);
+        for (int64_t lane = 0; lane < columns; lane += kWidth) {
+            Vec of_rows[A::kDown][A::kPointsAcross];
 #pragma GCC unroll 6
-    for (int j = 0; j < A::kPointsAcross; ++j) {
-        Vec d[A::kPointsDown], r[A::kDown];
-        for (int i = 0; i < A::kPointsDown; ++i) d[i] = load(m + (i * A::kPointsAcross + j) * plan.m_plane);
-        A::Down::output(d, r);
-        for (int i = 0; i < A::kDown; ++i) columns[i][j] = r[i];
-    }
-    const int64_t rows = smaller(A::kDown, plan.size.out_height - y), across = smaller(A::kAcross, plan.size.out_width - x);
-    const int64_t count = smaller(kWidth, p.k - k);
-    for (int64_t i = 0; i < rows; ++i) {
-        Vec r[A::kAcross];
-        A::Across::output(columns[i], r);
-        const int64_t pixel = (n * plan.size.out_height + y + i) * plan.size.out_width + x;
-        for (int64_t j = 0; j < across; ++j) finish(p, n, pixel + j, k, r[j], count);
+            for (int j = 0; j < A::kPointsAcross; ++j) {
+                Vec d[A::kPointsDown], r[A::kDown];
+                for (int i = 0; i < A::kPointsDown; ++i) d[i] = load(m + (i * A::kPointsAcross + j) * plane + lane);
+                A::Down::output(d, r);
+                for (int i = 0; i < A::kDown; ++i) of_rows[i][j] = r[i];
+            }
+            for (int i = 0; i < rows; ++i) {
+                Vec r[A::kAcross];
+                A::Across::output(of_rows[i], r);
+                for (int64_t j = 0; j < across; ++j) finish(n, pixel + i * size.out_width + j, lane, r[j]);
+            }
+        }
+        if (++right < tiles_wide) continue;
+        right = 0;
+        if (++down < tiles_high) continue;
+        down = 0;
+        ++n;
     }
 }
 
@@ -218,8 +231,7 @@ void products(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t k, int64
             multiply(u, kWeightPlane, c, depth);
         }
     }
-    for (int64_t t = 0; t < tiles; ++t)
-        for (int64_t i = 0; i < columns; i += kWidth) finish_tile(p, plan, first + t, k + i, m + t * kColumns + i);
+    finish_tiles(p, plan, first, tiles, k, columns, m);
 }
 
 template <typename A>

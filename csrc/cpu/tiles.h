@@ -51,15 +51,43 @@ int64_t with_algorithm(const fastddpm_conv_args &p, Run run) {
     return p.algorithm == FASTDDPM_WINOGRAD_2X4 ? run(Tile<uint16_t, 2, 4>()) : run(Tile<uint16_t, 2, 2>());
 }
 
+// Reads kChannels channels from c of the input's row (n, y), as read_pixel does. They are adjacent, all in x or all in
+// skip.
+template <typename T, int64_t kChannels>
+FASTDDPM_INLINE void read_row(const fastddpm_conv_args &p, const ConvSize &size, int64_t n, int64_t y, int64_t c,
+                              float *to) {
+    constexpr int64_t kVecs = kChannels / kWidth;
+    const int64_t row = p.doubled ? y >> 1 : y, step = c < p.c1 ? p.x_stride[2] : p.c2;
+    const float *from = c < p.c1 ? p.x + n * p.x_stride[0] + row * p.x_stride[1] + c
+                                 : p.skip + (n * p.height + row) * p.width * p.c2 + (c - p.c1);
+    Vec gain[kVecs], offset[kVecs];
+    for (int64_t i = 0; i < kVecs && p.gain; ++i) {
+        gain[i] = load(p.gain + n * size.channels + c + i * kWidth);
+        offset[i] = load(p.offset + n * size.channels + c + i * kWidth);
+    }
+    for (int64_t x = 0; x < size.width; ++x, to += kChannels) {
+        const float *pixel = from + (p.doubled ? x >> 1 : x) * step;
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kVecs; ++i) {
+            Vec v = load(pixel + i * kWidth);
+            if (p.gain) v = v * gain[i] + offset[i];
+            store(to + i * kWidth, p.gain && p.silu ? activated<T>(v) : v);
+        }
+    }
+}
+
 // A line of channels of the input of a strip, activated, with the convolution's zeros around the image.
 template <typename A>
-inline void fill_scratch(const fastddpm_conv_args &p, const Tiling &tiling, int64_t strip, int64_t c, float *scratch) {
-    constexpr int64_t kChannels = kLineOf<typename A::Element>;
+inline void fill_scratch(const fastddpm_conv_args &args, const Tiling &tiling, int64_t strip, int64_t c, float *scratch) {
+    using T = typename A::Element;
+    constexpr int64_t kChannels = kLineOf<T>;
+    const fastddpm_conv_args p = args;  // which the compiler knows that no store changes
     const ConvSize size(p);
     const int64_t n = strip / tiling.image_strips, first_row = strip % tiling.image_strips * tiling.strip_rows;
     const int64_t rows = smaller(tiling.strip_rows, tiling.tiles_high - first_row);
     const int64_t count = smaller(kChannels, size.channels - c);
     const int64_t before_seam = c < p.c1 ? smaller(count, p.c1 - c) : 0;
+    const bool whole = count == kChannels && (before_seam == 0 || before_seam == kChannels);  // all in x or all in skip
     const int64_t row_floats = tiling.scratch_width * kChannels;
     if (count < kChannels) memset(scratch, 0, static_cast<size_t>(tiling.scratch_height * row_floats) * sizeof(float));
     for (int64_t i = 0; i < A::kDown * rows + 2; ++i) {
@@ -70,15 +98,15 @@ inline void fill_scratch(const fastddpm_conv_args &p, const Tiling &tiling, int6
             continue;
         }
         memset(to, 0, kChannels * sizeof(float));
-        for (int64_t x = 0; x < size.width; ++x) {
-            float *pixel = to + (x + 1) * kChannels;
-            if (before_seam == kChannels || (before_seam == 0 && count == kChannels)) {
-                read_pixel(p, size, n, y, x, c, kChannels, pixel);
-                continue;
+        if (whole) {
+            read_row<T, kChannels>(p, size, n, y, c, to + kChannels);
+        } else {
+            for (int64_t x = 0; x < size.width; ++x) {
+                float *pixel = to + (x + 1) * kChannels;
+                if (before_seam > 0) read_pixel<T>(p, size, n, y, x, c, before_seam, pixel);
+                if (before_seam < count)
+                    read_pixel<T>(p, size, n, y, x, c + before_seam, count - before_seam, pixel + before_seam);
             }
-            if (before_seam > 0) read_pixel(p, size, n, y, x, c, before_seam, pixel);
-            if (before_seam < count)
-                read_pixel(p, size, n, y, x, c + before_seam, count - before_seam, pixel + before_seam);
         }
         float *end = to + (size.width + 1) * kChannels;
         memset(end, 0, static_cast<size_t>(row_floats - (size.width + 1) * kChannels) * sizeof(float));

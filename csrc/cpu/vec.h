@@ -125,6 +125,19 @@ FASTDDPM_INLINE Vec vexp(Vec x) {
 
 FASTDDPM_INLINE Vec vsilu(Vec x) { return x / (1.0f + vexp(-x)); }
 
+// The same to 1e-5, for results that are rounded to bfloat16: e^-x as 2^k 2^f by a polynomial of degree 4. Below -87 a
+// result is not 0, but smaller than 1e-35.
+FASTDDPM_INLINE Vec vsilu_to_bf16(Vec x) {
+    const Vec power = vmax(vmin(x * -1.44269504088896341f, splat(126.0f)), splat(-126.0f));
+    const Vec magic = splat(12582912.0f), k = (power + magic) - magic, f = power - k;
+    Vec p = splat(0.009618129107628477f);
+    p = p * f + 0.05550410866482158f;
+    p = p * f + 0.2402265069591007f;
+    p = p * f + 0.6931471805599453f;
+    p = p * f + 1.0f;
+    return x / (1.0f + (Vec)((IntVec)p + (__builtin_convertvector(k, IntVec) << 23)));
+}
+
 // Plain arithmetic of sizes, without the standard library's templates.
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

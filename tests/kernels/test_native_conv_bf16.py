@@ -83,14 +83,14 @@ def relative(error: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("algorithm", TILES, ids=["2x2", "2x4"])
 @pytest.mark.parametrize("name", WINOGRAD)
 def test_winograd(name: str, algorithm: int, packed: bool) -> None:
-    """A factor at the middle between two bfloat16 may be rounded to the other one: 2^-8 of one product in thousands."""
+    """A factor at the middle between two bfloat16 may be rounded to the other one: 2^-8 of one product in some hundreds."""
     if packed and WINOGRAD[name].turned:
         pytest.skip("the network's weights lie as they are")
     case = replace(WINOGRAD[name], algorithm=algorithm, precision=BFLOAT16)
     call = Call(case, packed=packed)
     expected = by_winograd(call)
     assert call.run() == 0
-    assert relative(call.out.double() - expected, expected) <= 2e-4
+    assert relative(call.out.double() - expected, expected) <= 5e-4
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["weights", "packed"])
@@ -99,7 +99,7 @@ def test_patches(name: str, packed: bool) -> None:
     """Against the definition with rounded factors."""
     call = Call(replace(BY_PATCHES[name], precision=BFLOAT16), packed=packed)
     assert call.run() == 0
-    assert relative(call.out.double() - call.expected, call.expected) <= 2e-4
+    assert relative(call.out.double() - call.expected, call.expected) <= 5e-4
 
 
 @pytest.mark.parametrize("name", ["an odd number of channels", "deep"])
