@@ -262,7 +262,7 @@ void convolve(const fastddpm_conv_args &p, int32_t threads) {
             }
         }
         if (plan.apart) {
-#pragma omp for schedule(static)  // of the next layer, a thread then reads what it has written
+#pragma omp for schedule(dynamic)
             for (int64_t block = 0; block < tiling.blocks; ++block) {
                 const int64_t first = block * tiling.block_strips, last = smaller(first + tiling.block_strips, tiling.strips);
                 const int64_t first_tile = tiling.first_tile(first), tiles = tiling.first_tile(last) - first_tile;
