@@ -34,7 +34,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def _order_in_memory(tensor: Tensor) -> tuple[int, ...]:
     """Return the order of dimensions in which the tensor is contiguous; the given order if there is none."""
     given = tuple(range(tensor.ndim))
-    order = tuple(sorted(given, key=lambda d: (-tensor.stride(d), d)))
+    order = tuple(sorted(given, key=lambda d: (-tensor.stride()[d], d)))
     return order if tensor.permute(order).is_contiguous() and not tensor.is_contiguous() else given
 
 
@@ -172,7 +172,9 @@ class Optimizer:
     def _show_gradients(self) -> None:
         """Give Adam the gradients in the order of the parameters' dimensions that it sees."""
         for shard, seen, order in zip(self._local_shards, self._seen, self._orders, strict=True):
-            if self._on_cpu and shard.grad is not None and not (seen is shard and shard.grad.is_contiguous()):
+            if shard.grad is None:
+                continue
+            if seen is not shard or (self._on_cpu and not shard.grad.is_contiguous()):
                 seen.grad = shard.grad.permute(order).contiguous()
 
     @torch.no_grad()
