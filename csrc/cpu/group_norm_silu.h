@@ -136,7 +136,8 @@ public:
             memcpy(&kept, keep, sizeof kept);
         else
             for (int64_t j = 0; j < smaller(count, kWidth); ++j) kept[j] = keep[kNhwc ? j : j * channels];
-        return __builtin_convertvector(kept, Vec) * (65536.0f / static_cast<float>(65536 - threshold_));
+        // By way of integers: GCC converts bytes to floats one by one.
+        return __builtin_convertvector(__builtin_convertvector(kept, IntVec), Vec) * (65536.0f / static_cast<float>(65536 - threshold_));
     }
 
 private:

@@ -15,6 +15,7 @@ from .power_average import decay_of, exponent_of
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
+_CLIP_EPS = 1e-6  # that torch adds to the norm by which it divides
 PAPER_SHARDS = 8  # the released code trains on 8 TPU cores and clips the gradient of each
 
 
@@ -28,6 +29,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if config.decay == "cosine" and step >= config.warmup:
         rate *= 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
     return rate
+
+
+def _order_in_memory(tensor: Tensor) -> tuple[int, ...]:
+    """Return the order of dimensions in which the tensor is contiguous; the given order if there is none."""
+    given = tuple(range(tensor.ndim))
+    order = tuple(sorted(given, key=lambda d: (-tensor.stride()[d], d)))
+    return order if tensor.permute(order).is_contiguous() and not tensor.is_contiguous() else given
 
 
 def decay_at(config: TrainConfig, decay: float, step: int) -> float:
@@ -65,16 +73,23 @@ class Optimizer:
         # On the device, so that a captured step reads the numbers of the step at hand.
         self._rate = torch.zeros((), dtype=torch.float32, device=device)
         self._shares = {decay: torch.zeros_like(self._rate) for decay in config.decays}
+        self._on_cpu = device.type == "cpu"
+        # What Adam sees of each parameter: the dimensions in the order in which they lie in memory. On a CPU its kernel
+        # goes through memory, copies every gradient that is not contiguous, and takes one of another layout wrongly.
+        self._orders = [_order_in_memory(p) if self._on_cpu else tuple(range(p.ndim)) for p in self._local_shards]
+        self._seen = [
+            p if order == tuple(range(p.ndim)) else p.detach().permute(order)
+            for p, order in zip(self._local_shards, self._orders, strict=True)
+        ]
         self._adam = torch.optim.Adam(
-            self._local_shards, self._rate, ADAM_BETAS, ADAM_EPS, fused=True, capturable=device.type == "cuda"
+            self._seen, self._rate, ADAM_BETAS, ADAM_EPS, fused=True, capturable=device.type == "cuda"
         )
-        for p in self._local_shards:
+        for p in self._seen:
             self._adam.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
-        self._on_cpu = device.type == "cpu"
         # Plain SGD applies the EMA update as a gradient, so found_inf skips it together with Adam's.
         self._average_sgd = {
             decay: torch.optim.SGD(a, lr=self._shares[decay], fused=True) for decay, a in self.averages.items()
@@ -118,12 +133,14 @@ class Optimizer:
         """Apply the accumulated gradients, and return what `step` does. In mode standard it can be captured."""
         gradients = self._take_gradients()
         norm = self._total_norm(gradients)
-        if self.config.mode == "standard":
+        # Where reading the norm costs nothing, a factor of 1 is not multiplied by.
+        if self.config.mode == "standard" and not (self._on_cpu and norm + _CLIP_EPS <= self.config.clip_gradient):
             nn.utils.clip_grads_with_norm_(self._local_shards, self.config.clip_gradient, norm)
         applied = torch.isfinite(norm) & torch.isfinite(loss)
         # Adam's fused kernel skips the update if found_inf is 1; GradScaler relies on the same.
         skipped = (~applied).to(torch.float32)
         self._adam.found_inf = skipped  # type: ignore[attr-defined]
+        self._show_gradients()
         self._adam.step()
         self.zero_grad()
         for decay, average in self.averages.items():
@@ -139,7 +156,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Set all gradients to None."""
-        for p in (*self.parameters, *self._local_shards):
+        for p in (*self.parameters, *self._local_shards, *self._seen):
             p.grad = None
 
     def _take_gradients(self) -> list[Tensor]:
@@ -151,6 +168,14 @@ class Optimizer:
                 shard.grad = p.grad.to_local()  # type: ignore[attr-defined]
         self.shard_sum = None
         return [shard.grad for shard in self._local_shards if shard.grad is not None]
+
+    def _show_gradients(self) -> None:
+        """Give Adam the gradients in the order of the parameters' dimensions that it sees."""
+        for shard, seen, order in zip(self._local_shards, self._seen, self._orders, strict=True):
+            if shard.grad is None:
+                continue
+            if seen is not shard or (self._on_cpu and not shard.grad.is_contiguous()):
+                seen.grad = shard.grad.permute(order).contiguous()
 
     @torch.no_grad()
     def _update_average(self, average: list[Tensor], share: Tensor, sgd: torch.optim.SGD, skipped: Tensor) -> None:
@@ -169,10 +194,11 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Return weights, moments and step counts of this process's shards, by name; `averaged` returns the EMA."""
         tensors = {}
-        for name, p in zip(self.names, self._local_shards, strict=True):
+        for name, p, seen, order in zip(self.names, self._local_shards, self._seen, self._orders, strict=True):
             tensors[f"weight.{name}"] = p.detach()
-            for kind, value in self._adam.state[p].items():
-                tensors[f"{kind}.{name}"] = value
+            back = sorted(range(p.ndim), key=order.__getitem__)
+            for kind, value in self._adam.state[seen].items():
+                tensors[f"{kind}.{name}"] = value if kind == "step" else value.permute(back)
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], source: str | Path = "the state dict") -> None:

@@ -21,6 +21,7 @@ from fastddpm.ops.noise import NoiseKey
 from fastddpm.ops.registry import computed_dtype
 
 _WIDE_OUTPUT = 8  # channels
+_CHANNELS_TO_CONVOLVE = 256
 NEAR_ZERO_GAIN = 1e-5  # the released code replaces a scale of 0 by a variance scale of 1e-10
 
 
@@ -258,9 +259,11 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        kernels = by_kernels(x) and as_made(
-            {self.norm: GroupNormSiLU} | dict.fromkeys((self.q, self.k, self.v, self.proj), nn.Linear)
+        linear_layers: dict[nn.Module | None, type[nn.Module]] = dict.fromkeys(
+            (self.q, self.k, self.v, self.proj), nn.Linear
         )
+        kernels = by_kernels(x) and as_made({self.norm: GroupNormSiLU} | linear_layers)
+        product = _convolved if convolves_faster(x) and as_made(linear_layers) else nn.Linear.__call__
         if kernels:
             normed, x, _ = self.norm(x, inputs=True)
         else:
@@ -270,12 +273,36 @@ class AttnBlock(nn.Module):
         if kernels:
             parts = linears(tokens, [layer.weight for layer in layers], [layer.bias for layer in layers])
         else:
-            parts = [layer(tokens) for layer in layers]
+            parts = [product(layer, tokens) for layer in layers]
         q, k, v = (split_heads(part, self.heads) for part in parts)
         out = join_heads(attention(q, k, v), self.heads)
-        out = F.linear(out, self.proj.weight) if kernels else self.proj(out)
+        out = F.linear(out, self.proj.weight) if kernels else product(self.proj, out)
         image = out.reshape(n, height, width, c).permute(0, 3, 1, 2)
         return add_bias(image, self.proj.bias, x) if kernels else x + image
+
+
+def convolves_faster(x: Tensor) -> bool:
+    """Whether PyTorch's 1x1 convolution is faster than its product of matrices: on a CPU, in float32.
+
+    The first is oneDNN's and the second MKL's, which takes twice as long on processors that are not Intel's. With one
+    thread PyTorch convolves by the second, too; with few channels oneDNN's threads wait for each other.
+    """
+    return (
+        x.device.type == "cpu"
+        and computed_dtype(x) == torch.float32
+        and x.shape[1] >= _CHANNELS_TO_CONVOLVE
+        and torch.backends.mkldnn.is_available()
+        and torch.get_num_threads() > 1
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def _convolved(layer: nn.Linear, tokens: Tensor) -> Tensor:
+    """Return the layer's output (N, L, K) for tokens (N, L, C), by a convolution over one image of one row."""
+    row = tokens.reshape(1, 1, -1, tokens.shape[2]).permute(0, 3, 1, 2)
+    out = F.conv2d(row, layer.weight[:, :, None, None], layer.bias)
+    return out.permute(0, 2, 3, 1).reshape(*tokens.shape[:2], -1)
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:

@@ -135,6 +135,40 @@ def test_attention_block(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(ours, x + out.transpose(0, 2, 1).reshape(x.shape), atol=2e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_wide_attention_by_convolutions_is_that_by_products(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU; in the output and in the gradients of input, weights and biases, against float64."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    block = shaken(AttnBlock(blocks._CHANNELS_TO_CONVOLVE, 32, heads=heads))
+    for layer in (block.q, block.k, block.v, block.proj):
+        nn.init.xavier_uniform_(layer.weight)
+    x = torch.randn(2, blocks._CHANNELS_TO_CONVOLVE, 3, 5).contiguous(memory_format=torch.channels_last)
+    assert blocks.convolves_faster(x) and not blocks.convolves_faster(x.double())
+
+    def derivatives(module: AttnBlock, image: Tensor) -> list[Tensor]:
+        image = image.clone().requires_grad_()
+        out = module(image)
+        return [out.detach(), *torch.autograd.grad(out.sin().sum(), [image, *module.parameters()])]
+
+    found = derivatives(block, x)
+    for ours, exact in zip(found, derivatives(block.double(), x.double()), strict=True):
+        assert (ours - exact).norm() <= 1e-5 * exact.norm() + 1e-4
+
+
+def test_a_replaced_layer_of_wide_attention_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    channels = blocks._CHANNELS_TO_CONVOLVE
+    block, x = shaken(AttnBlock(channels, 32)), torch.randn(1, channels, 2, 2)
+    plain, proj = block(x), Twice(channels, channels)
+    proj.load_state_dict(block.proj.state_dict())
+    block.proj = proj
+    torch.testing.assert_close(block(x) - x, 2 * (plain - x), rtol=1e-4, atol=1e-4)
+
+
 def test_downsampling_pads_right_and_bottom_only(rng: np.random.Generator) -> None:
     """A delta in the top left corner meets the kernel's top left weight; symmetric padding gives its centre."""
     down = shaken(Down(2))

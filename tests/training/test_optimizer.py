@@ -137,3 +137,44 @@ def test_learning_rate_curves() -> None:
     assert learning_rate(cosine, 2) == pytest.approx(2.0)
     assert learning_rate(cosine, 6) == pytest.approx(1.0)
     assert learning_rate(cosine, 9) == pytest.approx(1.0 * (1 + np.cos(np.pi * 7 / 8)))
+
+
+@pytest.mark.parametrize("layout_of_gradient", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_in_any_layout_are_trained_as_by_adam(
+    layout: torch.memory_format, layout_of_gradient: torch.memory_format
+) -> None:
+    """With a gradient in either layout, against torch's Adam in plain operators on contiguous weights."""
+    config = TrainConfig(lr=0.01, warmup=0, ema=0.9, clip_gradient=1.0)
+    network = nn.Sequential(nn.Conv2d(4, 5, 3), nn.Conv2d(5, 2, 1)).to(memory_format=layout)
+    weights = [nn.Parameter(p.detach().clone().contiguous()) for p in network.parameters()]
+    adam = torch.optim.Adam(weights, lr=0.01, foreach=False, fused=False)
+    optimizer, average = Optimizer(network, config), [w.detach().clone() for w in weights]
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        for p, w in zip(network.parameters(), weights, strict=True):
+            w.grad = torch.randn_like(w) * (3.0 if step % 2 else 0.01)
+            layout_of_this = layout_of_gradient if w.ndim == 4 else torch.contiguous_format
+            p.grad = w.grad.clone(memory_format=layout_of_this)
+        optimizer.step(step, torch.zeros(()))
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        adam.step()
+        torch._foreach_lerp_(average, [w.detach() for w in weights], 0.1)
+    state, averaged = optimizer.state_dict(), optimizer.averaged()
+    for (name, p), w, a in zip(network.named_parameters(), weights, average, strict=True):
+        torch.testing.assert_close(p, w, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(averaged[name], a, rtol=1e-6, atol=1e-7)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moment = state[f"{kind}.{name}"]
+            assert moment.stride() == p.stride()
+            torch.testing.assert_close(moment, adam.state[w][kind], rtol=1e-5, atol=1e-8)
+
+
+def test_no_gradient_is_copied_for_adam() -> None:
+    network = nn.Conv2d(4, 5, 3).to(memory_format=torch.channels_last)
+    optimizer = Optimizer(network, TrainConfig(warmup=0))
+    network(torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    with torch.profiler.profile() as profile:
+        optimizer.step(0, torch.zeros(()))
+    copied = [event for event in profile.events() if event.name == "aten::clone"]
+    assert copied == []
