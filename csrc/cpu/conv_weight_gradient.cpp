@@ -19,7 +19,9 @@ namespace {
 
 template <typename A>
 constexpr int64_t kGradientTiles = A::kProducts == 36 ? 128 : 256;
-constexpr int64_t kGradientRows = 64;  // output channels of a task
+// Tiles that are multiplied at once, so that both factors stay in the first-level cache.
+constexpr int64_t kGradientDepth = 128;
+constexpr int64_t kGradientRows = 64;    // output channels of a task
 
 template <typename A>
 struct Plan {
@@ -211,10 +213,12 @@ void multiply(const fastddpm_conv_args &p, const Plan<A> &plan, const Shared<A> 
     const auto *u = shared.u + row_block * plan.u_size, *v = shared.v + panel * plan.v_size;
     float *m = plan.tiling.blocks > 1 ? shared.kept + task * plan.m_floats : own;
     for (int64_t point = 0; point < A::kProducts; ++point)
-        for (int64_t i = 0; i < columns; i += kPanel)
-            product<true>(rows, columns - i, u + point * plan.u_plane, plan.u_row,
-                          v + point * plan.v_plane + i * Factors<typename A::Element>::kDepth, slots,
-                          m + point * plan.m_plane + i, kColumns, block > 0);
+        for (int64_t t = 0; t < larger(1, slots); t += kGradientDepth)  // without tiles, once: M is zero
+            for (int64_t i = 0; i < columns; i += kPanel)
+                product<true>(rows, columns - i, u + point * plan.u_plane + t * plan.u_row, plan.u_row,
+                              v + point * plan.v_plane + t * kColumns + i * Factors<typename A::Element>::kDepth,
+                              smaller(kGradientDepth, slots - t), m + point * plan.m_plane + i, kColumns,
+                              block > 0 || t > 0);
     if (block + 1 == plan.tiling.blocks) finish_gradient(p, plan, k, rows, c, columns, m);
 }
 

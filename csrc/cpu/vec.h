@@ -80,7 +80,14 @@ FASTDDPM_INLINE HalfVec rounded(Vec v) {
 }
 // Two bfloat16 in each word, `low` in the lower half.
 FASTDDPM_INLINE UintVec paired(Vec low, Vec high) {
+#ifdef __AVX512BF16__
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (UintVec)_mm512_permutexvar_epi16(order, halves);
+#else
     return __builtin_convertvector(rounded(low), UintVec) | __builtin_convertvector(rounded(high), UintVec) << 16;
+#endif
 }
 FASTDDPM_INLINE void store(uint16_t *p, Vec v) {
     const HalfVec h = rounded(v);

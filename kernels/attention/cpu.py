@@ -41,6 +41,8 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     args = _structure(q, k, v, a.scale)
     args.out, args.lse = native.pointer(out), native.pointer(lse)
     args.out_stride = (ctypes.c_int64 * 2)(*out.stride()[:2])
+    if q.dtype == torch.bfloat16 and native.has_bf16():  # q, k and v are rounded already
+        args.precision = interface.BFLOAT16
     native.call("attention", args)
     return out, lse
 

@@ -29,6 +29,7 @@ class Arguments(NamedTuple):
     weight: Tensor  # x's dtype (K, C, 3, 3)
     bias: Tensor | None = None  # x's dtype (K,)
     doubled: bool = False
+    bf16: bool = False  # round the factors of the products, forward and backward, to bfloat16
 
 
 def algorithm_for(kernel: int, stride: int, in_channels: int, height: int, width: int) -> int:

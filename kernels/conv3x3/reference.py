@@ -9,7 +9,8 @@ from . import Arguments
 
 def forward(a: Arguments) -> Tensor:
     """Return (N, K, H, W), or (N, K, 2H, 2W) if doubled, in channels_last."""
-    return F.conv2d(_input(a), a.weight, a.bias, padding=1).contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(_factor(a, _input(a)), _factor(a, a.weight), a.bias, padding=1)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def backward(a: Arguments, grad: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,10 +19,14 @@ def backward(a: Arguments, grad: Tensor, wanted: list[bool]) -> tuple[Tensor, Te
     `grad`: like the output. `wanted`: for each of the three, whether to compute it; otherwise it is an empty tensor.
     """
     x, weight = a.x, a.weight
+    products = [wanted[0], wanted[1], wanted[2] and not a.bf16]
     grads = torch.ops.aten.convolution_backward(
-        grad, _input(a), weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
-    )
+        _factor(a, grad), _factor(a, _input(a)), _factor(a, weight), [weight.shape[0]], [1, 1], [1, 1], [1, 1], False,
+        [0, 0], 1, products,
+    )  # fmt: skip
     grad_x, grad_weight, grad_bias = (x.new_empty(0) if g is None else g for g in grads)
+    if wanted[2] and a.bf16:
+        grad_bias = grad.sum((0, 2, 3))  # of no product
     if wanted[0]:
         grad_x = (halve(grad_x) if a.doubled else grad_x).contiguous(memory_format=torch.channels_last)
     if wanted[1] and grad_weight.stride() != weight.stride():
@@ -32,6 +37,10 @@ def backward(a: Arguments, grad: Tensor, wanted: list[bool]) -> tuple[Tensor, Te
 def halve(grad: Tensor) -> Tensor:
     """Return the gradient of nearest-neighbour doubling: sums over 2x2 pixels."""
     return F.avg_pool2d(grad, 2, divisor_override=1)
+
+
+def _factor(a: Arguments, x: Tensor) -> Tensor:
+    return x.bfloat16().to(x.dtype) if a.bf16 else x
 
 
 def _input(a: Arguments) -> Tensor:

@@ -83,7 +83,7 @@ def relative(error: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("algorithm", TILES, ids=["2x2", "2x4"])
 @pytest.mark.parametrize("name", WINOGRAD)
 def test_winograd(name: str, algorithm: int, packed: bool) -> None:
-    """A factor at the middle between two bfloat16 may be rounded to the other one: 2^-8 of one product in some hundreds."""
+    """A factor at the middle between two bfloat16 may be rounded to the other one: 2^-8 of few products."""
     if packed and WINOGRAD[name].turned:
         pytest.skip("the network's weights lie as they are")
     case = replace(WINOGRAD[name], algorithm=algorithm, precision=BFLOAT16)

@@ -108,6 +108,27 @@ def test_numbers_of_drawn_shapes(
         assert (ours.double() - wanted).norm() <= 4e-6 * float(grad.norm()) * scales[name], name
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_factors_in_bf16(name: str, device: torch.device) -> None:
+    """Output and gradients stay float32; their errors are those of two factors of 8 bits, through the transforms."""
+    case = CASES[name]
+    tensors = case.inputs(torch.float32, device)
+    y = conv3x3(**tensors, doubled=case.doubled, bf16=True)
+    expected, wide = reference(tensors, case.doubled)
+    assert y.dtype == torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
+
+    def error(ours: Tensor, right: Tensor) -> float:
+        return float((ours.double() - right).norm() / right.norm())
+
+    assert error(y, expected) <= 9e-3
+    grad = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, list(tensors.values()), grad)
+    rights = torch.autograd.grad(expected, list(wide.values()), grad.double())
+    for input_name, ours, right in zip(tensors, gradients, rights, strict=True):
+        assert ours.dtype == torch.float32
+        assert error(ours, right) <= (2e-6 if input_name == "bias" else 9e-3), input_name
+
+
 @pytest.mark.parametrize("layout", contract.LAYOUTS)
 @pytest.mark.parametrize("doubled", [False, True])
 def test_layouts(layout: str, doubled: bool, device: torch.device) -> None:
@@ -177,11 +198,12 @@ def test_low_precision_is_pytorchs(dtype: torch.dtype, device: torch.device) -> 
 @pytest.mark.parametrize("case", [slow(CASES["a residual block's"]), CASES["few channels in"]])
 def test_opcheck(case: Case, doubled: bool, device: torch.device) -> None:
     tensors = case.inputs(torch.float32, device)
-    contract.opcheck(torch.ops.fastddpm.conv3x3, [*tensors.values(), doubled])
+    for bf16 in (False, True):
+        contract.opcheck(torch.ops.fastddpm.conv3x3, [*tensors.values(), doubled, bf16])
     y = conv3x3(**tensors, doubled=doubled)
     wanted = [True, True, True]
     x, weight = tensors["x"].detach(), tensors["weight"].detach()
-    contract.opcheck(torch.ops.fastddpm.conv3x3_backward, [y.detach(), x, weight, doubled, wanted])
+    contract.opcheck(torch.ops.fastddpm.conv3x3_backward, [y.detach(), x, weight, doubled, False, wanted])
 
 
 def test_compiles_with_a_dynamic_batch(device: torch.device) -> None:

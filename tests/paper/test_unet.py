@@ -212,7 +212,7 @@ def test_bfloat16_autocast_is_close() -> None:
     exact = unet(x_t, t)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = unet(x_t, t)
-    assert rounded.dtype == torch.bfloat16
+    assert rounded.dtype in (torch.bfloat16, torch.float32)  # of PyTorch, or of the compiled library
     error = (rounded.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 1e-4 < error < 0.03
     rounded.float().square().sum().backward()

@@ -9,6 +9,8 @@ from helpers import oracle
 from helpers.networks import TINY, batch, shaken, tiny
 from torch import Tensor, nn
 
+from fastddpm.kernels import native
+from fastddpm.ops import conv3x3
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.presets import PRESETS
 from fastddpm.unet import AttnBlock, Down, ResBlock, UNet, Up, blocks, timestep_embedding
@@ -183,6 +185,26 @@ def test_downsampling_pads_right_and_bottom_only(rng: np.random.Generator) -> No
     padded = np.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1)))
     assert ours.shape == (2, 2, 3, 2)
     np.testing.assert_allclose(ours, oracle.conv(padded, weight, bias, stride=2), atol=1e-5)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("doubled", [False, True])
+def test_autocast_leaves_convolutions_to_the_library_where_it_is_fast(
+    doubled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations then stay float32, and so does what comes out; else PyTorch's convolution rounds it to bfloat16."""
+    layer, x = blocks.Conv3x3(32, 24, doubled=doubled), torch.randn(2, 32, 8, 8)
+    expected = conv3x3(x, layer.weight, layer.bias, doubled=doubled, bf16=True)
+    for instructions in (True, False):
+        monkeypatch.setattr(native, "has_bf16", lambda answer=instructions: answer)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = layer(x.bfloat16())
+            y = layer(x)
+        assert y.dtype == rounded.dtype == (torch.float32 if instructions else torch.bfloat16)
+        assert torch.equal(y, expected) == instructions
+        assert (y.float() - expected).norm() <= 1e-2 * expected.norm()
+    with torch.autocast("cpu", torch.float16):
+        assert layer(x).dtype == torch.float16
 
 
 def test_upsampling_doubles_pixels_then_convolves(rng: np.random.Generator) -> None:
