@@ -1,7 +1,7 @@
 """A forward pass of a network on the CPU, in float32 and bfloat16: prepared, and peers with the same weights.
 
 python benchmarks/inference.py [--preset cifar10] [--precision fp32 bf16] [--batch 1 8] [--rounds 15] [--no-compile]
-    [--weights random|trained|RUN] [--seed 0] [--no-memory] [--out FILE.json]
+    [--weights random|initial|trained|RUN] [--seed 0] [--no-memory] [--out FILE.json]
 
 inference_sides.py says who is compared; onnxruntime is left out, by name, where it or the exporter is not installed.
 The sides take turns in one process. The ratio of a precision is the time of its fastest peer over that of the prepared
@@ -9,8 +9,9 @@ network in that precision; "bf16 to any" is that of the fastest peer of all over
 Errors are of the 2-norm against float64. Peak memory is the largest resident set of a process of its own for each side,
 imports and weights included: read from Linux's /proc, and unknown ("-", null in JSON) on other systems.
 
-Random weights are the preset's, with numbers in every layer. Trained ones of mnist come with the package; for cifar10
-name a run, or what else `fastddpm.load` reads: then the network is that model's, whatever `--preset` says.
+Random weights are the preset's, with numbers in every layer; initial ones are PyTorch's for each layer. Trained ones of
+mnist come with the package; for cifar10 name a run, or what else `fastddpm.load` reads: then the network is that
+model's, whatever `--preset` says.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from inference_sides import (
     SIDES,
     Side,
     in_float64,
+    initial_weights,
     random_weights,
     save_for_diffusers,
     save_for_onnxruntime,
@@ -104,6 +106,8 @@ def network(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tup
     """The network that the options ask for, and what the file says of its weights."""
     if options.weights == "random":
         return random_weights(options.preset, options.seed), {"weights": "random", "seed": options.seed}
+    if options.weights == "initial":
+        return initial_weights(options.preset, options.seed), {"weights": "initial", "seed": options.seed}
     if options.weights == "trained" and options.preset not in TRAINED:
         parser.exit(2, f"no trained weights of {options.preset} come with the package; name a run by --weights RUN\n")
     model = fastddpm.load(TRAINED[options.preset] if options.weights == "trained" else options.weights)
@@ -134,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = machine.parser(__doc__)
     parser.add_argument("--preset", choices=("cifar10", "mnist"), default="cifar10")
     parser.add_argument("--precision", choices=tuple(SIDES), nargs="+", default=list(SIDES))
-    parser.add_argument("--weights", default="random", metavar="random|trained|RUN")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights")
+    parser.add_argument("--weights", default="random", metavar="random|initial|trained|RUN")
+    parser.add_argument("--seed", type=int, default=0, help="of random and initial weights")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process a side")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)

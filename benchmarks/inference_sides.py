@@ -49,6 +49,16 @@ def random_weights(preset: str = "cifar10", seed: int = 0) -> fastddpm.UNet:
     return unet.channels_last()
 
 
+def initial_weights(preset: str = "cifar10", seed: int = 0) -> fastddpm.UNet:
+    """Each layer as PyTorch initializes it, which is what diffusers' networks begin with."""
+    torch.manual_seed(seed)
+    unet = fastddpm.UNet(fastddpm.preset(preset).unet).eval()
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.reset_parameters()
+    return unet.channels_last()
+
+
 def _model(unet: fastddpm.UNet) -> Model:
     preset = replace(fastddpm.preset("cifar10"), unet=unet.config)
     return Model(unet, fastddpm.Diffusion(preset.diffusion), preset)
@@ -98,6 +108,7 @@ def side(name: str, network: torch.nn.Module | None, config: UNetConfig, folder:
     assert network is not None
     if name in PREPARED.values():
         denoiser = fastddpm.Denoiser(network, EngineConfig(precision="bf16" if name == PREPARED["bf16"] else "auto"))
+        denoiser.unchanging().__enter__()  # as in a chain of the sampler: the weights stay as they are
         return lambda x: denoiser(*inputs(x, config))
     if name == "module":
 

@@ -47,7 +47,7 @@ class Conv3x3(nn.Conv2d):
         if input.device.type == "cpu" and not by_kernels(input):
             if not torch.is_autocast_enabled("cpu"):
                 return conv3x3(input, self.weight, self.bias, doubled=self.doubled)
-            if in_bf16():
+            if self.weight.dtype == torch.float32 and in_bf16():
                 with torch.autocast("cpu", enabled=False):
                     return conv3x3(input.float(), self.weight, self.bias, doubled=self.doubled, bf16=True)
         x = _doubled(input) if self.doubled else input

@@ -153,7 +153,7 @@ def test_each_operation_in_pytorch_s_operators() -> None:
     calls: dict[Any, tuple[Any, ...]] = {
         ours.group_norm_silu.default: norm,
         ours.attention.default: (q, k, v, 0.3),
-        ours.conv3x3.default: (x, torch.randn(6, 4, 3, 3), torch.randn(6), True),
+        ours.conv3x3.default: (x, torch.randn(6, 4, 3, 3), torch.randn(6), True, False),
     }
     assert calls.keys() == table.keys()
     for operation, arguments in calls.items():

@@ -8,10 +8,17 @@ from helpers.networks import shaken, tiny
 from helpers.training import CPU, noise_images, tiny_preset, whole_state
 from torch import Tensor, nn
 
+from fastddpm.kernels import native
 from fastddpm.training import trainer as trainer_module
 from fastddpm.training.casts import with_cast_weights
 from fastddpm.training.trainer import Trainer
 from fastddpm.unet import UNet
+
+
+@pytest.fixture(autouse=True)
+def convolutions_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which this is for: without casts, a CPU's library would compute them in another way."""
+    monkeypatch.setattr(native, "has_bf16", lambda: False)
 
 
 def found(call: Any, unet: UNet, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:

@@ -28,7 +28,7 @@ class PreparedUNet:
 
     The result equals that of `unet` within float32 rounding. `precision`: with bfloat16, the factors of products are
     rounded to it where `bf16_algorithm_for` says so; sums, norms, softmax, residuals and all that is stored stay
-    float32. Shortcuts stay float32 throughout: what they read is not normalized, and their error goes on to the end.
+    float32.
 
     `x_t`: float32 (N, C, H, W), any strides. `t`: int64 (N,); values in `timesteps` are fastest. `label`: int64 (N,) if
     the network takes labels. Returns float32 (N, C or 2C, H, W). The bits of an image's result depend neither on the
@@ -273,7 +273,7 @@ class _Plan:
         before, after = self._temb_columns(block)
         residual = self._conv(block.conv1, h, skip=skip, norm=block.norm1, temb=before)
         if block.shortcut is not None:
-            out = self._conv(block.shortcut, h, skip=skip, precision=torch.float32)
+            out = self._conv(block.shortcut, h, skip=skip)
             self._arena.release(h)
         elif self._arena.shared(h):
             out = self._conv(block.conv2, residual, norm=block.norm2, scale_shift=after, residual=h)
@@ -330,21 +330,20 @@ class _Plan:
     def _conv(
         self, module: nn.Module, h: Tensor, *, skip: Tensor | None = None, norm: GroupNormSiLU | None = None,
         temb: int | None = None, scale_shift: int | None = None, residual: Tensor | None = None,
-        out: Tensor | None = None, doubled: bool = False, precision: torch.dtype | None = None,
+        out: Tensor | None = None, doubled: bool = False,
     ) -> Tensor:  # fmt: skip
         """Append the calls for conv(silu(norm(concat(h, skip)))) + bias + temb + residual; return the output.
 
         `temb`: the block's first column of the projections. `scale_shift`: that of those which scale and shift the
         norm's output. `out`: where to write. Default: a buffer from the arena. `doubled`: upsample h by 2 first, by the
-        nearest neighbour. `precision`: default: the network's.
+        nearest neighbour.
         """
         stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
         factor = 2 if doubled else 1
         out_height, out_width = h.shape[1] * factor // stride, h.shape[2] * factor // stride
         layer = self._layers.get(id(module))
         if layer is None:
-            layer = _layer(module, out_height, out_width, doubled, precision or self._precision)
-            self._layers[id(module)] = layer
+            layer = self._layers[id(module)] = _layer(module, out_height, out_width, doubled, self._precision)
         n, height, width, c1 = h.shape
         c2 = 0 if skip is None else skip.shape[3]
         if norm is not None:
