@@ -108,8 +108,9 @@ def side(name: str, network: torch.nn.Module | None, config: UNetConfig, folder:
     assert network is not None
     if name in PREPARED.values():
         denoiser = fastddpm.Denoiser(network, EngineConfig(precision="bf16" if name == PREPARED["bf16"] else "auto"))
-        denoiser.unchanging().__enter__()  # as in a chain of the sampler: the weights stay as they are
-        return lambda x: denoiser(*inputs(x, config))
+        held = contextlib.ExitStack()  # as in a chain of the sampler, the weights stay as they are
+        held.enter_context(denoiser.unchanging())
+        return lambda x, held=held: denoiser(*inputs(x, config))  # type: ignore[misc]
     if name == "module":
 
         def run_module(x: Tensor) -> Tensor:

@@ -79,11 +79,12 @@ def _ours(network: fastddpm.UNet, preset: str, peer: str) -> Evaluate:
         engine = EngineConfig(native=False, time_table=False, fused_qkv=False, phase_convolutions=False,
                               accumulate=False)  # fmt: skip
     denoiser = fastddpm.Denoiser(network, engine)
+    held = contextlib.ExitStack()  # as long as `evaluate`: the weights stay as they are
+    held.enter_context(denoiser.unchanging())
 
-    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+    def evaluate(x: Tensor, t: Tensor, held: contextlib.ExitStack = held) -> Tensor:
         return denoiser(x, t) if (labels := _labels(network, x)) is None else denoiser(x, t, labels)
 
-    denoiser.unchanging().__enter__()  # as long as the process: the weights stay as they are
     return evaluate
 
 
