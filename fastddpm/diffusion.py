@@ -18,9 +18,9 @@ from fastddpm.config import DiffusionConfig
 from fastddpm.config.schedules import betas
 from fastddpm.errors import UsageError
 from fastddpm.kernels.philox import STREAM_EXAMPLE
-from fastddpm.kernels.philox.eager import per_image_words
 from fastddpm.kernels.q_sample.reference import scale_images
 from fastddpm.ops import q_sample
+from fastddpm.ops.example_words import example_words
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.ops.q_sample import refuse_levels
 from fastddpm.runtime.network import Network, check_examples, evaluate
@@ -74,11 +74,11 @@ class ExampleDraws:
 
 def draw_examples(key: NoiseKey, timesteps: int, label_dropout: float = 0.0) -> ExampleDraws:
     """Draw t uniformly, flip with probability 1/2, and drop_label with probability `label_dropout`, from `key`."""
-    for_t, for_flip, for_label, _ = per_image_words(1, key.images, key.seed, key.step, STREAM_EXAMPLE)
+    for_t, for_flip, for_label, _ = example_words(key.images, key.seed, key.step, STREAM_EXAMPLE)
     return ExampleDraws(
-        t=((for_t * timesteps) >> 32)[:, 0],
-        flip=(for_flip < 2**31)[:, 0],
-        drop_label=(for_label < int(label_dropout * 2**32))[:, 0],
+        t=(for_t * timesteps) >> 32,
+        flip=for_flip < 2**31,
+        drop_label=for_label < int(label_dropout * 2**32),
     )
 
 

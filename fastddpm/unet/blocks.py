@@ -64,17 +64,17 @@ class Conv3x3(nn.Conv2d):
         return out[:, : self.out_channels]
 
 
+@torch.compiler.assume_constant_result  # which the compiler asks once, and does not trace
+def _library_multiplies_bf16() -> bool:
+    return chosen_backend() in ("auto", "cpu") and native.unavailable() is None and native.has_bf16()
+
+
 def in_bf16() -> bool:
     """Whether autocast's bfloat16 on a CPU is left to the compiled library, which keeps activations in float32.
 
     It does where the processor multiplies bfloat16, and is then faster and more exact than PyTorch's convolutions.
     """
-    return (
-        torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and chosen_backend() in ("auto", "cpu")
-        and native.unavailable() is None
-        and native.has_bf16()
-    )
+    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and _library_multiplies_bf16()
 
 
 def by_kernels(x: Tensor) -> bool:
