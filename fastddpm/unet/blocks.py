@@ -64,9 +64,12 @@ class Conv3x3(nn.Conv2d):
         return out[:, : self.out_channels]
 
 
-@torch.compiler.assume_constant_result  # which the compiler asks once, and does not trace
 def _library_multiplies_bf16() -> bool:
     return chosen_backend() in ("auto", "cpu") and native.unavailable() is None and native.has_bf16()
+
+
+# The compiler asks once, and does not trace it: torch.compiler.assume_constant_result, without importing the compiler.
+_library_multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def in_bf16() -> bool:

@@ -1,6 +1,7 @@
 """A step of training: nothing in it waits for the device, and its losses are the same from commit to commit."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,13 @@ def loss_curve(backend: str, steps: int = 100) -> list[float]:
 
 
 def machine() -> str:
-    """What the bits of a loss depend on, besides the code: torch and the instructions that it uses."""
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    """What the bits of a loss depend on, besides the code: torch and the instructions that it and oneDNN use.
+
+    oneDNN chooses by instructions that torch does not name: two processors with AVX-512 differ in the last bits.
+    """
+    flags = re.search("^flags.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    own = sorted(flag for flag in flags[0].split() if re.match("avx|amx|fma", flag)) if flags else []
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {' '.join(own)}"
 
 
 @pytest.mark.slow
