@@ -10,15 +10,15 @@ from torch import Tensor
 from fastddpm.kernels.philox.eager import per_image_words
 
 
-def example_words(images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """Return the four Philox words of block 0 of each image, int64 (4, N).
+def example_words(images: Tensor, seed: Tensor, step: Tensor, stream: int) -> tuple[Tensor, ...]:
+    """Return the four Philox words of block 0 of each image, int64 (N,) each.
 
     `images`: int64 (N,). `seed`, `step`: 0-d int64. The bits are the same with and without torch.compile.
     """
     if torch.compiler.is_compiling():
-        words: Tensor = torch.ops.fastddpm.example_words(images, seed, step, stream)
-        return words
-    return torch.stack([word[:, 0] for word in per_image_words(1, images, seed, step, stream)])
+        together: Tensor = torch.ops.fastddpm.example_words(images, seed, step, stream)
+        return together.unbind()
+    return tuple(word[:, 0] for word in per_image_words(1, images, seed, step, stream))
 
 
 @torch.library.custom_op("fastddpm::example_words", mutates_args=())
