@@ -114,6 +114,8 @@ def _precision_lines(found: Sequence["Timed"], batch: int) -> list[str]:
                 f"   {speed:.2f} times as fast as {first.precision}, from which it differs by {timed.difference:.1e}"
             )
         lines.append(line)
+    if len(found) == 1:
+        return [*lines, "  bf16 is computed in fp32 here, as the processor has no instructions for it"]
     return [*lines, f"  {fastest.precision} is the faster one here; the default on a CPU is fp32"]
 
 

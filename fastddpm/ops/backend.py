@@ -9,6 +9,7 @@ from functools import cache
 from types import ModuleType
 
 from fastddpm.errors import UsageError
+from fastddpm.kernels import native
 
 from .timed import fastest
 
@@ -30,6 +31,11 @@ _forced: list[str] = []
 def chosen_backend() -> str:
     """Return the backend named by `use_backend`, or else by FASTDDPM_BACKEND. Default: "auto"."""
     return _checked(_forced[-1] if _forced else os.environ.get("FASTDDPM_BACKEND", "auto"))
+
+
+def library_chosen() -> bool:
+    """Return whether the compiled CPU library runs where it can: it was built, and the chosen backend allows it."""
+    return chosen_backend() in ("auto", "cpu") and native.unavailable() is None
 
 
 @contextlib.contextmanager

@@ -18,12 +18,16 @@ def example_words(images: Tensor, seed: Tensor, step: Tensor, stream: int) -> tu
     if torch.compiler.is_compiling():
         together: Tensor = torch.ops.fastddpm.example_words(images, seed, step, stream)
         return together.unbind()
+    return _words(images, seed, step, stream)
+
+
+def _words(images: Tensor, seed: Tensor, step: Tensor, stream: int) -> tuple[Tensor, ...]:
     return tuple(word[:, 0] for word in per_image_words(1, images, seed, step, stream))
 
 
 @torch.library.custom_op("fastddpm::example_words", mutates_args=())
 def _operator(images: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    return torch.stack([word[:, 0] for word in per_image_words(1, images, seed, step, stream)])
+    return torch.stack(_words(images, seed, step, stream))
 
 
 @_operator.register_fake

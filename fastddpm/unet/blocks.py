@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from fastddpm.config import UNetConfig
-from fastddpm.kernels import native
 from fastddpm.ops import add_bias, attention, conv3x3, group_norm_silu
-from fastddpm.ops.backend import chosen_backend
 from fastddpm.ops.channel_sums import linear as linear_by_sums
 from fastddpm.ops.channel_sums import linears
 from fastddpm.ops.group_norm_silu import norm_and_inputs
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.ops.registry import computed_dtype
 
+from .on_cpu import convolved, convolves_faster, in_bf16
+
 _WIDE_OUTPUT = 8  # channels
-_CHANNELS_TO_CONVOLVE = 256
 NEAR_ZERO_GAIN = 1e-5  # the released code replaces a scale of 0 by a variance scale of 1e-10
 
 
@@ -62,22 +61,6 @@ class Conv3x3(nn.Conv2d):
         if biased and self.bias is not None:
             out = add_bias(out, F.pad(self.bias, (0, missing)))
         return out[:, : self.out_channels]
-
-
-def _library_multiplies_bf16() -> bool:
-    return chosen_backend() in ("auto", "cpu") and native.unavailable() is None and native.has_bf16()
-
-
-# The compiler asks once, and does not trace it: torch.compiler.assume_constant_result, without importing the compiler.
-_library_multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def in_bf16() -> bool:
-    """Whether autocast's bfloat16 on a CPU is left to the compiled library, which keeps activations in float32.
-
-    It does where the processor multiplies bfloat16, and is then faster and more exact than PyTorch's convolutions.
-    """
-    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and _library_multiplies_bf16()
 
 
 def by_kernels(x: Tensor) -> bool:
@@ -285,7 +268,7 @@ class AttnBlock(nn.Module):
             (self.q, self.k, self.v, self.proj), nn.Linear
         )
         kernels = by_kernels(x) and as_made({self.norm: GroupNormSiLU} | linear_layers)
-        product = _convolved if convolves_faster(x) and as_made(linear_layers) else nn.Linear.__call__
+        product = convolved if convolves_faster(x) and as_made(linear_layers) else nn.Linear.__call__
         if kernels:
             normed, x, _ = self.norm(x, inputs=True)
         else:
@@ -301,30 +284,6 @@ class AttnBlock(nn.Module):
         out = F.linear(out, self.proj.weight) if kernels else product(self.proj, out)
         image = out.reshape(n, height, width, c).permute(0, 3, 1, 2)
         return add_bias(image, self.proj.bias, x) if kernels else x + image
-
-
-def convolves_faster(x: Tensor) -> bool:
-    """Whether PyTorch's 1x1 convolution is faster than its product of matrices: on a CPU, in float32.
-
-    The first is oneDNN's and the second MKL's, which takes twice as long on processors that are not Intel's. With one
-    thread PyTorch convolves by the second, too; with few channels oneDNN's threads wait for each other.
-    """
-    return (
-        x.device.type == "cpu"
-        and computed_dtype(x) == torch.float32
-        and x.shape[1] >= _CHANNELS_TO_CONVOLVE
-        and torch.backends.mkldnn.is_available()
-        and torch.get_num_threads() > 1
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
-
-
-def _convolved(layer: nn.Linear, tokens: Tensor) -> Tensor:
-    """Return the layer's output (N, L, K) for tokens (N, L, C), by a convolution over one image of one row."""
-    row = tokens.reshape(1, 1, -1, tokens.shape[2]).permute(0, 3, 1, 2)
-    out = F.conv2d(row, layer.weight[:, :, None, None], layer.bias)
-    return out.permute(0, 2, 3, 1).reshape(*tokens.shape[:2], -1)
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:

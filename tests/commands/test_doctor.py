@@ -12,6 +12,7 @@ from helpers.networks import SMALL
 
 from fastddpm import doctor
 from fastddpm.config import Preset
+from fastddpm.kernels import native
 from fastddpm.ops import backend, selftest, use_backend
 from fastddpm.sampling import precision_trial
 
@@ -22,6 +23,7 @@ FLOAT32 = (torch.device("cpu"), torch.float32)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "_SECONDS", 1e-3)
     monkeypatch.setattr(selftest, "_ROUNDS", 1)
+    monkeypatch.setattr(native, "has_bf16", lambda: True)  # as slow as it is here
     monkeypatch.setattr(precision_trial, "_ROUNDS", 1)
     monkeypatch.setattr(precision_trial, "preset", lambda name: Preset("small", SMALL))
 
@@ -140,6 +142,14 @@ def test_the_precision_in_less_time_is_named() -> None:
         "  bf16                 25.0 ms   1.60 times as fast as fp32, from which it differs by 1.3e-02",
         "  bf16 is the faster one here; the default on a CPU is fp32",
     ]
+
+
+def test_a_processor_without_bf16_instructions_is_timed_in_fp32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_bf16", lambda: False)
+    found = precision_trial.run(1)
+    assert [timed.precision for timed in found] == ["fp32"]
+    said = "  bf16 is computed in fp32 here, as the processor has no instructions for it"
+    assert doctor._precision_lines(found, 1)[-1] == said
 
 
 def test_a_slow_machine_takes_its_turns_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from helpers.architectures import reference
 from helpers.networks import batch, shaken
 from torch import Tensor
 
@@ -26,6 +27,12 @@ def arguments(n: int, config: UNetConfig) -> tuple[Tensor, Tensor, Tensor | None
 def in_float64(unet: UNet, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
     with torch.no_grad(), ops.use_backend("reference"):
         return copy.deepcopy(unet).double().eval()(x_t.double(), t, label)
+
+
+def expected_of(unet: UNet, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    """The output in float64 by the implementation of `helpers.architectures`, which has none of the network's code."""
+    with torch.no_grad():
+        return reference(unet.config, dict(unet.named_parameters()), x_t, t, label)
 
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:

@@ -13,7 +13,7 @@ from fastddpm.kernels import native
 from fastddpm.ops import conv3x3
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.presets import PRESETS
-from fastddpm.unet import AttnBlock, Down, ResBlock, UNet, Up, blocks, timestep_embedding
+from fastddpm.unet import AttnBlock, Down, ResBlock, UNet, Up, blocks, on_cpu, timestep_embedding
 
 
 def arrays(module: nn.Module) -> dict[str, np.ndarray]:
@@ -141,11 +141,11 @@ def test_attention_block(rng: np.random.Generator) -> None:
 def test_wide_attention_by_convolutions_is_that_by_products(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU; in the output and in the gradients of input, weights and biases, against float64."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    block = shaken(AttnBlock(blocks._CHANNELS_TO_CONVOLVE, 32, heads=heads))
+    block = shaken(AttnBlock(on_cpu.CHANNELS_TO_CONVOLVE, 32, heads=heads))
     for layer in (block.q, block.k, block.v, block.proj):
         nn.init.xavier_uniform_(layer.weight)
-    x = torch.randn(2, blocks._CHANNELS_TO_CONVOLVE, 3, 5).contiguous(memory_format=torch.channels_last)
-    assert blocks.convolves_faster(x) and not blocks.convolves_faster(x.double())
+    x = torch.randn(2, on_cpu.CHANNELS_TO_CONVOLVE, 3, 5).contiguous(memory_format=torch.channels_last)
+    assert on_cpu.convolves_faster(x) and not on_cpu.convolves_faster(x.double())
 
     def derivatives(module: AttnBlock, image: Tensor) -> list[Tensor]:
         image = image.clone().requires_grad_()
@@ -163,7 +163,7 @@ def test_a_replaced_layer_of_wide_attention_is_called(monkeypatch: pytest.Monkey
             return 2 * super().forward(input)
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    channels = blocks._CHANNELS_TO_CONVOLVE
+    channels = on_cpu.CHANNELS_TO_CONVOLVE
     block, x = shaken(AttnBlock(channels, 32)), torch.randn(1, channels, 2, 2)
     plain, proj = block(x), Twice(channels, channels)
     proj.load_state_dict(block.proj.state_dict())

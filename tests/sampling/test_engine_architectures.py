@@ -6,26 +6,19 @@ import warnings
 
 import pytest
 import torch
-from helpers.architectures import ALL, EVERYTHING, TOGETHER, reference
-from helpers.engines import arguments, network, relative_error
+from helpers.architectures import ALL, EVERYTHING, TOGETHER
+from helpers.engines import arguments, expected_of, network, relative_error
 from helpers.marks import instruction_sets, on_instruction_set, slow
-from torch import Tensor
 
 from fastddpm.config import EngineConfig, UNetConfig
 from fastddpm.kernels import native
 from fastddpm.sampling.engine import FusedUNet, PreparedUNet, prepare
-from fastddpm.unet import UNet
 
 FUSED = EngineConfig(native=False)
 PLAIN = EngineConfig(
     native=False, channels_last=False, time_table=False, fused_qkv=False, phase_convolutions=False, accumulate=False
 )
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
-
-
-def expected_of(unet: UNet, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-    with torch.no_grad():
-        return reference(unet.config, dict(unet.named_parameters()), x_t, t, label)
 
 
 @needs_library
@@ -50,11 +43,12 @@ def test_on_every_instruction_set(name: str, isa: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TOGETHER)
-def test_the_same_bits_whatever_the_batch_and_the_threads(name: str) -> None:
+def test_the_same_bits_whatever_the_batch_and_the_threads(name: str, precision: torch.dtype) -> None:
     unet, before = network(ALL[name]), torch.get_num_threads()
     x_t, t, label = arguments(4, ALL[name])
-    prepared = PreparedUNet(unet, [7])
+    prepared = PreparedUNet(unet, [7], precision)
     together = prepared(x_t, t, label).clone()
     try:
         for threads in (1, 3):

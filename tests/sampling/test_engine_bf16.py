@@ -5,24 +5,17 @@ import warnings
 
 import pytest
 import torch
-from helpers.architectures import ALL, TOGETHER, reference
-from helpers.engines import arguments, network, relative_error
+from helpers.architectures import ALL
+from helpers.engines import arguments, expected_of, network, relative_error
 from helpers.marks import instruction_sets, on_instruction_set
-from torch import Tensor
 
 import fastddpm
 from fastddpm.config import EngineConfig
 from fastddpm.kernels import native
 from fastddpm.sampling.engine import PreparedUNet, is_current, precision_of, prepare
-from fastddpm.unet import UNet
 
 BF16 = EngineConfig(precision="bf16")
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
-
-
-def expected_of(unet: UNet, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-    with torch.no_grad():
-        return reference(unet.config, dict(unet.named_parameters()), x_t, t, label)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -44,21 +37,6 @@ def test_on_every_instruction_set(isa: str) -> None:
         unet, inputs = network(ALL["everything"]), arguments(2, ALL["everything"])
         ours = PreparedUNet(unet, precision=torch.bfloat16)(*inputs)
         assert relative_error(ours, expected_of(unet, *inputs)) <= 2e-2
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_the_same_bits_whatever_the_batch_and_the_threads(name: str) -> None:
-    unet, before = network(ALL[name]), torch.get_num_threads()
-    x_t, t, label = arguments(4, ALL[name])
-    prepared = PreparedUNet(unet, [7], torch.bfloat16)
-    together = prepared(x_t, t, label).clone()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            for part in (slice(0, 1), slice(1, 4)):
-                assert torch.equal(prepared(x_t[part], t[part], None if label is None else label[part]), together[part])
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_processor_with_the_instructions_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

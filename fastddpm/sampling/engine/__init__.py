@@ -10,7 +10,7 @@ from torch import nn
 from fastddpm.config import EngineConfig
 from fastddpm.errors import UsageError
 from fastddpm.kernels import native as library
-from fastddpm.ops.backend import chosen_backend, obstacles
+from fastddpm.ops.backend import library_chosen, obstacles
 from fastddpm.runtime.network import Network, precision_of_weights
 from fastddpm.unet import UNet
 
@@ -47,7 +47,7 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
     if engine.fp8:
         _check_fp8(next(unet.parameters()).device)
     if kind is PreparedUNet:
-        precision = precision_of(unet, engine)
+        precision = _engine_precision(unet, engine)
         if engine.precision == "bf16" and precision == torch.float32:
             warnings.warn(
                 "this processor has no bf16 instructions (AVX512-BF16), so the network is computed in fp32, which is "
@@ -56,7 +56,7 @@ def prepare(unet: nn.Module, timesteps: Sequence[int], engine: EngineConfig | No
             )
         return PreparedUNet(unet, timesteps, precision)
     rows = max(timesteps) + 1 if len(timesteps) else 0
-    network = FusedUNet(unet, rows, engine, precision_of(unet, engine))
+    network = FusedUNet(unet, rows, engine, _engine_precision(unet, engine))
     if engine.fp8:
         _report_fp8(network, FusedUNet(unet, rows, replace(engine, fp8=False), network.dtype), max(rows - 1, 0))
     return network
@@ -66,11 +66,11 @@ def is_current(network: Network, unet: nn.Module, engine: EngineConfig | None = 
     """Whether `network` is what `prepare` would return for `unet` and its present weights."""
     engine = EngineConfig() if engine is None else engine
     kind = _kind(unet, engine)
-    if isinstance(network, PreparedUNet) and network.precision != precision_of(unet, engine):
+    if kind is None or not isinstance(network, PreparedUNet | FusedUNet):
+        return network is unet and kind is None
+    if isinstance(network, PreparedUNet) and network.precision != _engine_precision(unet, engine):
         return False
-    if isinstance(network, PreparedUNet | FusedUNet):
-        return type(network) is kind and network.unet is unet and not network.stale()
-    return network is unet and kind is None
+    return type(network) is kind and network.unet is unet and not network.stale()
 
 
 def precision_of(unet: nn.Module, engine: EngineConfig) -> torch.dtype:
@@ -98,7 +98,7 @@ def _in_library(unet: nn.Module, engine: EngineConfig) -> bool:
         return False
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in unet.parameters()):
         return False
-    return chosen_backend() in ("auto", "cpu") and library.unavailable() is None
+    return library_chosen()
 
 
 def _kind(unet: nn.Module, engine: EngineConfig) -> type[PreparedUNet] | type[FusedUNet] | None:

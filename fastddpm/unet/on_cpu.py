@@ -1,0 +1,51 @@
+"""Which library computes a product of the network fastest on a CPU: ours, oneDNN or MKL."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastddpm.kernels import native
+from fastddpm.ops.backend import library_chosen
+from fastddpm.ops.registry import computed_dtype
+
+CHANNELS_TO_CONVOLVE = 256
+
+
+def _library_multiplies_bf16() -> bool:
+    return library_chosen() and native.has_bf16()
+
+
+# The compiler asks once, and does not trace it: torch.compiler.assume_constant_result, without importing the compiler.
+_library_multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def in_bf16() -> bool:
+    """Whether autocast's bfloat16 on a CPU is left to the compiled library, which keeps activations in float32.
+
+    It does where the processor multiplies bfloat16, and is then faster and more exact than PyTorch's convolutions.
+    """
+    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and _library_multiplies_bf16()
+
+
+def convolves_faster(x: Tensor) -> bool:
+    """Whether PyTorch's 1x1 convolution is faster than its product of matrices: on a CPU, in float32.
+
+    The first is oneDNN's and the second MKL's, which takes twice as long on processors that are not Intel's. With one
+    thread PyTorch convolves by the second, too; with few channels oneDNN's threads wait for each other.
+    """
+    return (
+        x.device.type == "cpu"
+        and computed_dtype(x) == torch.float32
+        and x.shape[1] >= CHANNELS_TO_CONVOLVE
+        and torch.backends.mkldnn.is_available()
+        and torch.get_num_threads() > 1
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def convolved(layer: nn.Linear, tokens: Tensor) -> Tensor:
+    """Return the layer's output (N, L, K) for tokens (N, L, C), by a convolution over one image of one row."""
+    row = tokens.reshape(1, 1, -1, tokens.shape[2]).permute(0, 3, 1, 2)
+    out = F.conv2d(row, layer.weight[:, :, None, None], layer.bias)
+    return out.permute(0, 2, 3, 1).reshape(*tokens.shape[:2], -1)
