@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.marks import instruction_sets, on_instruction_set
 
+from fastddpm.kernels import native
 from fastddpm.ops.backend import CHOICES
 
 
@@ -64,6 +65,12 @@ def torch_seed() -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have bf16 on a CPU computed in it, as where the processor multiplies bfloat16; elsewhere that is slower."""
+    monkeypatch.setattr(native, "has_bf16", lambda: True)
 
 
 @pytest.fixture

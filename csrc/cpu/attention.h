@@ -98,8 +98,7 @@ inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t 
                 const float *at = from.row(d) + first + i;
                 return d >= depth ? Vec{} : part == kWidth ? load(at) : load_part(at, part);
             };
-            const UintVec pair = paired(row(2 * word), row(2 * word + 1));
-            memcpy(to + 2 * i, &pair, sizeof pair);
+            store(to + 2 * i, paired(row(2 * word), row(2 * word + 1)));
         }
 }
 

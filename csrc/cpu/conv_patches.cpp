@@ -37,7 +37,8 @@ struct Plan {
         column_tasks = divide_up(p.k, columns);
         const int64_t *stride = p.weight_stride;
         const bool dense = stride[1] == p.kernel * p.kernel && (p.kernel == 1 || (stride[2] == p.kernel && stride[3] == 1));
-        turned = sizeof(T) == sizeof(float) && !p.packed && dense && divide_up(pixels, kMostRows) <= kMostTurns;  // whatever the threads are
+        // Whatever the threads are.
+        turned = sizeof(T) == sizeof(float) && !p.packed && dense && divide_up(pixels, kMostRows) <= kMostTurns;
         a_row = divide_up(smaller(kDepth<T>, depth), kLineOf<T>) * kLineOf<T> + kLineOf<T>;
         c_row = columns + kLine;
         a_bytes = whole_lines(rows * a_row * static_cast<int64_t>(sizeof(T)));
@@ -115,8 +116,7 @@ void pack_columns(const fastddpm_conv_args &p, int64_t channels, int64_t k, T *t
                 for (int64_t d = 0; d < count; d += 2)
                     for (int64_t i = 0; i < columns; i += kWidth) {
                         const float *low = turned + d * kColumns + i;
-                        const UintVec words = paired(load(low), load(low + kColumns));
-                        memcpy(to + (c + d) * kColumns + 2 * i, &words, sizeof words);
+                        store(to + (c + d) * kColumns + 2 * i, paired(load(low), load(low + kColumns)));
                     }
             }
         }

@@ -66,22 +66,8 @@ struct Plan {
 template <typename A, typename Transform>
 FASTDDPM_INLINE void write_tiles(int64_t tiles, int64_t slots, typename A::Element *to, int64_t row, int64_t plane,
                                  Transform transform) {
-    for (int64_t t = 0; t < slots; t += Factors<typename A::Element>::kDepth, to += row * Factors<typename A::Element>::kDepth) {
-        if constexpr (sizeof(typename A::Element) == sizeof(float)) {
-            if (t < tiles)
-                transform(t, [&](int point, Vec r) { store(to + point * plane, r); });
-            else
-                for (int point = 0; point < A::kProducts; ++point) store(to + point * plane, Vec{});
-        } else {
-            Vec low[A::kProducts] = {}, high[A::kProducts] = {};
-            if (t < tiles) transform(t, [&](int point, Vec r) { low[point] = r; });
-            if (t + 1 < tiles) transform(t + 1, [&](int point, Vec r) { high[point] = r; });
-            for (int point = 0; point < A::kProducts; ++point) {
-                const UintVec words = paired(low[point], high[point]);
-                memcpy(to + point * plane, &words, sizeof words);
-            }
-        }
-    }
+    for (int64_t t = 0; t < slots; t += Factors<typename A::Element>::kDepth)
+        write_products<A>(tiles - t, to + t * row, plane, [&](int64_t i, auto emit) { transform(t + i, emit); });
 }
 
 // B^T d B of the tiles of a strip, for a line of channels from c.
@@ -242,11 +228,11 @@ void differentiate(const fastddpm_conv_args &p, int32_t threads) {
     {
         float *own = reinterpret_cast<float *>(workspace + plan.shared_bytes() + thread_number() * plan.thread_bytes);
         for (int64_t block = 0; block < tiling.blocks; ++block) {
-            const int64_t first = block * tiling.block_strips;
-            const int64_t strips = smaller(tiling.block_strips, tiling.strips - first);
+            const Tiling::Block of = tiling.block(block);
+            const int64_t strips = of.last - of.first;
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < strips * lines; ++task)
-                transform(p, plan, shared, first + task / lines, task % lines, task / lines, own);
+                transform(p, plan, shared, of.first + task / lines, task % lines, task / lines, own);
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < plan.tasks(); ++task)
                 multiply(p, plan, shared, task, block, strips * plan.strip_slots, own);

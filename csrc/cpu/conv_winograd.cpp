@@ -30,11 +30,12 @@ constexpr int64_t kBlockTiles = A::kProducts == 36 ? 128 : A::kProducts == 24 ? 
 // With as many tiles for each thread, and U kept, the threads share no V: it stays in a core's second-level cache, and no
 // line goes from one core to another. A block has at least kFewestTiles, because it reads all of U.
 constexpr int64_t kFewestApart = 32, kFewestTiles = 64, kApartBytes = 640 << 10;
-// Input channels that are multiplied at once.
+// Input channels that are multiplied at once: all, or those whose weights are transformed at once.
+constexpr int64_t kMadeDepth = 128;
 template <typename A>
-constexpr int64_t kDepth = kKept<A> ? int64_t{1} << 40 : 128;
+constexpr int64_t kDepth = kKept<A> ? int64_t{1} << 40 : kMadeDepth;
 // Elements between the products of U, in a thread's memory. The line keeps them out of one cache set.
-constexpr int64_t kWeightPlane = 128 * kColumns + kLine;
+constexpr int64_t kWeightPlane = kMadeDepth * kColumns + kLine;
 
 template <typename A>
 struct Plan {
@@ -130,23 +131,13 @@ FASTDDPM_INLINE void transform_weight(const float *g, const Order &order, Emit e
 // each.
 template <typename A>
 void transform_rows(const Weights &weights, int64_t columns, int64_t depth, typename A::Element *u, int64_t plane) {
-    for (int64_t d = 0; d < depth; d += Factors<typename A::Element>::kDepth)
+    constexpr int64_t kWord = Factors<typename A::Element>::kDepth;
+    for (int64_t d = 0; d < depth; d += kWord)
         for (int64_t i = 0; i < columns; i += kWidth) {
             const float *from = weights.from + d * weights.order.row + i;
-            if constexpr (!kKept<A>) {
-                float *to = u + d * kColumns + i;
-                transform_weight<A>(from, weights.order, [&](int point, Vec r) { store(to + point * plane, r); });
-            } else {
-                Vec low[A::kProducts], high[A::kProducts] = {};
-                transform_weight<A>(from, weights.order, [&](int point, Vec r) { low[point] = r; });
-                if (d + 1 < depth)
-                    transform_weight<A>(from + weights.order.row, weights.order, [&](int point, Vec r) { high[point] = r; });
-                uint16_t *to = u + d * kColumns + 2 * i;
-                for (int point = 0; point < A::kProducts; ++point) {
-                    const UintVec words = paired(low[point], high[point]);
-                    memcpy(to + point * plane, &words, sizeof words);
-                }
-            }
+            write_products<A>(depth - d, u + d * kColumns + i * kWord, plane, [&](int64_t j, auto emit) {
+                transform_weight<A>(from + j * weights.order.row, weights.order, emit);
+            });
         }
 }
 
@@ -264,26 +255,25 @@ void convolve(const fastddpm_conv_args &p, int32_t threads) {
         if (plan.apart) {
 #pragma omp for schedule(dynamic)
             for (int64_t block = 0; block < tiling.blocks; ++block) {
-                const int64_t first = block * tiling.block_strips, last = smaller(first + tiling.block_strips, tiling.strips);
-                const int64_t first_tile = tiling.first_tile(first), tiles = tiling.first_tile(last) - first_tile;
-                for (int64_t strip = first; strip < last; ++strip)
-                    for (int64_t line = 0; line < lines; ++line) transform(strip, line * kLineOf<T>, first_tile);
-                for (int64_t k = 0; k < p.k; k += kColumns) products(p, plan, k, first_tile, tiles, v, kept, buffer);
+                const Tiling::Block of = tiling.block(block);
+                for (int64_t strip = of.first; strip < of.last; ++strip)
+                    for (int64_t line = 0; line < lines; ++line) transform(strip, line * kLineOf<T>, of.first_tile);
+                for (int64_t k = 0; k < p.k; k += kColumns) products(p, plan, k, of.first_tile, of.tiles, v, kept, buffer);
             }
-        }
-        for (int64_t first = 0; first < tiling.strips && !plan.apart; first += tiling.block_strips) {
-            const int64_t last = smaller(first + tiling.block_strips, tiling.strips);
-            const int64_t first_tile = tiling.first_tile(first), tiles = tiling.first_tile(last) - first_tile;
+        } else {
+            for (int64_t block = 0; block < tiling.blocks; ++block) {
+                const Tiling::Block of = tiling.block(block);
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < (last - first) * lines; ++task)
-                transform(first + task / lines, task % lines * kLineOf<T>, first_tile);
+                for (int64_t task = 0; task < (of.last - of.first) * lines; ++task)
+                    transform(of.first + task / lines, task % lines * kLineOf<T>, of.first_tile);
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < plan.column_blocks * plan.parts; ++task) {
-                const int64_t begin = task % plan.parts * plan.part_tiles;
-                const int64_t count = smaller(plan.part_tiles, tiles - begin);
-                if (count > 0)
-                    products(p, plan, task / plan.parts * kColumns, first_tile + begin, count, v + begin * plan.v_row,
-                             kept, buffer);
+                for (int64_t task = 0; task < plan.column_blocks * plan.parts; ++task) {
+                    const int64_t begin = task % plan.parts * plan.part_tiles;
+                    const int64_t count = smaller(plan.part_tiles, of.tiles - begin);
+                    if (count > 0)
+                        products(p, plan, task / plan.parts * kColumns, of.first_tile + begin, count,
+                                 v + begin * plan.v_row, kept, buffer);
+                }
             }
         }
     }

@@ -34,6 +34,14 @@ struct Tiling {
         scratch_width = across * tiles_wide + 2;
     }
 
+    struct Block {
+        int64_t first, last;        // strips, the last excluded
+        int64_t first_tile, tiles;
+    };
+    Block block(int64_t i) const {
+        const int64_t first = i * block_strips, last = smaller(first + block_strips, strips);
+        return {first, last, first_tile(first), first_tile(last) - first_tile(first)};
+    }
     int64_t first_tile(int64_t strip) const {
         return strip / image_strips * image_tiles + strip % image_strips * strip_rows * tiles_wide;
     }
@@ -129,6 +137,23 @@ FASTDDPM_INLINE void transform_tile(const float *corner, int64_t row, int64_t co
         Vec r[A::kPointsAcross];
         A::Across::input(columns[i], r);
         for (int j = 0; j < A::kPointsAcross; ++j) emit(i * A::kPointsAcross + j, r[j]);
+    }
+}
+
+// Writes a word of each product, `plane` elements from one to the next, for one vector of channels. transform(i, emit)
+// calls emit(point, vector) for each product of the word's element i; elements from `count` on are zero.
+template <typename A, typename Transform>
+FASTDDPM_INLINE void write_products(int64_t count, typename A::Element *to, int64_t plane, Transform transform) {
+    if constexpr (Factors<typename A::Element>::kDepth == 1) {
+        if (count > 0)
+            transform(0, [&](int point, Vec r) { store(to + point * plane, r); });
+        else
+            for (int point = 0; point < A::kProducts; ++point) store(to + point * plane, Vec{});
+    } else {
+        Vec low[A::kProducts] = {}, high[A::kProducts] = {};
+        if (count > 0) transform(0, [&](int point, Vec r) { low[point] = r; });
+        if (count > 1) transform(1, [&](int point, Vec r) { high[point] = r; });
+        for (int point = 0; point < A::kProducts; ++point) store(to + point * plane, paired(low[point], high[point]));
     }
 }
 

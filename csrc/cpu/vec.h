@@ -105,6 +105,8 @@ FASTDDPM_INLINE void store_part(uint16_t *p, Vec v, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = h[i];
 }
 
+FASTDDPM_INLINE void store(uint16_t *p, UintVec words) { memcpy(p, &words, sizeof words); }
+
 // e^x to 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
 FASTDDPM_INLINE Vec vexp(Vec x) {
     const Vec lowest = splat(-87.33654f), highest = splat(88.72283f);

@@ -83,6 +83,7 @@ def test_distance_is_from_the_solution_of_the_same_guidance_and_clipping(scorer:
         assert row["distance"] == 0 < other["distance"]
 
 
+@pytest.mark.usefixtures("bf16_instructions")
 def test_precisions_draw_the_same_seeds_and_are_set_beside_the_first(scorer: Scorer) -> None:
     judge = few_steps.of_digits(scorer, 12)
     arguments = (fastddpm.load("digits"), judge, "ddim:even", 3, 12, 2)

@@ -18,6 +18,7 @@ def test_ratios_are_to_the_fastest_peer_of_the_precision_and_of_any() -> None:
     assert inference.ratios(times, ["fp32", "bf16"]) == {"fp32": 1.5, "bf16": 3.5, "bf16 to any": 3.0}
 
 
+@pytest.mark.usefixtures("bf16_instructions")
 def test_every_side_evaluates_the_trained_network(tmp_path: Path) -> None:
     """The digits in the package, within float32's rounding of float64, or that of 16 bits."""
     pytest.importorskip("diffusers")

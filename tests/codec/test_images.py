@@ -214,6 +214,7 @@ def test_another_models_file_is_refused(rng: np.random.Generator) -> None:
         decode(Sampler(sampler.network, process), data)
 
 
+@pytest.mark.usefixtures("bf16_instructions")
 def test_a_machine_with_other_last_bits_is_refused(rng: np.random.Generator) -> None:
     sampler = small()
     data = encode(sampler, noise_images(sampler, 2, rng), None, CodecOptions(steps=4)).data

@@ -20,10 +20,9 @@ FLOAT32 = (torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(bf16_instructions: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "_SECONDS", 1e-3)
     monkeypatch.setattr(selftest, "_ROUNDS", 1)
-    monkeypatch.setattr(native, "has_bf16", lambda: True)  # as slow as it is here
     monkeypatch.setattr(precision_trial, "_ROUNDS", 1)
     monkeypatch.setattr(precision_trial, "preset", lambda name: Preset("small", SMALL))
 

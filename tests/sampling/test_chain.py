@@ -259,6 +259,7 @@ def test_every_switch_gives_the_images_of_the_plain_network(switch: str) -> None
     torch.testing.assert_close(ours.sample([3, 4]), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.usefixtures("bf16_instructions")
 def test_low_precision_is_near() -> None:
     exact, low = (sampler(TINY, engine=EngineConfig(precision=name)).sample(range(4)) for name in ("fp32", "bf16"))
     difference = (exact - low).abs()

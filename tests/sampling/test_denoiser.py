@@ -54,6 +54,7 @@ def test_changed_weights_are_noticed() -> None:
         assert relative_error(denoiser(x_t, t), in_float64(unet, x_t, t, None)) <= 1e-5
 
 
+@pytest.mark.usefixtures("bf16_instructions")
 def test_the_precision_is_the_engines() -> None:
     unet = network(TINY)
     x_t, t = batch(2)

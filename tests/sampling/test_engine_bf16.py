@@ -39,8 +39,8 @@ def test_on_every_instruction_set(isa: str) -> None:
         assert relative_error(ours, expected_of(unet, *inputs)) <= 2e-2
 
 
-def test_a_processor_with_the_instructions_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "has_bf16", lambda: True)
+@pytest.mark.usefixtures("bf16_instructions")
+def test_a_processor_with_the_instructions_computes_in_bf16() -> None:
     unet = network(ALL["guided"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -60,8 +60,8 @@ def test_a_processor_without_computes_in_float32_and_says_so(monkeypatch: pytest
     assert torch.equal(prepared(*inputs), prepare(unet, [1])(*inputs))
 
 
-def test_a_denoiser_and_a_sampler_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "has_bf16", lambda: True)
+@pytest.mark.usefixtures("bf16_instructions")
+def test_a_denoiser_and_a_sampler_take_it() -> None:
     unet, inputs = network(ALL["guided"]), arguments(2, ALL["guided"])
     ours = fastddpm.Denoiser(unet, BF16)(*inputs)
     assert torch.equal(ours, PreparedUNet(unet, precision=torch.bfloat16)(*inputs))
