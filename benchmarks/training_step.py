@@ -26,6 +26,7 @@ import torch
 
 import fastddpm
 from fastddpm.data import open_dataset
+from fastddpm.runtime.memory import keep_freed_memory
 from fastddpm.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from peers import version
     from training_sides import PEERS
 
+    keep_freed_memory()  # as the command does; the peers have it, too
     peers = [peer for peer in PEERS if not (options.no_compile and "compile" in peer)]
     rows = []
     for preset in options.preset or BATCHES:

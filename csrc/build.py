@@ -29,7 +29,7 @@ INSTRUCTION_SETS = {
 # Sources without arithmetic, compiled once.
 PLAIN = {"dispatch", "team"}
 # Sources with products of bfloat16, for which AVX512-BF16 has an instruction. The others are not compiled for it.
-PRODUCTS = re.compile("conv|attention$")
+PRODUCTS = re.compile("conv|attention")
 # Sources that draw noise, which must have the same bits on every machine. In others a * b + c is one instruction.
 UNCONTRACTED = {"random_normal", "q_sample", "reverse_step"}
 # At -O1 it compiles in a third of the time, and every access to memory is still the sources' own.

@@ -66,7 +66,7 @@ typedef struct {
     int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2]; /* elements between images, between tokens */
     float scale;
     int32_t dtype;
-    int32_t precision;                   /* with bfloat16, the factors of the products are rounded to it; forward only */
+    int32_t precision;                   /* with bfloat16, the factors of the products are rounded to it */
     /* Backward only; dense (N, L, C). */
     const void *grad;
     void *grad_q, *grad_k, *grad_v;
@@ -127,7 +127,8 @@ typedef struct {
     int32_t algorithm;          /* matrix product of patches; or with kernel 3, stride 1, pad 1 Winograd's F(4x4, 3x3)
                                  * in float32, F(2x2, 3x3) or F(2x4, 3x3) in bfloat16 */
     int32_t precision;          /* dtype of the products' factors: float32, or bfloat16, for patches with an even C */
-    /* The weights' gradient only, by Winograd's. Sums are in a fixed order: both are deterministic. */
+    /* The weights' gradient only, by Winograd's, or of a linear layer in bfloat16: kernel 1, stride 1, x dense, without
+     * skip and gain. Sums are in a fixed order: both are deterministic. */
     const float *grad;          /* (N, Hout, Wout, K) */
     float *grad_weight;         /* at weight_stride */
     float *grad_bias;           /* (K,) or null */

@@ -98,24 +98,13 @@ RowSum exponentiate(float *row, int64_t length, float scale, T *to) {
     return {top, total};
 }
 
-// Rows as factors, whole words of `count` elements.
-void round_rows(const Rows &from, int64_t first, int64_t rows, int64_t count, uint16_t *to, int64_t to_row) {
-    for (int64_t r = 0; r < rows; ++r, to += to_row) {
-        const float *row = from.row(first + r);
-        int64_t i = 0;
-        for (; i + kWidth <= count; i += kWidth) store(to + i, load(row + i));
-        if (i < count) store_part(to + i, load_part(row + i, count - i), count - i);
-        if (count % 2 != 0) to[count] = 0;
-    }
-}
-
 template <typename T>
 void attend(const AttentionArgs &p, const Sequence<T> &memory, int64_t n, int64_t first, int64_t rows, const Task<T> &own) {
     constexpr bool kRounded = sizeof(T) != sizeof(float);
     const Rows q = memory.q(p, n);
     RowSum sums[kTaskRows];
     if constexpr (kRounded) {
-        round_rows(q, first, rows, p.c, own.queries, own.query_row);
+        round_rows(Rows{q.row(first), q.stride}, rows, p.c, own.queries, own.query_row);
         multiply(rows, own.queries, own.query_row, memory.keys, p.l, own.query_row, own.scores, own.score_row, kColumns);
         for (int64_t r = 0; r < rows; ++r) {
             T *weights = own.weights + r * own.score_row;

@@ -1,10 +1,9 @@
 // Shared by both passes of attention: operands in single precision, packed for the matrix product, whose factors are of
 // type T, float or bfloat16.
 #pragma once
-#include "gemm.h"
 #include "kernels.h"
 #include "memory.h"
-#include "turn.h"
+#include "pack.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
@@ -13,16 +12,6 @@ using AttentionArgs = fastddpm_attention_args;
 
 constexpr int64_t kTaskRows = 48;       // rows of a task's results
 constexpr int64_t kProductDepth = 256;  // of a product, so that the part of b that it reads stays in the cache
-
-// Tokens or channels of one sequence as rows of single-precision numbers.
-struct Rows {
-    const float *at;
-    int64_t stride;
-
-    const float *row(int64_t i) const { return at + i * stride; }
-};
-
-constexpr int64_t whole_columns(int64_t columns) { return divide_up(columns, kColumns) * kColumns; }
 
 inline bool attention_supported(const AttentionArgs &p) {
     const auto known = [](int32_t dtype) { return dtype == FASTDDPM_FLOAT32 || dtype == FASTDDPM_BFLOAT16; };
@@ -52,54 +41,15 @@ inline void widen_rows(const AttentionArgs &p, const void *tensor, const int64_t
     for (int64_t i = 0; i < p.l; ++i) widen(from + i * stride[1], p.c, copy + i * p.c);
 }
 
-// Packs kColumns columns, from `first`, of b (depth, columns), whose column j is row j of `from`.
-inline void pack_transposed(const Rows &from, int64_t columns, int64_t depth, int64_t first, float *packed) {
-    turn(from.row(first), from.stride, 1, smaller(kColumns, columns - first), depth, packed + first * depth, kColumns);
-}
-inline void pack_transposed(const Rows &from, int64_t columns, int64_t depth, int64_t first, uint16_t *packed) {
-    const int64_t words = words_of<uint16_t>(depth), count = smaller(kColumns, columns - first);
-    uint16_t *to = packed + first * 2 * words;
-    for (int64_t i = 0; i < count; i += kWidth) {
-        int64_t word = 0;
-        for (; i + kWidth <= count && 2 * (word + kWidth) <= depth; word += kWidth) {
-            Vec block[kWidth];
-            for (int j = 0; j < kWidth; ++j) {
-                const float *row = from.row(first + i + j) + 2 * word;
-                const HalfVec halves[2] = {rounded(load(row)), rounded(load(row + kWidth))};
-                memcpy(&block[j], halves, sizeof halves);
-            }
-            transpose(block);
-            for (int j = 0; j < kWidth; ++j) memcpy(to + 2 * ((word + j) * kColumns + i), &block[j], sizeof block[j]);
-        }
-        for (; word < words; ++word)
-            for (int64_t j = 0; j < smaller(kWidth, count - i); ++j) {
-                const float *row = from.row(first + i + j) + 2 * word;
-                store_part(to + 2 * (word * kColumns + i + j), load_part(row, smaller(2, depth - 2 * word)), 2);
-            }
+// Rows as factors, whole words of `count` elements.
+inline void round_rows(const Rows &from, int64_t rows, int64_t count, uint16_t *to, int64_t to_row) {
+    for (int64_t r = 0; r < rows; ++r, to += to_row) {
+        const float *row = from.row(r);
+        int64_t i = 0;
+        for (; i + kWidth <= count; i += kWidth) store(to + i, load(row + i));
+        if (i < count) store_part(to + i, load_part(row + i, count - i), count - i);
+        if (count % 2 != 0) to[count] = 0;
     }
-}
-
-// The same for a b whose row d is row d of `from`.
-inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t first, float *packed) {
-    const int64_t count = smaller(kColumns, columns - first);
-    float *to = packed + first * depth;
-    for (int64_t d = 0; d < depth; ++d, to += kColumns) {
-        memcpy(to, from.row(d) + first, static_cast<size_t>(count) * sizeof(float));
-        memset(to + count, 0, static_cast<size_t>(kColumns - count) * sizeof(float));
-    }
-}
-inline void pack_rows(const Rows &from, int64_t columns, int64_t depth, int64_t first, uint16_t *packed) {
-    const int64_t words = words_of<uint16_t>(depth), count = smaller(kColumns, columns - first);
-    uint16_t *to = packed + first * 2 * words;
-    for (int64_t word = 0; word < words; ++word, to += 2 * kColumns)
-        for (int64_t i = 0; i < count; i += kWidth) {
-            const int64_t part = smaller(kWidth, count - i);
-            const auto row = [&](int64_t d) {
-                const float *at = from.row(d) + first + i;
-                return d >= depth ? Vec{} : part == kWidth ? load(at) : load_part(at, part);
-            };
-            store(to + 2 * i, paired(row(2 * word), row(2 * word + 1)));
-        }
 }
 
 // c = a b for some rows of a and all of a packed b (depth, columns), of whole words. Panel i of c begins at

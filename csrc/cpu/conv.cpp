@@ -14,6 +14,10 @@ bool supported(const fastddpm_conv_args &p) {
     return p.algorithm == FASTDDPM_PATCHES ? patches_supported(p) : winograd_supported(p);
 }
 
+bool gradient_supported(const fastddpm_conv_args &p) {
+    return supported(p) && (p.algorithm != FASTDDPM_PATCHES || patches_gradient_supported(p));
+}
+
 // Whether there is no output. Checked first, because plans divide by the numbers of pixels and tiles.
 bool nothing(const fastddpm_conv_args &p) { return p.n < 1 || p.height < 1 || p.width < 1 || p.k < 1; }
 
@@ -32,13 +36,14 @@ int32_t conv(const fastddpm_conv_args &p, int32_t threads) {
 }
 
 int64_t conv_weight_gradient_workspace(const fastddpm_conv_args &p, int32_t threads) {
-    return supported(p) && p.algorithm != FASTDDPM_PATCHES ? weight_gradient_workspace(p, threads) : 0;
+    if (!gradient_supported(p)) return 0;
+    return p.algorithm == FASTDDPM_PATCHES ? patches_gradient_workspace(p, threads) : winograd_gradient_workspace(p, threads);
 }
 
 int32_t conv_weight_gradient(const fastddpm_conv_args &p, int32_t threads) {
-    if (!supported(p) || p.algorithm == FASTDDPM_PATCHES) return FASTDDPM_UNSUPPORTED;
-    if (p.workspace_bytes < weight_gradient_workspace(p, threads)) return FASTDDPM_NO_MEMORY;
-    return winograd_weight_gradient(p, threads);
+    if (!gradient_supported(p)) return FASTDDPM_UNSUPPORTED;
+    if (p.workspace_bytes < conv_weight_gradient_workspace(p, threads)) return FASTDDPM_NO_MEMORY;
+    return p.algorithm == FASTDDPM_PATCHES ? patches_weight_gradient(p, threads) : winograd_weight_gradient(p, threads);
 }
 
 int64_t conv_packed_bytes(const fastddpm_conv_args &p) {

@@ -107,8 +107,11 @@ int64_t patches_packed_bytes(const fastddpm_conv_args &p);
 void pack_patches(const fastddpm_conv_args &p, void *packed);
 int64_t patches_workspace(const fastddpm_conv_args &p, int32_t threads);
 int32_t conv_patches(const fastddpm_conv_args &p, int32_t threads);
+bool patches_gradient_supported(const fastddpm_conv_args &p);
+int64_t patches_gradient_workspace(const fastddpm_conv_args &p, int32_t threads);
+int32_t patches_weight_gradient(const fastddpm_conv_args &p, int32_t threads);
 int32_t winograd_weight_gradient(const fastddpm_conv_args &p, int32_t threads);
-int64_t weight_gradient_workspace(const fastddpm_conv_args &p, int32_t threads);
+int64_t winograd_gradient_workspace(const fastddpm_conv_args &p, int32_t threads);
 
 }  // namespace FASTDDPM_ISA
 }  // namespace fastddpm

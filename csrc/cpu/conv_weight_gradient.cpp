@@ -243,7 +243,7 @@ void differentiate(const fastddpm_conv_args &p, int32_t threads) {
 
 }  // namespace
 
-int64_t weight_gradient_workspace(const fastddpm_conv_args &p, int32_t threads) {
+int64_t winograd_gradient_workspace(const fastddpm_conv_args &p, int32_t threads) {
     return with_algorithm(p, [&](auto algorithm) -> int64_t {
         const Plan<decltype(algorithm)> plan(p);
         return plan.shared_bytes() + threads * plan.thread_bytes;

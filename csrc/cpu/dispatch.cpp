@@ -85,7 +85,7 @@ FASTDDPM_API int32_t fastddpm_cpu_attention(const fastddpm_attention_args *args,
     FASTDDPM_RUN_PRODUCTS(attention, *args, usable(threads))
 }
 FASTDDPM_API int32_t fastddpm_cpu_attention_backward(const fastddpm_attention_args *args, int32_t threads) {
-    FASTDDPM_RUN(attention_backward, *args, usable(threads))
+    FASTDDPM_RUN_PRODUCTS(attention_backward, *args, usable(threads))
 }
 FASTDDPM_API int32_t fastddpm_cpu_q_sample(const fastddpm_q_sample_args *args, int32_t threads) {
     FASTDDPM_RUN(q_sample, *args, usable(threads))

@@ -12,11 +12,12 @@ from .derivatives import differentiable_backward, transformed
 from .registry import register, register_gradient
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, bf16: bool = False) -> Tensor:
     """Return softmax(scale q k^T) v, attention with one head. q, k, v and the result: (N, L, C) of one floating dtype.
 
-    Scores and softmax are float32 (float64 for float64 inputs). `scale`: default C**-0.5. Under torch.autocast q, k and
-    v are cast to its dtype. Raises ValueError for other shapes or mixed dtypes.
+    Scores and softmax are float32 (float64 for float64 inputs). `scale`: default C**-0.5. `bf16`: round the factors of
+    the products to bfloat16, the weights among them, here and in the gradients; sums and tensors keep q's dtype. Under
+    torch.autocast q, k and v are cast to its dtype. Raises ValueError for other shapes or mixed dtypes.
     """
     if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
@@ -28,15 +29,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if transformed(q, k, v):
-        return plain(q, k, v, scale)
-    return torch.ops.fastddpm.attention(q, k, v, scale)[0]
+        return plain(q, k, v, scale, bf16)
+    return torch.ops.fastddpm.attention(q, k, v, scale, bf16)[0]
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, bf16: bool) -> Tensor:
     """Return the result in PyTorch's operators: for export, and for derivatives that the kernels do not have."""
     dtype = Arguments(q, k, v, scale).statistics_dtype
-    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(1, 2)) * scale
-    return torch.matmul(torch.softmax(scores, dim=-1), v.to(dtype)).to(q.dtype)
+
+    def factor(x: Tensor) -> Tensor:
+        return (x.bfloat16() if bf16 else x).to(dtype)
+
+    weights = torch.softmax(torch.matmul(factor(q), factor(k).transpose(1, 2)) * scale, dim=-1)
+    return torch.matmul(factor(weights), factor(v)).to(q.dtype)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -48,7 +53,7 @@ def _fake_backward(a: Arguments, grad: Tensor, lse: Tensor) -> tuple[Tensor, Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale = inputs
+    q, k, v, ctx.scale, ctx.bf16 = inputs
     _, lse = output
     ctx.save_for_backward(q, k, v, lse)
     ctx.mark_non_differentiable(lse)
@@ -59,22 +64,22 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if grad is None:
         return (None,) * len(Arguments._fields)
     if torch.is_grad_enabled():
-        scaled = functools.partial(plain, scale=ctx.scale)
-        return *differentiable_backward(scaled, ctx.saved_tensors[:3], grad, ctx.needs_input_grad[:3]), None
-    return *torch.ops.fastddpm.attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+        scaled = functools.partial(plain, scale=ctx.scale, bf16=ctx.bf16)
+        return *differentiable_backward(scaled, ctx.saved_tensors[:3], grad, ctx.needs_input_grad[:3]), None, None
+    return *torch.ops.fastddpm.attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.bf16), None, None
 
 
 register(
     "attention",
     Arguments,
-    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, float scale, bool bf16) -> (Tensor, Tensor)",
     _fake,
     autocast=("q", "k", "v"),
 )
 register(
     "attention_backward",
     Arguments,
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, float scale, bool bf16) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     operation="attention",
 )

@@ -15,7 +15,7 @@ from .timed import fastest
 
 OPERATIONS = (
     "group_norm_silu", "inference_norm", "attention", "add_attention", "add_product", "add_bias", "channel_sums",
-    "convert_image", "conv3x3", "conv3x3_in", "conv3x3_fp8", "q_sample", "reverse_step", "random_normal",
+    "convert_image", "conv3x3", "conv3x3_in", "conv3x3_fp8", "linear_bf16", "q_sample", "reverse_step", "random_normal",
 )  # fmt: skip
 # By device type, fastest first. ROCm devices have type cuda too. sdpa is PyTorch's attention, for shapes that our
 # kernel does not take.

@@ -11,6 +11,7 @@ from fastddpm.kernels.group_norm_silu import Arguments
 from .attention import plain as plain_attention
 from .conv3x3 import plain as plain_conv3x3
 from .group_norm_silu import plain as plain_group_norm_silu
+from .linear_bf16 import plain as plain_linear_bf16
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -23,6 +24,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         ours.group_norm_silu.default: _group_norm_silu,
         ours.attention.default: _attention_with_lse,
         ours.conv3x3.default: plain_conv3x3,
+        ours.linear_bf16.default: plain_linear_bf16,
     }
 
 
@@ -35,6 +37,6 @@ def _group_norm_silu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return plain_group_norm_silu(a), mean, torch.rsqrt(variance + a.eps)  # nobody reads the last two: they are pruned
 
 
-def _attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, bf16: bool) -> tuple[Tensor, Tensor]:
     scores = torch.matmul(q, k.transpose(1, 2)) * scale
-    return plain_attention(q, k, v, scale), torch.logsumexp(scores, dim=-1)
+    return plain_attention(q, k, v, scale, bf16), torch.logsumexp(scores, dim=-1)

@@ -20,7 +20,7 @@ from fastddpm.ops.group_norm_silu import norm_and_inputs
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.ops.registry import computed_dtype
 
-from .on_cpu import convolved, convolves_faster, in_bf16
+from .on_cpu import convolved, convolves_faster, float32_if, in_bf16, pointwise, rounded
 
 _WIDE_OUTPUT = 8  # channels
 NEAR_ZERO_GAIN = 1e-5  # the released code replaces a scale of 0 by a variance scale of 1e-10
@@ -46,8 +46,8 @@ class Conv3x3(nn.Conv2d):
         if input.device.type == "cpu" and not by_kernels(input):
             if not torch.is_autocast_enabled("cpu"):
                 return conv3x3(input, self.weight, self.bias, doubled=self.doubled)
-            if self.weight.dtype == torch.float32 and in_bf16():
-                with torch.autocast("cpu", enabled=False):
+            if self.weight.dtype == torch.float32 and in_bf16(input):
+                with float32_if(True):
                     return conv3x3(input.float(), self.weight, self.bias, doubled=self.doubled, bf16=True)
         x = _doubled(input) if self.doubled else input
         if not by_kernels(input):
@@ -144,6 +144,10 @@ class GroupNormSiLU(nn.Module):
         inputs: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
         """Return the output; with `inputs`, for a norm of x and skip alone, also x and skip, to be used again."""
+        if in_bf16(x):
+            with float32_if(True):
+                x, skip = x.float(), None if skip is None else skip.float()
+                return self.forward(x, skip=skip, temb=temb, scale=scale, shift=shift, key=key, inputs=inputs)
         if inputs:
             return norm_and_inputs(x, self.weight, self.bias, self.groups, self.eps, skip=skip, silu=self.silu)
         if not (self.training and self.dropout > 0):
@@ -210,20 +214,23 @@ class ResBlock(nn.Module):
         if kernels:
             return self._sum(self.conv2(self._normed(residual, activated_temb, key), biased=False), x, skip)
         residual = self.conv1(residual)
-        projected = self.temb_proj(activated_temb)
+        with float32_if(in_bf16(h)):  # of few rows, whose weights take longer to round than to multiply
+            projected = self.temb_proj(activated_temb)
         if self.scale_shift:
             scale, shift = projected.chunk(2, dim=1)
             residual = self.norm2(residual, scale=scale, shift=shift, key=key)
         else:
             residual = self.norm2(residual, temb=projected, key=key)
         residual = self.conv2(residual)
-        if skip is None:
-            return residual + (x if self.shortcut is None else self.shortcut(x))
-        assert self.shortcut is not None  # x has more channels than the output whenever there is a skip
+        if self.shortcut is None:
+            return residual + x
         if not as_made({self.shortcut: nn.Conv2d}):
-            return residual + self.shortcut(torch.cat([h, skip], 1))
-        weight_h, weight_skip = self.shortcut.weight.split([h.shape[1], skip.shape[1]], dim=1)
-        return residual + F.conv2d(h, weight_h, self.shortcut.bias) + F.conv2d(skip, weight_skip)
+            return residual + self.shortcut(x if skip is None else torch.cat([h, skip], 1))
+        weight, bias = self.shortcut.weight, self.shortcut.bias
+        if skip is None:
+            return residual + pointwise(x, weight, bias)
+        weight_h, weight_skip = weight.split([h.shape[1], skip.shape[1]], dim=1)
+        return residual + pointwise(h, weight_h, bias) + pointwise(skip, weight_skip)
 
     def _normed(self, residual: Tensor, activated_temb: Tensor, key: NoiseKey | None) -> Tensor:
         """Return norm2(conv1(residual)) with the embedding, to which the bias of conv1 is added where both are sums."""
@@ -268,7 +275,12 @@ class AttnBlock(nn.Module):
             (self.q, self.k, self.v, self.proj), nn.Linear
         )
         kernels = by_kernels(x) and as_made({self.norm: GroupNormSiLU} | linear_layers)
-        product = convolved if convolves_faster(x) and as_made(linear_layers) else nn.Linear.__call__
+        low = in_bf16(x) and as_made(linear_layers)
+        product = nn.Linear.__call__
+        if low:
+            product = rounded
+        elif convolves_faster(x) and as_made(linear_layers):
+            product = convolved
         if kernels:
             normed, x, _ = self.norm(x, inputs=True)
         else:
@@ -280,7 +292,8 @@ class AttnBlock(nn.Module):
         else:
             parts = [product(layer, tokens) for layer in layers]
         q, k, v = (split_heads(part, self.heads) for part in parts)
-        out = join_heads(attention(q, k, v), self.heads)
+        with float32_if(low):
+            out = join_heads(attention(q, k, v, bf16=low), self.heads)
         out = F.linear(out, self.proj.weight) if kernels else product(self.proj, out)
         image = out.reshape(n, height, width, c).permute(0, 3, 1, 2)
         return add_bias(image, self.proj.bias, x) if kernels else x + image
@@ -316,7 +329,8 @@ class Down(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 1, 0, 1)) if self._pads else x
         if not (by_kernels(x) and as_made({self.conv: nn.Conv2d})):
-            return self.conv(x)
+            out = self.conv(x)
+            return out.float() if in_bf16(x) else out
         assert self.conv.bias is not None
         return add_bias(F.conv2d(x, self.conv.weight, None, self.conv.stride, self.conv.padding), self.conv.bias)
 

@@ -1,10 +1,13 @@
-"""Which library computes a product of the network fastest on a CPU: ours, oneDNN or MKL."""
+"""Which library computes a product of the network fastest on a CPU, ours, oneDNN or MKL, and with which factors."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm.kernels import native
+from fastddpm.ops import linear_bf16
 from fastddpm.ops.backend import library_chosen
 from fastddpm.ops.registry import computed_dtype
 
@@ -19,12 +22,35 @@ def _library_multiplies_bf16() -> bool:
 _library_multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def in_bf16() -> bool:
-    """Whether autocast's bfloat16 on a CPU is left to the compiled library, which keeps activations in float32.
+def in_bf16(x: Tensor) -> bool:
+    """Whether autocast's bfloat16 is left to the compiled library, which keeps activations in float32: on a CPU that
 
-    It does where the processor multiplies bfloat16, and is then faster and more exact than PyTorch's convolutions.
+    multiplies bfloat16. That is faster and more exact than activations in bfloat16 and PyTorch's products.
     """
-    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and _library_multiplies_bf16()
+    return (
+        x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and x.dtype != torch.float64
+        and _library_multiplies_bf16()
+    )
+
+
+def float32_if(condition: bool) -> AbstractContextManager[object]:
+    """Return a context without autocast, or one that changes nothing."""
+    return torch.autocast("cpu", enabled=False) if condition else nullcontext()
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the 1x1 convolution of x with weights (K, C, 1, 1)."""
+    if not (in_bf16(x) and weight.dtype == torch.float32):
+        return F.conv2d(x, weight, bias)
+    return linear_bf16(x.float().permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+
+
+def rounded(layer: nn.Linear, tokens: Tensor) -> Tensor:
+    """Return the layer's output (N, L, K) for tokens (N, L, C), of factors that are rounded to bfloat16."""
+    return linear_bf16(tokens, layer.weight, layer.bias)
 
 
 def convolves_faster(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ class Arguments(NamedTuple):
     k: Tensor  # like q
     v: Tensor  # like q
     scale: float  # of the scores
+    bf16: bool = False  # round the factors of the products, forward and backward, to bfloat16
 
     @property
     def statistics_dtype(self) -> torch.dtype:

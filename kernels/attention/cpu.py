@@ -22,9 +22,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _structure(q: Tensor, k: Tensor, v: Tensor, scale: float) -> interface.Attention:
+def _structure(q: Tensor, k: Tensor, v: Tensor, scale: float, bf16: bool) -> interface.Attention:
     n, length, c = q.shape
     args = interface.Attention(n=n, l=length, c=c, heads=1, scale=scale, dtype=native.dtype_code(q.dtype))
+    if bf16 or (q.dtype == torch.bfloat16 and native.has_bf16()):  # then q, k and v are rounded already
+        args.precision = interface.BFLOAT16
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         setattr(args, name, native.pointer(tensor))
         setattr(args, f"{name}_stride", (ctypes.c_int64 * 2)(*tensor.stride()[:2]))
@@ -38,11 +40,9 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     q, k, v = map(_rows, a[:3])
     out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device="cpu")
-    args = _structure(q, k, v, a.scale)
+    args = _structure(q, k, v, a.scale, a.bf16)
     args.out, args.lse = native.pointer(out), native.pointer(lse)
     args.out_stride = (ctypes.c_int64 * 2)(*out.stride()[:2])
-    if q.dtype == torch.bfloat16 and native.has_bf16():  # q, k and v are rounded already
-        args.precision = interface.BFLOAT16
     native.call("attention", args)
     return out, lse
 
@@ -54,7 +54,7 @@ def backward(a: Arguments, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, T
     q, k, v = map(_rows, a[:3])
     grad, lse = grad.to(q.dtype).contiguous(), lse.contiguous()
     grads = [torch.empty(q.shape, dtype=q.dtype, device="cpu") for _ in range(3)]
-    args = _structure(q, k, v, a.scale)
+    args = _structure(q, k, v, a.scale, a.bf16)
     args.grad, args.lse = native.pointer(grad), native.pointer(lse)
     args.grad_q, args.grad_k, args.grad_v = map(native.pointer, grads)
     native.call("attention_backward", args)

@@ -16,10 +16,12 @@ __all__ = ["backward", "forward", "unsupported"]
 _FLASH_CHANNELS = 256  # the most channels that its flash kernels take
 
 
-def unsupported(q: Tensor, **rest: object) -> str | None:
+def unsupported(q: Tensor, bf16: bool = False, **rest: object) -> str | None:
     """Return why these arguments of forward or backward, by name, are left to another backend, or None."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"scaled_dot_product_attention takes float32, bfloat16 and float16, not {str(q.dtype).partition('.')[2]}"
+    if bf16 and q.dtype != torch.bfloat16:
+        return "scaled_dot_product_attention does not round float32 to bfloat16"
     aligned = 16 // q.element_size()
     if q.shape[2] % aligned:
         return f"scaled_dot_product_attention takes multiples of {aligned} channels, not {q.shape[2]}"

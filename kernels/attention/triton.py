@@ -22,8 +22,10 @@ _TOKENS, _CHANNELS = 256, 1024
 LIMITS = f"up to {_TOKENS} tokens and {_CHANNELS} channels; beyond that by scaled_dot_product_attention"
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, bf16: bool = False, **rest: object) -> str | None:
     """Return why these arguments of forward or backward, by name, are left to another backend, or None."""
+    if bf16 and q.dtype != torch.bfloat16:
+        return "the Triton kernels do not round float32 to bfloat16"
     tokens, channels = q.shape[1:]
     if tokens > _TOKENS or channels > _CHANNELS:
         return f"the Triton kernels take up to {_TOKENS} tokens of {_CHANNELS} channels, not {tokens} of {channels}"

@@ -3,15 +3,15 @@
 The rules follow the measured table in benchmarks/results (`python benchmarks/convolution.py` measures it again).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from ..interface import PATCHES, WINOGRAD_2X2, WINOGRAD_2X4, WINOGRAD_4X4
 
 __all__ = [
-    "PATCHES", "WINOGRAD_2X2", "WINOGRAD_2X4", "WINOGRAD_4X4", "Arguments", "algorithm_for", "bf16_algorithm_for",
-    "weight_gradient_wins", "winograd_wins",
+    "PATCHES", "WINOGRAD_2X2", "WINOGRAD_2X4", "WINOGRAD_4X4", "Arguments", "Role", "algorithm_for",
+    "bf16_algorithm_for", "weight_gradient_wins", "winograd_wins",
 ]  # fmt: skip
 
 _FEWEST_CHANNELS = 16  # with fewer, the transforms cost as much as the products save
@@ -41,21 +41,38 @@ def algorithm_for(kernel: int, stride: int, in_channels: int, height: int, width
     return WINOGRAD_4X4 if kernel == 3 and stride == 1 and in_channels >= _FEWEST_CHANNELS and not one_tile else PATCHES
 
 
+Role = Literal["inference", "training", "input gradient", "weight gradient"]
+
+
 def bf16_algorithm_for(
-    kernel: int, stride: int, in_channels: int, out_channels: int, height: int, width: int, doubled: bool
+    role: Role, kernel: int, stride: int, in_channels: int, out_channels: int, height: int, width: int, doubled: bool
 ) -> int | None:
     """Return PATCHES, WINOGRAD_2X2 or WINOGRAD_2X4, in bfloat16, for an output of height x width pixels.
 
     None: float32 is better. The first and the last convolution take little time, and the error of the last is the
-    network's. The larger tile is faster by a quarter at 16x16 pixels, and its error larger; it is taken where that
-    leaves the network's error below that of PyTorch's bfloat16 (docs/measurements/cpu.md).
+    network's. `role`: "training" is the forward pass of an operation with gradients; the input of "input gradient" is
+    the gradient of the convolution's output.
     """
     if min(in_channels, out_channels) < _FEWEST_CHANNELS or in_channels % 2 != 0:
         return None
     if kernel != 3 or stride != 1:
         return PATCHES
-    larger = not doubled and 8 < max(height, width) <= 16 and in_channels <= out_channels
+    larger = _takes_larger_tiles(role, in_channels, out_channels, max(height, width), doubled)
     return WINOGRAD_2X4 if larger else WINOGRAD_2X2
+
+
+def _takes_larger_tiles(role: Role, in_channels: int, out_channels: int, size: int, doubled: bool) -> bool:
+    """Return whether tiles of 2x4 are taken: faster by up to a quarter, and their error is larger by half.
+
+    They are taken where they are faster, as long as the error of the network, or of the gradient of the loss, stays
+    below that of PyTorch's bfloat16 (docs/measurements/cpu.md, training.md). In gradients errors add up over one layer
+    of weights, not over the network.
+    """
+    if role == "weight gradient":
+        return size > 4
+    if role == "input gradient":
+        return size > 8
+    return not doubled and in_channels <= out_channels and size > 8 and (role == "training" or size <= 16)
 
 
 def winograd_wins(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> bool:

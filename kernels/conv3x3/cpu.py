@@ -10,13 +10,14 @@ from ..native import unavailable
 from . import (
     WINOGRAD_4X4,
     Arguments,
+    Role,
     bf16_algorithm_for,
     reference,
     weight_gradient_wins,
     winograd_wins,
 )
 
-__all__ = ["backward", "forward", "unavailable", "unsupported"]
+__all__ = ["backward", "forward", "run", "unavailable", "unsupported"]
 
 
 def unsupported(**arguments: object) -> str | None:
@@ -58,13 +59,15 @@ def backward(a: Arguments, grad: Tensor, wanted: list[bool]) -> tuple[Tensor, Te
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool, bf16: bool = False) -> Tensor:
     """Compute `forward` by Winograd's algorithm, faster or not, for float32 tensors of any size and strides."""
-    return _convolve(x, weight, weight.stride(), weight.shape[0], bias, doubled, bf16)
+    role: Role | None = "training" if bf16 else None
+    return _convolve(role, x, weight, weight.stride(), weight.shape[0], bias, doubled)
 
 
 def winograd_input_gradient(grad: Tensor, weight: Tensor, doubled: bool, bf16: bool = False) -> Tensor:
     """Return the gradient of x, in channels_last: a convolution of `grad` with the weights turned by 180 degrees."""
     k, c, i, j = weight.stride()
-    grad_x = _convolve(grad, weight[:, :, 2:, 2:], (c, k, -i, -j), weight.shape[1], None, False, bf16)
+    role: Role | None = "input gradient" if bf16 else None
+    grad_x = _convolve(role, grad, weight[:, :, 2:, 2:], (c, k, -i, -j), weight.shape[1], None, False)
     return reference.halve(grad_x).contiguous(memory_format=torch.channels_last) if doubled else grad_x
 
 
@@ -75,18 +78,21 @@ def winograd_weight_gradient(
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     grad_weight = torch.empty_like(weight)
     grad_bias = weight.new_empty(len(weight) if bias_wanted else 0)
-    args = _structure(x, grad_weight.stride(), len(weight), doubled, bf16)
+    args = _structure("weight gradient" if bf16 else None, x, grad_weight.stride(), len(weight), doubled)
     args.grad, args.grad_weight = native.pointer(grad), native.pointer(grad_weight)
     args.grad_bias = native.pointer(grad_bias) if bias_wanted else None
-    _call("conv_weight_gradient", args)
+    run("conv_weight_gradient", args)
     return grad_weight, grad_bias
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, weight_stride: tuple[int, ...], out_channels: int, bias: Tensor | None, doubled: bool,
-    bf16: bool,
+    role: Role | None, x: Tensor, weight: Tensor, weight_stride: tuple[int, ...], out_channels: int,
+    bias: Tensor | None, doubled: bool,
 ) -> Tensor:  # fmt: skip
-    """Convolve x. `weight` begins at the element for output channel 0, input channel 0, row 0, column 0."""
+    """Convolve x. `weight` begins at the element for output channel 0, input channel 0, row 0, column 0.
+
+    `role`: in bfloat16, what for; or None, in float32.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     n, _, height, width = x.shape
     factor = 2 if doubled else 1
@@ -95,19 +101,20 @@ def _convolve(
         memory_format=torch.channels_last,
     )  # fmt: skip
     bias = None if bias is None else bias.contiguous()
-    args = _structure(x, weight_stride, out_channels, doubled, bf16)
+    args = _structure(role, x, weight_stride, out_channels, doubled)
     args.weight, args.bias, args.out = native.pointer(weight), native.pointer(bias), native.pointer(out)
-    _call("conv", args)
+    run("conv", args)
     return out
 
 
 def _structure(
-    x: Tensor, weight_stride: tuple[int, ...], out_channels: int, doubled: bool, bf16: bool
+    role: Role | None, x: Tensor, weight_stride: tuple[int, ...], out_channels: int, doubled: bool
 ) -> interface.Conv:
     """Return the structure with what all calls share: x, in channels_last, the sizes, and the algorithm."""
     n, channels, height, width = x.shape
     factor = 2 if doubled else 1
-    low = bf16_algorithm_for(3, 1, channels, out_channels, factor * height, factor * width, doubled) if bf16 else None
+    size = (factor * height, factor * width)
+    low = bf16_algorithm_for(role, 3, 1, channels, out_channels, *size, doubled) if role else None
     return interface.Conv(
         x=native.pointer(x), n=n, height=height, width=width, c1=channels, k=out_channels, kernel=3, stride=1, pad=1,
         doubled=doubled, x_stride=(ctypes.c_int64 * 4)(height * width * channels, width * channels, channels, 1),
@@ -116,8 +123,8 @@ def _structure(
     )  # fmt: skip
 
 
-def _call(operation: str, args: interface.Conv) -> None:
-    """Run an operation of the library with a new workspace."""
+def run(operation: str, args: interface.Conv) -> None:
+    """Run `operation` of the library, a convolution or a gradient of one, with a new workspace."""
     workspace_bytes = getattr(native.library(), f"fastddpm_cpu_{operation}_workspace")
     args.workspace_bytes = workspace_bytes(ctypes.byref(args), torch.get_num_threads())
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device="cpu")

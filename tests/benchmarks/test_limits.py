@@ -25,7 +25,7 @@ def test_attention(name: str, products: int) -> None:
     """256 tokens of 512 channels: 2 L^2 C FLOPs a product; at this width memory is what limits."""
     q, lse = meta(64, 256, 512), meta(64, 256, dtype=torch.float32)
     backward = name.endswith("backward")
-    found = limits.limit(Call(name, (q, q, q, q, lse, 1.0) if backward else (q, q, q, 1.0)))
+    found = limits.limit(Call(name, (q, q, q, q, lse, 1.0, False) if backward else (q, q, q, 1.0, False)))
     tensors = 7 if backward else 4
     assert found.matrix_flop == products * 64 * 2 * 256 * 256 * 512
     assert found.num_bytes == tensors * 64 * 256 * 512 * 2 + 64 * 256 * 4

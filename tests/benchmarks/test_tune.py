@@ -28,7 +28,7 @@ def meta(*size: int) -> torch.Tensor:
 
 
 def attention_backward() -> shapes.Call:
-    return shapes.Call("attention_backward", (*(meta(1, 20, 40) for _ in range(4)), meta(1, 20), 0.1))
+    return shapes.Call("attention_backward", (*(meta(1, 20, 40) for _ in range(4)), meta(1, 20), 0.1, False))
 
 
 def norm(name: str = "group_norm_silu") -> shapes.Call:

@@ -15,7 +15,7 @@ SHAPE = ("attention", "q 2x8x16 float32, k 2x8x16 float32, v 2x8x16 float32")
 
 
 def test_backends_with_the_same_numbers_take_turns() -> None:
-    call = Call("attention", (*(torch.empty(2, 8, 16, device="meta") for _ in range(3)), 0.25))
+    call = Call("attention", (*(torch.empty(2, 8, 16, device="meta") for _ in range(3)), 0.25, False))
     taken = []
 
     def clock(run: object) -> float:

@@ -95,7 +95,7 @@ def test_a_reason_is_told_once_with_its_operations(
     place = lines.index("    one")
     assert lines[place - 1] == (
         "  group_norm_silu, inference_norm, attention, add_attention, add_product, add_bias, channel_sums, "
-        "convert_image, conv3x3, conv3x3_in, q_sample, reverse_step, random_normal:"
+        "convert_image, conv3x3, conv3x3_in, linear_bf16, q_sample, reverse_step, random_normal:"
     )
     assert lines[place + 1 :] == ["  conv3x3_fp8:", "    other"]
 

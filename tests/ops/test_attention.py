@@ -57,6 +57,24 @@ def test_low_precision_error_is_that_of_its_inputs(name: str, dtype: torch.dtype
         contract.assert_within_twice_the_error_of(low_grad, our_grad, expected_grad)
 
 
+@pytest.mark.parametrize("name", with_large(SHAPES, "cifar 16x16"))
+def test_factors_in_bf16(name: str, device: torch.device) -> None:
+    """Output and gradients stay float32; their errors are those of two factors of 8 bits."""
+    q, k, v = (x.requires_grad_() for x in inputs(SHAPES[name], torch.float32, device))
+    out = attention(q, k, v, bf16=True)
+    grad = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (q, k, v), grad)
+    exact = tuple(map(contract.float64, (q, k, v)))
+    expected = (oracle.attention(*exact), *expected_gradients(*exact, contract.float64(grad)))
+    scale = max(np.linalg.norm(right) for right in expected[1:])  # with one token, scores have no gradient
+    for ours, right in zip((out, *gradients), expected, strict=True):
+        assert ours.dtype == torch.float32
+        error = np.linalg.norm(contract.float64(ours) - right)
+        assert error <= 9e-3 * max(np.linalg.norm(right), 1e-2 * scale)
+    if name != "one token":
+        assert np.linalg.norm(contract.float64(out) - expected[0]) >= 1e-4 * np.linalg.norm(expected[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_beyond_exp(dtype: torch.dtype, device: torch.device) -> None:
     """Scores of some hundreds overflow exp in float32 unless the row's maximum is taken off first."""
@@ -147,9 +165,11 @@ def test_opcheck(dtype: torch.dtype, layout: str, device: torch.device) -> None:
     if layout == "fused":
         q, k, v = torch.cat([q, k, v], dim=-1).split(4, dim=-1)
     grad, scale = torch.randn_like(q), 0.5
-    _, lse = torch.ops.fastddpm.attention(q, k, v, scale)
-    contract.opcheck(torch.ops.fastddpm.attention_backward, (grad, q, k, v, lse, scale))
-    contract.opcheck(torch.ops.fastddpm.attention, (*(x.detach().requires_grad_() for x in (q, k, v)), scale))
+    _, lse = torch.ops.fastddpm.attention(q, k, v, scale, False)
+    contract.opcheck(torch.ops.fastddpm.attention_backward, (grad, q, k, v, lse, scale, False))
+    contract.opcheck(torch.ops.fastddpm.attention, (*(x.detach().requires_grad_() for x in (q, k, v)), scale, False))
+    if dtype == torch.float32:
+        contract.opcheck(torch.ops.fastddpm.attention_backward, (grad, q, k, v, lse, scale, True))
 
 
 @pytest.mark.large

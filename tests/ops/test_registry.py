@@ -21,7 +21,7 @@ def test_arguments_are_those_of_the_schema(operation: str) -> None:
     assert arguments._fields == schema_names(operation)
 
 
-@pytest.mark.parametrize("operation", ["group_norm_silu", "attention", "conv3x3"])
+@pytest.mark.parametrize("operation", ["group_norm_silu", "attention", "conv3x3", "linear_bf16"])
 def test_backward_functions_take_the_rest_of_the_schema(operation: str) -> None:
     """Fields that the backward operator lacks have defaults; its other arguments follow by position."""
     arguments = importlib.import_module(f"fastddpm.kernels.{operation}").Arguments

@@ -1,5 +1,6 @@
 """The network's parts against float64: time embedding, initialisation, blocks, and how they are connected."""
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -205,6 +206,68 @@ def test_autocast_leaves_convolutions_to_the_library_where_it_is_fast(
         assert (y.float() - expected).norm() <= 1e-2 * expected.norm()
     with torch.autocast("cpu", torch.float16):
         assert layer(x).dtype == torch.float16
+
+
+def gradients_of(network: nn.Module, *arguments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output and the gradient of a loss by each parameter."""
+    out = network(*arguments)
+    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum()
+    names = [name for name, _ in network.named_parameters()]
+    return out.detach(), dict(zip(names, torch.autograd.grad(loss, list(network.parameters())), strict=True))
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize(
+    "options", [{}, {"heads": 2, "scale_shift": True, "resample": "resblock"}], ids=["defaults", "other blocks"]
+)
+def test_bf16_on_a_cpu_is_closer_than_autocast(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradient of a network against float64: with float32 activations, and by PyTorch's autocast."""
+    config = tiny(width=32, multipliers=(1, 2), image_size=16, attention_resolutions=(16,), groups=8, **options)
+    unet = UNet(config)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
+    x, t = torch.randn(2, *config.image_shape), torch.tensor([3, 700])
+    out, gradients = gradients_of(copy.deepcopy(unet).double(), x.double(), t)
+    exact = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    errors = []
+    for instructions in (True, False):
+        monkeypatch.setattr(native, "has_bf16", lambda answer=instructions: answer)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, found = gradients_of(unet, x, t)
+        assert ours.dtype == (torch.float32 if instructions else torch.bfloat16)
+        gradient = torch.cat([found[name].flatten() for name in gradients])
+        errors.append((relative_error(ours, out), relative_error(gradient, exact)))
+    library, autocast = errors
+    assert 1e-4 < library[0] < 0.95 * autocast[0] and 1e-4 < library[1] < 0.95 * autocast[1], errors
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+def test_bf16_on_a_cpu_calls_layers_that_were_replaced(bf16_instructions: None) -> None:
+    """And hooks; the others of the block stay as they are."""
+
+    class Twice(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    block, x = shaken(AttnBlock(32, 8)), torch.randn(1, 32, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, proj = block(x), Twice(32, 32)
+        proj.load_state_dict(block.proj.state_dict())
+        block.proj = proj
+        assert relative_error(block(x) - x, 2 * (plain - x).double()) <= 2e-2
+    res = shaken(ResBlock(16, 32, 8, tiny(), 0))
+    h, temb = torch.randn(1, 16, 4, 4), torch.randn(1, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, seen = res(h, temb, None, None), []
+        res.shortcut.register_forward_hook(lambda module, args, output: seen.append(output))
+        assert relative_error(res(h, temb, None, None), expected.double()) <= 2e-2
+    assert len(seen) == 1
 
 
 def test_upsampling_doubles_pixels_then_convolves(rng: np.random.Generator) -> None:

@@ -152,7 +152,8 @@ def test_each_operation_in_pytorch_s_operators() -> None:
     norm = (x, weight, bias, 3, 1e-6, skip, temb, scale, shift, True, 0.0, None, None, None, 0)
     calls: dict[Any, tuple[Any, ...]] = {
         ours.group_norm_silu.default: norm,
-        ours.attention.default: (q, k, v, 0.3),
+        ours.attention.default: (q, k, v, 0.3, False),
+        ours.linear_bf16.default: (q, torch.randn(6, 8), torch.randn(6)),
         ours.conv3x3.default: (x, torch.randn(6, 4, 3, 3), torch.randn(6), True, False),
     }
     assert calls.keys() == table.keys()

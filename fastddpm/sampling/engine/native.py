@@ -128,7 +128,7 @@ def _layer(module: nn.Module, height: int, width: int, doubled: bool, precision:
     k, c, kernel, _ = weight.shape
     low = None
     if precision == torch.bfloat16:
-        low = bf16_algorithm_for(kernel, stride, c, k, height, width, doubled)
+        low = bf16_algorithm_for("inference", kernel, stride, c, k, height, width, doubled)
     algorithm = algorithm_for(kernel, stride, c, height, width) if low is None else low
     factors = native.dtype_code(torch.float32 if low is None else precision)
     packed = _packed(weight, stride, pad, algorithm, factors)
