@@ -69,7 +69,7 @@ def _takes_larger_tiles(role: Role, in_channels: int, out_channels: int, size: i
     of weights, not over the network.
     """
     if role == "weight gradient":
-        return size > 4
+        return 4 < size <= 16 or doubled
     if role == "input gradient":
         return size > 8
     return not doubled and in_channels <= out_channels and size > 8 and (role == "training" or size <= 16)
