@@ -19,12 +19,15 @@ import fastddpm
 from fastddpm.data import Dataset
 from fastddpm.training.trainer import Trainer
 
-PEERS = ("fastddpm", "torch eager", "torch.compile", "diffusers", "diffusers, compiled")
+OURS = ("fastddpm", "fastddpm, compiled")
+PEERS = (*OURS, "torch eager", "torch.compile", "diffusers", "diffusers, compiled")
 
 
 def training_step(peer: str, preset: str, batch: int, precision: str) -> Callable[[], object]:
     """A call is one step of `peer`, one of `PEERS`, in `precision`, "fp32" or "bf16"."""
-    return ours(preset, batch, precision) if peer == "fastddpm" else theirs(peer, preset, batch, precision)
+    if peer in OURS:
+        return ours(preset, batch, precision, compiled="compiled" in peer)
+    return theirs(peer, preset, batch, precision)
 
 
 def images_of(preset: str) -> np.ndarray:
@@ -33,10 +36,10 @@ def images_of(preset: str) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def ours(preset: str, batch: int, precision: str) -> Callable[[], object]:
+def ours(preset: str, batch: int, precision: str, *, compiled: bool = False) -> Callable[[], object]:
     config, images = fastddpm.preset(preset), images_of(preset)
     labels = np.arange(len(images), dtype=np.int64) % max(1, config.unet.num_classes)
-    config = replace(config, train=replace(config.train, batch=batch, precision=precision))
+    config = replace(config, train=replace(config.train, batch=batch, precision=precision, compile=compiled))
     return Trainer(config, Dataset(images, labels, "noise", "0" * 64), DEVICE).train_step
 
 

@@ -59,14 +59,14 @@ def convolves_faster(x: Tensor) -> bool:
     The first is oneDNN's and the second MKL's, which takes twice as long on processors that are not Intel's. With one
     thread PyTorch convolves by the second, too; with few channels oneDNN's threads wait for each other.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: the compiler cannot trace what follows
+        return False
     return (
         x.device.type == "cpu"
         and computed_dtype(x) == torch.float32
         and x.shape[1] >= CHANNELS_TO_CONVOLVE
         and torch.backends.mkldnn.is_available()
         and torch.get_num_threads() > 1
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 

@@ -11,6 +11,7 @@ import training_step
 
 def test_the_ratio_is_to_the_fastest_peer() -> None:
     assert training_step.ratio({"fastddpm": 2.0, "torch eager": 5.0, "diffusers": 3.0}) == 1.5
+    assert training_step.ratio({"fastddpm": 2.0, "fastddpm, compiled": 1.5, "diffusers, compiled": 3.0}) == 2
 
 
 def test_differences_are_relative_and_of_the_last_quarter_s_means() -> None:

@@ -158,6 +158,20 @@ def test_wide_attention_by_convolutions_is_that_by_products(heads: int, monkeypa
         assert (ours - exact).norm() <= 1e-5 * exact.norm() + 1e-4
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_of_many_channels_are_one_graph(precision: str, bf16_instructions: None) -> None:
+    """What decides on a library is left to the compiler, or not traced."""
+    channels = on_cpu.CHANNELS_TO_CONVOLVE
+    block = nn.Sequential(AttnBlock(channels, 32), Down(channels), Up(channels))
+    x = torch.randn(1, channels, 4, 4).contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        expected, found = block(x), compiled(x)
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected.double()) <= 1e-5
+
+
 def test_a_replaced_layer_of_wide_attention_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     class Twice(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -217,7 +231,7 @@ def gradients_of(network: nn.Module, *arguments: Tensor) -> tuple[Tensor, dict[s
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
+    return float((ours.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
