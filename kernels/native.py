@@ -80,6 +80,24 @@ def has_bf16() -> bool:
     return isa() == "avx512bf16"
 
 
+def outpaces_mkl() -> bool:
+    """Return whether the library multiplies matrices clearly faster than PyTorch does.
+
+    PyTorch's products are MKL's, which has AVX-512 for Intel's processors only, and code for AVX2 elsewhere.
+    """
+    return isa().startswith("avx512") and _vendor() != "GenuineIntel" and torch.backends.mkl.is_available()
+
+
+@lru_cache(maxsize=1)
+def _vendor() -> str:
+    """Return the processor's vendor as it names itself, "" if unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
 def most_threads(wanted: int | None = None) -> int | None:
     """Return the most threads that operations run on at present, or None without a limit.
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import fastddpm
 from fastddpm.errors import UsageError
+from fastddpm.kernels import native
+from fastddpm.ops.accelerate import forwards
 from fastddpm.ops.norm_conv import norm_conv
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -122,10 +124,46 @@ def test_the_report_says_what_was_replaced_and_what_not() -> None:
     report = fastddpm.accelerate(unet)
     assert len(report.replaced["ResnetBlock2D"]) == 8
     assert report.replaced["GroupNorm with the SiLU after it"] == ("conv_norm_out",)
-    left = {reason: names for reason, names in report.left.items() if "several heads" in reason}
+    left = {reason: names for reason, names in report.left.items() if "other tokens" in reason}
     assert left and all("attentions" in name for names in left.values() for name in names)
     assert report.left["its forward was replaced by torch.nn.modules.conv"] == ("conv_in",)
     assert "8 x ResnetBlock2D" in str(report) and "left 1: its forward was replaced" in str(report)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("slow_mkl", [True, False])
+@pytest.mark.parametrize("name", ["scale-shift, heads, resampling blocks", "UNet2DConditionModel"])
+def test_linear_layers_and_heads_are_ours_where_mkl_is_slow(
+    name: str, slow_mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "outpaces_mkl", lambda: slow_mkl)
+    for limit in ("_FEWEST_ROWS", "_FEWEST_PRODUCTS"):
+        monkeypatch.setattr(forwards, limit, 1)
+    unet = network(name)
+    arguments, projections = inputs(unet), []
+    right = exact(unet, arguments)
+    report = fastddpm.accelerate(unet)
+    linears = {layer for layer, module in unet.named_modules() if type(module) is nn.Linear}
+    assert set(report.replaced.get("linear layer", ())) == (linears if slow_mkl else set())
+    assert ("attention of several heads" in report.replaced) == slow_mkl
+    assert set(report.left.get("linear layers: PyTorch's is as fast", ())) == (set() if slow_mkl else linears)
+    first = next(module for layer, module in unet.named_modules() if layer.endswith("to_q"))
+    first.register_forward_hook(lambda module, args, out: projections.append(out.shape))
+    with torch.no_grad():
+        assert relative(output(unet, arguments), right) < 1e-5
+    assert len(projections) == 1
+    sample = output(unet, arguments)  # with gradients the layers are PyTorch's
+    assert relative(sample.detach(), right) < 1e-5 and sample.requires_grad
+
+
+def test_the_processor_s_vendor_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for isa, vendor, answer in (
+        ("avx512", "AuthenticAMD", True), ("avx512bf16", "GenuineIntel", False), ("avx2", "AuthenticAMD", False)
+    ):  # fmt: skip
+        monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
+        monkeypatch.setattr(native, "_vendor", lambda vendor=vendor: vendor)
+        assert native.outpaces_mkl() == answer
 
 
 def test_hooks_are_called_with_what_they_get_from_diffusers() -> None:

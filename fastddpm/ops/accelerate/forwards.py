@@ -17,6 +17,8 @@ from fastddpm.ops.conv3x3 import conv3x3
 from fastddpm.ops.group_norm_silu import group_norm_silu
 from fastddpm.ops.norm_conv import norm_conv
 
+_FEWEST_ROWS, _FEWEST_PRODUCTS = 64, 1 << 23  # with fewer, PyTorch's matrix product is as fast
+
 
 def _original(module: Any, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
@@ -158,16 +160,29 @@ def downsample_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     return norm_conv(hidden_states, self.conv.weight, self.conv.bias, stride=2, pad=self.padding)
 
 
+def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """A linear layer, as a 1x1 convolution of one image of one row."""
+    rows = input.numel() // max(1, self.in_features)
+    small = rows < _FEWEST_ROWS or rows * self.weight.numel() < _FEWEST_PRODUCTS
+    if small or torch.is_autocast_enabled(input.device.type) or not _fuses(input):
+        return _original(self, input)
+    image = input.reshape(1, 1, rows, self.in_features).permute(0, 3, 1, 2)
+    out = norm_conv(image, self.weight[:, :, None, None], self.bias)
+    return out.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+
+
 def attention_forward(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> Tensor:
-    """diffusers' Attention of one head over an image, as UNet2DModel has it: no mask, no other tokens."""
+    """diffusers' Attention of the pixels of an image, or of the tokens of a transformer, among themselves: no mask."""
     alone = encoder_hidden_states is None and attention_mask is None
     for name in kwargs:
         alone = alone and name == "temb"  # which only a spatial norm reads, and this attention has none
-    plain = _is_plain(self.group_norm, nn.GroupNorm) and not _observed()
+    of_image = hidden_states.ndim == 4
+    plain = _is_plain(self.group_norm, nn.GroupNorm) if of_image else self.group_norm is None
+    plain = plain and not _observed() and type(self.processor).__name__ == "AttnProcessor2_0"
     cast = torch.is_autocast_enabled(hidden_states.device.type)
-    if cast or not alone or not plain or hidden_states.ndim != 4 or type(self.processor).__name__ != "AttnProcessor2_0":
+    if cast or not alone or not plain or not (self.heads == 1 or _takes_heads(hidden_states)):
         return _original(
             self,
             hidden_states,
@@ -175,9 +190,26 @@ def attention_forward(
             attention_mask=attention_mask,
             **kwargs,
         )
-    n, c, height, width = hidden_states.shape
-    tokens = _normed(self.group_norm, hidden_states, silu=False).permute(0, 2, 3, 1).reshape(n, height * width, c)
-    out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-    out = self.to_out[1](self.to_out[0](out)).reshape(n, height, width, -1).permute(0, 3, 1, 2)
+    tokens, n = hidden_states, len(hidden_states)
+    if of_image:
+        tokens = _normed(self.group_norm, hidden_states, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+    q, k, v = (_heads_apart(layer(tokens), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+    out = attend(q, k, v)
+    if self.heads > 1:
+        out = out.unflatten(0, (n, self.heads)).transpose(1, 2).flatten(2)
+    out = self.to_out[1](self.to_out[0](out))
+    if of_image:
+        out = out.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
     out = out + hidden_states if self.residual_connection else out
     return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
+
+
+def _takes_heads(x: Tensor) -> bool:
+    """Whether attention of several heads over `x` is ours: without gradients, with tokens enough to be faster."""
+    tokens = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[1]
+    return tokens >= _FEWEST_ROWS and _fuses(x)
+
+
+def _heads_apart(tokens: Tensor, heads: int) -> Tensor:
+    """Return (N, L, C) as (N heads, L, C / heads)."""
+    return tokens if heads == 1 else tokens.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastddpm.errors import UsageError
+from fastddpm.kernels import native
 from fastddpm.ops.backend import obstacles
 
 from . import forwards
@@ -42,12 +43,14 @@ def accelerate(network: nn.Module) -> Report:
     """Let a `UNet2DModel` or `UNet2DConditionModel` of diffusers compute with fastddpm's operations, in place.
 
     Values and gradients are those of diffusers within float32 rounding. `restore` undoes it; parameters and
-    `state_dict` are not touched. On a CPU: norms with SiLU and time embedding, 3x3 convolutions and attention of one
-    head; without gradients (`torch.no_grad`) a residual block is two calls. Nothing is kept of the weights, so that
-    any change is noticed, those through `.data` included. On a GPU: the norms. Whatever is not exactly diffusers'
-    or PyTorch's own layer is called as it is: adapters, hooks, other attention processors. Dropout in training is
-    PyTorch's. Under torch.autocast everything runs as before. Called again, it goes over the network anew, as is needed
-    after a layer was exchanged. Raises `UsageError` for other networks, subclasses included.
+    `state_dict` are not touched. On a CPU: norms with SiLU and time embedding, 3x3 convolutions and attention of
+    one head; without gradients (`torch.no_grad`) a residual block is two calls, and on a processor with AVX-512
+    that is not Intel's, where MKL is slow, linear layers and self-attention of several heads are ours, too. Nothing
+    is kept of the weights, so that any change is noticed, those through `.data` included. On a GPU: the norms.
+    Whatever is not exactly diffusers' or PyTorch's own layer is called as it is: adapters, hooks, other attention
+    processors. Dropout in training is PyTorch's. Under torch.autocast everything runs as before. Called again, it
+    goes over the network anew, as is needed after a layer was exchanged. Raises `UsageError` for other networks,
+    subclasses included.
     """
     _check(network)
     restore(network)
@@ -117,6 +120,8 @@ def _plan(module: nn.Module) -> Plan | str | None:
     kind = type(module)
     if kind is nn.Conv2d:
         return _plan_conv(module)
+    if kind is nn.Linear:
+        return ("linear layer", forwards.linear_forward) if _outpaces_mkl() else "linear layers: PyTorch's is as fast"
     if kind is nn.GroupNorm:
         return ("GroupNorm", forwards.norm_forward) if module.affine else "a GroupNorm without weights"
     known = {
@@ -167,13 +172,19 @@ def _plan_attention(attention: Any) -> Plan | str:
         attention.norm_cross,
         attention.added_kv_proj_dim,
     )
-    if attention.heads != 1 or attention.is_cross_attention or attention.group_norm is None:
-        return "attention of several heads or over other tokens, for which PyTorch's is as fast"
+    if attention.is_cross_attention:
+        return "attention over other tokens"
+    if (attention.heads != 1 or attention.group_norm is None) and not _outpaces_mkl():
+        return "attention of several heads, for which PyTorch's is as fast"
     if any(part is not None for part in special) or not attention.scale_qk or attention.to_out is None:
         return "attention with norms or projections of its own"
     if attention.inner_dim != attention.inner_kv_dim or attention.is_causal:
         return "attention with fewer key heads or a causal mask"
-    return "attention of one head", forwards.attention_forward
+    return f"attention of {'one head' if attention.heads == 1 else 'several heads'}", forwards.attention_forward
+
+
+def _outpaces_mkl() -> bool:
+    return native.unavailable() is None and native.outpaces_mkl()
 
 
 def _pair_last(network: Any, replaced: dict[str, list[str]]) -> None:
