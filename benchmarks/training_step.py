@@ -122,7 +122,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from peers import version
     from training_sides import PEERS
 
-    keep_freed_memory()  # as the command does; the peers have it, too
     peers = [peer for peer in PEERS if not (options.no_compile and "compile" in peer)]
     rows = []
     for preset in options.preset or BATCHES:
@@ -138,4 +137,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command does; the peers have it, too
     sys.exit(main())

@@ -16,6 +16,7 @@ from fastddpm.config import DiffusionConfig, Preset, SampleConfig, TrainConfig, 
 from fastddpm.errors import UsageError, all_problems, refuse
 from fastddpm.presets import PRESETS, describe, read_preset, write_preset
 from fastddpm.runtime import cli, distributed
+from fastddpm.runtime.memory import keep_freed_memory
 from fastddpm.runtime.options import Background, Device, Resize, SkipBad, quoted
 from fastddpm.runtime.progress import announced, discard, log
 from fastddpm.storage.documents import to_dict
@@ -395,4 +396,5 @@ def _attach_loggers(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # of this process alone, not of a caller of main
     cli.run(main)

@@ -85,7 +85,7 @@ def outpaces_mkl() -> bool:
 
     PyTorch's products are MKL's, which has AVX-512 for Intel's processors only, and code for AVX2 elsewhere.
     """
-    return isa().startswith("avx512") and _vendor() != "GenuineIntel" and torch.backends.mkl.is_available()
+    return isa().startswith("avx512") and _vendor() not in ("", "GenuineIntel") and torch.backends.mkl.is_available()
 
 
 @lru_cache(maxsize=1)

@@ -27,7 +27,6 @@ from tyro.constructors import (
 from fastddpm.errors import FastddpmError, StorageError, UsageError, all_problems, printable
 
 from . import distributed
-from .memory import keep_freed_memory
 from .options import is_built_in, is_hub_name
 
 T = TypeVar("T")
@@ -45,7 +44,6 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command on this process's arguments. Prints a user's mistake as one line and exits with its code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # for characters that the terminal's encoding lacks: Σ, ±
         sys.stdout.reconfigure(errors="backslashreplace")
-    keep_freed_memory()
     distributed.exit_now(_exit_code(main))
 
 

@@ -20,7 +20,7 @@ from fastddpm.ops.group_norm_silu import norm_and_inputs
 from fastddpm.ops.noise import NoiseKey
 from fastddpm.ops.registry import computed_dtype
 
-from .on_cpu import convolved, convolves_faster, float32_if, in_bf16, pointwise, rounded
+from .on_cpu import convolved, convolves_faster, float32_if, float32_products, in_bf16, pointwise, rounded
 
 _WIDE_OUTPUT = 8  # channels
 NEAR_ZERO_GAIN = 1e-5  # the released code replaces a scale of 0 by a variance scale of 1e-10
@@ -214,7 +214,8 @@ class ResBlock(nn.Module):
         if kernels:
             return self._sum(self.conv2(self._normed(residual, activated_temb, key), biased=False), x, skip)
         residual = self.conv1(residual)
-        with float32_if(in_bf16(h)):  # of few rows, whose weights take longer to round than to multiply
+        # Of few rows: its weights take longer to round than to multiply.
+        with float32_if(activated_temb.dtype == torch.float32 and float32_products(h, self.temb_proj)):
             projected = self.temb_proj(activated_temb)
         if self.scale_shift:
             scale, shift = projected.chunk(2, dim=1)
@@ -275,7 +276,7 @@ class AttnBlock(nn.Module):
             (self.q, self.k, self.v, self.proj), nn.Linear
         )
         kernels = by_kernels(x) and as_made({self.norm: GroupNormSiLU} | linear_layers)
-        low = in_bf16(x) and as_made(linear_layers)
+        low = float32_products(x, self.q, self.k, self.v, self.proj) and as_made(linear_layers)
         product = nn.Linear.__call__
         if low:
             product = rounded
@@ -324,7 +325,8 @@ class Down(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a network that was pickled whole before `_pads` was."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_pads", not self.conv.padding[0])
+        if "_pads" not in self.__dict__:
+            self._pads = not self.conv.padding[0]
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 1, 0, 1)) if self._pads else x

@@ -29,7 +29,7 @@ from .blocks import (
     attention_block,
     linear,
 )
-from .on_cpu import float32_if, in_bf16
+from .on_cpu import float32_if, float32_products
 
 
 def timestep_embedding(t: Tensor, width: int, *, freq_shift: int = 1, scale: float = 1.0) -> Tensor:
@@ -177,7 +177,7 @@ class UNet(nn.Module):
         """Return the embedding of the timestep, before the label's is added and before the activation, (N, 4 width)."""
         config = self.config
         sinusoids = timestep_embedding(t, config.width, freq_shift=config.freq_shift, scale=config.time_scale)
-        with float32_if(in_bf16(sinusoids)):
+        with float32_if(float32_products(sinusoids, self.time1, self.time2)):
             return self.time2(F.silu(self.time1(sinusoids.to(next(self.time1.parameters()).dtype))))
 
     def check(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> None:

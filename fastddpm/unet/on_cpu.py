@@ -36,6 +36,11 @@ def in_bf16(x: Tensor) -> bool:
     )
 
 
+def float32_products(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether `in_bf16(x)` holds, and the layers have float32 weights alone, as autocast's own casts do not ask for."""
+    return in_bf16(x) and all(p.dtype == torch.float32 for layer in layers for p in layer.parameters())
+
+
 def float32_if(condition: bool) -> AbstractContextManager[object]:
     """Return a context without autocast, or one that changes nothing."""
     return torch.autocast("cpu", enabled=False) if condition else nullcontext()
@@ -50,7 +55,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rounded(layer: nn.Linear, tokens: Tensor) -> Tensor:
     """Return the layer's output (N, L, K) for tokens (N, L, C), of factors that are rounded to bfloat16."""
-    return linear_bf16(tokens, layer.weight, layer.bias)
+    return linear_bf16(tokens.float(), layer.weight, layer.bias)
 
 
 def convolves_faster(x: Tensor) -> bool:

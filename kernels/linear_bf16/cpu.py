@@ -16,7 +16,7 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 def unsupported(weight: Tensor, **_: object) -> str | None:
     """Return why these arguments are left to PyTorch, or None."""
     outputs, channels = weight.shape
-    if channels % 2 or outputs % 2:
+    if channels % 2 or outputs % 2 or not outputs:
         return f"the compiled CPU library multiplies even numbers of channels in bfloat16, not {channels} by {outputs}"
     return None
 

@@ -156,10 +156,48 @@ def test_linear_layers_and_heads_are_ours_where_mkl_is_slow(
     assert relative(sample.detach(), right) < 1e-5 and sample.requires_grad
 
 
+class Halved(Tensor):
+    """A weight with a rule of its own for linear layers, and none for anything else, as quantised ones have."""
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> "Halved":
+        return Tensor._make_subclass(cls, value)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            x, weight, bias = args
+            return nn.functional.linear(x, weight.as_subclass(Tensor) / 2, bias)
+        return super().__torch_function__(function, kinds, args, kwargs or {})
+
+
+def test_weights_with_rules_of_their_own_are_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwards, "_FEWEST_PRODUCTS", 1)
+    layer, x = nn.Linear(16, 8), torch.randn(80, 16)
+    layer.weight = nn.Parameter(Halved(layer.weight.detach()), requires_grad=False)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(forwards.linear_forward(layer, x), expected)
+
+
+def test_tangents_pass_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward mode is not switched off by no_grad."""
+    monkeypatch.setattr(forwards, "_FEWEST_PRODUCTS", 1)
+    linear, conv = nn.Linear(16, 8), nn.Conv2d(16, 8, 3, padding=1)
+    for layer, forward, x in (
+        (linear, forwards.linear_forward, torch.randn(80, 16)), (conv, forwards.conv_forward, torch.randn(1, 16, 8, 8))
+    ):  # fmt: skip
+        with torch.no_grad():
+            _, expected = torch.func.jvp(layer, (x,), (x,))
+            _, found = torch.func.jvp(lambda x, f=forward, layer=layer: f(layer, x), (x,), (x,))
+        assert relative(found, expected.double()) < 1e-5
+
+
 def test_the_processor_s_vendor_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     for isa, vendor, answer in (
-        ("avx512", "AuthenticAMD", True), ("avx512bf16", "GenuineIntel", False), ("avx2", "AuthenticAMD", False)
+        ("avx512", "AuthenticAMD", True), ("avx512bf16", "GenuineIntel", False), ("avx2", "AuthenticAMD", False),
+        ("avx512", "", False),
     ):  # fmt: skip
         monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
         monkeypatch.setattr(native, "_vendor", lambda vendor=vendor: vendor)

@@ -15,6 +15,7 @@ SHAPES = {  # of x, and the number of outputs
     "odd numbers of channels": ((3, 4, 7), 5),
     "more than a block of pixels": ((1, 2100, 18), 34),
     "no rows": ((0, 8), 6),
+    "no outputs": ((3, 8), 0),
 }
 
 

@@ -261,6 +261,27 @@ def test_bf16_on_a_cpu_is_closer_than_autocast(options: dict[str, object], monke
     assert 1e-4 < library[0] < 0.95 * autocast[0] and 1e-4 < library[1] < 0.95 * autocast[1], errors
 
 
+@pytest.mark.parametrize("part", ["", "mid.attention.q", "mid.block1.temb_proj", "time1", "time2", "mid.block2.conv1"])
+def test_autocast_takes_weights_that_are_bfloat16_already(part: str, bf16_instructions: None) -> None:
+    """Of the whole network or of one layer: then autocast's own casts decide."""
+    unet = shaken(UNet(tiny()))
+    x, t = torch.randn(2, *unet.config.image_shape), torch.tensor([3, 700])
+    expected, gradients = gradients_of(copy.deepcopy(unet).double(), x.double(), t)
+    unet.get_submodule(part).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, found = gradients_of(unet, x, t)
+    assert relative_error(out, expected) <= 4e-2
+    exact = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    assert relative_error(torch.cat([found[name].flatten().double() for name in gradients]), exact) <= 6e-2
+
+
+def test_a_network_with_a_wrapped_convolution_is_copied() -> None:
+    down = Down(2)
+    down.conv = nn.Sequential(down.conv)  # type: ignore[assignment]
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(copy.deepcopy(down)(x), down(x))
+
+
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 def test_bf16_on_a_cpu_calls_layers_that_were_replaced(bf16_instructions: None) -> None:
     """And hooks; the others of the block stay as they are."""

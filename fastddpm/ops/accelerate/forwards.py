@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_modules
 from fastddpm.kernels import native
 from fastddpm.ops.attention import attention as attend
 from fastddpm.ops.conv3x3 import conv3x3
+from fastddpm.ops.derivatives import transformed
 from fastddpm.ops.group_norm_silu import group_norm_silu
 from fastddpm.ops.norm_conv import norm_conv
 
@@ -31,6 +32,11 @@ def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
     )
 
 
+def _has_plain_weights(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether weight and bias are what PyTorch's layers have: a subclass, quantised say, has rules of its own."""
+    return all(w is None or type(w) in (nn.Parameter, Tensor) for w in (layer.weight, layer.bias))
+
+
 def _observed() -> bool:
     """Whether hooks of every module are registered, which must be called for those that fusing leaves out, too."""
     return not torch.compiler.is_compiling() and bool(
@@ -40,7 +46,7 @@ def _observed() -> bool:
 
 def _fuses(x: Tensor) -> bool:
     """Whether `norm_conv` takes a call with `x`: without gradients, in float32, on a CPU with the library."""
-    fit = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    fit = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and not transformed(x)
     return fit and (torch.compiler.is_compiling() or native.unavailable() is None)
 
 
@@ -55,7 +61,8 @@ def is_same_3x3(module: nn.Module) -> bool:
 
 
 def conv_forward(self: nn.Conv2d, input: Tensor) -> Tensor:
-    if input.device.type != "cpu" or input.ndim != 4 or torch.is_autocast_enabled("cpu"):
+    off = input.device.type != "cpu" or input.ndim != 4 or not _has_plain_weights(self)
+    if off or torch.is_autocast_enabled("cpu"):
         return _original(self, input)
     if _fuses(input):
         return norm_conv(input, self.weight, self.bias)
@@ -134,7 +141,8 @@ def resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: 
 
 def shortcut_forward(self: nn.Conv2d, input: Tensor) -> Tensor:
     """A 1x1 convolution."""
-    if input.ndim == 4 and not torch.is_autocast_enabled(input.device.type) and _fuses(input):
+    plain = input.ndim == 4 and _has_plain_weights(self)
+    if plain and not torch.is_autocast_enabled(input.device.type) and _fuses(input):
         return norm_conv(input, self.weight, self.bias)
     return _original(self, input)
 
@@ -164,7 +172,7 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """A linear layer, as a 1x1 convolution of one image of one row."""
     rows = input.numel() // max(1, self.in_features)
     small = rows < _FEWEST_ROWS or rows * self.weight.numel() < _FEWEST_PRODUCTS
-    if small or torch.is_autocast_enabled(input.device.type) or not _fuses(input):
+    if small or not _has_plain_weights(self) or torch.is_autocast_enabled(input.device.type) or not _fuses(input):
         return _original(self, input)
     image = input.reshape(1, 1, rows, self.in_features).permute(0, 3, 1, 2)
     out = norm_conv(image, self.weight[:, :, None, None], self.bias)
