@@ -94,7 +94,7 @@ def test_attention(benchmark: Any, shape: str, peer: str) -> None:
         attend()
     except RuntimeError as error:
         pytest.skip(f"{peer} does not take {shape} here: {str(error).splitlines()[0]}")
-    time_call(benchmark, peer, attend, Call("attention", tuple(map(meta, (q, k, v, channels**-0.5)))), shape)
+    time_call(benchmark, peer, attend, Call("attention", tuple(map(meta, (q, k, v, channels**-0.5, False)))), shape)
 
 
 SIDES = pytest.mark.parametrize("peer", ["fastddpm", "torch"])
