@@ -10,7 +10,6 @@ relative, of the 2-norm. Weights: as the paper initializes them, and random ones
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from plain import PlainUNet
 
 def network(preset: str, weights: str) -> fastddpm.UNet:
     torch.manual_seed(0)
-    unet = fastddpm.UNet(replace(fastddpm.preset(preset).unet, dropout=0.0)).channels_last().eval()
+    unet = fastddpm.UNet(fastddpm.preset(preset).unet).channels_last().eval()
     if weights == "random":
         with torch.no_grad():
             for parameter in unet.parameters():

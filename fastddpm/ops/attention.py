@@ -33,6 +33,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, bf
     return torch.ops.fastddpm.attention(q, k, v, scale, bf16)[0]
 
 
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """Return (N, L, C) as (N heads, L, C / heads): the heads of an image are neighbours in the batch."""
+    return tokens if heads == 1 else tokens.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def join_heads(tokens: Tensor, heads: int) -> Tensor:
+    """Return what `split_heads` made of (N, L, C) as (N, L, C)."""
+    return tokens if heads == 1 else tokens.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, bf16: bool) -> Tensor:
     """Return the result in PyTorch's operators: for export, and for derivatives that the kernels do not have."""
     dtype = Arguments(q, k, v, scale).statistics_dtype

@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_modules
 
 from fastddpm.config import UNetConfig
 from fastddpm.ops import add_bias, attention, conv3x3, group_norm_silu
+from fastddpm.ops.attention import join_heads, split_heads
 from fastddpm.ops.channel_sums import linear as linear_by_sums
 from fastddpm.ops.channel_sums import linears
 from fastddpm.ops.group_norm_silu import norm_and_inputs
@@ -298,16 +299,6 @@ class AttnBlock(nn.Module):
         out = F.linear(out, self.proj.weight) if kernels else product(self.proj, out)
         image = out.reshape(n, height, width, c).permute(0, 3, 1, 2)
         return add_bias(image, self.proj.bias, x) if kernels else x + image
-
-
-def split_heads(tokens: Tensor, heads: int) -> Tensor:
-    """Return (N, L, C) as (N heads, L, C / heads): the heads of an image are neighbours in the batch."""
-    return tokens if heads == 1 else tokens.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def join_heads(tokens: Tensor, heads: int) -> Tensor:
-    """Return what `split_heads` made of (N, L, C) as (N, L, C)."""
-    return tokens if heads == 1 else tokens.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 class Down(nn.Module):

@@ -23,9 +23,9 @@ _library_multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-def
 
 
 def in_bf16(x: Tensor) -> bool:
-    """Whether autocast's bfloat16 is left to the compiled library, which keeps activations in float32: on a CPU that
+    """Whether autocast's bfloat16 is left to the compiled library, which keeps activations in float32.
 
-    multiplies bfloat16. That is faster and more exact than activations in bfloat16 and PyTorch's products.
+    It is on a CPU that multiplies bfloat16: faster and more exact than activations in bfloat16 and PyTorch's products.
     """
     return (
         x.device.type == "cpu"
@@ -37,7 +37,7 @@ def in_bf16(x: Tensor) -> bool:
 
 
 def float32_products(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether `in_bf16(x)` holds, and the layers have float32 weights alone, as autocast's own casts do not ask for."""
+    """Whether `in_bf16(x)` holds and all weights of the layers are float32; autocast casts others as it needs."""
     return in_bf16(x) and all(p.dtype == torch.float32 for layer in layers for p in layer.parameters())
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_modules
 
 from fastddpm.kernels import native
 from fastddpm.ops.attention import attention as attend
+from fastddpm.ops.attention import join_heads, split_heads
 from fastddpm.ops.conv3x3 import conv3x3
 from fastddpm.ops.derivatives import transformed
 from fastddpm.ops.group_norm_silu import group_norm_silu
@@ -27,14 +28,18 @@ def _original(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether nothing of `module` would be lost if its parameters were read and it were not called."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and _has_plain_weights(module)
     )
 
 
-def _has_plain_weights(layer: nn.Linear | nn.Conv2d) -> bool:
-    """Whether weight and bias are what PyTorch's layers have: a subclass, quantised say, has rules of its own."""
-    return all(w is None or type(w) in (nn.Parameter, Tensor) for w in (layer.weight, layer.bias))
+def _has_plain_weights(layer: nn.Module) -> bool:
+    """Whether weight and bias, if any, are what PyTorch's layers have: a subclass, quantised say, has its own rules."""
+    weights = (getattr(layer, name, None) for name in ("weight", "bias"))
+    return all(w is None or type(w) in (nn.Parameter, Tensor) for w in weights)
 
 
 def _observed() -> bool:
@@ -198,14 +203,11 @@ def attention_forward(
             attention_mask=attention_mask,
             **kwargs,
         )
-    tokens, n = hidden_states, len(hidden_states)
+    tokens = hidden_states
     if of_image:
         tokens = _normed(self.group_norm, hidden_states, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
-    q, k, v = (_heads_apart(layer(tokens), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
-    out = attend(q, k, v)
-    if self.heads > 1:
-        out = out.unflatten(0, (n, self.heads)).transpose(1, 2).flatten(2)
-    out = self.to_out[1](self.to_out[0](out))
+    q, k, v = (split_heads(layer(tokens), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+    out = self.to_out[1](self.to_out[0](join_heads(attend(q, k, v), self.heads)))
     if of_image:
         out = out.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
     out = out + hidden_states if self.residual_connection else out
@@ -216,8 +218,3 @@ def _takes_heads(x: Tensor) -> bool:
     """Whether attention of several heads over `x` is ours: without gradients, with tokens enough to be faster."""
     tokens = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[1]
     return tokens >= _FEWEST_ROWS and _fuses(x)
-
-
-def _heads_apart(tokens: Tensor, heads: int) -> Tensor:
-    """Return (N, L, C) as (N heads, L, C / heads)."""
-    return tokens if heads == 1 else tokens.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
