@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.gradient_calls import GuardedGradient
 from torch import Tensor
 
 from fastddpm.kernels import interface, native
@@ -15,7 +16,6 @@ pytestmark = [
     pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
     pytest.mark.usefixtures("instruction_set"),
 ]
-GUARD = 16  # floats on either side of an output
 BF16 = {"algorithm": WINOGRAD_2X4, "precision": BFLOAT16}
 
 
@@ -60,27 +60,18 @@ CASES = {
 }
 
 
-class Call:
+class Call(GuardedGradient):
     """The structure of a case with random tensors, and the gradients to expect in float64."""
 
     def __init__(self, case: Case, *, threads: int = 2, mean: float = 0.0) -> None:
-        self.case, self.threads = case, threads
         channels, (height, width), factor = case.c1 + case.c2, case.size, 2 if case.doubled else 1
+        super().__init__((case.k, channels, 3, 3), case.weight_stride(), case.bias, threads)
+        self.case = case
         self.x = torch.randn(case.n, height, width, case.c1) + mean
         self.skip = torch.randn(case.n, height, width, case.c2) if case.c2 else None
         self.gain, self.offset = (torch.randn(case.n, channels) if case.affine else None for _ in range(2))
         self.grad = torch.randn(case.n, factor * height, factor * width, case.k) + mean
-        shape, stride = (case.k, channels, 3, 3), case.weight_stride()
-        span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        self.memory = torch.full((span + 2 * GUARD,), torch.nan)
-        self.grad_weight = self.memory[GUARD:].as_strided(shape, stride)
-        self.bias_memory = torch.full((case.k + 2 * GUARD,), torch.nan)
-        self.grad_bias = self.bias_memory[GUARD : GUARD + case.k] if case.bias else None
-        self.args = self.arguments()
-        size = native.library().fastddpm_cpu_conv_weight_gradient_workspace(ctypes.byref(self.args), threads)
-        self.workspace = torch.full((size + 128,), 0xFF, dtype=torch.uint8)
-        self.args.workspace = -(-self.workspace.data_ptr() // 64) * 64
-        self.args.workspace_bytes = size
+        self.prepare(self.arguments())
 
     def arguments(self) -> interface.Conv:
         case, pointer = self.case, native.pointer
@@ -90,7 +81,7 @@ class Call:
             x_stride=(ctypes.c_int64 * 4)(*self.x.stride()),
             weight_stride=(ctypes.c_int64 * 4)(*self.grad_weight.stride()), kernel=3, stride=1, pad=1,
             doubled=case.doubled, silu=case.affine, algorithm=case.algorithm, precision=case.precision,
-            grad=pointer(self.grad), grad_weight=self.grad_weight.data_ptr(), grad_bias=pointer(self.grad_bias),
+            grad=pointer(self.grad),
         )  # fmt: skip
 
     def in_float64(self) -> tuple[Tensor, Tensor]:
@@ -102,17 +93,6 @@ class Call:
         h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.case.doubled else h
         grad = self.grad.double().permute(0, 3, 1, 2)
         return torch.nn.grad.conv2d_weight(h, self.grad_weight.shape, grad, padding=1), grad.sum((0, 2, 3))
-
-    def run(self) -> int:
-        code = native.library().fastddpm_cpu_conv_weight_gradient(ctypes.byref(self.args), self.threads)
-        untouched = torch.ones(self.memory.shape, dtype=torch.bool)
-        untouched[GUARD:].as_strided(self.grad_weight.shape, self.grad_weight.stride()).fill_(False)
-        assert torch.isnan(self.memory[untouched]).all(), "written beside the weights' gradient"
-        guards = torch.cat([self.bias_memory[:GUARD], self.bias_memory[-GUARD:]])
-        assert torch.isnan(guards).all(), "written outside the bias's gradient"
-        used = self.args.workspace - self.workspace.data_ptr() + self.args.workspace_bytes
-        assert (self.workspace[used:] == 0xFF).all(), "written outside the workspace"
-        return int(code)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.gradient_calls import GuardedGradient
 
 from fastddpm.kernels import interface, native
 from fastddpm.kernels.interface import BFLOAT16, FLOAT32, PATCHES
@@ -13,7 +14,6 @@ pytestmark = [
     pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
     pytest.mark.usefixtures("instruction_set"),
 ]
-GUARD = 16  # floats on either side of an output
 
 
 @dataclass(frozen=True)
@@ -45,40 +45,19 @@ CASES = {
 }
 
 
-class Call:
-    """The structure of a case with random tensors, and the gradients to expect in float64."""
+class Call(GuardedGradient):
+    """The structure of a case with random tensors."""
 
     def __init__(self, case: Case, *, threads: int = 2) -> None:
-        self.case, self.threads = case, threads
+        stride = case.weight_stride()
+        super().__init__((case.k, case.c), stride, case.bias, threads)
         self.x = torch.randn(case.n, case.height, case.width, case.c)
         self.grad = torch.randn(case.n, case.height, case.width, case.k)
-        stride = case.weight_stride()
-        span = 1 + (case.k - 1) * stride[0] + (case.c - 1) * stride[1]
-        self.memory = torch.full((span + 2 * GUARD,), torch.nan)
-        self.grad_weight = self.memory[GUARD:].as_strided((case.k, case.c), stride)
-        self.bias_memory = torch.full((case.k + 2 * GUARD,), torch.nan)
-        self.grad_bias = self.bias_memory[GUARD : GUARD + case.k] if case.bias else None
-        self.args = interface.Conv(
+        self.prepare(interface.Conv(
             x=native.pointer(self.x), n=case.n, height=case.height, width=case.width, c1=case.c, k=case.k,
             x_stride=(ctypes.c_int64 * 4)(*self.x.stride()), weight_stride=(ctypes.c_int64 * 4)(*stride), kernel=1,
             stride=1, algorithm=PATCHES, precision=BFLOAT16, grad=native.pointer(self.grad),
-            grad_weight=self.grad_weight.data_ptr(), grad_bias=native.pointer(self.grad_bias),
-        )  # fmt: skip
-        size = native.library().fastddpm_cpu_conv_weight_gradient_workspace(ctypes.byref(self.args), threads)
-        self.workspace = torch.full((size + 128,), 0xFF, dtype=torch.uint8)
-        self.args.workspace = -(-self.workspace.data_ptr() // 64) * 64
-        self.args.workspace_bytes = size
-
-    def run(self) -> int:
-        code = native.library().fastddpm_cpu_conv_weight_gradient(ctypes.byref(self.args), self.threads)
-        untouched = torch.ones(self.memory.shape, dtype=torch.bool)
-        untouched[GUARD:].as_strided(self.grad_weight.shape, self.grad_weight.stride()).fill_(False)
-        assert torch.isnan(self.memory[untouched]).all(), "written beside the weights' gradient"
-        guards = torch.cat([self.bias_memory[:GUARD], self.bias_memory[-GUARD:]])
-        assert torch.isnan(guards).all(), "written outside the bias's gradient"
-        used = self.args.workspace - self.workspace.data_ptr() + self.args.workspace_bytes
-        assert (self.workspace[used:] == 0xFF).all(), "written outside the workspace"
-        return int(code)
+        ))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
