@@ -76,7 +76,7 @@ def test_sizes_of_one_compile() -> None:
         shapes.Call("group_norm_silu_backward", (meta(1, 1, 64, 128), meta(1, 1, 64, 128), c, c, nc, nc, 1, None, nc,
                                                  nc, nc, True, 0.5, *key, 0, None, None)),
         shapes.Call("attention", (meta(1, 1, 1), meta(1, 1, 1), meta(1, 1, 1), 1.0)),
-        shapes.Call("attention_backward", (*(meta(1, 1, 1) for _ in range(4)), nc, 1.0)),
+        shapes.Call("attention_backward", (*(meta(1, 1, 1) for _ in range(4)), nc, 1.0, False)),
         shapes.Call("random_normal", ([1], *key, 1)),
         shapes.Call("q_sample", (x, one, meta(1, 2), meta(1, dtype=torch.bool), x, *key)),
         shapes.Call("reverse_step", (x, meta(1, 2, 1, 1), meta(1, 9), one, integer, one, integer, 1.0, 2, None, x)),
