@@ -114,7 +114,7 @@ typedef struct {
     const float *temb;          /* (K,) for all images, or with temb_stride K one row for each */
     const float *residual;      /* (N, Hout, Wout, K); may be out */
     float *out;                 /* (N, Hout, Wout, K) */
-    void *workspace;            /* workspace_bytes, 64-byte aligned */
+    void *workspace;            /* workspace_bytes, 64-byte aligned; or null, for memory of the library's own */
     int64_t workspace_bytes;
     int64_t n, height, width, c1, c2, k; /* height and width of x, before any doubling */
     int64_t x_stride[4];        /* of x: image, row, column, channel; skip is dense */

@@ -123,7 +123,7 @@ def pointer(tensor: Tensor | None) -> int | None:
     """Return the address of a CPU tensor's first element. Raises ValueError for a tensor on another device."""
     if tensor is None:
         return None
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"the compiled CPU library reads tensors on the CPU; got one on {tensor.device}")
     return tensor.data_ptr()
 

@@ -2,8 +2,8 @@
 // type T, float or bfloat16.
 #pragma once
 #include "kernels.h"
-#include "memory.h"
 #include "pack.h"
+#include "shares.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
@@ -81,16 +81,17 @@ int32_t for_sequences(const AttentionArgs &p, int32_t threads, int64_t sequence_
     if (memory.failed()) return FASTDDPM_NO_MEMORY;
     float *sequences = memory.take<float>(memories * sequence_floats);
     float *own = memory.take<float>(threads * thread_floats);
+    Shares shares(p.n, threads);
 #pragma omp parallel num_threads(team_size(threads)) if (threads > 1 && p.n * p.l * p.l * p.c > 65536)
     {
         float *of_thread = own + thread_number() * thread_floats;
         if (whole) {
             float *of_sequence = sequences + thread_number() * sequence_floats;
-#pragma omp for schedule(dynamic)
-            for (int64_t n = 0; n < p.n; ++n)
+            shares.run([&](int64_t n) {
                 for (int phase = 0; phase < phases.count; ++phase)
                     for (int64_t task = 0; task < phases.tasks[phase]; ++task)
                         run(n, of_sequence, phase, task, of_thread);
+            });
         } else {
             for (int phase = 0; phase < phases.count; ++phase) {
                 const int64_t tasks = phases.tasks[phase];

@@ -2,6 +2,7 @@
 // under the kernel, (tap, channel), gathered and activated block by block into cache.
 #include "conv.h"
 #include "gemm.h"
+#include "shares.h"
 #include "turn.h"
 
 namespace fastddpm {
@@ -176,6 +177,7 @@ void convolve(const fastddpm_conv_args &p, int32_t threads) {
     char *workspace = static_cast<char *>(p.workspace);
     T *made = reinterpret_cast<T *>(workspace);
     const T *packed = p.packed ? static_cast<const T *>(p.packed) : made;
+    Shares shares(plan.row_tasks * plan.column_tasks, threads);
 #pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
         char *own = workspace + plan.shared_bytes + thread_number() * plan.thread_bytes;
@@ -184,12 +186,11 @@ void convolve(const fastddpm_conv_args &p, int32_t threads) {
             for (int64_t block = 0; block < plan.blocks; ++block)
                 pack_columns(p, plan.size.channels, block * kColumns, made + block * plan.depth * kColumns);
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < plan.row_tasks * plan.column_tasks; ++task) {
+        shares.run([&](int64_t task) {
             const int64_t first = task / plan.column_tasks * plan.rows, k = task % plan.column_tasks * plan.columns;
             block_of_output(p, plan, first, smaller(plan.rows, plan.pixels - first), k, smaller(plan.columns, p.k - k),
                             packed, own);
-        }
+        });
     }
 }
 

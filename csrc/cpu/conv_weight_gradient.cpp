@@ -2,15 +2,19 @@
 // G^T) * (B^T d B)] A; the gradient is dg = G^T [sum over tiles of (B^T d B) * (A dy A^T)] G: with tiles of 4x4, 36
 // products per tile instead of 144.
 //
-// The tiles of all images are taken in blocks of about kGradientTiles. For each block
+// The tiles of all images are taken in blocks. For each block
 //   1. transforms: B^T d B of the input into V (C / 32, products, tiles, 32) and A dy A^T of the output's gradient into
-//                  U (K / 64, products, tiles, 64), which all threads share, and the sum of each strip's dy for the
-//                  bias;
+//                  U (K / 64, products, tiles, 64), and the sum of each strip's dy for the bias;
 //   2. products:   for 32 input and 64 output channels at a time, the products U^T V, added to M (products, 64, 32);
 //                  after the last block G^T M G into the gradient.
-// In bfloat16 two adjacent tiles of a channel are a word. M of one task fits into a core's second-level cache; if there
-// are several blocks, each task's M is kept. An element is summed over the tiles of a block in their order, then over
-// the blocks in theirs: the blocks depend on the shape alone, so the bits do not depend on the number of threads.
+// In bfloat16 two adjacent tiles of a channel are a word.
+//
+// With few channels a thread takes whole groups of blocks, with V, U and M of its own, so that no line goes from one core
+// to another; M of the groups are added in the end. With many, M would be too large: the threads share V and U of a
+// block, and M of one pair of channels' blocks fits into a core's second-level cache. An element is summed over the tiles
+// of a block in their order, over the blocks of a group in theirs, then over the groups: all of them depend on the shape
+// alone, so the bits do not depend on the number of threads.
+#include "shares.h"
 #include "tiles.h"
 
 namespace fastddpm {
@@ -19,6 +23,12 @@ namespace {
 
 template <typename A>
 constexpr int64_t kGradientTiles = A::kProducts == 36 ? 128 : 256;
+// With groups: tiles of a block, and how much M of all channels may take.
+template <typename A>
+constexpr int64_t kGroupTiles = A::kProducts == 36 ? 64 : 128;
+constexpr int64_t kGroupBytes = 1280 << 10;
+constexpr int64_t kFewestGroups = 8, kMostGroups = 16;
+constexpr int64_t kGroupBlocks = 8;  // of a group, if there are more groups than the fewest
 // Tiles that are multiplied at once, so that both factors stay in the first-level cache.
 constexpr int64_t kGradientDepth = 128;
 constexpr int64_t kGradientRows = 64;    // output channels of a task
@@ -28,37 +38,48 @@ struct Plan {
     using T = typename A::Element;
     Tiling tiling;
     int64_t channels, channel_lines, k_lines;
+    int64_t groups;                       // or 0: all threads share V and U
     int64_t strip_slots;                  // places for a strip's tiles, whole words; those without a tile are zero
     int64_t panels, row_blocks;           // of 32 input channels; of 64 output channels
     int64_t v_plane, u_row, u_plane, m_plane;
     int64_t v_size, u_size, m_floats;     // of a panel of V, a row block of U, a task's M
-    int64_t sums_row, v_bytes, u_bytes, kept_bytes, sums_bytes, thread_bytes;
+    int64_t sums_row, v_bytes, u_bytes, kept_bytes, sums_bytes;
+    int64_t shared_bytes, thread_bytes;   // V and U belong to all threads, or to each
 
     explicit Plan(const fastddpm_conv_args &p)
-        : tiling(p, A::kDown, A::kAcross, kGradientTiles<A>), channels(p.c1 + p.c2) {
+        : tiling(p, A::kDown, A::kAcross, kGradientTiles<A>), channels(p.c1 + p.c2), groups(0) {
         channel_lines = divide_up(channels, kLineOf<T>);
         k_lines = divide_up(p.k, kLine);
-        strip_slots = whole_words<T>(tiling.strip_rows * tiling.tiles_wide);
         panels = divide_up(channels, kColumns);
         row_blocks = divide_up(p.k, kGradientRows);
-        v_plane = tiling.block_strips * strip_slots * kColumns + kLineOf<T>;
         u_row = smaller(kGradientRows, up_to_lines(p.k));
-        u_plane = tiling.block_strips * strip_slots * u_row + kLineOf<T>;
         m_plane = u_row * kColumns + kLine;
+        m_floats = A::kProducts * m_plane;
+        constexpr int64_t kElement = sizeof(T), kFloat = sizeof(float);
+        if (tasks() * m_floats * kFloat <= kGroupBytes) {
+            const Tiling of_groups(p, A::kDown, A::kAcross, kGroupTiles<A>);
+            const int64_t wanted = larger(kFewestGroups, smaller(of_groups.blocks / kGroupBlocks, kMostGroups));
+            if (of_groups.blocks >= kFewestGroups) {
+                tiling = of_groups;
+                groups = wanted;
+            }
+        }
+        strip_slots = whole_words<T>(tiling.strip_rows * tiling.tiles_wide);
+        v_plane = tiling.block_strips * strip_slots * kColumns + kLineOf<T>;
+        u_plane = tiling.block_strips * strip_slots * u_row + kLineOf<T>;
         v_size = A::kProducts * v_plane;
         u_size = A::kProducts * u_plane;
-        m_floats = A::kProducts * m_plane;
         sums_row = up_to_lines(p.k);
-        constexpr int64_t kElement = sizeof(T), kFloat = sizeof(float);
         v_bytes = whole_lines(panels * v_size * kElement);
         u_bytes = whole_lines(row_blocks * u_size * kElement);
-        kept_bytes = whole_lines(tiling.blocks > 1 ? tasks() * m_floats * kFloat : 0);
+        const int64_t kept = groups > 0 ? groups : tiling.blocks > 1 ? 1 : 0;
+        kept_bytes = whole_lines(kept * tasks() * m_floats * kFloat);
         sums_bytes = whole_lines(tiling.strips * sums_row * kFloat);
-        thread_bytes = whole_lines(larger(tiling.scratch_floats<T>(), m_floats) * kFloat);
+        shared_bytes = kept_bytes + sums_bytes + (groups > 0 ? 0 : v_bytes + u_bytes);
+        thread_bytes = whole_lines(larger(tiling.scratch_floats<T>(), m_floats) * kFloat) + (groups > 0 ? v_bytes + u_bytes : 0);
     }
 
     int64_t tasks() const { return panels * row_blocks; }
-    int64_t shared_bytes() const { return v_bytes + u_bytes + kept_bytes + sums_bytes; }
 };
 
 // Writes one vector of channels of a strip's tiles, and zeros for the slots without one. transform(tile, emit) calls
@@ -159,53 +180,65 @@ void finish_gradient(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t k
         }
 }
 
-// The parts of the workspace that all threads share.
+// Parts of the workspace. The last is the thread's own, and so are V and U with groups.
 template <typename A>
-struct Shared {
+struct Buffers {
     typename A::Element *v, *u;
-    float *kept, *sums;  // kept: each task's M, where there are several blocks
+    float *kept, *sums;  // kept: M of each group's tasks, or where there are several blocks, of each task
+    float *own;          // a scratch image, or M of a task
 
-    Shared(const Plan<A> &plan, char *workspace)
-        : v(reinterpret_cast<typename A::Element *>(workspace)),
-          u(reinterpret_cast<typename A::Element *>(workspace + plan.v_bytes)),
-          kept(reinterpret_cast<float *>(workspace + plan.v_bytes + plan.u_bytes)),
-          sums(reinterpret_cast<float *>(workspace + plan.v_bytes + plan.u_bytes + plan.kept_bytes)) {}
+    Buffers(const Plan<A> &plan, char *workspace, int64_t thread) {
+        char *of_thread = workspace + plan.shared_bytes + thread * plan.thread_bytes;
+        kept = reinterpret_cast<float *>(workspace);
+        sums = reinterpret_cast<float *>(workspace + plan.kept_bytes);
+        char *factors = plan.groups > 0 ? of_thread : workspace + plan.kept_bytes + plan.sums_bytes;
+        v = reinterpret_cast<typename A::Element *>(factors);
+        u = reinterpret_cast<typename A::Element *>(factors + plan.v_bytes);
+        own = reinterpret_cast<float *>(of_thread + (plan.groups > 0 ? plan.v_bytes + plan.u_bytes : 0));
+    }
 };
 
 // One line of channels, first the input's, then the gradient's, of a strip, which is number `at` of the block.
 template <typename A>
-void transform(const fastddpm_conv_args &p, const Plan<A> &plan, const Shared<A> &shared, int64_t strip, int64_t line,
-               int64_t at, float *scratch) {
+void transform(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers, int64_t strip, int64_t line,
+               int64_t at) {
     using T = typename A::Element;
     const int64_t slot = at * plan.strip_slots;
     if (line < plan.channel_lines) {
         const int64_t c = line * kLineOf<T>;
-        T *v = shared.v + c / kColumns * plan.v_size + slot * kColumns + c % kColumns * Factors<T>::kDepth;
-        transform_input(p, plan, strip, c, scratch, v);
+        T *v = buffers.v + c / kColumns * plan.v_size + slot * kColumns + c % kColumns * Factors<T>::kDepth;
+        transform_input(p, plan, strip, c, buffers.own, v);
     } else {
         const int64_t k = (line - plan.channel_lines) * kLine;
-        T *u = shared.u + k / kGradientRows * plan.u_size + slot * plan.u_row + k % kGradientRows * Factors<T>::kDepth;
-        transform_gradient(p, plan, strip, k, u, shared.sums + strip * plan.sums_row + k);
+        T *u = buffers.u + k / kGradientRows * plan.u_size + slot * plan.u_row + k % kGradientRows * Factors<T>::kDepth;
+        transform_gradient(p, plan, strip, k, u, buffers.sums + strip * plan.sums_row + k);
     }
 }
 
-// What the block's tiles add to a task's M, or the first block's begin it with; after the last the gradient.
+// The channels of a task.
 template <typename A>
-void multiply(const fastddpm_conv_args &p, const Plan<A> &plan, const Shared<A> &shared, int64_t task, int64_t block,
-              int64_t slots, float *own) {
-    const int64_t panel = task % plan.panels, row_block = task / plan.panels;
-    const int64_t c = panel * kColumns, columns = smaller(kColumns, plan.channels - c);
-    const int64_t k = row_block * kGradientRows, rows = smaller(kGradientRows, p.k - k);
-    const auto *u = shared.u + row_block * plan.u_size, *v = shared.v + panel * plan.v_size;
-    float *m = plan.tiling.blocks > 1 ? shared.kept + task * plan.m_floats : own;
+struct Channels {
+    int64_t panel, row_block, c, columns, k, rows;
+
+    Channels(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t task)
+        : panel(task % plan.panels),
+          row_block(task / plan.panels),
+          c(panel * kColumns),
+          columns(smaller(kColumns, plan.channels - c)),
+          k(row_block * kGradientRows),
+          rows(smaller(kGradientRows, p.k - k)) {}
+};
+
+// What the block's tiles add to a task's M, or begin it with.
+template <typename A>
+void multiply(const Plan<A> &plan, const Buffers<A> &buffers, const Channels<A> &of, int64_t slots, bool add, float *m) {
+    const auto *u = buffers.u + of.row_block * plan.u_size, *v = buffers.v + of.panel * plan.v_size;
     for (int64_t point = 0; point < A::kProducts; ++point)
         for (int64_t t = 0; t < larger(1, slots); t += kGradientDepth)  // without tiles, once: M is zero
-            for (int64_t i = 0; i < columns; i += kPanel)
-                product<true>(rows, columns - i, u + point * plan.u_plane + t * plan.u_row, plan.u_row,
+            for (int64_t i = 0; i < of.columns; i += kPanel)
+                product<true>(of.rows, of.columns - i, u + point * plan.u_plane + t * plan.u_row, plan.u_row,
                               v + point * plan.v_plane + t * kColumns + i * Factors<typename A::Element>::kDepth,
-                              smaller(kGradientDepth, slots - t), m + point * plan.m_plane + i, kColumns,
-                              block > 0 || t > 0);
-    if (block + 1 == plan.tiling.blocks) finish_gradient(p, plan, k, rows, c, columns, m);
+                              smaller(kGradientDepth, slots - t), m + point * plan.m_plane + i, kColumns, add || t > 0);
 }
 
 template <typename A>
@@ -217,28 +250,73 @@ void write_bias_gradient(const fastddpm_conv_args &p, const Plan<A> &plan, const
     }
 }
 
+// All threads: each a part of the transforms and of the products of a block.
+template <typename A>
+void differentiate_together(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers) {
+    const int64_t lines = plan.channel_lines + plan.k_lines, last = plan.tiling.blocks - 1;
+    for (int64_t block = 0; block <= last; ++block) {
+        const Tiling::Block of = plan.tiling.block(block);
+        const int64_t strips = of.last - of.first;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < strips * lines; ++task)
+            transform(p, plan, buffers, of.first + task / lines, task % lines, task / lines);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < plan.tasks(); ++task) {
+            const Channels<A> channels(p, plan, task);
+            float *m = last > 0 ? buffers.kept + task * plan.m_floats : buffers.own;
+            multiply(plan, buffers, channels, strips * plan.strip_slots, block > 0, m);
+            if (block == last) finish_gradient(p, plan, channels.k, channels.rows, channels.c, channels.columns, m);
+        }
+    }
+}
+
+// One thread: M of a group's blocks.
+template <typename A>
+void differentiate_group(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers, int64_t group) {
+    const int64_t lines = plan.channel_lines + plan.k_lines, blocks = plan.tiling.blocks;
+    const int64_t first = blocks * group / plan.groups, end = blocks * (group + 1) / plan.groups;
+    for (int64_t block = first; block < end; ++block) {
+        const Tiling::Block of = plan.tiling.block(block);
+        for (int64_t line = 0; line < lines; ++line)
+            for (int64_t strip = of.first; strip < of.last; ++strip)
+                transform(p, plan, buffers, strip, line, strip - of.first);
+        for (int64_t task = 0; task < plan.tasks(); ++task)
+            multiply(plan, buffers, Channels<A>(p, plan, task), (of.last - of.first) * plan.strip_slots, block > first,
+                     buffers.kept + (group * plan.tasks() + task) * plan.m_floats);
+    }
+}
+
+// The gradient of a task's weights, from M of all groups.
+template <typename A>
+void add_groups(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers, int64_t task) {
+    const float *from = buffers.kept + task * plan.m_floats;
+    for (int64_t i = 0; i < plan.m_floats; i += kWidth) {
+        Vec total = load(from + i);
+        for (int64_t group = 1; group < plan.groups; ++group) total += load(from + group * plan.tasks() * plan.m_floats + i);
+        store(buffers.own + i, total);
+    }
+    const Channels<A> channels(p, plan, task);
+    finish_gradient(p, plan, channels.k, channels.rows, channels.c, channels.columns, buffers.own);
+}
+
 template <typename A>
 void differentiate(const fastddpm_conv_args &p, int32_t threads) {
     const Plan<A> plan(p);
-    const Tiling &tiling = plan.tiling;
     char *workspace = static_cast<char *>(p.workspace);
-    const Shared<A> shared(plan, workspace);
-    const int64_t lines = plan.channel_lines + plan.k_lines;
+    Shares groups(plan.groups, threads);
 #pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
-        float *own = reinterpret_cast<float *>(workspace + plan.shared_bytes() + thread_number() * plan.thread_bytes);
-        for (int64_t block = 0; block < tiling.blocks; ++block) {
-            const Tiling::Block of = tiling.block(block);
-            const int64_t strips = of.last - of.first;
+        const Buffers<A> buffers(plan, workspace, thread_number());
+        if (plan.groups == 0) {
+            differentiate_together(p, plan, buffers);
+        } else {
+            groups.run([&](int64_t group) { differentiate_group(p, plan, buffers, group); });
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < strips * lines; ++task)
-                transform(p, plan, shared, of.first + task / lines, task % lines, task / lines, own);
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < plan.tasks(); ++task)
-                multiply(p, plan, shared, task, block, strips * plan.strip_slots, own);
+            for (int64_t task = 0; task < plan.tasks(); ++task) add_groups(p, plan, buffers, task);
         }
     }
-    if (p.grad_bias != nullptr) write_bias_gradient(p, plan, shared.sums);
+    if (p.grad_bias != nullptr) write_bias_gradient(p, plan, Buffers<A>(plan, workspace, 0).sums);
 }
 
 }  // namespace
@@ -246,7 +324,7 @@ void differentiate(const fastddpm_conv_args &p, int32_t threads) {
 int64_t winograd_gradient_workspace(const fastddpm_conv_args &p, int32_t threads) {
     return with_algorithm(p, [&](auto algorithm) -> int64_t {
         const Plan<decltype(algorithm)> plan(p);
-        return plan.shared_bytes() + threads * plan.thread_bytes;
+        return plan.shared_bytes + threads * plan.thread_bytes;
     });
 }
 

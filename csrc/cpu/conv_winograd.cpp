@@ -12,6 +12,7 @@
 // times the size of the weights, it never exists. In bfloat16 it is kept: as many bytes as the weights in float32.
 #include "conv.h"
 #include "gemm.h"
+#include "shares.h"
 #include "tiles.h"
 #include "turn.h"
 
@@ -234,6 +235,7 @@ void convolve(const fastddpm_conv_args &p, int32_t threads) {
     T *made = reinterpret_cast<T *>(workspace + plan.shared_v_bytes);
     const T *kept = p.packed == nullptr ? made : static_cast<const T *>(p.packed);
     const int64_t lines = divide_up(plan.size.channels, kLineOf<T>);
+    Shares shares(tiling.blocks, threads);  // where threads are apart
 #pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
         char *own = workspace + plan.shared_v_bytes + plan.u_bytes + thread_number() * plan.thread_bytes;
@@ -253,13 +255,12 @@ void convolve(const fastddpm_conv_args &p, int32_t threads) {
             }
         }
         if (plan.apart) {
-#pragma omp for schedule(dynamic)
-            for (int64_t block = 0; block < tiling.blocks; ++block) {
+            shares.run([&](int64_t block) {
                 const Tiling::Block of = tiling.block(block);
                 for (int64_t strip = of.first; strip < of.last; ++strip)
                     for (int64_t line = 0; line < lines; ++line) transform(strip, line * kLineOf<T>, of.first_tile);
                 for (int64_t k = 0; k < p.k; k += kColumns) products(p, plan, k, of.first_tile, of.tiles, v, kept, buffer);
-            }
+            });
         } else {
             for (int64_t block = 0; block < tiling.blocks; ++block) {
                 const Tiling::Block of = tiling.block(block);

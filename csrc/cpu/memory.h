@@ -1,7 +1,6 @@
 // Working memory, and the number of the calling thread in a parallel region.
 #pragma once
-#include <stdlib.h>
-
+#include "scratch.h"
 #include "vec.h"
 
 #ifdef _OPENMP
@@ -22,9 +21,8 @@ inline int64_t thread_number() {
 // Working memory of one call, cut into pieces of whole cache lines.
 class Memory {
 public:
-    explicit Memory(int64_t bytes) 
-        : first_(static_cast<char *>(aligned_alloc(64, static_cast<size_t>(lines(bytes))))), next_(first_) {}
-    ~Memory() { free(first_); }
+    explicit Memory(int64_t bytes) : first_(static_cast<char *>(take_scratch(bytes))), next_(first_) {}
+    ~Memory() { give_scratch(first_); }
     Memory(const Memory &) = delete;
     Memory &operator=(const Memory &) = delete;
 

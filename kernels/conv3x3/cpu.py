@@ -17,7 +17,7 @@ from . import (
     winograd_wins,
 )
 
-__all__ = ["backward", "forward", "run", "unavailable", "unsupported"]
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 def unsupported(**arguments: object) -> str | None:
@@ -81,7 +81,7 @@ def winograd_weight_gradient(
     args = _structure("weight gradient" if bf16 else None, x, grad_weight.stride(), len(weight), doubled)
     args.grad, args.grad_weight = native.pointer(grad), native.pointer(grad_weight)
     args.grad_bias = native.pointer(grad_bias) if bias_wanted else None
-    run("conv_weight_gradient", args)
+    native.call("conv_weight_gradient", args)
     return grad_weight, grad_bias
 
 
@@ -103,7 +103,7 @@ def _convolve(
     bias = None if bias is None else bias.contiguous()
     args = _structure(role, x, weight_stride, out_channels, doubled)
     args.weight, args.bias, args.out = native.pointer(weight), native.pointer(bias), native.pointer(out)
-    run("conv", args)
+    native.call("conv", args)
     return out
 
 
@@ -121,12 +121,3 @@ def _structure(
         weight_stride=(ctypes.c_int64 * 4)(*weight_stride), algorithm=WINOGRAD_4X4 if low is None else low,
         precision=interface.FLOAT32 if low is None else interface.BFLOAT16,
     )  # fmt: skip
-
-
-def run(operation: str, args: interface.Conv) -> None:
-    """Run `operation` of the library, a convolution or a gradient of one, with a new workspace."""
-    workspace_bytes = getattr(native.library(), f"fastddpm_cpu_{operation}_workspace")
-    args.workspace_bytes = workspace_bytes(ctypes.byref(args), torch.get_num_threads())
-    workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device="cpu")
-    args.workspace = workspace.data_ptr()
-    native.call(operation, args)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import interface, native
-from ..conv3x3.cpu import run
 from ..native import unavailable
 from . import Arguments
 
@@ -39,7 +38,7 @@ def backward(a: Arguments, grad: Tensor, wanted: list[bool]) -> tuple[Tensor, Te
         args = _structure(x, grad_weight.stride(), len(weight))
         args.grad, args.grad_weight = native.pointer(grad), native.pointer(grad_weight)
         args.grad_bias = native.pointer(grad_bias) if wanted[2] else None
-        run("conv_weight_gradient", args)
+        native.call("conv_weight_gradient", args)
     elif wanted[2]:
         grad_bias = grad.flatten(0, -2).sum(0)
     return grad_x, grad_weight, grad_bias
@@ -50,7 +49,7 @@ def _product(x: Tensor, weight: Tensor, weight_stride: tuple[int, ...], outputs:
     out = x.new_empty(*x.shape[:-1], outputs)
     args = _structure(x, weight_stride, outputs)
     args.weight, args.bias, args.out = native.pointer(weight), native.pointer(bias), native.pointer(out)
-    run("conv", args)
+    native.call("conv", args)
     return out
 
 

@@ -1,0 +1,45 @@
+// Keeps the working memory of the last call: the next finds it in the caches. New memory from malloc is often in none,
+// or in those of another core.
+#include "scratch.h"
+
+#include <stdlib.h>
+
+namespace {
+
+constexpr int64_t kPage = 4096;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kMostKept = 0;  // the sanitizer sees the bounds of new memory only
+#else
+constexpr int64_t kMostKept = int64_t{64} << 20;  // bytes
+#endif
+
+// The page before the memory.
+struct Block {
+    int64_t bytes;
+};
+
+Block *kept = nullptr;  // or none, while a call uses it
+
+Block *swap_kept(Block *block) { return __atomic_exchange_n(&kept, block, __ATOMIC_ACQ_REL); }
+
+Block *block_of(void *memory) { return reinterpret_cast<Block *>(static_cast<char *>(memory) - kPage); }
+
+}  // namespace
+
+void *fastddpm::take_scratch(int64_t bytes) {
+    Block *block = swap_kept(nullptr);
+    if (block == nullptr || block->bytes < bytes) {
+        free(block);
+        const int64_t whole = (bytes + kPage - 1) / kPage * kPage;
+        block = static_cast<Block *>(aligned_alloc(kPage, static_cast<size_t>(kPage + whole)));
+        if (block == nullptr) return nullptr;
+        block->bytes = whole;
+    }
+    return reinterpret_cast<char *>(block) + kPage;
+}
+
+void fastddpm::give_scratch(void *memory) {
+    if (memory == nullptr) return;
+    Block *block = block_of(memory);
+    free(block->bytes <= kMostKept ? swap_kept(block) : block);
+}
