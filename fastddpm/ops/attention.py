@@ -9,7 +9,7 @@ from torch import Tensor
 from fastddpm.kernels.attention import Arguments
 
 from .derivatives import differentiable_backward, transformed
-from .registry import register, register_gradient
+from .registry import evaluate, register, register_gradient
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, bf16: bool = False) -> Tensor:
@@ -30,7 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, bf
         scale = q.shape[-1] ** -0.5
     if transformed(q, k, v):
         return plain(q, k, v, scale, bf16)
-    return torch.ops.fastddpm.attention(q, k, v, scale, bf16)[0]
+    return evaluate("attention", q, k, v, scale, bf16)[0]
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -76,7 +76,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if torch.is_grad_enabled():
         scaled = functools.partial(plain, scale=ctx.scale, bf16=ctx.bf16)
         return *differentiable_backward(scaled, ctx.saved_tensors[:3], grad, ctx.needs_input_grad[:3]), None, None
-    return *torch.ops.fastddpm.attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.bf16), None, None
+    return *evaluate("attention_backward", grad, *ctx.saved_tensors, ctx.scale, ctx.bf16), None, None
 
 
 register(

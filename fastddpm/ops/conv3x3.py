@@ -10,7 +10,7 @@ from torch import Tensor
 from fastddpm.kernels.conv3x3 import Arguments
 
 from .derivatives import differentiable_backward, transformed
-from .registry import register, register_gradient
+from .registry import evaluate, register, register_gradient
 
 
 def conv3x3(
@@ -37,7 +37,7 @@ def conv3x3(
         raise ValueError(f"conv3x3: bias must be {x.dtype} ({weight.shape[0]},); got {bias.dtype} {tuple(bias.shape)}")
     if transformed(x, weight, bias):
         return plain(x, weight, bias, doubled, bf16)
-    return torch.ops.fastddpm.conv3x3(x, weight, bias, doubled, bf16)
+    return evaluate("conv3x3", x, weight, bias, doubled, bf16)
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool, bf16: bool) -> Tensor:
@@ -72,7 +72,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         convolve = functools.partial(plain, doubled=ctx.doubled, bf16=ctx.bf16)
         return *differentiable_backward(convolve, (x, weight, bias), grad, wanted), None, None
-    grads = torch.ops.fastddpm.conv3x3_backward(grad, x, weight, ctx.doubled, ctx.bf16, wanted)
+    grads = evaluate("conv3x3_backward", grad, x, weight, ctx.doubled, ctx.bf16, wanted)
     return *(gradient if want else None for gradient, want in zip(grads, wanted, strict=True)), None, None
 
 

@@ -11,7 +11,7 @@ from fastddpm.kernels.group_norm_silu.reference import dropout_scale
 
 from .derivatives import differentiable_backward, transformed
 from .random_normal import check_counter
-from .registry import computed_dtype, register, register_gradient
+from .registry import computed_dtype, evaluate, register, register_gradient
 
 
 def group_norm_silu(
@@ -45,7 +45,7 @@ def group_norm_silu(
     check(a)
     if transformed(x, weight, bias, skip, temb, scale, shift):
         return plain(a)
-    return torch.ops.fastddpm.group_norm_silu(*a)[0]
+    return evaluate("group_norm_silu", *a)[0]
 
 
 def norm_and_inputs(
@@ -69,7 +69,7 @@ class _NormAndInputs(torch.autograd.Function):
     def forward(
         x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
     ) -> tuple[Tensor | None, ...]:
-        results = torch.ops.fastddpm.group_norm_silu(*Arguments(x, weight, bias, groups, eps, skip, silu=silu))
+        results = evaluate("group_norm_silu", *Arguments(x, weight, bias, groups, eps, skip, silu=silu))
         return *results, x.view_as(x), None if skip is None else skip.view_as(skip)
 
     @staticmethod
@@ -88,9 +88,9 @@ class _NormAndInputs(torch.autograd.Function):
             return added_x, added_skip, None, None, *rest
         if torch.is_grad_enabled():
             return *_differentiable_sums(ctx, grad, added_x, added_skip), *rest
-        grad_x, grad_skip, grad_weight, grad_bias, *_ = torch.ops.fastddpm.group_norm_silu_backward(
-            grad, x, weight, bias, mean, rstd, ctx.groups, skip, None, None, None, ctx.silu, 0.0, None, None, None, 0,
-            added_x, added_skip,
+        grad_x, grad_skip, grad_weight, grad_bias, *_ = evaluate(
+            "group_norm_silu_backward", grad, x, weight, bias, mean, rstd, ctx.groups, skip, None, None, None, ctx.silu,
+            0.0, None, None, None, 0, added_x, added_skip,
         )  # fmt: skip
         return grad_x, None if skip is None else grad_skip, grad_weight, grad_bias, *rest
 
@@ -197,9 +197,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     x, weight, bias, mean, rstd, skip, temb, scale, shift, images, seed, step = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad)
-    grads = torch.ops.fastddpm.group_norm_silu_backward(
-        grad, x, weight, bias, mean, rstd, ctx.groups, skip, temb, scale, shift, ctx.silu, ctx.dropout,
-        images, seed, step, ctx.layer, None, None,
+    grads = evaluate(
+        "group_norm_silu_backward", grad, x, weight, bias, mean, rstd, ctx.groups, skip, temb, scale, shift, ctx.silu,
+        ctx.dropout, images, seed, step, ctx.layer, None, None,
     )  # fmt: skip
     grad_x, grad_skip, grad_weight, grad_bias, grad_temb, grad_scale, grad_shift = grads
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastddpm.kernels.linear_bf16 import Arguments
 
 from .derivatives import differentiable_backward, transformed
-from .registry import register, register_gradient
+from .registry import evaluate, register, register_gradient
 
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise ValueError(f"linear_bf16: bias must be float32 ({len(weight)},); got {bias.dtype} {tuple(bias.shape)}")
     if transformed(x, weight, bias):
         return plain(x, weight, bias)
-    out: Tensor = torch.ops.fastddpm.linear_bf16(x, weight, bias)
+    out: Tensor = evaluate("linear_bf16", x, weight, bias)
     return out
 
 
@@ -58,7 +58,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted, inputs = list(ctx.needs_input_grad), ctx.saved_tensors
     if torch.is_grad_enabled():
         return differentiable_backward(plain, inputs, grad, wanted)
-    grads = torch.ops.fastddpm.linear_bf16_backward(grad, *inputs[:2], wanted)
+    grads = evaluate("linear_bf16_backward", grad, *inputs[:2], wanted)
     return tuple(gradient if want else None for gradient, want in zip(grads, wanted, strict=True))
 
 

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from fastddpm.kernels.norm_conv import Arguments
 
-from .backend import implementation
-from .registry import register, register_without_gradient
+from .registry import evaluate, register, register_without_gradient
 
 
 def norm_conv(
@@ -55,35 +54,15 @@ def norm_conv(
         ("scale", scale, (n, c)), ("shift", shift, (n, c)), ("temb", temb, (n, k)),
         ("residual", residual, a.out_shape),
     )  # fmt: skip
-    here = weight.is_cpu and x.is_cpu
     for name, tensor, shape in shapes:
-        if tensor is not None:
-            here = here and tensor.is_cpu
-            if tensor.shape != shape:
-                raise ValueError(f"norm_conv: {name} must be {shape}; got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"norm_conv: {name} must be {shape}; got {tuple(tensor.shape)}")
     if groups < 1 or c % groups:
         raise ValueError(f"norm_conv: {c} channels do not split into {groups} groups")
     if (scale is None) != (shift is None):
         raise ValueError("norm_conv: scale and shift go together; only one was given")
-    if here and _is_plain(x):
-        result: Tensor = implementation("norm_conv", "cpu", a._asdict()).forward(a)
-    else:
-        result = torch.ops.fastddpm.norm_conv(*a)
-    return result
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether PyTorch's dispatcher would add nothing to a call but its time, a third of a small call's.
-
-    So it is unless something looks at operators or replaces them: compilation, tracing, modes, subclasses, transforms.
-    """
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-    )
+    out: Tensor = evaluate("norm_conv", *a)
+    return out
 
 
 def _fake(a: Arguments) -> Tensor:
