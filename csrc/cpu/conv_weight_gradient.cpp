@@ -9,11 +9,13 @@
 //                  after the last block G^T M G into the gradient.
 // In bfloat16 two adjacent tiles of a channel are a word.
 //
-// With few channels a thread takes whole groups of blocks, with V, U and M of its own, so that no line goes from one core
-// to another; M of the groups are added in the end. With many, M would be too large: the threads share V and U of a
-// block, and M of one pair of channels' blocks fits into a core's second-level cache. An element is summed over the tiles
-// of a block in their order, over the blocks of a group in theirs, then over the groups: all of them depend on the shape
-// alone, so the bits do not depend on the number of threads.
+// Where threads can, they work alone, with V and U of their own: lines that go from one core to another cost more than
+// they hold where cores share no cache. With few channels a thread takes whole groups of blocks, and M of all channels;
+// these are added in the end. With more, and up to kMostSections threads, it takes a section of the channels, those of
+// the input or of the output, for which it transforms all channels of the other. Otherwise the threads share V and U.
+//
+// An element is summed over the tiles of a block in their order, over the blocks of a group in theirs, then over the
+// groups: all of them depend on the shape alone, so the bits do not depend on the number of threads.
 #include "shares.h"
 #include "tiles.h"
 
@@ -27,8 +29,9 @@ constexpr int64_t kGradientTiles = A::kProducts == 36 ? 128 : 256;
 template <typename A>
 constexpr int64_t kGroupTiles = A::kProducts == 36 ? 64 : 128;
 constexpr int64_t kGroupBytes = 1280 << 10;
-constexpr int64_t kFewestGroups = 8, kMostGroups = 16;
-constexpr int64_t kGroupBlocks = 8;  // of a group, if there are more groups than the fewest
+constexpr int64_t kFewestGroups = 4, kGroups = 8, kMostGroups = 16;
+constexpr int64_t kGroupBlocks = 8;  // of a group, if there are more than kGroups groups
+constexpr int64_t kMostSections = 4;
 // Tiles that are multiplied at once, so that both factors stay in the first-level cache.
 constexpr int64_t kGradientDepth = 128;
 constexpr int64_t kGradientRows = 64;    // output channels of a task
@@ -38,16 +41,21 @@ struct Plan {
     using T = typename A::Element;
     Tiling tiling;
     int64_t channels, channel_lines, k_lines;
-    int64_t groups;                       // or 0: all threads share V and U
+    int64_t groups, row_sections, panel_sections;
+    bool alone;                           // a thread has V and U of its own; otherwise all share them
     int64_t strip_slots;                  // places for a strip's tiles, whole words; those without a tile are zero
     int64_t panels, row_blocks;           // of 32 input channels; of 64 output channels
     int64_t v_plane, u_row, u_plane, m_plane;
     int64_t v_size, u_size, m_floats;     // of a panel of V, a row block of U, a task's M
     int64_t sums_row, v_bytes, u_bytes, kept_bytes, sums_bytes;
-    int64_t shared_bytes, thread_bytes;   // V and U belong to all threads, or to each
+    int64_t shared_bytes, thread_bytes;   // V and U are part of either
 
-    explicit Plan(const fastddpm_conv_args &p)
-        : tiling(p, A::kDown, A::kAcross, kGradientTiles<A>), channels(p.c1 + p.c2), groups(0) {
+    Plan(const fastddpm_conv_args &p, int32_t threads)
+        : tiling(p, A::kDown, A::kAcross, kGradientTiles<A>),
+          channels(p.c1 + p.c2),
+          groups(1),
+          row_sections(1),
+          panel_sections(1) {
         channel_lines = divide_up(channels, kLineOf<T>);
         k_lines = divide_up(p.k, kLine);
         panels = divide_up(channels, kColumns);
@@ -57,26 +65,31 @@ struct Plan {
         m_floats = A::kProducts * m_plane;
         constexpr int64_t kElement = sizeof(T), kFloat = sizeof(float);
         if (tasks() * m_floats * kFloat <= kGroupBytes) {
-            const Tiling of_groups(p, A::kDown, A::kAcross, kGroupTiles<A>);
-            const int64_t wanted = larger(kFewestGroups, smaller(of_groups.blocks / kGroupBlocks, kMostGroups));
+            const int64_t tiles = tiling.image_tiles * p.n;
+            const Tiling of_groups(p, A::kDown, A::kAcross, smaller(kGroupTiles<A>, divide_up(tiles, kFewestGroups)));
             if (of_groups.blocks >= kFewestGroups) {
                 tiling = of_groups;
-                groups = wanted;
+                groups = smaller(tiling.blocks, larger(kGroups, smaller(tiling.blocks / kGroupBlocks, kMostGroups)));
             }
         }
+        if (groups == 1 && threads <= kMostSections) {  // of the larger factor, as the other is transformed anew in each
+            int64_t &sections = channels > p.k ? panel_sections : row_sections;
+            const int64_t least = channels > p.k ? kGradientRows / kColumns : 1;
+            if ((channels > p.k ? panels : row_blocks) % (least * threads) == 0) sections = threads;
+        }
+        alone = groups > 1 || row_sections * panel_sections == threads;
         strip_slots = whole_words<T>(tiling.strip_rows * tiling.tiles_wide);
         v_plane = tiling.block_strips * strip_slots * kColumns + kLineOf<T>;
         u_plane = tiling.block_strips * strip_slots * u_row + kLineOf<T>;
         v_size = A::kProducts * v_plane;
         u_size = A::kProducts * u_plane;
         sums_row = up_to_lines(p.k);
-        v_bytes = whole_lines(panels * v_size * kElement);
-        u_bytes = whole_lines(row_blocks * u_size * kElement);
-        const int64_t kept = groups > 0 ? groups : tiling.blocks > 1 ? 1 : 0;
-        kept_bytes = whole_lines(kept * tasks() * m_floats * kFloat);
+        v_bytes = whole_lines(panels / panel_sections * v_size * kElement);
+        u_bytes = whole_lines(row_blocks / row_sections * u_size * kElement);
+        kept_bytes = whole_lines(tiling.blocks > 1 ? groups * tasks() * m_floats * kFloat : 0);
         sums_bytes = whole_lines(tiling.strips * sums_row * kFloat);
-        shared_bytes = kept_bytes + sums_bytes + (groups > 0 ? 0 : v_bytes + u_bytes);
-        thread_bytes = whole_lines(larger(tiling.scratch_floats<T>(), m_floats) * kFloat) + (groups > 0 ? v_bytes + u_bytes : 0);
+        shared_bytes = kept_bytes + sums_bytes + (alone ? 0 : v_bytes + u_bytes);
+        thread_bytes = whole_lines(larger(tiling.scratch_floats<T>(), m_floats) * kFloat) + (alone ? v_bytes + u_bytes : 0);
     }
 
     int64_t tasks() const { return panels * row_blocks; }
@@ -107,7 +120,7 @@ void transform_input(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t s
                        });
 }
 
-// A dy A^T of the tiles of a strip, for sixteen output channels from k, and the sums of dy over the strip.
+// A dy A^T of the tiles of a strip, for sixteen output channels from k, and unless null the sums of dy over the strip.
 template <typename A>
 void transform_gradient(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t strip, int64_t k,
                         typename A::Element *u, float *sums) {
@@ -143,7 +156,7 @@ void transform_gradient(const fastddpm_conv_args &p, const Plan<A> &plan, int64_
         };
         write_tiles<A>(tiles, plan.strip_slots, u + lane * Factors<typename A::Element>::kDepth, plan.u_row, plan.u_plane,
                        transform);
-        store(sums + lane, total);
+        if (sums != nullptr) store(sums + lane, total);
     }
 }
 
@@ -180,65 +193,89 @@ void finish_gradient(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t k
         }
 }
 
-// Parts of the workspace. The last is the thread's own, and so are V and U with groups.
+// Parts of the workspace. The last is the thread's own; so are V and U, if it is alone.
 template <typename A>
 struct Buffers {
     typename A::Element *v, *u;
-    float *kept, *sums;  // kept: M of each group's tasks, or where there are several blocks, of each task
+    float *kept, *sums;  // kept: M of each group's tasks, where there are several blocks
     float *own;          // a scratch image, or M of a task
 
     Buffers(const Plan<A> &plan, char *workspace, int64_t thread) {
         char *of_thread = workspace + plan.shared_bytes + thread * plan.thread_bytes;
         kept = reinterpret_cast<float *>(workspace);
         sums = reinterpret_cast<float *>(workspace + plan.kept_bytes);
-        char *factors = plan.groups > 0 ? of_thread : workspace + plan.kept_bytes + plan.sums_bytes;
+        char *factors = plan.alone ? of_thread : workspace + plan.kept_bytes + plan.sums_bytes;
         v = reinterpret_cast<typename A::Element *>(factors);
         u = reinterpret_cast<typename A::Element *>(factors + plan.v_bytes);
-        own = reinterpret_cast<float *>(of_thread + (plan.groups > 0 ? plan.v_bytes + plan.u_bytes : 0));
+        own = reinterpret_cast<float *>(of_thread + (plan.alone ? plan.v_bytes + plan.u_bytes : 0));
     }
 };
 
-// One line of channels, first the input's, then the gradient's, of a strip, which is number `at` of the block.
+// The channels whose V and U are in the buffers: blocks of 32 of the input's, and of 64 of the output's.
+struct Section {
+    int64_t first_panel, end_panel, first_rows, end_rows;
+
+    int64_t tasks() const { return (end_panel - first_panel) * (end_rows - first_rows); }
+};
+
 template <typename A>
-void transform(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers, int64_t strip, int64_t line,
-               int64_t at) {
+Section section_of(const Plan<A> &plan, int64_t i) {
+    const int64_t panels = plan.panels / plan.panel_sections, rows = plan.row_blocks / plan.row_sections;
+    const int64_t panel = plan.panel_sections > 1 ? i * panels : 0, row = plan.row_sections > 1 ? i * rows : 0;
+    return {panel, panel + panels, row, row + rows};
+}
+
+// Lines of channels of a section, first the input's, then the gradient's.
+template <typename A>
+struct Lines {
+    int64_t first, inputs, first_of_gradient, count;
+
+    Lines(const Plan<A> &plan, const Section &of) {
+        constexpr int64_t kOfPanel = kColumns / kLineOf<typename A::Element>, kOfRows = kGradientRows / kLine;
+        first = of.first_panel * kOfPanel;
+        inputs = smaller(plan.channel_lines, of.end_panel * kOfPanel) - first;
+        first_of_gradient = of.first_rows * kOfRows;
+        count = inputs + smaller(plan.k_lines, of.end_rows * kOfRows) - first_of_gradient;
+    }
+};
+
+// Line i of a strip, which is number `at` of the block.
+template <typename A>
+void transform(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers, const Section &of,
+               const Lines<A> &lines, int64_t i, int64_t strip, int64_t at) {
     using T = typename A::Element;
     const int64_t slot = at * plan.strip_slots;
-    if (line < plan.channel_lines) {
-        const int64_t c = line * kLineOf<T>;
-        T *v = buffers.v + c / kColumns * plan.v_size + slot * kColumns + c % kColumns * Factors<T>::kDepth;
+    if (i < lines.inputs) {
+        const int64_t c = (lines.first + i) * kLineOf<T>;
+        T *v = buffers.v + (c / kColumns - of.first_panel) * plan.v_size + slot * kColumns + c % kColumns * Factors<T>::kDepth;
         transform_input(p, plan, strip, c, buffers.own, v);
     } else {
-        const int64_t k = (line - plan.channel_lines) * kLine;
-        T *u = buffers.u + k / kGradientRows * plan.u_size + slot * plan.u_row + k % kGradientRows * Factors<T>::kDepth;
-        transform_gradient(p, plan, strip, k, u, buffers.sums + strip * plan.sums_row + k);
+        const int64_t k = (lines.first_of_gradient + i - lines.inputs) * kLine;
+        T *u = buffers.u + (k / kGradientRows - of.first_rows) * plan.u_size + slot * plan.u_row +
+               k % kGradientRows * Factors<T>::kDepth;
+        float *sums = of.first_panel == 0 ? buffers.sums + strip * plan.sums_row + k : nullptr;  // of one section
+        transform_gradient(p, plan, strip, k, u, sums);
     }
 }
 
-// The channels of a task.
+// M of task i of a section: what the block's tiles add to it, or begin it with. With `finish`, the gradient.
 template <typename A>
-struct Channels {
-    int64_t panel, row_block, c, columns, k, rows;
-
-    Channels(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t task)
-        : panel(task % plan.panels),
-          row_block(task / plan.panels),
-          c(panel * kColumns),
-          columns(smaller(kColumns, plan.channels - c)),
-          k(row_block * kGradientRows),
-          rows(smaller(kGradientRows, p.k - k)) {}
-};
-
-// What the block's tiles add to a task's M, or begin it with.
-template <typename A>
-void multiply(const Plan<A> &plan, const Buffers<A> &buffers, const Channels<A> &of, int64_t slots, bool add, float *m) {
-    const auto *u = buffers.u + of.row_block * plan.u_size, *v = buffers.v + of.panel * plan.v_size;
+void multiply(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers, const Section &of, int64_t i,
+              int64_t group, int64_t slots, bool add, bool finish) {
+    const int64_t panels = of.end_panel - of.first_panel;
+    const int64_t panel = of.first_panel + i % panels, row_block = of.first_rows + i / panels;
+    const int64_t c = panel * kColumns, columns = smaller(kColumns, plan.channels - c);
+    const int64_t k = row_block * kGradientRows, rows = smaller(kGradientRows, p.k - k);
+    const int64_t task = row_block * plan.panels + panel;
+    const auto *u = buffers.u + i / panels * plan.u_size, *v = buffers.v + i % panels * plan.v_size;
+    float *m = plan.tiling.blocks > 1 ? buffers.kept + (group * plan.tasks() + task) * plan.m_floats : buffers.own;
     for (int64_t point = 0; point < A::kProducts; ++point)
         for (int64_t t = 0; t < larger(1, slots); t += kGradientDepth)  // without tiles, once: M is zero
-            for (int64_t i = 0; i < of.columns; i += kPanel)
-                product<true>(of.rows, of.columns - i, u + point * plan.u_plane + t * plan.u_row, plan.u_row,
-                              v + point * plan.v_plane + t * kColumns + i * Factors<typename A::Element>::kDepth,
-                              smaller(kGradientDepth, slots - t), m + point * plan.m_plane + i, kColumns, add || t > 0);
+            for (int64_t j = 0; j < columns; j += kPanel)
+                product<true>(rows, columns - j, u + point * plan.u_plane + t * plan.u_row, plan.u_row,
+                              v + point * plan.v_plane + t * kColumns + j * Factors<typename A::Element>::kDepth,
+                              smaller(kGradientDepth, slots - t), m + point * plan.m_plane + j, kColumns, add || t > 0);
+    if (finish) finish_gradient(p, plan, k, rows, c, columns, m);
 }
 
 template <typename A>
@@ -253,36 +290,36 @@ void write_bias_gradient(const fastddpm_conv_args &p, const Plan<A> &plan, const
 // All threads: each a part of the transforms and of the products of a block.
 template <typename A>
 void differentiate_together(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers) {
-    const int64_t lines = plan.channel_lines + plan.k_lines, last = plan.tiling.blocks - 1;
+    const Section all = section_of(plan, 0);
+    const Lines<A> lines(plan, all);
+    const int64_t last = plan.tiling.blocks - 1;
     for (int64_t block = 0; block <= last; ++block) {
         const Tiling::Block of = plan.tiling.block(block);
         const int64_t strips = of.last - of.first;
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < strips * lines; ++task)
-            transform(p, plan, buffers, of.first + task / lines, task % lines, task / lines);
+        for (int64_t task = 0; task < strips * lines.count; ++task)
+            transform(p, plan, buffers, all, lines, task % lines.count, of.first + task / lines.count, task / lines.count);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < plan.tasks(); ++task) {
-            const Channels<A> channels(p, plan, task);
-            float *m = last > 0 ? buffers.kept + task * plan.m_floats : buffers.own;
-            multiply(plan, buffers, channels, strips * plan.strip_slots, block > 0, m);
-            if (block == last) finish_gradient(p, plan, channels.k, channels.rows, channels.c, channels.columns, m);
-        }
+        for (int64_t task = 0; task < plan.tasks(); ++task)
+            multiply(p, plan, buffers, all, task, 0, strips * plan.strip_slots, block > 0, block == last);
     }
 }
 
-// One thread: M of a group's blocks.
+// One thread: the blocks of a group, for a section of the channels.
 template <typename A>
-void differentiate_group(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers, int64_t group) {
-    const int64_t lines = plan.channel_lines + plan.k_lines, blocks = plan.tiling.blocks;
+void differentiate_alone(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<A> &buffers, int64_t group,
+                         const Section &section) {
+    const Lines<A> lines(plan, section);
+    const int64_t blocks = plan.tiling.blocks;
     const int64_t first = blocks * group / plan.groups, end = blocks * (group + 1) / plan.groups;
     for (int64_t block = first; block < end; ++block) {
         const Tiling::Block of = plan.tiling.block(block);
-        for (int64_t line = 0; line < lines; ++line)
+        for (int64_t i = 0; i < lines.count; ++i)
             for (int64_t strip = of.first; strip < of.last; ++strip)
-                transform(p, plan, buffers, strip, line, strip - of.first);
-        for (int64_t task = 0; task < plan.tasks(); ++task)
-            multiply(plan, buffers, Channels<A>(p, plan, task), (of.last - of.first) * plan.strip_slots, block > first,
-                     buffers.kept + (group * plan.tasks() + task) * plan.m_floats);
+                transform(p, plan, buffers, section, lines, i, strip, strip - of.first);
+        for (int64_t task = 0; task < section.tasks(); ++task)
+            multiply(p, plan, buffers, section, task, group, (of.last - of.first) * plan.strip_slots, block > first,
+                     plan.groups == 1 && block + 1 == end);
     }
 }
 
@@ -295,22 +332,27 @@ void add_groups(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<
         for (int64_t group = 1; group < plan.groups; ++group) total += load(from + group * plan.tasks() * plan.m_floats + i);
         store(buffers.own + i, total);
     }
-    const Channels<A> channels(p, plan, task);
-    finish_gradient(p, plan, channels.k, channels.rows, channels.c, channels.columns, buffers.own);
+    const int64_t c = task % plan.panels * kColumns, k = task / plan.panels * kGradientRows;
+    finish_gradient(p, plan, k, smaller(kGradientRows, p.k - k), c, smaller(kColumns, plan.channels - c), buffers.own);
 }
 
 template <typename A>
 void differentiate(const fastddpm_conv_args &p, int32_t threads) {
-    const Plan<A> plan(p);
+    const Plan<A> plan(p, threads);
     char *workspace = static_cast<char *>(p.workspace);
-    Shares groups(plan.groups, threads);
+    const int64_t sections = plan.row_sections * plan.panel_sections;
+    Shares shares(plan.groups * sections, threads);
 #pragma omp parallel num_threads(team_size(threads)) if (threads > 1)
     {
         const Buffers<A> buffers(plan, workspace, thread_number());
-        if (plan.groups == 0) {
+        if (!plan.alone) {
             differentiate_together(p, plan, buffers);
         } else {
-            groups.run([&](int64_t group) { differentiate_group(p, plan, buffers, group); });
+            shares.run([&](int64_t i) {
+                differentiate_alone(p, plan, buffers, i / sections, section_of(plan, i % sections));
+            });
+        }
+        if (plan.groups > 1) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < plan.tasks(); ++task) add_groups(p, plan, buffers, task);
@@ -323,7 +365,7 @@ void differentiate(const fastddpm_conv_args &p, int32_t threads) {
 
 int64_t winograd_gradient_workspace(const fastddpm_conv_args &p, int32_t threads) {
     return with_algorithm(p, [&](auto algorithm) -> int64_t {
-        const Plan<decltype(algorithm)> plan(p);
+        const Plan<decltype(algorithm)> plan(p, threads);
         return plan.shared_bytes + threads * plan.thread_bytes;
     });
 }

@@ -30,7 +30,13 @@ template <typename A>
 constexpr int64_t kBlockTiles = A::kProducts == 36 ? 128 : A::kProducts == 24 ? 192 : 256;
 // With as many tiles for each thread, and U kept, the threads share no V: it stays in a core's second-level cache, and no
 // line goes from one core to another. A block has at least kFewestTiles, because it reads all of U.
-constexpr int64_t kFewestApart = 32, kFewestTiles = 64, kApartBytes = 640 << 10;
+constexpr int64_t kFewestTiles = 64;
+template <typename A>
+constexpr int64_t kFewestApart = kKept<A> ? 32 : 64;
+template <typename A>
+constexpr int64_t kApartBytes = kKept<A> ? 640 << 10 : 1280 << 10;
+template <typename A>
+constexpr int64_t kMostApart = kKept<A> ? int64_t{1} << 40 : 128;
 // Input channels that are multiplied at once: all, or those whose weights are transformed at once.
 constexpr int64_t kMadeDepth = 128;
 template <typename A>
@@ -51,9 +57,10 @@ struct Plan {
 
     Plan(const fastddpm_conv_args &p, int32_t threads)
         : tiling(p, A::kDown, A::kAcross, kBlockTiles<A>), size(p), apart(false) {
-        if (kKept<A> && tiling.image_tiles * p.n >= threads * kFewestApart) {
+        if (tiling.image_tiles * p.n >= threads * kFewestApart<A>) {
             const int64_t tile_bytes = A::kProducts * size.channels * static_cast<int64_t>(sizeof(T));
-            const Tiling of_threads(p, A::kDown, A::kAcross, larger(kFewestTiles, kApartBytes / tile_bytes), threads);
+            const int64_t most_tiles = smaller(kMostApart<A>, larger(kFewestTiles, kApartBytes<A> / tile_bytes));
+            const Tiling of_threads(p, A::kDown, A::kAcross, most_tiles, threads);
             apart = of_threads.blocks >= threads;
             if (apart) tiling = of_threads;
         }
