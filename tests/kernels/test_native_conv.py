@@ -27,6 +27,7 @@ CASES = {
     "plain": Case(1, 16, 16, (4, 4), WINOGRAD_4X4, affine=False, bias=False, temb="", residual=False),
     "the same embedding for all": Case(3, 16, 32, (8, 8), WINOGRAD_4X4, temb="all"),
     "many tiles": Case(2, 16, 16, (52, 44), WINOGRAD_4X4),
+    "a thread's own tiles": Case(3, 40, 70, (36, 31), WINOGRAD_4X4, c2=11),
     "deep": Case(1, 300, 33, (8, 8), WINOGRAD_4X4),
     "weights turned by 180 degrees": Case(1, 48, 40, (9, 9), WINOGRAD_4X4, turned=True),
     "patches": Case(2, 40, 36, (4, 4), PATCHES),
@@ -54,7 +55,8 @@ def test_numbers(name: str, packed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a residual block's first", "two inputs, seam within 16 channels", "stride 2", "linear"]
+    "name",
+    ["a residual block's first", "two inputs, seam within 16 channels", "a thread's own tiles", "stride 2", "linear"],
 )
 def test_the_same_bits_packed_or_not_and_with_any_number_of_threads(name: str) -> None:
     results = []

@@ -57,7 +57,16 @@ CASES = {
     "several blocks of tiles": Case(3, 17, 20, (40, 36)),
     "strips of an image": Case(1, 16, 70, (52, 44), layout="contiguous"),
     "two inputs and what stands before": Case(2, 21, 40, (6, 10), c2=13, affine=True),
+    # By the channels and tiles a thread works on its own, or not.
+    "groups of many blocks": Case(9, 24, 20, (32, 32)),
+    "sections of the output channels": Case(2, 150, 330, (6, 8)),
+    "sections of the input channels": Case(2, 384, 70, (6, 8)),
+    "blocks, sections of the output channels": Case(3, 100, 250, (25, 18)),
 }
+DIVISIONS = [
+    "no multiple of anything", "several blocks of tiles", "strips of an image", "groups of many blocks",
+    "sections of the output channels", "sections of the input channels", "blocks, sections of the output channels",
+]  # fmt: skip
 
 
 class Call(GuardedGradient):
@@ -141,16 +150,31 @@ def test_precision_is_kept_over_many_tiles_far_from_zero() -> None:
     assert (call.grad_bias.double() - bias).norm() <= 4e-7 * bias.norm()
 
 
-@pytest.mark.parametrize("name", ["no multiple of anything", "several blocks of tiles", "strips of an image"])
+@pytest.mark.parametrize("name", DIVISIONS)
 @pytest.mark.parametrize("factors", [{}, BF16], ids=["fp32", "bf16"])
 def test_the_same_bits_with_any_number_of_threads(name: str, factors: dict[str, int]) -> None:
     results = []
-    for threads in (1, 2, 3, 8):
+    for threads in (1, 2, 3, 4, 8):
         torch.manual_seed(0)
         call = Call(replace(CASES[name], **factors), threads=threads)
-        assert call.run() == 0 and call.grad_bias is not None
-        results.append((call.grad_weight, call.grad_bias))
-    assert all(torch.equal(weight, results[0][0]) and torch.equal(bias, results[0][1]) for weight, bias in results)
+        assert call.run() == 0
+        results.append(call)
+    for call in results[1:]:
+        assert torch.equal(call.grad_weight, results[0].grad_weight)
+        assert call.grad_bias is None or torch.equal(call.grad_bias, results[0].grad_bias)
+
+
+@pytest.mark.parametrize("factors", [{}, BF16], ids=["fp32", "bf16"])
+def test_a_call_without_a_workspace_uses_the_librarys(factors: dict[str, int]) -> None:
+    results = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        call = Call(replace(CASES["groups of many blocks"], **factors))
+        if own:
+            call.args.workspace, call.args.workspace_bytes = None, 0
+        assert native.library().fastddpm_cpu_conv_weight_gradient(ctypes.byref(call.args), 2) == 0
+        results.append(call.grad_weight)
+    assert torch.equal(*results)
 
 
 def test_no_images_give_zeros() -> None:

@@ -41,7 +41,9 @@ CASES = {
     "fewer columns than a vector": Case(2, 3, 5, 6, 34, bias=False),
     "columns adjacent": Case(2, 4, 4, 48, 40, layout="columns"),
     "weights that lie apart": Case(2, 5, 9, 24, 20, layout="apart"),
-    "more output channels than a task": Case(1, 8, 8, 32, 150),
+    "many output channels": Case(1, 8, 8, 32, 150),
+    "parts of the output channels": Case(1, 9, 40, 290, 900),
+    "many groups": Case(5, 64, 100, 24, 40),
 }
 
 
@@ -75,7 +77,9 @@ def test_numbers(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["blocks of pixels", "no multiple of anything"])
+@pytest.mark.parametrize(
+    "name", ["blocks of pixels", "no multiple of anything", "parts of the output channels", "many groups"]
+)
 def test_the_same_bits_with_any_number_of_threads(name: str) -> None:
     results = []
     for threads in (1, 2, 3, 8):
