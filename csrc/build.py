@@ -27,7 +27,7 @@ INSTRUCTION_SETS = {
     "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 # Sources without arithmetic, compiled once.
-PLAIN = {"dispatch", "scratch", "team"}
+PLAIN = {"cores", "dispatch", "scratch", "team"}
 # Sources with products of bfloat16, for which AVX512-BF16 has an instruction. The others are not compiled for it.
 PRODUCTS = re.compile("conv|attention")
 # Sources that draw noise, which must have the same bits on every machine. In others a * b + c is one instruction.

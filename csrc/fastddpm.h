@@ -182,6 +182,10 @@ FASTDDPM_API int32_t fastddpm_cpu_isa(int32_t wanted /* or -1: only ask */);
  * is what the cores left by other programs are enough for (cpu/contention.h). The results do not depend on it. */
 FASTDDPM_API int32_t fastddpm_cpu_most_threads(int32_t wanted /* or -1: only ask */);
 
+/* Whether the threads' cores share no cache, so that each rather computes anew what another has. `wanted` fixes it, 0 or
+ * 1; with 2, as at first, it is measured now and then (cpu/cores.h). The results do not depend on it. */
+FASTDDPM_API int32_t fastddpm_cpu_cores_are_far(int32_t wanted /* or -1: only ask */);
+
 FASTDDPM_API int32_t fastddpm_cpu_random_normal(const fastddpm_random_normal_args *args, int32_t threads);
 /* The raw output words of blocks 0 .. num - 1 of each image: out[(n * num + block) * 4 + word]. */
 FASTDDPM_API int32_t fastddpm_cpu_philox(const fastddpm_random_normal_args *args, uint32_t *words, int32_t threads);

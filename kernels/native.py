@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -106,6 +107,16 @@ def most_threads(wanted: int | None = None) -> int | None:
     """
     most: int = library().fastddpm_cpu_most_threads(-1 if wanted is None else wanted)
     return most or None
+
+
+def cores_are_far(wanted: Literal["near", "far", "measured"] | None = None) -> bool:
+    """Return whether the threads' cores share no cache: each then rather computes anew what another has.
+
+    `wanted`: fix it, or let it be measured twice a second, as at first. Default: only ask. The bits of results do not
+    depend on it.
+    """
+    choice = -1 if wanted is None else ("near", "far", "measured").index(wanted)
+    return bool(library().fastddpm_cpu_cores_are_far(choice))
 
 
 def dtype_code(dtype: torch.dtype) -> int:

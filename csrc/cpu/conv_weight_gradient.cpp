@@ -9,13 +9,14 @@
 //                  after the last block G^T M G into the gradient.
 // In bfloat16 two adjacent tiles of a channel are a word.
 //
-// Where threads can, they work alone, with V and U of their own: lines that go from one core to another cost more than
-// they hold where cores share no cache. With few channels a thread takes whole groups of blocks, and M of all channels;
-// these are added in the end. With more, and up to kMostSections threads, it takes a section of the channels, those of
+// Where threads can, they work alone, with V and U of their own: a line that goes from one core to another costs more than
+// to read or to make it. With few channels a thread takes whole groups of blocks, and M of all channels; these are added
+// in the end. With more, on up to kMostSections cores that share no cache, it takes a section of the channels, those of
 // the input or of the output, for which it transforms all channels of the other. Otherwise the threads share V and U.
 //
 // An element is summed over the tiles of a block in their order, over the blocks of a group in theirs, then over the
 // groups: all of them depend on the shape alone, so the bits do not depend on the number of threads.
+#include "cores.h"
 #include "shares.h"
 #include "tiles.h"
 
@@ -50,7 +51,8 @@ struct Plan {
     int64_t sums_row, v_bytes, u_bytes, kept_bytes, sums_bytes;
     int64_t shared_bytes, thread_bytes;   // V and U are part of either
 
-    Plan(const fastddpm_conv_args &p, int32_t threads)
+    // `far`: the threads' cores share no cache.
+    Plan(const fastddpm_conv_args &p, int32_t threads, bool far)
         : tiling(p, A::kDown, A::kAcross, kGradientTiles<A>),
           channels(p.c1 + p.c2),
           groups(1),
@@ -72,7 +74,7 @@ struct Plan {
                 groups = smaller(tiling.blocks, larger(kGroups, smaller(tiling.blocks / kGroupBlocks, kMostGroups)));
             }
         }
-        if (groups == 1 && threads <= kMostSections) {  // of the larger factor, as the other is transformed anew in each
+        if (groups == 1 && far && threads <= kMostSections) {  // of the larger factor, as the other is transformed anew in each
             int64_t &sections = channels > p.k ? panel_sections : row_sections;
             const int64_t least = channels > p.k ? kGradientRows / kColumns : 1;
             if ((channels > p.k ? panels : row_blocks) % (least * threads) == 0) sections = threads;
@@ -338,7 +340,7 @@ void add_groups(const fastddpm_conv_args &p, const Plan<A> &plan, const Buffers<
 
 template <typename A>
 void differentiate(const fastddpm_conv_args &p, int32_t threads) {
-    const Plan<A> plan(p, threads);
+    const Plan<A> plan(p, threads, cores_are_far(threads));
     char *workspace = static_cast<char *>(p.workspace);
     const int64_t sections = plan.row_sections * plan.panel_sections;
     Shares shares(plan.groups * sections, threads);
@@ -365,8 +367,9 @@ void differentiate(const fastddpm_conv_args &p, int32_t threads) {
 
 int64_t winograd_gradient_workspace(const fastddpm_conv_args &p, int32_t threads) {
     return with_algorithm(p, [&](auto algorithm) -> int64_t {
-        const Plan<decltype(algorithm)> plan(p, threads);
-        return plan.shared_bytes + threads * plan.thread_bytes;
+        using A = decltype(algorithm);
+        const auto bytes = [&](const Plan<A> &plan) { return plan.shared_bytes + threads * plan.thread_bytes; };
+        return larger(bytes(Plan<A>(p, threads, false)), bytes(Plan<A>(p, threads, true)));
     });
 }
 

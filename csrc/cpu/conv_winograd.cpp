@@ -11,6 +11,7 @@
 // In float32, U = G g G^T is made for kDepth input channels at a time in a thread's own memory: as a whole, at four
 // times the size of the weights, it never exists. In bfloat16 it is kept: as many bytes as the weights in float32.
 #include "conv.h"
+#include "cores.h"
 #include "gemm.h"
 #include "shares.h"
 #include "tiles.h"
@@ -30,7 +31,9 @@ template <typename A>
 constexpr int64_t kBlockTiles = A::kProducts == 36 ? 128 : A::kProducts == 24 ? 192 : 256;
 // With as many tiles for each thread, and U kept, the threads share no V: it stays in a core's second-level cache, and no
 // line goes from one core to another. A block has at least kFewestTiles, because it reads all of U.
-constexpr int64_t kFewestTiles = 64;
+//
+// In float32, where U is made for each block, that has to be worth it: V is small, or the cores share no cache.
+constexpr int64_t kFewestTiles = 64, kNearBytes = 640 << 10;
 template <typename A>
 constexpr int64_t kFewestApart = kKept<A> ? 32 : 64;
 template <typename A>
@@ -55,10 +58,12 @@ struct Plan {
     int64_t kept_row;                          // elements of U for one product and 32 output channels, where it is kept
     int64_t v_bytes, shared_v_bytes, u_bytes, thread_bytes;  // U is shared
 
-    Plan(const fastddpm_conv_args &p, int32_t threads)
+    // `far`: the threads' cores share no cache.
+    Plan(const fastddpm_conv_args &p, int32_t threads, bool far)
         : tiling(p, A::kDown, A::kAcross, kBlockTiles<A>), size(p), apart(false) {
-        if (tiling.image_tiles * p.n >= threads * kFewestApart<A>) {
-            const int64_t tile_bytes = A::kProducts * size.channels * static_cast<int64_t>(sizeof(T));
+        const int64_t tile_bytes = A::kProducts * size.channels * static_cast<int64_t>(sizeof(T));
+        const bool gains = kKept<A> || far || kFewestTiles * tile_bytes <= kNearBytes;
+        if (gains && tiling.image_tiles * p.n >= threads * kFewestApart<A>) {
             const int64_t most_tiles = smaller(kMostApart<A>, larger(kFewestTiles, kApartBytes<A> / tile_bytes));
             const Tiling of_threads(p, A::kDown, A::kAcross, most_tiles, threads);
             apart = of_threads.blocks >= threads;
@@ -236,7 +241,7 @@ void products(const fastddpm_conv_args &p, const Plan<A> &plan, int64_t k, int64
 template <typename A>
 void convolve(const fastddpm_conv_args &p, int32_t threads) {
     using T = typename A::Element;
-    const Plan<A> plan(p, threads);
+    const Plan<A> plan(p, threads, cores_are_far(threads));
     const Tiling &tiling = plan.tiling;
     char *workspace = static_cast<char *>(p.workspace);
     T *made = reinterpret_cast<T *>(workspace + plan.shared_v_bytes);
@@ -323,8 +328,11 @@ void pack_winograd(const fastddpm_conv_args &p, void *packed) {
 
 int64_t winograd_workspace(const fastddpm_conv_args &p, int32_t threads) {
     return with_algorithm(p, [&](auto algorithm) -> int64_t {
-        const Plan<decltype(algorithm)> plan(p, threads);
-        return plan.shared_v_bytes + plan.u_bytes + threads * plan.thread_bytes;
+        using A = decltype(algorithm);
+        const auto bytes = [&](const Plan<A> &plan) {
+            return plan.shared_v_bytes + plan.u_bytes + threads * plan.thread_bytes;
+        };
+        return larger(bytes(Plan<A>(p, threads, false)), bytes(Plan<A>(p, threads, true)));
     });
 }
 

@@ -73,8 +73,20 @@ Waits waits() {
     return sum;
 }
 
-// Whether there are more threads than cores: they wait for each other, and their number was chosen so.
-bool beyond_cores(int32_t threads) {
+void look(int64_t now, int32_t threads) {
+    constexpr int64_t kPerThread = 2000000;  // reading takes a few us a thread, and should not be felt
+    const Waits sum = waits();
+    contention.look(now, sum.ns, threads);
+    const int64_t soonest = now + sum.threads * kPerThread;
+    const int64_t next = contention.next_look() > soonest ? contention.next_look() : soonest;
+    const int32_t limit = fastddpm::beyond_cores(threads) ? fastddpm::Contention::kAll : contention.most();
+    __atomic_store_n(&most, limit, __ATOMIC_RELAXED);
+    __atomic_store_n(&next_look, next, __ATOMIC_RELAXED);
+}
+
+}  // namespace
+
+bool fastddpm::beyond_cores(int32_t threads) {
 #ifdef __linux__
     cpu_set_t cores;
     return sched_getaffinity(0, sizeof cores, &cores) == 0 && threads > CPU_COUNT(&cores);
@@ -82,19 +94,6 @@ bool beyond_cores(int32_t threads) {
     return false;
 #endif
 }
-
-void look(int64_t now, int32_t threads) {
-    constexpr int64_t kPerThread = 2000000;  // reading takes a few us a thread, and should not be felt
-    const Waits sum = waits();
-    contention.look(now, sum.ns, threads);
-    const int64_t soonest = now + sum.threads * kPerThread;
-    const int64_t next = contention.next_look() > soonest ? contention.next_look() : soonest;
-    const int32_t limit = beyond_cores(threads) ? fastddpm::Contention::kAll : contention.most();
-    __atomic_store_n(&most, limit, __ATOMIC_RELAXED);
-    __atomic_store_n(&next_look, next, __ATOMIC_RELAXED);
-}
-
-}  // namespace
 
 int32_t fastddpm::team_size(int32_t threads) {
     if (threads <= 1 || forked) return 1;

@@ -8,4 +8,7 @@ namespace fastddpm {
 // that neither its memory nor its sums depend on the answer, which may be another one at the next call.
 int32_t team_size(int32_t threads);
 
+// Whether there are more threads than cores: they wait for each other, and their number was chosen so.
+bool beyond_cores(int32_t threads);
+
 }  // namespace fastddpm

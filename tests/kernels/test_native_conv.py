@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytestmark = [
     pytest.mark.usefixtures("instruction_set"),
 ]
 
+NEAR_AND_FAR: tuple[Literal["near", "far"], ...] = ("near", "far")
 CASES = {
     "a residual block's first": Case(2, 64, 64, (16, 16), WINOGRAD_4X4, temb="each", residual=False),
     "its second": Case(2, 64, 64, (16, 16), WINOGRAD_4X4, temb="", in_place=True),
@@ -151,3 +153,23 @@ def test_norm_affine(name: str, outlier: bool) -> None:
     args.workspace_bytes -= 1
     with pytest.raises(RuntimeError, match="norm_affine: no memory"):
         native.call("norm_affine", args)
+
+
+def test_near_and_far_cores_have_the_same_bits() -> None:
+    """Where they share no cache, each thread has a V of its own with more channels, too."""
+    results = []
+    for cores in NEAR_AND_FAR:
+        native.cores_are_far(cores)
+        torch.manual_seed(0)
+        call = Call(Case(3, 130, 40, (32, 28), WINOGRAD_4X4))
+        assert call.run() == 0
+        assert (call.out.double() - call.expected).norm() <= 4e-6 * call.expected.norm()
+        results.append(call.out)
+    native.cores_are_far("measured")
+    assert torch.equal(*results)
+
+
+def test_cores_are_measured_or_as_they_are_said_to_be() -> None:
+    assert native.cores_are_far("far") and native.cores_are_far()
+    assert not native.cores_are_far("near") and not native.cores_are_far()
+    native.cores_are_far("measured")

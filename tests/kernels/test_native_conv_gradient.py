@@ -1,7 +1,10 @@
 """The compiled library's gradient of a convolution's weights, call by call."""
 
 import ctypes
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +20,14 @@ pytestmark = [
     pytest.mark.usefixtures("instruction_set"),
 ]
 BF16 = {"algorithm": WINOGRAD_2X4, "precision": BFLOAT16}
+CORES: tuple[Literal["near", "far"], ...] = ("near", "far")
+
+
+@pytest.fixture(autouse=True)
+def cores_as_measured() -> Iterator[None]:
+    """After each test."""
+    yield
+    native.cores_are_far("measured")
 
 
 @dataclass(frozen=True)
@@ -104,8 +115,10 @@ class Call(GuardedGradient):
         return torch.nn.grad.conv2d_weight(h, self.grad_weight.shape, grad, padding=1), grad.sum((0, 2, 3))
 
 
+@pytest.mark.parametrize("cores", CORES)
 @pytest.mark.parametrize("name", CASES)
-def test_numbers(name: str) -> None:
+def test_numbers(name: str, cores: Literal["near", "far"]) -> None:
+    native.cores_are_far(cores)
     call = Call(CASES[name])
     assert call.run() == 0
     weight, bias = call.in_float64()
@@ -115,10 +128,12 @@ def test_numbers(name: str) -> None:
         torch.testing.assert_close(call.grad_bias.double(), bias, rtol=2e-6, atol=2e-6 * float(call.grad.abs().sum()))
 
 
+@pytest.mark.parametrize("cores", CORES)
 @pytest.mark.parametrize("algorithm", [WINOGRAD_2X2, WINOGRAD_2X4])
 @pytest.mark.parametrize("name", CASES)
-def test_numbers_in_bf16(name: str, algorithm: int) -> None:
+def test_numbers_in_bf16(name: str, algorithm: int, cores: Literal["near", "far"]) -> None:
     """The error is that of rounding two factors to 8 bits, 2.5e-3 of the definition, times the transforms'."""
+    native.cores_are_far(cores)
     call = Call(replace(CASES[name], algorithm=algorithm, precision=BFLOAT16))
     assert call.run() == 0
     weight, bias = call.in_float64()
@@ -152,9 +167,10 @@ def test_precision_is_kept_over_many_tiles_far_from_zero() -> None:
 
 @pytest.mark.parametrize("name", DIVISIONS)
 @pytest.mark.parametrize("factors", [{}, BF16], ids=["fp32", "bf16"])
-def test_the_same_bits_with_any_number_of_threads(name: str, factors: dict[str, int]) -> None:
+def test_the_same_bits_with_any_number_of_threads_near_or_far(name: str, factors: dict[str, int]) -> None:
     results = []
-    for threads in (1, 2, 3, 4, 8):
+    for threads, cores in itertools.product((1, 2, 3, 4, 8), CORES):
+        native.cores_are_far(cores)
         torch.manual_seed(0)
         call = Call(replace(CASES[name], **factors), threads=threads)
         assert call.run() == 0

@@ -141,6 +141,21 @@ def test_a_limit_that_changes_between_the_calls_of_a_plan_changes_no_bit() -> No
         assert torch.equal(prepared(x_t, t), expected)
 
 
+def test_cores_that_move_between_the_calls_of_a_plan_change_no_bit() -> None:
+    """The plan's memory is enough for threads that share what they transform, and for threads that do not."""
+    config = UNetConfig(image_size=16, width=96, multipliers=(1, 2), attention_resolutions=(), groups=8)
+    torch.manual_seed(0)
+    unet, x_t, t = UNet(config).eval(), torch.randn(9, 3, 16, 16), torch.zeros(9, dtype=torch.int64)
+    torch.set_num_threads(2)
+    native.cores_are_far("near")
+    prepared = PreparedUNet(unet, [0])
+    expected = prepared(x_t, t)
+    native.cores_are_far("far")
+    found = prepared(x_t, t)
+    native.cores_are_far("measured")
+    assert torch.equal(found, expected)
+
+
 def test_a_network_of_no_images() -> None:
     """As the network itself answers: an empty batch is what is left of a filter, and no reason to end the process."""
     for learned_variance in (False, True):
