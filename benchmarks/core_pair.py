@@ -53,3 +53,10 @@ def round_trip_ns() -> float | None:
     if program is None:
         return None
     return float(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
+
+
+def kind(before: float | None, after: float | None) -> str | None:
+    """Of a turn between two round trips: "shared", "apart", or None where they differ or are not known."""
+    if before is None or after is None or (before > SHARED_NS) != (after > SHARED_NS):
+        return None
+    return "apart" if before > SHARED_NS else "shared"

@@ -89,13 +89,6 @@ class Turn:
         return 1e3 * (perf_counter() - start)
 
 
-def kind(before: float | None, after: float | None) -> str | None:
-    """Of a turn between two round trips: "shared", "apart", or None where they differ or are not known."""
-    if before is None or after is None or (before > core_pair.SHARED_NS) != (after > core_pair.SHARED_NS):
-        return None
-    return "apart" if before > core_pair.SHARED_NS else "shared"
-
-
 def measure(
     sides: dict[str, Turn], rounds: int, round_trip: Callable[[], float | None] = core_pair.round_trip_ns
 ) -> dict[str, Any]:
@@ -106,7 +99,7 @@ def measure(
         for name, side in sides.items():
             ms = side.milliseconds()
             after = round_trip()
-            if (of := kind(before, after)) is not None:
+            if (of := core_pair.kind(before, after)) is not None:
                 found[name, of].append(ms)
             before = after
     return {

@@ -7,7 +7,8 @@ python benchmarks/training_step.py --compare-precisions 200 [--preset mnist] [--
 The sides are those of bench_train.py (training_sides.py), in one process. A step is data, noise, forward, backward,
 clipping, Adam and the average of the weights. The ratio of a precision is the time of its fastest peer over the faster
 of ours, compiled or not. Batches: 32 for mnist, 2 and 8 for cifar10, unless given. --no-compile leaves out what
-torch.compile takes minutes for.
+torch.compile takes minutes for. The same follows for the steps during which the cores shared a cache, or did not
+(core_pair.py), where it changes.
 
 `--compare-precisions N` takes N steps of the preset's run in each precision, from the same weights, images and noise,
 and sets loss and gradient norm beside each other, step by step. The runs part, as any two that differ by rounding do:
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from fastddpm.runtime.memory import keep_freed_memory
 from fastddpm.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
+import core_pair
 import machine
 
 BATCHES = {"mnist": [32], "cifar10": [2, 8]}
@@ -46,9 +49,27 @@ def measure(preset: str, batch: int, precisions: Sequence[str], peers: Sequence[
     for step in sides.values():  # compiles, allocates
         step()
         step()
-    times = dict(zip(sides, machine.medians(list(sides.values()), rounds), strict=True))
-    ms: dict[str, dict[str, float]] = {p: {peer: 1e3 * times[peer, p] for peer in peers} for p in precisions}
-    return {"preset": preset, "batch": batch, "ms": ms, "ratio": {p: ratio(ms[p]) for p in precisions}}
+    times: dict[Any, list[tuple[float, str | None]]] = {side: [] for side in sides}
+    before = core_pair.round_trip_ns()
+    for _ in range(rounds):
+        for side, step in sides.items():
+            [[seconds]] = machine.alternating([step], 1)
+            after = core_pair.round_trip_ns()
+            times[side].append((1e3 * seconds, core_pair.kind(before, after)))
+            before = after
+    row = {"preset": preset, "batch": batch, **compared(times, precisions, peers)}
+    for kind in ("shared", "apart"):
+        of_kind = {side: [found for found in all_found if found[1] == kind] for side, all_found in times.items()}
+        if all(of_kind.values()):
+            row[kind] = compared(of_kind, precisions, peers)
+            row[kind]["steps"] = min(map(len, of_kind.values()))
+    return row
+
+
+def compared(times: dict[Any, list[tuple[float, str | None]]], precisions: Sequence[str], peers: Sequence[str]) -> Any:
+    """The median milliseconds of each side, and the ratio of each precision."""
+    ms = {p: {peer: median(time for time, _ in times[peer, p]) for peer in peers} for p in precisions}
+    return {"ms": ms, "ratio": {p: ratio(ms[p]) for p in precisions}}
 
 
 def ratio(ms: dict[str, float]) -> float:
@@ -132,6 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{preset} batch {batch}, {precision}: {how}")
                 for peer, time in ms.items():
                     print(f"  {peer:20} {time:8.1f} ms", flush=True)
+                for kind in ("shared", "apart"):
+                    if kind in rows[-1]:
+                        times = ", ".join(f"{time:.1f}" for time in rows[-1][kind]["ms"][precision].values())
+                        print(f"  caches {kind}: {rows[-1][kind]['ratio'][precision]:.2f} times; {times} ms")
             machine.write(options, {"diffusers": version("diffusers")}, rows=rows)
     return 0
 
