@@ -7,6 +7,11 @@
 namespace {
 
 constexpr int64_t kPage = 4096;
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1  // as GCC says it
+#endif
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 constexpr int64_t kMostKept = 0;  // the sanitizer sees the bounds of new memory only
 #else
@@ -41,5 +46,9 @@ void *fastddpm::take_scratch(int64_t bytes) {
 void fastddpm::give_scratch(void *memory) {
     if (memory == nullptr) return;
     Block *block = block_of(memory);
-    free(block->bytes <= kMostKept ? swap_kept(block) : block);
+    if (block->bytes <= kMostKept) {
+        Block *other = swap_kept(block);  // of another thread's call
+        block = other != nullptr && other->bytes > block->bytes ? swap_kept(other) : other;
+    }
+    free(block);
 }

@@ -1,7 +1,8 @@
 // A parallel loop whose threads keep to their own part of the batch.
 //
 // What one core wrote another reads at a third of the speed at which it reads its own, or less, where they share no
-// cache. Every operation takes images in order: if each divides them in the same way, a core reads what it wrote itself.
+// cache. If every operation divides the images among the threads in order, a core reads what it wrote itself: by Shares
+// where tasks take long, as in convolutions, and by OpenMP's static schedule where they are short, as in norms.
 #pragma once
 #include "memory.h"
 

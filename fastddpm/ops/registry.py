@@ -12,6 +12,24 @@ from .backend import implementation
 
 _library = torch.library.Library("fastddpm", "FRAGMENT")
 _PLAIN_TYPES = (Tensor, nn.Parameter)
+_SCALARS = {"int": (int,), "float": (float, int), "bool": (bool,)}  # of a schema, and what Python has for them
+
+
+def _keys(tensor: Tensor) -> int:
+    """Return the dispatch keys of a tensor: what kinds of work an operator on it may have to be led through."""
+    keys: int = torch._C._dispatch_keys(tensor).raw_repr()
+    return keys
+
+
+def _plain_keys() -> set[int]:
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(_keys(torch.empty(0, device="cpu")))
+    return found
+
+
+_PLAIN_KEYS = _plain_keys()
 
 
 class _Operator:
@@ -29,6 +47,7 @@ class _Operator:
         schema = self.overload._schema.arguments
         names = self.names = [argument.name for argument in schema]
         self.tensors = [index for index, argument in enumerate(schema) if "Tensor" in str(argument.type)]
+        self.scalars = [(i, _SCALARS[str(arg.type)]) for i, arg in enumerate(schema) if str(arg.type) in _SCALARS]
         self.verb, self.arguments, self.casts = verb, arguments, casts
         fields = arguments._fields
         self.defaults = tuple(arguments._field_defaults[field] for field in fields if field not in names)
@@ -97,7 +116,11 @@ def evaluate(name: str, *args: Any) -> Any:
     """
     this = _operators[name]
     tensors = [args[index] for index in this.tensors if args[index] is not None]
-    if not is_plain(tensors) or (this.casts and torch.is_autocast_enabled("cpu")):
+    if (
+        not is_plain(tensors)
+        or (this.casts and torch.is_autocast_enabled("cpu"))
+        or any(type(args[index]) not in types for index, types in this.scalars)  # the dispatcher converts or refuses
+    ):
         return this.overload(*args)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return this.overload(*args) if this.gradient is None else this.gradient.apply(*args)
@@ -107,12 +130,12 @@ def evaluate(name: str, *args: Any) -> Any:
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Return whether PyTorch's dispatcher has nothing to do for an operation on these tensors: eager, on the CPU.
 
-    It has where something looks at operators or replaces them: compilation, tracing, the profiler, modes, subclasses
-    and transforms.
+    It has where something looks at operators or replaces them: compilation, tracing, the profiler, modes, subclasses,
+    transforms; and where a tensor is not what its memory says: batched, negated, zero without memory, sparse.
     """
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) in _PLAIN_TYPES and tensor.is_cpu for tensor in tensors)
+        and all(type(tensor) in _PLAIN_TYPES and _keys(tensor) in _PLAIN_KEYS for tensor in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()

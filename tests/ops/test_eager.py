@@ -107,3 +107,34 @@ def test_what_the_dispatcher_is_needed_for() -> None:
     torch.func.vmap(lambda row: (asked.append(is_plain([row])), row)[1])(torch.randn(2, 3))
     compiled = torch.compile(lambda y: y + is_plain([y]), backend="eager", fullgraph=True)
     assert asked == [False] and torch.equal(compiled(x), x)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_batched_gradients(name: str) -> None:
+    """They are tensors without memory, of PyTorch's own type."""
+    function, inputs = OPERATIONS[name]()
+    out = function(*inputs)
+    grads = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for ours, one in zip(batched, torch.autograd.grad(out, inputs, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(ours[i], one)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_negated_and_zero_tensors_are_what_they_stand_for(name: str) -> None:
+    """Their memory holds something else, or nothing."""
+    function, inputs = OPERATIONS[name]()
+    x, *parameters = (tensor.detach() for tensor in inputs)
+    negated = torch._neg_view(-x)
+    assert negated.is_neg() and torch.equal(function(negated, *parameters), function(x, *parameters))
+    zero = torch._efficientzerotensor(parameters[0].shape)
+    assert torch.equal(function(x, zero, *parameters[1:]), function(x, torch.zeros_like(zero), *parameters[1:]))
+
+
+def test_the_schema_is_kept() -> None:
+    x, weight = torch.randn(1, 16, 4, 4), torch.randn(16, 16, 3, 3)
+    with pytest.raises(RuntimeError, match="bf16"):
+        ops.conv3x3(x, weight, bf16="no")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="groups"):
+        ops.group_norm_silu(x, torch.ones(16), torch.zeros(16), 8.0)  # type: ignore[arg-type]
