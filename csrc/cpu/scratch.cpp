@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t kPage = 4096;
+constexpr int64_t kLine = 64;
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
 #define __SANITIZE_ADDRESS__ 1  // as GCC says it
@@ -18,7 +18,7 @@ constexpr int64_t kMostKept = 0;  // the sanitizer sees the bounds of new memory
 constexpr int64_t kMostKept = int64_t{64} << 20;  // bytes
 #endif
 
-// The page before the memory.
+// The line before the memory.
 struct Block {
     int64_t bytes;
 };
@@ -27,7 +27,7 @@ Block *kept = nullptr;  // or none, while a call uses it
 
 Block *swap_kept(Block *block) { return __atomic_exchange_n(&kept, block, __ATOMIC_ACQ_REL); }
 
-Block *block_of(void *memory) { return reinterpret_cast<Block *>(static_cast<char *>(memory) - kPage); }
+Block *block_of(void *memory) { return reinterpret_cast<Block *>(static_cast<char *>(memory) - kLine); }
 
 }  // namespace
 
@@ -35,12 +35,12 @@ void *fastddpm::take_scratch(int64_t bytes) {
     Block *block = swap_kept(nullptr);
     if (block == nullptr || block->bytes < bytes) {
         free(block);
-        const int64_t whole = (bytes + kPage - 1) / kPage * kPage;
-        block = static_cast<Block *>(aligned_alloc(kPage, static_cast<size_t>(kPage + whole)));
+        const int64_t whole = (bytes + kLine - 1) / kLine * kLine;
+        block = static_cast<Block *>(aligned_alloc(kLine, static_cast<size_t>(kLine + whole)));
         if (block == nullptr) return nullptr;
         block->bytes = whole;
     }
-    return reinterpret_cast<char *>(block) + kPage;
+    return reinterpret_cast<char *>(block) + kLine;
 }
 
 void fastddpm::give_scratch(void *memory) {

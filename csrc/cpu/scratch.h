@@ -4,7 +4,7 @@
 
 namespace fastddpm {
 
-// At least `bytes` of memory, at the start of a page, whose contents are undefined; or null. Any thread may ask.
+// At least `bytes` of memory, at the start of a cache line, whose contents are undefined; or null. Any thread may ask.
 void *take_scratch(int64_t bytes);
 // Ends the use of what take_scratch returned.
 void give_scratch(void *memory);
