@@ -3,8 +3,10 @@
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Above, they share none: on an AMD EPYC (Zen 5) it is 70 to 140 ns with a cache in common and 350 to 450 without.
 SHARED_NS = 220
@@ -60,3 +62,15 @@ def kind(before: float | None, after: float | None) -> str | None:
     if before is None or after is None or (before > SHARED_NS) != (after > SHARED_NS):
         return None
     return "apart" if before > SHARED_NS else "shared"
+
+
+def turns(
+    sides: Mapping[Any, Callable[[], float]], rounds: int, round_trip: Callable[[], float | None] = round_trip_ns
+) -> Iterator[tuple[Any, float, str | None]]:
+    """Each side in turn, `rounds` times: its name, what it returns, and the kind of its turn."""
+    before = round_trip()
+    for _ in range(rounds):
+        for name, side in sides.items():
+            figure, after = side(), round_trip()
+            yield name, figure, kind(before, after)
+            before = after

@@ -93,15 +93,10 @@ def measure(
     sides: dict[str, Turn], rounds: int, round_trip: Callable[[], float | None] = core_pair.round_trip_ns
 ) -> dict[str, Any]:
     """For each side and kind of turn, the median milliseconds and the number of turns."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    before = round_trip()
-    for _ in range(rounds):
-        for name, side in sides.items():
-            ms = side.milliseconds()
-            after = round_trip()
-            if (of := core_pair.kind(before, after)) is not None:
-                found[name, of].append(ms)
-            before = after
+    found: dict[tuple[str, str | None], list[float]] = defaultdict(list)
+    calls = {name: side.milliseconds for name, side in sides.items()}
+    for name, ms, kind in core_pair.turns(calls, rounds, round_trip):
+        found[name, kind].append(ms)
     return {
         name: {of: {"ms": median(found[name, of]), "turns": len(found[name, of])} for of in ("shared", "apart")
                if found[name, of]}

@@ -16,9 +16,10 @@ the means of the last quarter say whether one learns less.
 """
 
 import argparse
+import functools
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -49,20 +50,21 @@ def measure(preset: str, batch: int, precisions: Sequence[str], peers: Sequence[
     for step in sides.values():  # compiles, allocates
         step()
         step()
+
+    def milliseconds(step: Callable[[], object]) -> float:
+        [[seconds]] = machine.alternating([step], 1)
+        return 1e3 * seconds
+
     times: dict[Any, list[tuple[float, str | None]]] = {side: [] for side in sides}
-    before = core_pair.round_trip_ns()
-    for _ in range(rounds):
-        for side, step in sides.items():
-            [[seconds]] = machine.alternating([step], 1)
-            after = core_pair.round_trip_ns()
-            times[side].append((1e3 * seconds, core_pair.kind(before, after)))
-            before = after
+    calls = {side: functools.partial(milliseconds, step) for side, step in sides.items()}
+    for side, ms, kind in core_pair.turns(calls, rounds):
+        times[side].append((ms, kind))
     row = {"preset": preset, "batch": batch, **compared(times, precisions, peers)}
-    for kind in ("shared", "apart"):
-        of_kind = {side: [found for found in all_found if found[1] == kind] for side, all_found in times.items()}
+    for state in ("shared", "apart"):
+        of_kind = {side: [found for found in all_found if found[1] == state] for side, all_found in times.items()}
         if all(of_kind.values()):
-            row[kind] = compared(of_kind, precisions, peers)
-            row[kind]["steps"] = min(map(len, of_kind.values()))
+            row[state] = compared(of_kind, precisions, peers)
+            row[state]["steps"] = min(map(len, of_kind.values()))
     return row
 
 

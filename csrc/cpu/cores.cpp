@@ -1,9 +1,8 @@
 // Times how long a cache line takes from one thread's core to another's and back.
 #include "cores.h"
 
-#include <time.h>
-
 #include "../fastddpm.h"
+#include "clock.h"
 #include "team.h"
 
 #ifdef _OPENMP
@@ -23,12 +22,6 @@ bool far = false, measuring = false;
 int64_t next = 0;
 int32_t fixed = -1;  // or 0, near, or 1, far
 
-int64_t clock_ns() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * 1000000000 + time.tv_nsec;
-}
-
 struct alignas(64) Line {
     int64_t turn;  // odd: the other thread's
 };
@@ -37,12 +30,12 @@ struct alignas(64) Line {
 int64_t round_trip(Line &line) {
     int64_t shortest = INT64_MAX, turn = 0;
     for (int trial = 0; trial < kTrials; ++trial) {
-        const int64_t start = clock_ns();
+        const int64_t start = fastddpm::clock_ns();
         for (int trip = 0; trip < kTrips; ++trip, turn += 2) {
             __atomic_store_n(&line.turn, turn + 1, __ATOMIC_RELEASE);
             while (__atomic_load_n(&line.turn, __ATOMIC_ACQUIRE) != turn + 2) {}
         }
-        const int64_t took = (clock_ns() - start) / kTrips;
+        const int64_t took = (fastddpm::clock_ns() - start) / kTrips;
         if (took < shortest) shortest = took;
     }
     __atomic_store_n(&line.turn, kEnd, __ATOMIC_RELEASE);

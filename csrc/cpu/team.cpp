@@ -8,10 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "../fastddpm.h"
+#include "clock.h"
 #include "contention.h"
 
 namespace {
@@ -33,12 +33,6 @@ bool looking = false;             // whether a thread is in `look`, which one do
 int64_t next_look = 0;
 int32_t most = fastddpm::Contention::kAll;
 int32_t fixed = 0;
-
-int64_t clock_ns() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * 1000000000 + time.tv_nsec;
-}
 
 // Nanoseconds for which a thread has been ready to run and had no core; 0 where the system does not count them.
 int64_t waited_by(int folder, const char *thread) {

@@ -39,7 +39,7 @@ class _Operator:
     that the operator lacks, and then the operator's other arguments: grad and what the forward pass saved.
     """
 
-    run: Callable[..., Any]  # the implementation that is chosen for the arguments
+    run: Callable[[str, Sequence[Any]], Any]  # the implementation that is chosen for a device type and the arguments
     gradient: type[torch.autograd.Function] | None = None  # the same with the autograd rule, if there is one
 
     def __init__(self, name: str, verb: str, arguments: Any, casts: bool) -> None:
@@ -87,13 +87,12 @@ def register(
     this = _operators[name] = _Operator(name, verb, arguments, bool(autocast))
     names = this.names
 
-    def run(*args: Any) -> Any:
+    def run(device_type: str, args: Sequence[Any]) -> Any:
         named = dict(zip(names, args, strict=True))
-        device = _device(name, named)
-        return call(implementation(operation or name, device.type, named), name, args)
+        return call(implementation(operation or name, device_type, named), name, args)
 
     this.run = run
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, lambda *args: run(_device(name, this, args).type, args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastddpm::{name}", lambda *args: this.apply(fake, args), lib=_library)
     if autocast:
         for device_type in ("cuda", "cpu"):
@@ -124,7 +123,7 @@ def evaluate(name: str, *args: Any) -> Any:
         return this.overload(*args)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return this.overload(*args) if this.gradient is None else this.gradient.apply(*args)
-    return this.run(*args)
+    return this.run("cpu", args)
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -173,18 +172,16 @@ def _is_castable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
-def _device(name: str, arguments: dict[str, Any]) -> torch.device:
+def _device(name: str, this: _Operator, args: Sequence[Any]) -> torch.device:
     """Return the device of all tensors. Raises ValueError, naming the argument, for a tensor on another device."""
     first, device = "", None
-    for key, value in arguments.items():
-        # `is not None` for speed: Tensor's metaclass makes isinstance slow for other objects.
-        if value is not None and isinstance(value, Tensor):
-            if device is None:
-                first, device = key, value.device
-            elif value.device != device:
-                raise ValueError(
-                    f"{name}: {first} is on {device}, but {key} is on {value.device}; move all to one device"
-                )
+    for key, value in ((this.names[index], args[index]) for index in this.tensors):
+        if value is None:
+            continue
+        if device is None:
+            first, device = key, value.device
+        elif value.device != device:
+            raise ValueError(f"{name}: {first} is on {device}, but {key} is on {value.device}; move all to one device")
     assert device is not None
     return device
 
@@ -210,7 +207,7 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
     this = _operators[name]
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = this.run(*args)
+        output = this.run("cpu", args)
         setup_context(ctx, args, output)
         return output
 
