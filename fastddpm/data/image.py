@@ -185,11 +185,12 @@ def open_picture(data: bytes, background: str | None = None) -> Picture:
 def _scale_transparent_value(image: ImageFile.ImageFile) -> None:
     """Give the transparent grey or colour of a PNG the scale of its pixels, which Pillow leaves as stored.
 
-    Pixels of 1, 2 and 4 bits are scaled to 8; of 16-bit colour the high bytes are kept, and compared.
+    Pixels of 1, 2 and 4 bits are scaled to 8; of 16-bit colour the high bytes are kept, and compared. Some versions of
+    Pillow scale the value of 1 bit themselves.
     """
     value, stored = image.info.get("transparency"), str(image.tile[0].args) if image.tile else ""
     if isinstance(value, int) and stored in _FEW_BITS:
-        image.info["transparency"] = value * _FEW_BITS[stored]
+        image.info["transparency"] = min(255, value * _FEW_BITS[stored])
     elif isinstance(value, tuple) and stored.startswith("RGB;16"):
         image.info["transparency"] = tuple(sample >> 8 for sample in value)
 

@@ -279,10 +279,12 @@ def test_bad_images_up_to_a_share_are_left_out(tmp_path: Path, load: Load, bad: 
     assert "000.png" in said and "not an image of a known format" in said
 
 
+@pytest.mark.parametrize("of_all", ["lowest", "highest", "any"])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_a_transparent_grey_of_few_bits_is_put_on_the_background(bits: int) -> None:
+def test_a_transparent_grey_of_few_bits_is_put_on_the_background(bits: int, of_all: str) -> None:
     values = RNG.integers(0, 2**bits, (8, 8))
-    hole = int(values[3, 4])
+    hole = {"lowest": 0, "highest": 2**bits - 1, "any": int(values[3, 4])}[of_all]
+    values[3, 4] = hole
     flat = ((values[..., None] >> np.arange(bits)[::-1]) & 1).reshape(8, -1)
     rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(flat.astype(np.uint8), axis=-1))
     data = encoded(struct.pack(">IIBBBBB", 8, 8, bits, 0, 0, 0, 0), rows, struct.pack(">H", hole))
